@@ -1,0 +1,123 @@
+"""What a backend gives: the ops that a family's page calls, for one batch at a time.
+
+Shapes: T tokens in the batch, H embedding_length, F feed_forward_length, V vocab_size, D head_dim, nq and nkv heads.
+The residual stream x and every op's sums are float32. What an op returns is the backend's own array type, good until
+the next layer; a family only hands it on.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The tokens of one prefill: int32 [T], and the position of the first in its sequence (the seed's pos_start)."""
+
+    tokens: np.ndarray
+    start: int = 0
+
+    @property
+    def positions(self):
+        """int32 [T]"""
+        return np.arange(self.start, self.start + len(self.tokens), dtype=np.int32)
+
+
+@dataclass(frozen=True)
+class HeadResult:
+    """The last position's greedy token, its logit and natural log-probability; and the logits asked for, float32
+    [V] or [T, V], or None."""
+
+    token: int
+    logit: float
+    logprob: float
+    logits: np.ndarray | None
+
+
+class Ops(ABC):
+    """The operations of one batch. `layer` says which layer is running; it chooses the cache's slice."""
+
+    layer = 0
+
+    @abstractmethod
+    def embed(self, weight, tokens, scale=1.0):
+        """x[t] = scale * weight[tokens[t]]; float32 [T, H]."""
+
+    @abstractmethod
+    def rms_norm(self, x, weight):
+        """x / sqrt(mean(x²) + eps) * weight over each row (arXiv 1910.07467), as the input of a matrix: [T, H]."""
+
+    @abstractmethod
+    def add_rms_norm(self, x, y, weight):
+        """x + rms_norm(y, weight), float32 [T, H]; x's storage may be reused."""
+
+    @abstractmethod
+    def qkv(self, h, wq, wk, wv, *, rope, q_norm=None, k_norm=None):
+        """h through three matrices and their biases, q and k RMS-normalised head by head where a norm is given, then
+        rotated (arXiv 2104.09864): q [T, nq, D], k and v [T, nkv, D]."""
+
+    @abstractmethod
+    def attention(self, q, k, v, *, scale, window=None):
+        """Causal grouped-query attention, softmax(scale * q·kᵀ)·v, over the cache's tokens and the batch's own.
+
+        window: a query sees that many tokens, itself the last (None: all). Returns [T, nq * D] as a matrix's input.
+        """
+
+    @abstractmethod
+    def linear(self, a, weight, residual=None):
+        """a · Wᵀ + bias (+ residual), float32 [T, rows]; residual's storage may be reused."""
+
+    @abstractmethod
+    def mlp(self, h, gate, up, down, *, activation, residual=None):
+        """down(act(gate(h)) * up(h)) (+ residual), float32 [T, H] (arXiv 2002.05202).
+
+        activation: "silu" or "gelu_tanh" (ggml_silu, ggml_gelu).
+        """
+
+    @abstractmethod
+    def head(self, x, norm, output, logits):
+        """rms_norm, the output matrix, the greedy token (ties to the lowest id). logits: None, "last" or "all".
+
+        Returns HeadResult, on the host. Raises BackendError if a logit that decides the token is NaN.
+        """
+
+
+class Cache(ABC):
+    """Keys and values of `length` tokens of one sequence, with room for `capacity`."""
+
+    def __init__(self, capacity):
+        self.capacity, self.length = capacity, 0
+
+    def reset(self):
+        """Forget all tokens."""
+        self.length = 0
+
+    @abstractmethod
+    def close(self):
+        """Free the storage."""
+
+
+class Backend(ABC):
+    """A device that can run a model. `name` is "cpu" or "cuda"; `device_name` is for people."""
+
+    name = device_name = ""
+
+    @abstractmethod
+    def load(self, model, progress):
+        """Make the model's weights ready (a no-op on the CPU); progress(stage, done, total) hears how far it is."""
+
+    @abstractmethod
+    def new_cache(self, model, capacity):
+        """A Cache for `capacity` tokens."""
+
+    @abstractmethod
+    def begin(self, model, batch, cache):
+        """The Ops of one batch, as a context manager."""
+
+    def memory_used(self):
+        """Bytes of device memory held, or None where that means nothing."""
+        return None
+
+    def close(self):
+        """Free everything."""

@@ -1,0 +1,34 @@
+"""The reference backend: NumPy float32, one BLAS call a matrix, nothing clever."""
+
+from contextlib import contextmanager
+import platform
+
+import numpy as np
+
+from ..base import Backend, Cache
+from .ops import CpuOps
+
+
+class CpuCache(Cache):
+    def __init__(self, config, capacity):
+        super().__init__(capacity)
+        shape = (config.block_count, capacity, config.head_count_kv, config.head_dim)
+        self.k, self.v = np.empty(shape, np.float32), np.empty(shape, np.float32)
+
+    def close(self):
+        self.k = self.v = None
+
+
+class CpuBackend(Backend):
+    name = "cpu"
+    device_name = platform.processor() or platform.machine()
+
+    def load(self, model, progress):
+        pass  # matrices are dequantised from the mapped file as they are used
+
+    def new_cache(self, model, capacity):
+        return CpuCache(model.config, capacity)
+
+    @contextmanager
+    def begin(self, model, batch, cache):
+        yield CpuOps(model.config, batch, cache)

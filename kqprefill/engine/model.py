@@ -1,0 +1,139 @@
+"""The library's front: a model opened on a backend, and the layer-major schedule of one prefill."""
+
+from dataclasses import dataclass, field
+import sys
+import time
+
+import numpy as np
+
+from ..backends import open_backend
+from ..backends.base import Batch
+from ..errors import InputError
+from ..gguf import GGUFFile
+from ..models import read_model
+
+_LOGITS = (None, "last", "all")
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """What a prefill gives.
+
+    token: the greedy next token's id, None for an empty prompt; logit and logprob (natural logarithm) are its own.
+    logits: float32 [V] for "last", [T, V] for "all", else None. timings: seconds by stage.
+    """
+
+    token: int | None
+    logit: float | None
+    logprob: float | None
+    logits: np.ndarray | None
+    prompt_tokens: int
+    timings: dict = field(default_factory=dict)
+
+
+class Model:
+    """A model ready to prefill; a context manager, freed by `close`. Made by `kqprefill.load`."""
+
+    def __init__(self, file, family, backend, timings):
+        self.file, self.family, self.backend, self.timings = file, family, backend, timings
+        self._caches = []
+
+    @property
+    def config(self):
+        """Sizes and constants (kqprefill.models.config.Config)."""
+        return self.family.config
+
+    def prefill(self, tokens, logits=None, cache=None, progress=None):
+        """Run the prompt and give its greedy next token (Prefill).
+
+        tokens: ids, any integer sequence [T]; an empty one is a no-op. logits: which to return, None, "last" or "all".
+        cache: a cache of this model's `new_cache`; the prompt continues at cache.length, which grows by T.
+        progress(stage, done, total) is told of each layer. Raises InputError for bad ids, a prompt past the context
+        length or past the cache's room; BackendError where the device fails or a logit is NaN.
+        """
+        start_time = time.perf_counter()
+        if logits not in _LOGITS:
+            raise InputError(f"logits={logits!r} is unknown; choose None, 'last' or 'all'")
+        tokens = self._check_tokens(tokens)
+        start = 0 if cache is None else cache.length
+        if len(tokens) == 0:
+            empty = np.empty((0, self.config.vocab_size), np.float32) if logits == "all" else None
+            return Prefill(None, None, None, empty, 0, {"prefill": 0.0})
+        self._check_room(start, len(tokens), cache)
+        family, batch = self.family, Batch(tokens, start)
+        with self.backend.begin(family, batch, cache) as ops:
+            x = family.embed(ops, tokens)
+            for index, weights in enumerate(family.blocks):
+                ops.layer = index
+                x = family.layer(ops, weights, x, index)
+                if progress is not None:
+                    progress("prefill", index + 1, len(family.blocks))
+            head = ops.head(x, family.output_norm, family.output, logits)
+        if cache is not None:
+            cache.length = start + len(tokens)
+        elapsed = time.perf_counter() - start_time
+        return Prefill(head.token, head.logit, head.logprob, head.logits, len(tokens), {"prefill": elapsed})
+
+    def new_cache(self, max_tokens):
+        """A key/value cache with room for max_tokens, to cut one prompt into several calls. Raises InputError."""
+        if not 0 < max_tokens <= self.config.context_length:
+            raise InputError(f"a cache of {max_tokens} tokens: 1 to the context length {self.config.context_length} are possible")
+        cache = self.backend.new_cache(self.family, max_tokens)
+        self._caches.append(cache)
+        return cache
+
+    def close(self):
+        """Free the weights, the caches and the device's memory, and unmap the file. Twice is harmless."""
+        for cache in self._caches:
+            cache.close()
+        self._caches.clear()
+        self.backend.close()
+        self.file.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+    def _check_tokens(self, tokens):
+        array = np.asarray(tokens)
+        if array.size == 0:
+            return np.empty(0, np.int32)
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise InputError(f"tokens must be a flat sequence of integers, not {array.dtype} of shape {list(array.shape)}")
+        bad = (array < 0) | (array >= self.config.vocab_size)
+        if bad.any():
+            at = int(bad.argmax())
+            raise InputError(f"token {array[at]} at position {at} is not in the vocabulary (0 to {self.config.vocab_size - 1})")
+        return array.astype(np.int32)
+
+    def _check_room(self, start, n, cache):
+        limit = self.config.context_length
+        if start + n > limit:
+            already = f" after {start} cached" if start else ""
+            raise InputError(f"a prompt of {n} tokens{already} is past the model's context length of {limit}")
+        if cache is not None and start + n > cache.capacity:
+            raise InputError(f"the cache has room for {cache.capacity - start} more tokens, but the prompt has {n}")
+
+
+def load(path, backend="auto", device=0, progress=None):
+    """Open the GGUF model at path.
+
+    backend: "auto" (CUDA where usable, else the CPU, said in one line on stderr), "cuda" or "cpu"; device: the CUDA
+    device's number. progress(stage, done, total) hears of loading. Raises GGUFError (a bad file), ModelError (a model
+    that is not supported), BackendError (no usable GPU, or not enough memory), InputError (a bad argument).
+    """
+    start = time.perf_counter()
+    file = GGUFFile(path)
+    opened = None
+    try:
+        family = read_model(file)
+        opened = open_backend(backend, device, lambda line: print(f"kqprefill: {line}", file=sys.stderr))
+        opened.load(family, progress or (lambda *_: None))
+    except BaseException:
+        if opened is not None:
+            opened.close()
+        file.close()
+        raise
+    return Model(file, family, opened, {"load": time.perf_counter() - start})

@@ -1,0 +1,21 @@
+"""The errors a caller can meet. Each message is one line that names the file, tensor, token or option, and what to do."""
+
+
+class KqprefillError(Exception):
+    """Base of every error that kqprefill raises on purpose."""
+
+
+class GGUFError(KqprefillError):
+    """The file is not a GGUF that can be believed: damaged, truncated, contradictory or of an unknown version."""
+
+
+class ModelError(KqprefillError):
+    """The GGUF is sound, but its model cannot be run: unsupported architecture, missing or misshapen tensor."""
+
+
+class InputError(KqprefillError):
+    """The caller's tokens or arguments are wrong: an id out of range, a prompt past the context length, ..."""
+
+
+class BackendError(KqprefillError):
+    """The device cannot do the work: no usable GPU, out of memory, a failed launch, NaN in the result."""

@@ -1,0 +1,288 @@
+"""A GGUF reader that maps the file, checks all that it says, and decodes nothing before it is asked for.
+
+Format: ggml's docs/gguf.md, versions 2 and 3, little-endian. The file is untrusted: every count, length and offset is
+held against the file's size before it is used, so no claim in it can cause a read past the end or a large allocation.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+import mmap
+import os
+import struct
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from ..errors import GGUFError
+
+_MAGIC = b"GGUF"
+_DEFAULT_ALIGNMENT = 32
+_MAX_DIMS = 4  # GGML_MAX_DIMS
+_MAX_NAME = 64 - 1  # GGML_MAX_NAME, with its terminating zero
+_MAX_KEY = 65535
+
+# gguf_type: value -> (name, struct code, bytes)
+_SCALARS = {
+    0: ("uint8", "B", 1), 1: ("int8", "b", 1), 2: ("uint16", "H", 2), 3: ("int16", "h", 2), 4: ("uint32", "I", 4),
+    5: ("int32", "i", 4), 6: ("float32", "f", 4), 7: ("bool", "?", 1), 10: ("uint64", "Q", 8), 11: ("int64", "q", 8),
+    12: ("float64", "d", 8),
+}  # fmt: skip
+_STRING, _ARRAY = 8, 9
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One entry of the tensor table, and the bytes it points at.
+
+    shape is in NumPy's order (slowest first: a matrix is [rows, columns]), the reverse of GGUF's ne[].
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+    offset: int  # from the start of the file
+    nbytes: int
+    _file: "GGUFFile"
+
+    @property
+    def data(self):
+        """The quantised bytes, uint8 [..., row bytes]: a view of the mapped file."""
+        block_elements, block_bytes = GGML_QUANT_SIZES[self.type]
+        row = self.shape[-1] // block_elements * block_bytes
+        return self._file.bytes[self.offset : self.offset + self.nbytes].reshape(*self.shape[:-1], row)
+
+
+class GGUFFile:
+    """A GGUF file opened for reading: `metadata` (a mapping) and `tensors` (name -> Tensor).
+
+    Raises GGUFError, naming the file and what is wrong, for anything that is not a well-formed GGUF v2 or v3.
+    """
+
+    def __init__(self, path):
+        self.path = os.fspath(path)
+        try:
+            with open(self.path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size < 24:
+                    raise self._error(f"{size} bytes are too few for a GGUF header")
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise self._error(getattr(error, "strerror", None) or str(error)) from None
+        self.bytes = np.frombuffer(self._map, np.uint8)
+        try:
+            self._read_header()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self):
+        """Unmap the file. Tensors' data must not be read afterwards."""
+        self.bytes = None
+        try:
+            self._map.close()
+        except BufferError:  # someone still holds a view: the mapping goes with the last of them
+            pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+    def _error(self, what):
+        return GGUFError(f"{self.path}: {what}")
+
+    def _read_header(self):
+        cursor = _Cursor(self._map, self._error)
+        if (magic := cursor.take(4)) != _MAGIC:
+            raise self._error(f"not a GGUF file (it begins with {magic!r}, not {_MAGIC!r})")
+        self.version = cursor.u32()
+        if self.version not in (2, 3):
+            if int.from_bytes(self.version.to_bytes(4, "little"), "big") in (2, 3):
+                raise self._error("a big-endian GGUF; convert it to little-endian with gguf_convert_endian.py")
+            raise self._error(f"GGUF version {self.version} is not supported (2 and 3 are); convert the model again")
+        n_tensors, n_metadata = cursor.count(24, "tensor"), cursor.count(13, "metadata")
+        self.metadata = Metadata(cursor, n_metadata)
+        alignment = self.metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+            raise self._error(f"general.alignment is {alignment!r}, not a power of two")
+        entries = [self._read_tensor_info(cursor) for _ in range(n_tensors)]
+        data_start = -(-cursor.at // alignment) * alignment
+        self.tensors = {}
+        for name, shape, ggml_type, offset, nbytes in entries:
+            if name in self.tensors:
+                raise self._error(f"tensor {name} is listed twice")
+            if offset % alignment:
+                raise self._error(f"tensor {name}: offset {offset} is not a multiple of the alignment {alignment}")
+            if data_start + offset + nbytes > len(self._map):
+                raise self._error(
+                    f"tensor {name} ends at byte {data_start + offset + nbytes}, past the file's {len(self._map)}; "
+                    "the file is truncated"
+                )
+            self.tensors[name] = Tensor(name, shape, ggml_type, data_start + offset, nbytes, self)
+
+    def _read_tensor_info(self, cursor):
+        name = cursor.string(_MAX_NAME, "tensor name")
+        n_dims = cursor.u32()
+        if not 1 <= n_dims <= _MAX_DIMS:
+            raise self._error(f"tensor {name} has {n_dims} dimensions; 1 to {_MAX_DIMS} are possible")
+        ne = [cursor.u64() for _ in range(n_dims)]
+        type_id, offset = cursor.u32(), cursor.u64()
+        if 0 in ne:
+            raise self._error(f"tensor {name} has a dimension of 0")
+        try:
+            ggml_type = GGMLQuantizationType(type_id)
+        except ValueError:
+            raise self._error(f"tensor {name} has the unknown ggml type {type_id}") from None
+        block_elements, block_bytes = GGML_QUANT_SIZES[ggml_type]
+        if ne[0] % block_elements:
+            raise self._error(
+                f"tensor {name}: rows of {ne[0]} are no multiple of {ggml_type.name}'s block of {block_elements}"
+            )
+        nbytes = ne[0] // block_elements * block_bytes
+        for n in ne[1:]:
+            nbytes *= n
+        return name, tuple(reversed(ne)), ggml_type, offset, nbytes
+
+
+class Metadata(Mapping):
+    """The key-value section. Scalars and strings come as Python values; arrays are decoded when first asked for."""
+
+    def __init__(self, cursor, n_entries):
+        self._cursor = cursor
+        self._entries = {}
+        for _ in range(n_entries):
+            key = cursor.string(_MAX_KEY, "metadata key")
+            if key in self._entries:
+                raise cursor.error(f"metadata key {key} stands twice")
+            self._entries[key] = self._read_value(key, cursor.u32())
+
+    def __getitem__(self, key):
+        value = self._entries[key]
+        if isinstance(value, _LazyArray):
+            value = self._entries[key] = value.decode(self._cursor.buffer)
+        return value
+
+    def __iter__(self):
+        return iter(self._entries)
+
+    def __len__(self):
+        return len(self._entries)
+
+    def array_length(self, key):
+        """Number of elements of the array under key, without decoding it; None where there is no such array."""
+        value = self._entries.get(key)
+        return value.count if isinstance(value, _LazyArray) else len(value) if isinstance(value, (list, np.ndarray)) else None
+
+    def _read_value(self, key, type_id):
+        cursor = self._cursor
+        if type_id in _SCALARS:
+            _, code, size = _SCALARS[type_id]
+            return struct.unpack("<" + code, cursor.take(size))[0]
+        if type_id == _STRING:
+            return cursor.string(None, f"metadata {key}")
+        if type_id != _ARRAY:
+            raise cursor.error(f"metadata {key} has the unknown type {type_id}")
+        element = cursor.u32()
+        if element in _SCALARS:
+            count = cursor.count(_SCALARS[element][2], f"metadata {key}")
+            at = cursor.at
+            cursor.take_span(count * _SCALARS[element][2])
+        elif element == _STRING:
+            count = cursor.count(8, f"metadata {key}")
+            at = cursor.at
+            cursor.skip_strings(count, key)
+        else:
+            raise cursor.error(f"metadata {key} is an array of type {element}, which is not supported")
+        return _LazyArray(element, count, at)
+
+
+@dataclass(frozen=True)
+class _LazyArray:
+    element: int
+    count: int
+    at: int
+
+    def decode(self, buffer):
+        """list[str], or a NumPy array of the element type."""
+        if self.element != _STRING:
+            return np.frombuffer(buffer, _SCALARS[self.element][0], self.count, self.at).copy()
+        out, at = [], self.at
+        for _ in range(self.count):
+            length = int.from_bytes(buffer[at : at + 8], "little")
+            out.append(buffer[at + 8 : at + 8 + length].decode("utf-8", "replace"))
+            at += 8 + length
+        return out
+
+
+class _Cursor:
+    """Reads the mapped header front to back; nothing past the file's end can be asked for."""
+
+    def __init__(self, buffer, error):
+        self.buffer, self.error, self.at = buffer, error, 0
+
+    def take_span(self, size):
+        at = self.at
+        if size > len(self.buffer) - at:
+            raise self.error(f"truncated: {size} bytes wanted at byte {at} of {len(self.buffer)}")
+        self.at += size
+        return at
+
+    def take(self, size):
+        at = self.take_span(size)
+        return self.buffer[at : at + size]
+
+    def u32(self):
+        return int.from_bytes(self.take(4), "little")
+
+    def u64(self):
+        return int.from_bytes(self.take(8), "little")
+
+    def count(self, least_bytes, what):
+        """A u64 that counts things of at least that many bytes each, all still to come."""
+        count = self.u64()
+        if count * least_bytes > len(self.buffer) - self.at:
+            raise self.error(f"{what} count {count} is more than the file can hold")
+        return count
+
+    def string(self, longest, what):
+        length = self.u64()
+        if longest is not None and length > longest:
+            raise self.error(f"{what} of {length} bytes at byte {self.at}; at most {longest} are possible")
+        try:
+            return self.take(length).decode("utf-8")
+        except UnicodeDecodeError:
+            raise self.error(f"{what} at byte {self.at - length} is not valid UTF-8") from None
+
+    def skip_strings(self, count, key):
+        """Step over `count` strings.
+
+        A vocabulary has hundreds of thousands, nearly all shorter than 256 bytes, so the loop believes the lengths' low
+        bytes alone and NumPy checks the other seven of all of them at once; a longer string sends it round again.
+        """
+        buffer, end, at = self.buffer, len(self.buffer) - 8, self.at
+        bytes_ = np.frombuffer(buffer, np.uint8)
+        done, stride = 0, 1 << 16
+        while done < count:
+            starts = []
+            append = starts.append
+            for _ in range(min(count - done, stride)):
+                if at > end:
+                    break
+                append(at)
+                at += 8 + buffer[at]
+            if not starts:
+                raise self.error(f"truncated: metadata {key} has {count} strings, but the file ends after {done}")
+            high = bytes_[np.asarray(starts)[:, None] + np.arange(1, 8)].any(axis=1)
+            if high.any():  # redo the first long string with its whole length
+                first = int(high.argmax())
+                at = starts[first]
+                at += 8 + int.from_bytes(buffer[at : at + 8], "little")
+                done += first + 1
+                stride = 16  # where long strings stand together, little is guessed ahead
+            else:
+                done += len(starts)
+                stride = min(2 * stride, 1 << 16)
+        if at > len(buffer):
+            raise self.error(f"truncated: the strings of metadata {key} run past the file's end")
+        self.at = at

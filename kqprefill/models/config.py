@@ -1,0 +1,161 @@
+"""A model's hyper-parameters, read from GGUF metadata and held against one another."""
+
+from dataclasses import dataclass
+import math
+
+import numpy as np
+
+from ..errors import ModelError
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding: the frequencies, and which elements of a head turn together.
+
+    inv_freq: float64 [rot/2], radians per position, scaling (linear, YaRN, rope_freqs) already in it.
+    magnitude: what cos and sin are multiplied by (YaRN's attention temperature; 1 otherwise).
+    interleaved: pairs are (2i, 2i+1), as in ggml's GGML_ROPE_TYPE_NORMAL; else (i, i + rot/2), its NEOX type.
+    """
+
+    inv_freq: np.ndarray
+    magnitude: float = 1.0
+    interleaved: bool = False
+
+    @property
+    def width(self):
+        """Elements of each head that are rotated; those after them pass through."""
+        return 2 * len(self.inv_freq)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes and constants of a decoder-only transformer, named as GGUF names them."""
+
+    architecture: str
+    block_count: int
+    context_length: int
+    embedding_length: int
+    feed_forward_length: int
+    head_count: int
+    head_count_kv: int
+    head_dim: int
+    rms_epsilon: float
+    vocab_size: int
+
+    @property
+    def q_width(self):
+        return self.head_count * self.head_dim
+
+    @property
+    def kv_width(self):
+        return self.head_count_kv * self.head_dim
+
+    @classmethod
+    def from_gguf(cls, meta, vocab_size):
+        """meta: ArchMetadata; vocab_size: rows of token_embd.weight. Raises ModelError for impossible values."""
+        embedding = meta.integer("embedding_length")
+        heads = meta.integer("attention.head_count")
+        kv_heads = meta.integer("attention.head_count_kv", heads)
+        if heads % kv_heads:
+            raise meta.error(f"attention.head_count {heads} is not a multiple of head_count_kv {kv_heads}")
+        head_dim = meta.integer("attention.key_length", embedding // heads or 1)
+        if meta.integer("attention.value_length", head_dim) != head_dim:
+            raise meta.error("attention.value_length differs from attention.key_length, which is not supported")
+        if head_dim % 2:
+            raise meta.error(f"attention.key_length {head_dim} is odd; rotary embedding needs pairs")
+        return cls(
+            architecture=meta.architecture,
+            block_count=meta.integer("block_count"),
+            context_length=meta.integer("context_length"),
+            embedding_length=embedding,
+            feed_forward_length=meta.integer("feed_forward_length"),
+            head_count=heads,
+            head_count_kv=kv_heads,
+            head_dim=head_dim,
+            rms_epsilon=meta.number("attention.layer_norm_rms_epsilon"),
+            vocab_size=vocab_size,
+        )
+
+
+class ArchMetadata:
+    """The metadata under `<architecture>.`, each value checked as it is read."""
+
+    def __init__(self, file, architecture):
+        self._file, self.architecture = file, architecture
+
+    def error(self, what):
+        return ModelError(f"{self._file.path}: {self.architecture}: {what}")
+
+    def has(self, key):
+        return f"{self.architecture}.{key}" in self._file.metadata
+
+    def _get(self, key, default):
+        value = self._file.metadata.get(f"{self.architecture}.{key}", default)
+        if value is None:
+            raise self.error(f"metadata {self.architecture}.{key} is missing")
+        return value
+
+    def integer(self, key, default=None):
+        """A positive integer below 2^31 (an array of equal ones, as some converters write, counts as one)."""
+        value = self._get(key, default)
+        if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.size and (value == value[0]).all():
+            value = int(value[0])
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+            shown = "an array of differing values" if isinstance(value, np.ndarray) else repr(value)
+            raise self.error(f"metadata {key} is {shown}, not a positive integer")
+        return value
+
+    def number(self, key, default=None):
+        """A positive finite number."""
+        value = self._get(key, default)
+        if not isinstance(value, (int, float)) or not (value > 0 and math.isfinite(value)):
+            raise self.error(f"metadata {key} is {value!r}, not a positive number")
+        return float(value)
+
+    def string(self, key, default=None):
+        value = self._get(key, default)
+        if not isinstance(value, str):
+            raise self.error(f"metadata {key} is not a string")
+        return value
+
+
+def read_rope(meta, head_dim, *, interleaved, base=None, scaled=True, factors=None):
+    """The rotary embedding that the metadata describes.
+
+    base: instead of rope.freq_base. scaled=False: without rope.scaling (Gemma 3's local layers).
+    factors: float32 [rot/2], rope_freqs.weight, which divide the frequencies (Llama 3.1's scaling).
+    Scaling types are llama.cpp's: none, linear, yarn (arXiv 2309.00071, as in ggml's rope_yarn). Raises ModelError.
+    """
+    width = meta.integer("rope.dimension_count", head_dim)
+    if width > head_dim or width % 2:
+        raise meta.error(f"rope.dimension_count {width} does not fit heads of {head_dim}")
+    if base is None:
+        base = meta.number("rope.freq_base", 10000.0)
+    inv_freq = base ** -(np.arange(0, width, 2, dtype=np.float64) / width)
+    if factors is not None:
+        if factors.shape != inv_freq.shape or not (factors > 0).all():
+            raise meta.error(f"rope_freqs.weight must hold {width // 2} positive factors")
+        inv_freq = inv_freq / factors
+    kind = meta.string("rope.scaling.type", "none") if scaled else "none"
+    if kind == "none":
+        return Rope(inv_freq, 1.0, interleaved)
+    factor = meta.number("rope.scaling.factor", 1.0)
+    if kind == "linear":
+        return Rope(inv_freq / factor, 1.0, interleaved)
+    if kind == "yarn":
+        ramp = _yarn_ramp(meta, width, base)
+        magnitude = meta.number("rope.scaling.attn_factor", 1.0) * (1.0 + 0.1 * math.log(factor))
+        return Rope(inv_freq / factor * (1 - ramp) + inv_freq * ramp, magnitude, interleaved)
+    raise meta.error(f"rope.scaling.type {kind!r} is not supported (none, linear and yarn are)")
+
+
+def _yarn_ramp(meta, width, base):
+    """How far each pair keeps its own frequency: 1 for fast pairs, 0 for slow ones; float64 [width/2]."""
+    original = meta.integer("rope.scaling.original_context_length", meta.integer("context_length"))
+
+    def pair_that_turns(rotations):
+        return width * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
+
+    low = max(0, math.floor(pair_that_turns(meta.number("rope.scaling.yarn_beta_fast", 32.0))))
+    high = min(width - 1, math.ceil(pair_that_turns(meta.number("rope.scaling.yarn_beta_slow", 1.0))))
+    return 1 - np.clip((np.arange(width // 2) - low) / max(0.001, high - low), 0, 1)

@@ -1,0 +1,90 @@
+"""What a model family is: the shapes of its tensors, and what one layer does.
+
+A family's page calls the ops of `kqprefill.backends.base.Ops` and reads like the model's formula; both backends run it.
+"""
+
+import math
+
+from ..errors import ModelError
+from ..gguf import dequantize
+from .config import ArchMetadata, Config, read_rope
+from .weights import Weights
+
+
+class Family:
+    """A decoder-only transformer over a GGUF file; subclasses say what differs.
+
+    Attributes: config; blocks (Weights of each layer); token_embd, output_norm, output (Weight; a file without an
+    output matrix uses the embedding's, "tied").
+    """
+
+    architecture = ""  # general.architecture
+    rope_interleaved = False  # which elements pair up; see Rope
+
+    def __init__(self, file):
+        """Raises ModelError: a tensor missing, misshapen or of an unsupported type, or metadata that contradicts."""
+        self.file = file
+        self.meta = ArchMetadata(file, self.architecture)
+        embedding = file.tensors.get("token_embd.weight")
+        if embedding is None:
+            raise ModelError(f"{file.path}: tensor token_embd.weight is missing")
+        self.config = c = Config.from_gguf(self.meta, vocab_size=embedding.shape[0])
+        if c.block_count > len(file.tensors):
+            raise self.meta.error(f"block_count is {c.block_count}, but the file has only {len(file.tensors)} tensors")
+        matrix = (c.vocab_size, c.embedding_length)
+        globals_ = Weights(file, "", {"token_embd": matrix, "output_norm": (c.embedding_length,), "output?": matrix})
+        self.token_embd, self.output_norm = globals_.token_embd, globals_.output_norm
+        self.output = globals_.get("output") or globals_.token_embd
+        shapes = self.block_shapes()
+        self.blocks = [Weights(file, f"blk.{i}.", shapes) for i in range(c.block_count)]
+        self._refuse_unknown_tensors()
+        self.read_hyper_parameters()
+
+    # What a family overrides -----------------------------------------------------------------------------------------
+
+    def block_shapes(self):
+        """GGUF tensor name within a block -> shape; a `?` marks one that may be absent."""
+        c = self.config
+        return {
+            "attn_norm": (c.embedding_length,),
+            "attn_q": (c.q_width, c.embedding_length),
+            "attn_k": (c.kv_width, c.embedding_length),
+            "attn_v": (c.kv_width, c.embedding_length),
+            "attn_output": (c.embedding_length, c.q_width),
+            "ffn_norm": (c.embedding_length,),
+            "ffn_gate": (c.feed_forward_length, c.embedding_length),
+            "ffn_up": (c.feed_forward_length, c.embedding_length),
+            "ffn_down": (c.embedding_length, c.feed_forward_length),
+        }
+
+    def read_hyper_parameters(self):
+        """Read what the layers need beyond Config; here, the rotary embedding."""
+        self.rope = self.read_rope()
+        self.attention_scale = 1 / math.sqrt(self.config.head_dim)
+
+    def embed(self, ops, tokens):
+        return ops.embed(self.token_embd, tokens)
+
+    def layer(self, ops, w, x, index):
+        """One layer: w its Weights, x the residual stream. Returns the new residual stream."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def read_rope(self, **options):
+        factors = self.file.tensors.get("rope_freqs.weight")
+        if factors is not None:
+            options.setdefault("factors", dequantize(factors.data, factors.type))
+        return read_rope(self.meta, self.config.head_dim, interleaved=self.rope_interleaved, **options)
+
+    def _refuse_unknown_tensors(self):
+        """A tensor that the formula has no place for means another model than the one we would compute."""
+        known = {"rope_freqs.weight"}
+        for weight in (self.token_embd, self.output_norm, self.output, *(w for block in self.blocks for w in block)):
+            known.add(weight.name)
+            if weight.bias is not None:
+                known.add(weight.bias.name)
+        unknown = [name for name in self.file.tensors if name not in known]
+        if unknown:
+            more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+            raise self.meta.error(f"tensor {unknown[0]}{more} has no place in this family as kqprefill knows it")

@@ -1,0 +1,40 @@
+"""Gemma 3 (arXiv 2503.19786): norms before and after each half of a layer, GeGLU, five layers of sliding-window
+attention to one of full attention, each kind with its own rotary base. GGUF holds the norm weights with their 1 added."""
+
+import math
+
+from .family import Family
+
+_BLOCKS_27B = 62  # the 27B model scales q by its width a head, the others by the head's dimension
+
+
+class Gemma3(Family):
+    architecture = "gemma3"
+
+    def block_shapes(self):
+        width, head = (self.config.embedding_length,), (self.config.head_dim,)
+        norms = {"attn_q_norm": head, "attn_k_norm": head, "post_attention_norm": width, "post_ffw_norm": width}
+        return {**super().block_shapes(), **norms}
+
+    def read_hyper_parameters(self):
+        c = self.config
+        self.rope_global = self.read_rope()
+        self.rope_local = self.read_rope(base=self.meta.number("rope.freq_base_swa", 10000.0), scaled=False)
+        self.window = self.meta.integer("attention.sliding_window")
+        self.pattern = self.meta.integer("attention.sliding_window_pattern", 6)
+        per_head = c.embedding_length / c.head_count if c.block_count == _BLOCKS_27B else c.head_dim
+        self.attention_scale = 1 / math.sqrt(per_head)
+
+    def embed(self, ops, tokens):
+        return ops.embed(self.token_embd, tokens, scale=math.sqrt(self.config.embedding_length))
+
+    def layer(self, ops, w, x, index):
+        full = (index + 1) % self.pattern == 0
+        rope, window = (self.rope_global, None) if full else (self.rope_local, self.window)
+        h = ops.rms_norm(x, w.attn_norm)
+        q, k, v = ops.qkv(h, w.attn_q, w.attn_k, w.attn_v, q_norm=w.attn_q_norm, k_norm=w.attn_k_norm, rope=rope)
+        a = ops.linear(ops.attention(q, k, v, scale=self.attention_scale, window=window), w.attn_output)
+        x = ops.add_rms_norm(x, a, w.post_attention_norm)
+        h = ops.rms_norm(x, w.ffn_norm)
+        m = ops.mlp(h, w.ffn_gate, w.ffn_up, w.ffn_down, activation="gelu_tanh")
+        return ops.add_rms_norm(x, m, w.post_ffw_norm)
