@@ -124,8 +124,12 @@ def load(path, backend="auto", device=0, progress=None):
     device's number. progress(stage, done, total) hears of loading. Raises GGUFError (a bad file), ModelError (a model
     that is not supported), BackendError (no usable GPU, or not enough memory), InputError (a bad argument).
     """
+    return open_model(GGUFFile(path), backend, device, progress)
+
+
+def open_model(file, backend="auto", device=0, progress=None):
+    """`load`, for a file that is open already (a GGUFFile or a SyntheticFile); closes it on failure."""
     start = time.perf_counter()
-    file = GGUFFile(path)
     opened = None
     try:
         family = read_model(file)

@@ -71,6 +71,11 @@ class Family:
 
     # ------------------------------------------------------------------------------------------------------------------
 
+    def matrices(self):
+        """Every matrix of the model (Weight), a tied output counted once."""
+        found = {w.name: w for w in (self.token_embd, self.output, *(w for block in self.blocks for w in block))}
+        return [w for w in found.values() if len(w.shape) == 2]
+
     def read_rope(self, **options):
         factors = self.file.tensors.get("rope_freqs.weight")
         if factors is not None:

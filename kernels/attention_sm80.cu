@@ -1,0 +1,173 @@
+// Causal grouped-query attention over whole prompts, FlashAttention-2's way (arXiv 2307.08691), with mma.sync.
+//
+// A block takes one tile of queries of one head; each warp has 16 of them, keeps their softmax state and outputs in
+// registers, and walks the keys in tiles of BLOCK_KV that begin at multiples of BLOCK_KV of the sequence. What a query
+// sees, and in which order it sums, thus depends on its position alone: not on how the prompt was cut or tiled.
+// Compiled for one HEAD_DIM, padded to a multiple of 16; Q_IN_REGISTERS where its fragments fit there.
+#include "include/ptx.cuh"
+#include "include/types.cuh"
+
+constexpr int kThreads = 32 * WARPS, kBlockQ = 16 * WARPS;
+constexpr int kDimSteps = HEAD_DIM / 16, kKvFrags = BLOCK_KV / 8;
+constexpr int kRowBytes = HEAD_DIM * 2 + 16;  // an odd number of 16-byte chunks: ldmatrix's rows fall into different banks
+constexpr int kTileBytes = BLOCK_KV * kRowBytes;
+constexpr float kNegativeInfinity = -1e30f;  // finite, so that a row that has seen nothing yet makes no NaN
+static_assert(HEAD_DIM % 16 == 0 && BLOCK_KV % 16 == 0, "whole mma steps");
+
+// One tile of queries (made by the host): `rows` of them from row `q_row` of q, the first at `position` of a sequence
+// whose token 0 is row `kv_row` of k and v.
+struct Tile {
+    int q_row, rows, kv_row, position;
+};
+
+template <int kRows>
+__device__ __forceinline__ void load_rows(uint32_t destination, const half_t* source, uint64_t stride, int valid_rows) {
+    constexpr int kChunks = HEAD_DIM / 8;
+#pragma unroll
+    for (int i = 0; i < ceil_div(kRows * kChunks, kThreads); ++i) {
+        int copy = i * kThreads + threadIdx.x, row = copy / kChunks, chunk = copy % kChunks;
+        if (kRows * kChunks % kThreads != 0 && copy >= kRows * kChunks) break;
+        bool valid = row < valid_rows;
+        cp_async16(destination + row * kRowBytes + chunk * 16, source + (valid ? row * stride : 0) + chunk * 8, valid);
+    }
+}
+
+// q [T, nq, HEAD_DIM], k and v [tokens, nkv, HEAD_DIM], halves, scaled by *q_scale, *k_scale and any scale for v; out
+// [T, out_stride] halves in v's scale, head h at columns h * head_dim. scale: softmax's, for unscaled q and k.
+// window: keys a query sees, itself included; 0 for all.
+extern "C" __global__ void __launch_bounds__(kThreads)
+    attention(const half_t* q, const half_t* k, const half_t* v, half_t* out, const Tile* tiles, int nq, int nkv,
+              int head_dim, int out_stride, float scale, const float* q_scale, const float* k_scale, int window) {
+    extern __shared__ __align__(128) uint8_t shared[];
+    Tile tile = tiles[blockIdx.y];
+    int head = blockIdx.x, kv_head = head / (nq / nkv);
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4 * 2;
+    uint64_t q_stride = static_cast<uint64_t>(nq) * HEAD_DIM, kv_stride = static_cast<uint64_t>(nkv) * HEAD_DIM;
+    q += tile.q_row * q_stride + head * HEAD_DIM;
+    k += tile.kv_row * kv_stride + kv_head * HEAD_DIM;
+    v += tile.kv_row * kv_stride + kv_head * HEAD_DIM;
+    uint32_t kv_ring = shared_address(shared), q_tile = kv_ring + 4 * kTileBytes;
+
+    int last = tile.position + tile.rows;  // keys before this one are seen by some row of the tile
+    int first = window > 0 ? max(0, tile.position - window + 1) : 0;
+    int tile_begin = first / BLOCK_KV, tile_end = ceil_div(last, BLOCK_KV);
+    auto load_kv = [&](int index) {
+        if (index < tile_end) {
+            uint32_t stage = kv_ring + index % 2 * (2 * kTileBytes);
+            int row = index * BLOCK_KV;
+            load_rows<BLOCK_KV>(stage, k + row * kv_stride, kv_stride, last - row);
+            load_rows<BLOCK_KV>(stage + kTileBytes, v + row * kv_stride, kv_stride, last - row);
+        }
+        cp_async_commit();
+    };
+
+    constexpr int kHeldSteps = Q_IN_REGISTERS ? kDimSteps : 1;
+    uint32_t q_fragments[kHeldSteps][4];
+    if constexpr (Q_IN_REGISTERS) {
+#pragma unroll
+        for (int d = 0; d < kDimSteps; ++d)
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+                int row = warp * 16 + group + r % 2 * 8, column = d * 16 + r / 2 * 8 + pair;
+                q_fragments[d][r] =
+                    row < tile.rows ? *reinterpret_cast<const uint32_t*>(q + row * q_stride + column) : 0u;
+            }
+    } else {
+        load_rows<kBlockQ>(q_tile, q, q_stride, tile.rows);
+    }
+    load_kv(tile_begin);
+
+    float output[kDimSteps * 2][4] = {}, row_max[2] = {kNegativeInfinity, kNegativeInfinity}, row_sum[2] = {0.0f, 0.0f};
+    float to_log2 = scale / *q_scale / *k_scale * 1.4426950408889634f;
+    int position[2] = {tile.position + warp * 16 + group, tile.position + warp * 16 + group + 8};
+
+    for (int index = tile_begin; index < tile_end; ++index) {
+        cp_async_wait<0>();
+        __syncthreads();
+        load_kv(index + 1);
+        uint32_t k_tile = kv_ring + index % 2 * (2 * kTileBytes), v_tile = k_tile + kTileBytes;
+
+        float scores[kKvFrags][4] = {};
+#pragma unroll
+        for (int d = 0; d < kDimSteps; ++d) {
+            if constexpr (!Q_IN_REGISTERS)
+                ldmatrix_x4(q_fragments[0], q_tile + (warp * 16 + lane % 16) * kRowBytes + (2 * d + lane / 16) * 16);
+#pragma unroll
+            for (int j = 0; j < kKvFrags / 2; ++j) {
+                uint32_t b[4];
+                ldmatrix_x4(b, k_tile + (j * 16 + lane / 16 * 8 + lane % 8) * kRowBytes + (2 * d + lane / 8 % 2) * 16);
+                const uint32_t(&a)[4] = q_fragments[Q_IN_REGISTERS ? d : 0];
+                mma_m16n8k16(scores[2 * j], a, b[0], b[1]);
+                mma_m16n8k16(scores[2 * j + 1], a, b[2], b[3]);
+            }
+        }
+
+        int key0 = index * BLOCK_KV + pair;
+        bool diagonal = (index + 1) * BLOCK_KV > tile.position + warp * 16 + 1;
+        bool window_edge = window > 0 && index * BLOCK_KV <= tile.position + warp * 16 + 15 - window;
+        if (diagonal || window_edge) {
+#pragma unroll
+            for (int j = 0; j < kKvFrags; ++j)
+#pragma unroll
+                for (int c = 0; c < 4; ++c) {
+                    int behind = position[c / 2] - (key0 + j * 8 + c % 2);
+                    if (behind < 0 || (window > 0 && behind >= window)) scores[j][c] = kNegativeInfinity;
+                }
+        }
+
+        float correction[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float largest = row_max[r];
+#pragma unroll
+            for (int j = 0; j < kKvFrags; ++j) largest = fmaxf(largest, fmaxf(scores[j][2 * r], scores[j][2 * r + 1]));
+            largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+            largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+            correction[r] = exp2_approx((row_max[r] - largest) * to_log2);
+            row_max[r] = largest;
+            float sum = 0.0f;
+#pragma unroll
+            for (int j = 0; j < kKvFrags; ++j)
+#pragma unroll
+                for (int c = 2 * r; c < 2 * r + 2; ++c) {
+                    // Below any score: masked. A row that has seen nothing has the same maximum, and must add nothing.
+                    scores[j][c] = scores[j][c] > kNegativeInfinity ? exp2_approx((scores[j][c] - largest) * to_log2) : 0.0f;
+                    sum += scores[j][c];
+                }
+            row_sum[r] = row_sum[r] * correction[r] + sum;
+        }
+#pragma unroll
+        for (int d = 0; d < kDimSteps * 2; ++d)
+#pragma unroll
+            for (int c = 0; c < 4; ++c) output[d][c] *= correction[c / 2];
+
+#pragma unroll
+        for (int s = 0; s < BLOCK_KV / 16; ++s) {
+            uint32_t p[4] = {pack_half2(scores[2 * s][0], scores[2 * s][1]), pack_half2(scores[2 * s][2], scores[2 * s][3]),
+                             pack_half2(scores[2 * s + 1][0], scores[2 * s + 1][1]),
+                             pack_half2(scores[2 * s + 1][2], scores[2 * s + 1][3])};
+#pragma unroll
+            for (int d = 0; d < kDimSteps; ++d) {
+                uint32_t b[4];
+                ldmatrix_x4_trans(b, v_tile + (s * 16 + lane % 16) * kRowBytes + (2 * d + lane / 16) * 16);
+                mma_m16n8k16(output[2 * d], p, b[0], b[1]);
+                mma_m16n8k16(output[2 * d + 1], p, b[2], b[3]);
+            }
+        }
+    }
+
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        float sum = row_sum[r];
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        int row = warp * 16 + group + r * 8;
+        if (row >= tile.rows) continue;
+        float inverse = 1.0f / sum;
+        half_t* to = out + static_cast<uint64_t>(tile.q_row + row) * out_stride + head * head_dim;
+#pragma unroll
+        for (int d = 0; d < kDimSteps * 2; ++d)
+            if (int column = d * 8 + pair; column < head_dim)  // head_dim is even
+                *reinterpret_cast<uint32_t*>(to + column) = pack_half2(output[d][2 * r] * inverse, output[d][2 * r + 1] * inverse);
+    }
+}

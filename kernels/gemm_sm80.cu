@@ -1,0 +1,209 @@
+// out[m, n] = sum over k of x[m, k] * w[n, k]: halves into float32, with mma.sync and cp.async (sm_80 and later).
+//
+// A block makes a BLOCK_M x BLOCK_N tile in BLOCK_K steps through a ring of STAGES shared-memory buffers; its
+// WARPS_M x WARPS_N warps hold their accumulators in registers and load the fragments of the next k16 step while the
+// current one multiplies. Each output is one chain of sums over k in order, whatever the tile: a row's bits depend
+// neither on the other rows nor on the configuration.
+#include "include/ptx.cuh"
+#include "include/types.cuh"
+
+constexpr int kThreads = 32 * WARPS_M * WARPS_N;
+constexpr int kWarpM = BLOCK_M / WARPS_M, kWarpN = BLOCK_N / WARPS_N;
+constexpr int kFragsM = kWarpM / 16, kFragsN = kWarpN / 8;
+constexpr int kChunks = BLOCK_K / 8;  // 16-byte chunks of a shared-memory row
+constexpr int kStageX = BLOCK_M * BLOCK_K * 2, kStageW = BLOCK_N * BLOCK_K * 2, kStage = kStageX + kStageW;
+constexpr int kGroupM = 16;  // row tiles that share a column tile while it is in the L2 cache
+static_assert(BLOCK_K == 32 || BLOCK_K == 64, "the swizzle knows rows of 64 and 128 bytes");
+static_assert(kFragsN % 2 == 0, "ldmatrix.x4 brings two column fragments, and gate and up come in pairs");
+
+// Byte offset of a 16-byte chunk, swizzled so that the eight rows of an ldmatrix fall into different banks.
+__device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {
+    int swizzle = BLOCK_K == 64 ? row & 7 : row >> 1 & 3;
+    return row * BLOCK_K * 2 + (chunk ^ swizzle) * 16;
+}
+
+struct Tile {
+    int m0, n0;
+};
+
+// Block index to tile: kGroupM row tiles at a time, row tiles fastest.
+__device__ __forceinline__ Tile tile_of(int block, int m, int n) {
+    int tiles_m = ceil_div(m, BLOCK_M), tiles_n = ceil_div(n, BLOCK_N);
+    int group = block / (kGroupM * tiles_n), within = block % (kGroupM * tiles_n);
+    int rows = min(kGroupM, tiles_m - group * kGroupM);
+    return {(group * kGroupM + within % rows) * BLOCK_M, within / rows * BLOCK_N};
+}
+
+// One operand's share of the block's copies: kRows rows of BLOCK_K halves a stage.
+template <int kRows>
+struct Loader {
+    static constexpr int kCopies = kRows * kChunks / kThreads, kRowStep = kThreads / kChunks;
+    static_assert(kRows * kChunks % kThreads == 0 && kThreads % kChunks == 0, "whole copies for each thread");
+    const half_t* source;
+    uint64_t row_step;
+    int rows_left, row;
+    uint32_t destination[kCopies];
+
+    __device__ Loader(const half_t* base, int first_row, int rows, int k) {
+        row = threadIdx.x / kChunks;
+        int chunk = threadIdx.x % kChunks;
+        source = base + static_cast<uint64_t>(first_row + row) * k + chunk * 8;
+        row_step = static_cast<uint64_t>(kRowStep) * k;
+        rows_left = rows - first_row;
+#pragma unroll
+        for (int i = 0; i < kCopies; ++i) destination[i] = chunk_offset(row + i * kRowStep, chunk);
+    }
+    __device__ void load(uint32_t stage, int k_step) const {
+#pragma unroll
+        for (int i = 0; i < kCopies; ++i)
+            cp_async16(stage + destination[i], source + i * row_step + k_step * BLOCK_K, row + i * kRowStep < rows_left);
+    }
+};
+
+struct Fragments {
+    uint32_t x[kFragsM][4], w[kFragsN / 2][4];
+
+    __device__ void load(uint32_t stage, int warp_m, int warp_n, int k16) {
+        int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int i = 0; i < kFragsM; ++i)
+            ldmatrix_x4(x[i], stage + chunk_offset(warp_m * kWarpM + i * 16 + lane % 16, 2 * k16 + lane / 16));
+#pragma unroll
+        for (int j = 0; j < kFragsN / 2; ++j)
+            ldmatrix_x4(w[j], stage + kStageX + chunk_offset(warp_n * kWarpN + j * 16 + lane / 16 * 8 + lane % 8,
+                                                             2 * k16 + lane / 8 % 2));
+    }
+};
+
+using Accumulators = float[kFragsM][kFragsN][4];
+
+__device__ __forceinline__ void multiply(const half_t* x, const half_t* w, int m, int n, int k, Tile tile, Accumulators& acc) {
+    extern __shared__ __align__(128) uint8_t shared[];
+    uint32_t ring = shared_address(shared);
+    int warp = threadIdx.x / 32, warp_m = warp / WARPS_N, warp_n = warp % WARPS_N;
+    Loader<BLOCK_M> load_x(x, tile.m0, m, k);
+    Loader<BLOCK_N> load_w(w, tile.n0, n, k);
+    int k_steps = k / BLOCK_K;
+    auto load_stage = [&](int step) {
+        if (step < k_steps) {
+            uint32_t stage = ring + step % STAGES * kStage;
+            load_x.load(stage, step);
+            load_w.load(stage + kStageX, step);
+        }
+        cp_async_commit();
+    };
+#pragma unroll
+    for (int step = 0; step < STAGES - 1; ++step) load_stage(step);
+#pragma unroll
+    for (int i = 0; i < kFragsM; ++i)
+#pragma unroll
+        for (int j = 0; j < kFragsN; ++j)
+#pragma unroll
+            for (int c = 0; c < 4; ++c) acc[i][j][c] = 0.0f;
+
+    Fragments fragments[2];
+    cp_async_wait<STAGES - 2>();
+    __syncthreads();
+    fragments[0].load(ring, warp_m, warp_n, 0);
+    for (int step = 0; step < k_steps; ++step) {
+        constexpr int kSub = BLOCK_K / 16;
+        uint32_t stage = ring + step % STAGES * kStage;
+#pragma unroll
+        for (int sub = 0; sub < kSub; ++sub) {
+            if (sub == kSub - 1) {  // the next stage must have come, and everyone be done with the one before this
+                cp_async_wait<STAGES - 2>();
+                __syncthreads();
+                stage = ring + (step + 1) % STAGES * kStage;
+            }
+            fragments[(sub + 1) % 2].load(stage, warp_m, warp_n, (sub + 1) % kSub);
+            if (sub == 0) load_stage(step + STAGES - 1);
+            const Fragments& f = fragments[sub % 2];
+#pragma unroll
+            for (int i = 0; i < kFragsM; ++i)
+#pragma unroll
+                for (int j = 0; j < kFragsN; ++j) mma_m16n8k16(acc[i][j], f.x[i], f.w[j / 2][j % 2 * 2], f.w[j / 2][j % 2 * 2 + 1]);
+        }
+    }
+    cp_async_wait<0>();
+}
+
+// Calls write(row, column, a, b) for each pair of neighbouring outputs that this thread holds, rows below m only.
+template <class Write>
+__device__ __forceinline__ void for_each_pair(Tile tile, int m, int first_frag, int frag_step, Write write) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int row0 = tile.m0 + warp / WARPS_N * kWarpM + lane / 4, column0 = tile.n0 + warp % WARPS_N * kWarpN + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < kFragsM; ++i)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            int row = row0 + i * 16 + half * 8;
+            if (row >= m) continue;
+#pragma unroll
+            for (int j = first_frag; j < kFragsN; j += frag_step) write(row, column0 + j * 8, i, j, half);
+        }
+}
+
+// out = acc / (*x_scale * *w_scale) + bias + residual, float32, rows `ldo` apart; bias and residual may be null, and
+// residual may be out itself.
+extern "C" __global__ void __launch_bounds__(kThreads)
+    gemm_linear(const half_t* x, const half_t* w, int m, int n, int k, float* out, int ldo, const float* x_scale,
+                const float* w_scale, const float* bias, const float* residual) {
+    Tile tile = tile_of(blockIdx.x, m, n);
+    Accumulators acc;
+    multiply(x, w, m, n, k, tile, acc);
+    float alpha = 1.0f / *x_scale / *w_scale;
+    bool paired = ldo % 2 == 0;  // both of a pair's addresses are then 8-byte aligned
+    for_each_pair(tile, m, 0, 1, [&](int row, int column, int i, int j, int half) {
+        if (column >= n) return;
+        bool both = column + 1 < n;
+        uint64_t at = static_cast<uint64_t>(row) * ldo + column;
+        float a = acc[i][j][2 * half] * alpha, b = acc[i][j][2 * half + 1] * alpha;
+        if (bias != nullptr) {
+            a += bias[column];
+            if (both) b += bias[column + 1];
+        }
+        if (both && paired) {
+            float2 r = residual != nullptr ? *reinterpret_cast<const float2*>(residual + at) : make_float2(0.0f, 0.0f);
+            *reinterpret_cast<float2*>(out + at) = make_float2(a + r.x, b + r.y);
+        } else {
+            out[at] = residual != nullptr ? a + residual[at] : a;
+            if (both) out[at + 1] = residual != nullptr ? b + residual[at + 1] : b;
+        }
+    });
+}
+
+enum Activation { kSilu = 0, kGeluTanh = 1 };
+
+__device__ __forceinline__ float activate(float g, int activation) {
+    if (activation == kSilu) return g / (1.0f + __expf(-g));
+    float inner = 0.7978845608f * fmaf(0.044715f * g * g, g, g);  // sqrt(2/pi) (g + 0.044715 g³)
+    return g / (1.0f + __expf(-2.0f * inner));                    // 0.5 g (1 + tanh(inner))
+}
+
+// out[m, f] = half(*out_scale * act(gate) * up), rows `ldo` apart: w's rows are gate and up, 8 and 8 in turn
+// (dequantize's `gated`), with room for `width` of each; gate_bias and up_bias [features] may be null. Columns from
+// `features` to `width` become zero.
+extern "C" __global__ void __launch_bounds__(kThreads)
+    gemm_gated(const half_t* x, const half_t* w, int m, int features, int width, int k, half_t* out, int ldo,
+               const float* x_scale, const float* w_scale, const float* gate_bias, const float* up_bias,
+               const float* out_scale, int activation) {
+    int n = 2 * width;
+    Tile tile = tile_of(blockIdx.x, m, n);
+    Accumulators acc;
+    multiply(x, w, m, n, k, tile, acc);
+    float alpha = 1.0f / *x_scale / *w_scale, scale = *out_scale;
+    for_each_pair(tile, m, 0, 2, [&](int row, int column, int i, int j, int half) {
+        int f = column / 16 * 8 + column % 8;
+        if (f >= width) return;
+        float y[2];
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            bool inside = f + c < features;
+            float gate = acc[i][j][2 * half + c] * alpha, up = acc[i][j + 1][2 * half + c] * alpha;
+            if (gate_bias != nullptr && inside) gate += gate_bias[f + c];
+            if (up_bias != nullptr && inside) up += up_bias[f + c];
+            y[c] = inside ? activate(gate, activation) * up * scale : 0.0f;
+        }
+        *reinterpret_cast<uint32_t*>(out + static_cast<uint64_t>(row) * ldo + f) = pack_half2(y[0], y[1]);
+    });
+}

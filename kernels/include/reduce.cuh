@@ -1,0 +1,29 @@
+// Reductions over a warp and a block, in a fixed order: the same bits every time.
+#pragma once
+#include "types.cuh"
+
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+    for (int offset = 16; offset; offset >>= 1) v += __shfl_xor_sync(0xffffffffu, v, offset);
+    return v;
+}
+
+__device__ __forceinline__ float warp_max(float v) {
+#pragma unroll
+    for (int offset = 16; offset; offset >>= 1) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, offset));
+    return v;
+}
+
+// The sum over a block of kThreads, known to all of them. Ends in a state where it may be called again.
+template <int kThreads>
+__device__ float block_sum(float v) {
+    __shared__ float partial[kThreads / 32];
+    v = warp_sum(v);
+    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = v;
+    __syncthreads();
+    float total = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kThreads / 32; ++w) total += partial[w];
+    __syncthreads();
+    return total;
+}

@@ -1,0 +1,41 @@
+// Powers of two that keep half-precision operands in range, chosen on the device so that no launch waits for the host.
+//
+// A half holds 2^-24 .. 65504. The scales below come from bounds that no input can exceed, so overflow is impossible:
+// a weight is at most its matrix's absmax; a row x of rms_norm obeys |x/w| <= sqrt(H), so by Cauchy-Schwarz
+// |W_n · x| <= sqrt(H) · |W_n ∘ w|. Such a bound is loose by a factor around sqrt(H), far less than half's 40 binades.
+#include "include/types.cuh"
+
+constexpr int kHalfTop = 15;  // the largest scaled value is at most 2^15, a factor 2 under overflow
+
+// 2^e such that bound * 2^e <= 2^top, and no smaller than half of that.
+__device__ __forceinline__ float scale_for(float bound, int top) {
+    int exponent = static_cast<int>(__float_as_uint(bound) >> 23 & 0xff) - 127 + 1;  // bound < 2^exponent
+    int e = bound > 0.0f ? min(max(top - exponent, -126), 126) : 0;
+    return bits_to_float(static_cast<uint32_t>(e + 127) << 23);
+}
+
+// *scale for a matrix whose largest magnitude has these bits.
+extern "C" __global__ void weight_scale(const uint32_t* absmax, float* scale) {
+    *scale = scale_for(bits_to_float(*absmax), kHalfTop);
+}
+
+// *scale for outputs bounded by gain * a[i] + |bias_a[i]|, or by that times gain * b[i] + |bias_b[i]| where b is given;
+// the biases may be null. One block of 256.
+extern "C" __global__ void __launch_bounds__(256)
+    output_scale(const float* a, const float* bias_a, const float* b, const float* bias_b, int n, float gain,
+                 float* scale) {
+    __shared__ float partial[8];
+    float largest = 0.0f;
+    for (int i = threadIdx.x; i < n; i += 256) {
+        float bound = gain * a[i] + (bias_a != nullptr ? fabsf(bias_a[i]) : 0.0f);
+        if (b != nullptr) bound *= gain * b[i] + (bias_b != nullptr ? fabsf(bias_b[i]) : 0.0f);
+        largest = fmaxf(largest, bound);
+    }
+    for (int offset = 16; offset; offset >>= 1) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
+    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = largest;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        for (int w = 1; w < 8; ++w) largest = fmaxf(largest, partial[w]);
+        *scale = scale_for(largest, kHalfTop);
+    }
+}

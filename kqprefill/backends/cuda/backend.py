@@ -1,0 +1,68 @@
+"""The CUDA backend: opens a GPU, uploads a model once, runs batches."""
+
+from contextlib import contextmanager
+
+from ..base import Backend, Cache
+from .device import Gpu, cuda_errors
+from .kernels import Kernels, attention_tile, programs_for
+from .memory import Workspace
+from .ops import CudaOps
+from .weights import DeviceWeights
+
+
+class CudaCache(Cache):
+    """Halves [layer, k or v, tokens, head_count_kv, head_dim padded to 16] in device memory."""
+
+    def __init__(self, gpu, config, capacity):
+        super().__init__(capacity)
+        self._gpu = gpu
+        self._half = 2 * capacity * config.head_count_kv * attention_tile(config.head_dim).head_dim
+        self._buffer = gpu.allocate(2 * self._half * config.block_count, f"a cache of {capacity} tokens")
+
+    def addresses(self, layer):
+        """Device addresses of the layer's keys and values of token 0."""
+        k = int(self._buffer.handle) + 2 * self._half * layer
+        return k, k + self._half
+
+    def close(self):
+        if self._buffer is not None:
+            self._buffer.close(self._gpu.stream)
+            self._buffer = None
+
+
+class CudaBackend(Backend):
+    """Raises BackendError where the GPU cannot be used."""
+
+    name = "cuda"
+
+    def __init__(self, device):
+        self.gpu = Gpu(device)
+        self.device_name = self.gpu.name
+        self.kernels, self.workspace, self.weights = Kernels(self.gpu), Workspace(self.gpu), None
+
+    def load(self, model, progress):
+        types = {weight.tensor.type for weight in model.matrices()}
+        with cuda_errors("loading the model"):
+            self.kernels.prepare(programs_for(model.config.head_dim, types), progress)
+            self.weights = DeviceWeights(self.gpu, model, progress)
+
+    def new_cache(self, model, capacity):
+        return CudaCache(self.gpu, model.config, capacity)
+
+    @contextmanager
+    def begin(self, model, batch, cache):
+        with cuda_errors("prefill"):
+            self.gpu.device.set_current()
+            yield CudaOps(self, model.config, batch, cache)
+
+    def memory_used(self):
+        return self.gpu.memory_peak()
+
+    def close(self):
+        if self.gpu is None:
+            return
+        self.workspace.close()
+        if self.weights is not None:
+            self.weights.close()
+        self.gpu.close()
+        self.gpu = None

@@ -1,0 +1,100 @@
+"""The GPU: opened through cuda.core, its failures turned into one clear line."""
+
+from contextlib import contextmanager
+
+from ...errors import BackendError
+
+_OLDEST = (8, 0)  # cp.async and mma.m16n8k16
+
+
+def import_cuda():
+    """cuda.core and cuda.bindings.driver. Raises BackendError where cuda-python is not installed or finds no driver."""
+    try:
+        import cuda.core as core
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise BackendError(f"cuda-python cannot be imported ({error}); install it with pip install 'cuda-python>=13'") from None
+    return core, driver
+
+
+@contextmanager
+def cuda_errors(doing):
+    """Turn a CUDA failure inside the block into a BackendError that says what was being done."""
+    from cuda.core._utils.cuda_utils import CUDAError, NVRTCError
+
+    try:
+        yield
+    except (CUDAError, NVRTCError, MemoryError) as error:
+        text = " ".join(str(error).split())
+        if "OUT_OF_MEMORY" in text or isinstance(error, MemoryError):
+            text = "the GPU is out of memory"
+        raise BackendError(f"{doing}: {text}") from error
+
+
+def check(result):
+    """The value of a cuda.bindings call, whose first element is its error code. Raises cuda.core's CUDAError."""
+    from cuda.core._utils.cuda_utils import handle_return
+
+    return handle_return(result)
+
+
+class Gpu:
+    """One CUDA device made current, with the stream that everything runs on and the pool that everything lives in.
+
+    Raises BackendError where there is no driver, no such device, or one older than compute capability 8.0.
+    """
+
+    def __init__(self, index):
+        core, self.driver = import_cuda()
+        try:
+            with cuda_errors("no usable NVIDIA GPU"):
+                check(self.driver.cuInit(0))
+                count = check(self.driver.cuDeviceGetCount())
+                if not 0 <= index < count:
+                    raise BackendError(f"there is no CUDA device {index}; this machine has {count} (numbered from 0)")
+                device = core.Device(index)
+                device.set_current()
+        except (RuntimeError, OSError) as error:  # cuda.bindings finds no libcuda.so
+            raise BackendError(f"no usable NVIDIA GPU: {' '.join(str(error).split())}") from None
+        self.core, self.device, self.index = core, device, index
+        capability = device.compute_capability
+        self.capability = (capability.major, capability.minor)
+        self.name = device.name
+        if self.capability < _OLDEST:
+            raise BackendError(f"{self.name} has compute capability {capability.major}.{capability.minor}; 8.0 or later is needed")
+        properties = device.properties
+        self.multiprocessors = properties.multiprocessor_count
+        self.shared_memory = properties.max_shared_memory_per_block_optin
+        with cuda_errors(f"opening {self.name}"):
+            self.stream = device.create_stream()
+            self.pool = core.DeviceMemoryResource(device)
+
+    def allocate(self, nbytes, what):
+        """Device memory (cuda.core.Buffer), for `what` if it fails. Raises BackendError."""
+        with cuda_errors(f"allocating {nbytes / 2**20:.0f} MiB of GPU memory for {what}"):
+            return self.pool.allocate(max(nbytes, 256), stream=self.stream)
+
+    def upload(self, address, array):
+        """Copy a host array to a device address, in stream order. The array may be changed once this returns."""
+        check(self.driver.cuMemcpyHtoDAsync(address, array.ctypes.data, array.nbytes, self.stream.handle))
+
+    def download(self, array, address):
+        """Copy from a device address into a host array; waits for all that was launched before it."""
+        check(self.driver.cuMemcpyDtoHAsync(array.ctypes.data, address, array.nbytes, self.stream.handle))
+        self.stream.sync()
+
+    def zero(self, address, nbytes):
+        check(self.driver.cuMemsetD8Async(address, 0, nbytes, self.stream.handle))
+
+    def memory_used(self):
+        """Bytes that this process's pool holds."""
+        return self.pool.attributes.used_mem_current
+
+    def memory_peak(self):
+        """The most bytes that this process's pool ever held."""
+        return self.pool.attributes.used_mem_high
+
+    def close(self):
+        self.stream.sync()
+        self.pool.close()
+        self.stream.close()

@@ -1,0 +1,147 @@
+"""Which programs a model needs on a GPU, with which constants: the one place where kernels are chosen."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+import os
+
+from ...errors import ModelError
+from ...gguf.dequantize import SUPPORTED
+from .compiler import KernelCache, Program, target_of
+from .device import check, cuda_errors
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")  # what we claim to compile for
+LARGEST_HEAD = 256  # rope.cu and attention_sm80.cu
+
+
+@dataclass(frozen=True)
+class GemmTile:
+    """The constants of gemm_sm80.cu. All fit in the 99 KB of shared memory that an sm_86 block may have."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    stages: int
+    warps_m: int
+    warps_n: int
+
+    @property
+    def program(self):
+        return Program("gemm_sm80.cu", tuple((f.name.upper(), str(getattr(self, f.name))) for f in fields(self)))
+
+    @property
+    def threads(self):
+        return 32 * self.warps_m * self.warps_n
+
+    @property
+    def shared_bytes(self):
+        return self.stages * (self.block_m + self.block_n) * self.block_k * 2
+
+    def blocks(self, m, n):
+        return -(-m // self.block_m) * -(-n // self.block_n)
+
+
+#                    M    N    K  stages warps
+LARGE_TILE = GemmTile(128, 256, 32, 4, 2, 4)
+SMALL_TILE = GemmTile(64, 64, 64, 5, 2, 2)
+K_MULTIPLE = 64  # operands are zero-padded to this many columns: every tile's K divides it
+
+
+def choose_gemm_tile(m, n, multiprocessors):
+    """The large tile does twice the work for each byte it loads; the small one where large ones leave GPU idle."""
+    return LARGE_TILE if LARGE_TILE.blocks(m, n) >= multiprocessors * 3 // 4 else SMALL_TILE
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """The constants of attention_sm80.cu for one head dimension (padded to a multiple of 16)."""
+
+    head_dim: int
+    block_kv: int
+    warps: int
+    q_in_registers: int
+
+    @property
+    def program(self):
+        return Program("attention_sm80.cu", tuple((f.name.upper(), str(getattr(self, f.name))) for f in fields(self)))
+
+    @property
+    def threads(self):
+        return 32 * self.warps
+
+    @property
+    def block_q(self):
+        return 16 * self.warps
+
+    @property
+    def shared_bytes(self):
+        rows = 4 * self.block_kv + (0 if self.q_in_registers else self.block_q)
+        return rows * (2 * self.head_dim + 16)
+
+
+def attention_tile(head_dim):
+    padded = -(-head_dim // 16) * 16
+    if padded > LARGEST_HEAD:
+        raise ModelError(f"heads of {head_dim} are not supported on CUDA (at most {LARGEST_HEAD}); use --backend cpu")
+    return AttentionTile(padded, 64, 8, 1) if padded <= 128 else AttentionTile(padded, 32, 4, 0)
+
+
+def weight_program(ggml_type):
+    return Program("weights.cu", (("FORMAT", ggml_type.name),))
+
+
+COMMON = tuple(Program(f"{name}.cu") for name in ("norm", "rope", "scales", "head"))
+
+
+def programs_for(head_dim, ggml_types):
+    """All programs that a model with these heads and weight types needs."""
+    gemms = [tile.program for tile in (LARGE_TILE, SMALL_TILE)]
+    return [*gemms, attention_tile(head_dim).program, *map(weight_program, sorted(ggml_types)), *COMMON]
+
+
+def every_program():
+    """All programs there are, over the head dimensions in use: what the tests compile for every architecture."""
+    programs = {}
+    for head_dim in (64, 80, 96, 112, 128, 192, 256):
+        programs.update(dict.fromkeys(programs_for(head_dim, SUPPORTED)))
+    return list(programs)
+
+
+class Kernels:
+    """Compiled kernels on one GPU; called to launch."""
+
+    def __init__(self, gpu, cache=None):
+        self._gpu = gpu
+        self._cache = cache or KernelCache()
+        self._modules, self._launchers = {}, {}
+
+    def prepare(self, programs, progress):
+        """Compile (in parallel) or fetch the programs and load them; progress("compile", done, total)."""
+        with cuda_errors("NVRTC"):
+            code_type, arch = target_of(self._gpu.capability)
+        missing = [p for p in programs if p not in self._modules]
+        load = getattr(self._gpu.core.ObjectCode, f"from_{code_type}")
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for done, (program, (code, _)) in enumerate(
+                zip(missing, pool.map(lambda p: self._cache.get(p, code_type, arch), missing)), 1
+            ):
+                self._modules[program] = load(code)
+                progress("compile", done, len(missing))
+
+    def launch(self, program, name, grid, threads, *args, shared_bytes=0):
+        """Launch kernel `name` of a prepared program. Python ints are passed as 64-bit values (addresses), so 32-bit
+        arguments must be ctypes' c_int32 and c_float."""
+        key = program, name, shared_bytes
+        kernel = self._launchers.get(key) or self._get(key)
+        config = self._gpu.core.LaunchConfig(grid=grid, block=threads, shmem_size=shared_bytes)
+        self._gpu.core.launch(self._gpu.stream, config, kernel, *args)
+
+    def _get(self, key):
+        program, name, shared_bytes = key
+        if program not in self._modules:
+            self.prepare([program], lambda *_: None)
+        kernel = self._launchers[key] = self._modules[program].get_kernel(name)
+        if shared_bytes > 48 << 10:
+            driver = self._gpu.driver
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            check(driver.cuKernelSetAttribute(attribute, shared_bytes, kernel.handle, driver.CUdevice(self._gpu.index)))
+        return kernel

@@ -1,0 +1,294 @@
+"""The ops on a GPU: each launches its kernels and returns at once; only `head` waits.
+
+Operands of the matrix units are halves under power-of-two scales that bounds prove safe (kernels/scales.cu); the
+residual stream and all sums are float32.
+"""
+
+from ctypes import c_float as f32, c_int32 as i32
+from dataclasses import dataclass
+import math
+
+import numpy as np
+
+from ...errors import BackendError
+from ..base import HeadResult, Ops
+from .kernels import COMMON, K_MULTIPLE, attention_tile, choose_gemm_tile, weight_program
+
+NORM, ROPE, SCALES, HEAD = COMMON
+
+_SCRATCH_BYTES = 256 << 20  # of dequantised weights at a time
+_MLP_TOKENS = 16384  # tokens whose gate and up exist at a time
+_LOGITS_BYTES = 256 << 20  # of logits on the device at a time
+_ROTATION_GROWTH = 1.5  # rotating a pair lengthens neither, but may turn it onto one axis: sqrt(2), rounded up
+_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}  # gemm_sm80.cu's enum
+_SUMMARY = np.dtype([("token", np.int32), ("logit", np.float32), ("log_sum_exp", np.float32)])  # head.cu's struct
+
+
+def padded(columns):
+    """Halves from one operand row to the next."""
+    return -(-columns // K_MULTIPLE) * K_MULTIPLE
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A matrix of halves that a GEMM reads: rows padded(columns) apart, holding values times *scale.
+
+    norm: the RMSNorm weight (address) whose output this is, or None; it bounds what a matrix makes of it.
+    """
+
+    address: int
+    columns: int
+    scale: int
+    norm: int | None = None
+
+
+@dataclass(frozen=True)
+class Heads:
+    """q, k or v: halves [tokens, heads, head_dim padded to 16], holding values times *scale."""
+
+    address: int
+    scale: int
+
+
+class CudaOps(Ops):
+    def __init__(self, backend, config, batch, cache):
+        self.gpu, self.kernels, self.weights = backend.gpu, backend.kernels, backend.weights
+        self.config, self.batch, self.cache = config, batch, cache
+        self.work = backend.workspace
+        self.n = len(batch.tokens)
+        self.attention_tile = attention_tile(config.head_dim)
+        self.positions = self._upload("positions", batch.positions)
+        self.tiles, self.n_tiles = self._make_tiles()
+        self._tables = {}
+
+    # the residual stream ----------------------------------------------------------------------------------------------
+
+    def embed(self, weight, tokens, scale=1.0):
+        matrix = self.weights.matrix(weight)
+        ids = self._upload("tokens", tokens)
+        x = self.work.get("residual", 4 * self.n * matrix.columns)
+        self.kernels.launch(
+            weight_program(matrix.type), "embed", self.n, 256,
+            matrix.address, matrix.row_bytes, i32(matrix.columns), ids, f32(scale), x,
+        )  # fmt: skip
+        return x
+
+    def rms_norm(self, x, weight, rows=None):
+        vector, host = self.weights.vector(weight.tensor)
+        columns = len(host)
+        rows = self.n if rows is None else rows
+        out = self.work.get("normed", 2 * rows * padded(columns))
+        scale = self.weights.constant_scale(math.sqrt(columns) * np.abs(host).max())
+        self.kernels.launch(
+            NORM, "rms_norm", rows, 256,
+            x, vector, out, i32(columns), i32(padded(columns)), f32(self.config.rms_epsilon), scale,
+        )  # fmt: skip
+        return Operand(out, columns, scale, vector)
+
+    def add_rms_norm(self, x, y, weight):
+        vector, host = self.weights.vector(weight.tensor)
+        self.kernels.launch(
+            NORM, "add_rms_norm", self.n, 256, x, y, vector, i32(len(host)), f32(self.config.rms_epsilon)
+        )
+        return x
+
+    # attention --------------------------------------------------------------------------------------------------------
+
+    def qkv(self, h, wq, wk, wv, *, rope, q_norm=None, k_norm=None):
+        c, n, matrices = self.config, self.n, [self.weights.matrix(w) for w in (wq, wk, wv)]
+        width = c.q_width + 2 * c.kv_width
+        biases = [w.bias for w in (wq, wk, wv)]
+        bias = 0
+        if any(biases):
+            bias, _ = self.weights.vector(*(b or m.rows for b, m in zip(biases, matrices)))
+        sums = self.work.get("qkv", 4 * n * width)
+        self._gemm(h, matrices, sums, bias=bias)
+
+        scales = [
+            self._rotated_scale(h, m, b, norm, rope) for m, b, norm in zip(matrices, biases, (q_norm, k_norm, None))
+        ]
+        padded_dim = self.attention_tile.head_dim
+        q = self.work.get("q", 2 * n * c.head_count * padded_dim)
+        k, v = self._kv_addresses()
+        at = self.batch.start * c.head_count_kv * padded_dim * 2 if self.cache is not None else 0
+        norms = [self.weights.vector(w.tensor)[0] if w is not None else 0 for w in (q_norm, k_norm)]
+        heads = c.head_count + 2 * c.head_count_kv
+        self.kernels.launch(
+            ROPE, "rotate_qkv", (n, -(-heads // 8)), 256,
+            sums, q, k + at, v + at, i32(c.head_count), i32(c.head_count_kv), i32(c.head_dim), i32(padded_dim), *norms,
+            f32(c.rms_epsilon), self._rope_table(rope), i32(rope.width // 2), i32(rope.interleaved), *scales,
+        )  # fmt: skip
+        return Heads(q, scales[0]), Heads(k, scales[1]), Heads(v, scales[2])
+
+    def attention(self, q, k, v, *, scale, window=None):
+        c, tile = self.config, self.attention_tile
+        out = self.work.get("attended", 2 * self.n * padded(c.q_width))
+        self.kernels.launch(
+            tile.program, "attention", (c.head_count, self.n_tiles), tile.threads,
+            q.address, k.address, v.address, out, self.tiles, i32(c.head_count), i32(c.head_count_kv), i32(c.head_dim),
+            i32(padded(c.q_width)), f32(scale), q.scale, k.scale, i32(window or 0),
+            shared_bytes=tile.shared_bytes,
+        )  # fmt: skip
+        return Operand(out, c.q_width, v.scale)
+
+    def _rotated_scale(self, h, matrix, bias, norm, rope):
+        """The scale of q, k or v: bounded by its norm where it has one, else by its matrix's rows, already measured."""
+        growth = _ROTATION_GROWTH * rope.magnitude
+        if norm is not None:
+            _, host = self.weights.vector(norm.tensor)
+            return self.weights.constant_scale(math.sqrt(len(host)) * np.abs(host).max() * growth)
+        bias_address = self.weights.vector(bias)[0] if bias is not None else 0
+        return self._output_scale(matrix.name, matrix.rows, growth * math.sqrt(h.columns), matrix, bias_address)
+
+    def _kv_addresses(self):
+        c = self.config
+        if self.cache is not None:
+            return self.cache.addresses(self.layer)
+        nbytes = 2 * self.n * c.head_count_kv * self.attention_tile.head_dim
+        return self.work.get("k", nbytes), self.work.get("v", nbytes)
+
+    def _rope_table(self, rope):
+        if id(rope) not in self._tables:
+            pairs = rope.width // 2
+            half_turns = self._upload(f"half_turns {len(self._tables)}", rope.inv_freq / math.pi)
+            table = self.work.get(f"rope {len(self._tables)}", 8 * self.n * pairs)
+            self.kernels.launch(
+                ROPE, "rope_table", -(-self.n * pairs // 256), 256,
+                self.positions, half_turns, i32(self.n), i32(pairs), f32(rope.magnitude), table,
+            )  # fmt: skip
+            self._tables[id(rope)] = table
+        return self._tables[id(rope)]
+
+    def _make_tiles(self):
+        """attention_sm80.cu's list of query tiles, those with most keys first."""
+        block, start = self.attention_tile.block_q, self.batch.start
+        tiles = [(at, min(block, self.n - at), 0, start + at) for at in range(0, self.n, block)]
+        return self._upload("tiles", np.array(tiles[::-1], np.int32)), len(tiles)
+
+    # matrices ---------------------------------------------------------------------------------------------------------
+
+    def linear(self, a, weight, residual=None):
+        matrix = self.weights.matrix(weight)
+        out = residual if residual is not None else self.work.get("linear", 4 * self.n * matrix.rows)
+        bias = self.weights.vector(weight.bias)[0] if weight.bias is not None else 0
+        self._gemm(a, [matrix], out, bias=bias, residual=residual)
+        return out
+
+    def mlp(self, h, gate, up, down, *, activation, residual=None):
+        g, u, d = (self.weights.matrix(w) for w in (gate, up, down))
+        bias_g, bias_u, bias_d = (self.weights.vector(w.bias)[0] if w.bias is not None else 0 for w in (gate, up, down))
+        out = residual if residual is not None else self.work.get("linear", 4 * self.n * d.rows)
+        w_scale = self._weight_scale([g, u], h)
+        act_scale = self._output_scale(g.name, g.rows, math.sqrt(h.columns), g, bias_g, u, bias_u)
+        stride, k = padded(g.rows), padded(h.columns)
+        rows_at_once = min(stride, _SCRATCH_BYTES // (4 * k) // 64 * 64)  # of gate and of up each
+        for t in range(0, self.n, _MLP_TOKENS):
+            m = min(_MLP_TOKENS, self.n - t)
+            act = self.work.get("activated", 2 * m * stride)
+            for at in range(0, stride, rows_at_once):
+                width = min(rows_at_once, stride - at)
+                features = max(0, min(width, g.rows - at))
+                scratch = self.work.get("dequantised", 4 * rows_at_once * k)
+                for matrix, first in ((g, 0), (u, 8)):
+                    self._dequantise(matrix, at, features, scratch + 2 * first * k, k, w_scale, gated=1)
+                tile = choose_gemm_tile(m, 2 * width, self.gpu.multiprocessors)
+                self.kernels.launch(
+                    tile.program, "gemm_gated", tile.blocks(m, 2 * width), tile.threads,
+                    h.address + 2 * t * k, scratch, i32(m), i32(features), i32(width), i32(k), act + 2 * at, i32(stride),
+                    h.scale, w_scale, bias_g and bias_g + 4 * at, bias_u and bias_u + 4 * at, act_scale,
+                    i32(_ACTIVATIONS[activation]), shared_bytes=tile.shared_bytes,
+                )  # fmt: skip
+            rows = 4 * t * d.rows
+            self._gemm(Operand(act, g.rows, act_scale), [d], out + rows, m, bias_d, residual and residual + rows)
+        return out
+
+    def _gemm(self, a, matrices, out, m=None, bias=0, residual=None):
+        """out[:m] = a · [matrices, one under another]ᵀ + bias + residual, through dequantised slices."""
+        m = self.n if m is None else m
+        k, total = padded(a.columns), sum(matrix.rows for matrix in matrices)
+        w_scale = self._weight_scale(matrices, a)
+        slice_rows = min(total, _SCRATCH_BYTES // (2 * k) // 256 * 256)
+        scratch = self.work.get("dequantised", 2 * slice_rows * k)
+        for begin in range(0, total, slice_rows):
+            end, first = min(begin + slice_rows, total), 0
+            for matrix in matrices:  # the part of each that falls into this slice
+                low, high = max(begin, first), min(end, first + matrix.rows)
+                if low < high:
+                    self._dequantise(matrix, low - first, high - low, scratch + 2 * (low - begin) * k, k, w_scale)
+                first += matrix.rows
+            tile = choose_gemm_tile(m, end - begin, self.gpu.multiprocessors)
+            self.kernels.launch(
+                tile.program, "gemm_linear", tile.blocks(m, end - begin), tile.threads,
+                a.address, scratch, i32(m), i32(end - begin), i32(k), out + 4 * begin, i32(total), a.scale, w_scale,
+                bias and bias + 4 * begin, (residual + 4 * begin) if residual is not None else 0,
+                shared_bytes=tile.shared_bytes,
+            )  # fmt: skip
+
+    def _dequantise(self, matrix, first, rows, out, stride, scale, gated=0):
+        if rows:
+            self.kernels.launch(
+                weight_program(matrix.type), "dequantize", -(-rows * (stride // 8) // 256), 256,
+                matrix.address + first * matrix.row_bytes, matrix.row_bytes, i32(rows), i32(matrix.columns), out,
+                i32(stride), i32(gated), scale,
+            )  # fmt: skip
+
+    # scales, made on the device the first time a matrix is used -------------------------------------------------------
+
+    def _weight_scale(self, matrices, a):
+        """The scale of the halves of these matrices; also measures their rows against the norm of their input."""
+
+        def make(address):
+            absmax = self.work.get("absmax", 4)
+            self.gpu.zero(absmax, 4)
+            for matrix in matrices:
+                self.kernels.launch(
+                    weight_program(matrix.type), "measure", -(-matrix.rows // 8), 256,
+                    matrix.address, matrix.row_bytes, i32(matrix.rows), i32(matrix.columns), a.norm or 0,
+                    self._row_norms(matrix), absmax,
+                )  # fmt: skip
+            self.kernels.launch(SCALES, "weight_scale", 1, 1, absmax, address)
+
+        return self.weights.scale(("weights", *(m.name for m in matrices)), make)
+
+    def _output_scale(self, name, n, gain, a, bias_a, b=None, bias_b=0):
+        def make(address):
+            self.kernels.launch(
+                SCALES, "output_scale", 1, 256,
+                self._row_norms(a), bias_a, self._row_norms(b) if b else 0, bias_b, i32(n), f32(gain), address,
+            )  # fmt: skip
+
+        return self.weights.scale(("output", name), make)
+
+    def _row_norms(self, matrix):
+        return self.work.get(f"row norms {matrix.name}", 4 * matrix.rows)
+
+    # the end ----------------------------------------------------------------------------------------------------------
+
+    def head(self, x, norm, output, logits):
+        matrix, n, hidden = self.weights.matrix(output), self.n, self.config.embedding_length
+        vocab = matrix.rows
+        rows_at_once = max(1, min(n, _LOGITS_BYTES // (4 * vocab))) if logits == "all" else 1
+        device = self.work.get("logits", 4 * rows_at_once * vocab)
+        summary_address, summary = self.work.get("summary", _SUMMARY.itemsize), np.empty(1, _SUMMARY)
+        host = None if logits is None else np.empty((n if logits == "all" else 1, vocab), np.float32)
+        first = 0 if logits == "all" else n - 1
+        for at in range(first, n, rows_at_once):
+            m = min(rows_at_once, n - at)
+            h = self.rms_norm(x + 4 * at * hidden, norm, rows=m)
+            self._gemm(h, [matrix], device, m)
+            if at + m == n:
+                last = device + 4 * (m - 1) * vocab
+                self.kernels.launch(HEAD, "summarise", 1, 1024, last, i32(vocab), summary_address)
+            if host is not None:
+                self.gpu.download(host[at - first : at - first + m], device)
+        self.gpu.download(summary, summary_address)
+        token, logit, log_sum_exp = summary[0].item()
+        if token < 0:
+            raise BackendError("the last position's logits hold NaN: the file's weights are damaged or out of range")
+        result = host if logits == "all" or host is None else host[0]
+        return HeadResult(token, logit, -log_sum_exp, result)
+
+    def _upload(self, name, array):
+        address = self.work.get(name, array.nbytes)
+        self.gpu.upload(address, array)
+        return address
