@@ -10,6 +10,7 @@ from ..backends import open_backend
 from ..backends.base import Batch
 from ..errors import InputError
 from ..gguf import GGUFFile
+from ..gguf.vocabulary import token_text
 from ..models import read_model
 
 _LOGITS = (None, "last", "all")
@@ -74,6 +75,10 @@ class Model:
         elapsed = time.perf_counter() - start_time
         return Prefill(head.token, head.logit, head.logprob, head.logits, len(tokens), {"prefill": elapsed})
 
+    def token_text(self, token):
+        """What a token stands for, from the file's vocabulary; None where it has none."""
+        return token_text(self.file.metadata, token)
+
     def new_cache(self, max_tokens):
         """A key/value cache with room for max_tokens, to cut one prompt into several calls. Raises InputError."""
         if not 0 < max_tokens <= self.config.context_length:
@@ -117,23 +122,24 @@ class Model:
             raise InputError(f"the cache has room for {cache.capacity - start} more tokens, but the prompt has {n}")
 
 
-def load(path, backend="auto", device=0, progress=None):
+def load(path, backend="auto", device=0, progress=None, warn=None):
     """Open the GGUF model at path.
 
     backend: "auto" (CUDA where usable, else the CPU, said in one line on stderr), "cuda" or "cpu"; device: the CUDA
-    device's number. progress(stage, done, total) hears of loading. Raises GGUFError (a bad file), ModelError (a model
+    device's number. progress(stage, done, total) hears of loading; warn(line) hears why "auto" took the CPU (stderr
+    unless given). Raises GGUFError (a bad file), ModelError (a model
     that is not supported), BackendError (no usable GPU, or not enough memory), InputError (a bad argument).
     """
-    return open_model(GGUFFile(path), backend, device, progress)
+    return open_model(GGUFFile(path), backend, device, progress, warn)
 
 
-def open_model(file, backend="auto", device=0, progress=None):
+def open_model(file, backend="auto", device=0, progress=None, warn=None):
     """`load`, for a file that is open already (a GGUFFile or a SyntheticFile); closes it on failure."""
     start = time.perf_counter()
     opened = None
     try:
         family = read_model(file)
-        opened = open_backend(backend, device, lambda line: print(f"kqprefill: {line}", file=sys.stderr))
+        opened = open_backend(backend, device, warn or (lambda line: print(f"kqprefill: {line}", file=sys.stderr)))
         opened.load(family, progress or (lambda *_: None))
     except BaseException:
         if opened is not None:

@@ -4,7 +4,7 @@ Weights are drawn from a pool of real blocks (Gaussian, sigma 0.02, quantised by
 constant weights would run faster than real ones do.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType as GGML
 
 from ..errors import InputError
 from .dequantize import SUPPORTED
+from .vocabulary import byte_pieces
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,11 @@ class Shape:
     context: int
     rope_base: float
     tied: bool = False
+    window: int = 0
 
 
 SHAPES = {
+    "tiny": Shape("qwen3", 2, 256, 4, 2, 64, 512, 256, 4096, 1e6),  # examples/tiny-qwen3.gguf
     "qwen3-0.6b": Shape("qwen3", 28, 1024, 16, 8, 128, 3072, 151936, 40960, 1e6, tied=True),
     "qwen3-8b": Shape("qwen3", 36, 4096, 32, 8, 128, 12288, 151936, 40960, 1e6),
     "qwen3-32b": Shape("qwen3", 64, 5120, 64, 8, 128, 25600, 151936, 40960, 1e6),
@@ -56,12 +59,11 @@ def _q4_k_m(shape, name, layer):
 
 @dataclass(frozen=True)
 class SyntheticTensor:
-    """Looks like `reader.Tensor`; its data are made when asked for, the same for equal shapes and types."""
+    """Looks like `reader.Tensor`; its data are made when asked for, the same for a kind of tensor in every layer."""
 
     name: str
     shape: tuple[int, ...]
     type: GGML
-    offset: int = field(default=0, init=False)
 
     @property
     def nbytes(self):
@@ -70,41 +72,35 @@ class SyntheticTensor:
 
     @property
     def data(self):
-        return _random_weights(self.shape, self.type)
+        return _random_weights(self.shape, self.type, self.name.split(".")[-2])
 
 
 class SyntheticFile:
-    """Looks like `GGUFFile`: the metadata and tensors of "SHAPE:RECIPE", such as "qwen3-8b:Q4_K_M".
+    """Looks like `GGUFFile`: the metadata and tensors of a Shape; type_of(tensor name, layer) gives each matrix's type."""
 
-    Raises InputError for a shape or recipe that is not known.
-    """
-
-    def __init__(self, name):
-        shape_name, _, recipe = name.partition(":")
-        recipe = recipe or "Q4_K_M"
-        if shape_name not in SHAPES or recipe.upper() not in RECIPES:
-            raise InputError(
-                f"{name}: neither a file nor SHAPE:RECIPE; shapes are {', '.join(SHAPES)}; recipes {', '.join(RECIPES)}"
-            )
-        s = SHAPES[shape_name]
-        self.path = f"{shape_name}:{recipe.upper()}"
+    def __init__(self, shape, type_of, name):
+        s, self.path = shape, name
         values = {
             "context_length": s.context, "embedding_length": s.hidden, "block_count": s.layers,
             "feed_forward_length": s.ffn, "attention.head_count": s.heads, "attention.head_count_kv": s.kv_heads,
             "attention.key_length": s.head_dim, "attention.value_length": s.head_dim,
             "attention.layer_norm_rms_epsilon": 1e-6, "rope.freq_base": s.rope_base,
         }  # fmt: skip
+        if s.window:
+            values["attention.sliding_window"] = s.window
         self.metadata = {"general.architecture": s.architecture, "general.name": self.path}
         self.metadata.update({f"{s.architecture}.{key}": value for key, value in values.items()})
+        if s.vocab == 256:  # a token is a byte, written as GPT-2's vocabularies do
+            tokens = {"model": "gpt2", "pre": "default", "tokens": list(byte_pieces()), "token_type": [1] * 256}
+        else:
+            tokens = {"model": "none"}  # llama.cpp then asks for no vocabulary, and takes its size from here
+            self.metadata[f"{s.architecture}.vocab_size"] = s.vocab
+        self.metadata.update({f"tokenizer.ggml.{key}": value for key, value in tokens.items()})
         self.tensors = {}
 
-        def add(prefix, name, *dims, layer=0):
-            if len(dims) == 1:
-                kind = GGML.F32
-            else:
-                kind = _q4_k_m(s, name, layer) if recipe.upper() == "Q4_K_M" else GGML[recipe.upper()]
-            full = f"{prefix}{name}.weight"
-            self.tensors[full] = SyntheticTensor(full, dims, kind)
+        def add(prefix, name, *dims, layer=0, part="weight"):
+            full = f"{prefix}{name}.{part}"
+            self.tensors[full] = SyntheticTensor(full, dims, GGML.F32 if len(dims) == 1 else type_of(name, layer))
 
         q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
         add("", "token_embd", s.vocab, s.hidden)
@@ -117,22 +113,39 @@ class SyntheticFile:
                 "attn_output": (s.hidden, q), "ffn_norm": (s.hidden,), "ffn_gate": (s.ffn, s.hidden),
                 "ffn_up": (s.ffn, s.hidden), "ffn_down": (s.hidden, s.ffn),
             }  # fmt: skip
-            if s.architecture == "qwen3":
+            if s.architecture in ("qwen3", "gemma3"):
                 dims |= {"attn_q_norm": (s.head_dim,), "attn_k_norm": (s.head_dim,)}
+            if s.architecture == "gemma3":
+                dims |= {"post_attention_norm": (s.hidden,), "post_ffw_norm": (s.hidden,)}
             for name, shape in dims.items():
                 add(f"blk.{i}.", name, *shape, layer=i)
+                if s.architecture == "qwen2" and name in ("attn_q", "attn_k", "attn_v"):
+                    add(f"blk.{i}.", name, shape[0], part="bias")
+
+    @classmethod
+    def named(cls, name):
+        """The model called "SHAPE:RECIPE", such as "qwen3-8b:Q4_K_M". Raises InputError for one that is not known."""
+        shape_name, _, recipe = name.partition(":")
+        recipe = recipe.upper() or "Q4_K_M"
+        if shape_name not in SHAPES or recipe not in RECIPES:
+            raise InputError(
+                f"{name}: neither a file nor SHAPE:RECIPE; shapes are {', '.join(SHAPES)}; recipes {', '.join(RECIPES)}"
+            )
+        shape = SHAPES[shape_name]
+        mixed = recipe == "Q4_K_M"
+        return cls(shape, lambda n, layer: _q4_k_m(shape, n, layer) if mixed else GGML[recipe], f"{shape_name}:{recipe}")
 
     def close(self):
         _random_weights.cache_clear()
 
 
 @cache
-def _random_weights(shape, kind):
-    """uint8 [..., row bytes]: blocks drawn from the pool, or fresh Gaussian numbers for unquantised types."""
-    rng = np.random.default_rng([*shape, int(kind)])
+def _random_weights(shape, kind, name):
+    """uint8 [..., row bytes]: blocks drawn from the pool; a norm's weights are spread about 1."""
+    rng = np.random.default_rng([*shape, int(kind), *name.encode()])
     block_elements, block_bytes = GGML_QUANT_SIZES[kind]
     if len(shape) == 1:  # a norm
-        return (1 + 0.1 * rng.standard_normal(shape, np.float32)).view(np.uint8)
+        return (1 + 0.1 * rng.standard_normal(shape, np.float32)).astype(np.float32).view(np.uint8)
     row_bytes = shape[-1] // block_elements * block_bytes
     blocks = pool(kind)
     index = rng.integers(0, len(blocks), int(np.prod(shape)) // block_elements, dtype=np.uint32)
@@ -154,3 +167,33 @@ def pool(kind):
     if kind == GGML.BF16:
         return (weights.view(np.uint32) >> 16).astype(np.uint16).reshape(-1, 1).view(np.uint8)
     return weights.astype(np.float16 if kind == GGML.F16 else np.float32).reshape(-1, 1).view(np.uint8)
+
+
+def write_gguf(model, path):
+    """Write a SyntheticFile to `path` as GGUF v3, tensor by tensor. Raises OSError."""
+    from gguf import GGUFWriter
+
+    architecture = model.metadata["general.architecture"]
+    writer = GGUFWriter(None, architecture)
+    for key, value in model.metadata.items():
+        if key == "general.architecture":
+            continue
+        if isinstance(value, float):
+            writer.add_float32(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, list):
+            writer.add_array(key, value)
+        else:
+            writer.add_string(key, value)
+    for tensor in model.tensors.values():
+        writer.add_tensor_info(tensor.name, tensor.data.shape, np.dtype(np.uint8), tensor.nbytes, raw_dtype=tensor.type)
+    writer.write_header_to_file(Path(path))
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    file = writer.fout[0]
+    for tensor in model.tensors.values():
+        file.write(b"\0" * (-file.tell() % writer.data_alignment))
+        file.write(tensor.data.data)
+    file.write(b"\0" * (-file.tell() % writer.data_alignment))
+    writer.close()

@@ -21,7 +21,9 @@ class CpuCache(Cache):
 
 class CpuBackend(Backend):
     name = "cpu"
-    device_name = platform.processor() or platform.machine()
+
+    def __init__(self):
+        self.device_name = _processor_name()
 
     def load(self, model, progress):
         pass  # matrices are dequantised from the mapped file as they are used
@@ -32,3 +34,11 @@ class CpuBackend(Backend):
     @contextmanager
     def begin(self, model, batch, cache):
         yield CpuOps(model.config, batch, cache)
+
+
+def _processor_name():
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

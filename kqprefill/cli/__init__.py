@@ -1,0 +1,50 @@
+"""The command line: one click command a file. Heavy imports (NumPy, CUDA, rich) wait until a command needs them."""
+
+import os
+import sys
+
+import click
+
+from .. import __version__
+from ..errors import InputError, KqprefillError
+from .bench import bench
+from .run import run
+from .synth import synth
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="kqprefill")
+def cli():
+    """Prefill GGUF language models at the rate of the GPU's matrix units.
+
+    \b
+    kqprefill run model.gguf --tokens 1,2,3     the greedy next token
+    kqprefill bench qwen3-8b:Q4_K_M             tokens/s by prompt length
+    """
+
+
+for command in (run, bench, synth):
+    cli.add_command(command)
+
+
+def main():
+    """Entry point. Exit status: 0, 1 for an error, 2 for wrong usage, 130 when interrupted."""
+    try:
+        status = cli(standalone_mode=False)
+        sys.stdout.flush()
+    except click.exceptions.Exit as done:
+        status = done.exit_code
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    except KqprefillError as error:
+        if "-v" in sys.argv or "--verbose" in sys.argv:
+            raise
+        click.echo(f"kqprefill: {error}", err=True)
+        status = 2 if isinstance(error, InputError) else 1
+    except (KeyboardInterrupt, click.Abort):
+        status = 130
+    except BrokenPipeError:  # whoever read our output has gone; say nothing more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status or 0)

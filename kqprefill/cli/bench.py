@@ -1,0 +1,96 @@
+"""kqprefill bench: tokens/s by prompt length, in the table that llama-bench's users know."""
+
+import csv
+import io
+import json
+import os
+import statistics
+
+import click
+
+from ..errors import InputError
+from .common import device_options, progress_bars, size, volume_options, warner
+
+
+@click.command()
+@click.argument("model", metavar="MODEL|SHAPE:RECIPE")
+@click.option("-p", "--prompt", "lengths", default="512", show_default=True, metavar="T,T,…", help="Prompt lengths.")
+@click.option("-r", "--repetitions", default=5, show_default=True, type=click.IntRange(1))
+@click.option("-o", "--output", type=click.Choice(["md", "json", "jsonl", "csv"]), default="md", show_default=True)
+@device_options
+@volume_options
+def bench(model, lengths, repetitions, output, backend, device, quiet, verbose):
+    """Measure prefill speed: mean and standard deviation of tokens/s, one run of warm-up excluded.
+
+    MODEL is a GGUF file, or a SHAPE:RECIPE such as qwen3-8b:Q4_K_M, which is made in memory with random weights.
+
+    \b
+    kqprefill bench qwen3-8b:Q4_K_M -p 128,512,2048
+    """
+    try:
+        lengths = [int(word) for word in lengths.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{lengths!r} is no list of lengths such as 128,512,2048", param_hint="-p") from None
+    import numpy as np
+
+    from ..engine.model import open_model
+    from ..gguf import GGUFFile
+    from ..gguf.synthetic import SyntheticFile
+
+    file = GGUFFile(model) if os.path.exists(model) else SyntheticFile.named(model)
+    rows = []
+    with progress_bars(not quiet) as progress, open_model(file, backend, device, progress, warner(quiet)) as loaded:
+        config = loaded.config
+        for length in lengths:
+            if not 0 < length <= config.context_length:
+                raise InputError(f"-p {length}: the model's context is 1 to {config.context_length} tokens")
+        matrices = loaded.family.matrices()
+        for length in lengths:
+            tokens = np.random.default_rng(length).integers(0, config.vocab_size, length)
+            loaded.prefill(tokens)
+            rates = [length / loaded.prefill(tokens).timings["prefill"] for _ in range(repetitions)]
+            rows.append(
+                {
+                    "model": loaded.file.metadata.get("general.name") or os.path.basename(model),
+                    "size_bytes": sum(w.tensor.nbytes for w in matrices),
+                    "parameters": sum(w.shape[0] * w.shape[1] for w in matrices),
+                    "backend": loaded.backend.name,
+                    "device": loaded.backend.device_name,
+                    "prompt_tokens": length,
+                    "repetitions": repetitions,
+                    "tokens_per_second": statistics.mean(rates),
+                    "tokens_per_second_stddev": statistics.stdev(rates) if repetitions > 1 else 0.0,
+                }
+            )
+    click.echo(_FORMATS[output](rows))
+
+
+def _markdown(rows):
+    head = ["model", "size", "params", "backend", "device", "test", "t/s"]
+    lines = [
+        [
+            row["model"], size(row["size_bytes"]), f"{row['parameters'] / 1e9:.2f} B", row["backend"],
+            row["device"], f"pp{row['prompt_tokens']}",
+            f"{row['tokens_per_second']:.2f} ± {row['tokens_per_second_stddev']:.2f}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
+    cells = [head, ["-" * width for width in widths], *lines]
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in cells)
+
+
+def _csv(rows):
+    out = io.StringIO()
+    writer = csv.DictWriter(out, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue().rstrip("\n")
+
+
+_FORMATS = {
+    "md": _markdown,
+    "json": lambda rows: json.dumps(rows, indent=2),
+    "jsonl": lambda rows: "\n".join(map(json.dumps, rows)),
+    "csv": _csv,
+}

@@ -1,0 +1,117 @@
+"""What the commands share: options, token lists, progress on a terminal, files written whole or not at all."""
+
+from contextlib import contextmanager
+import os
+import sys
+import tempfile
+
+import click
+
+from ..errors import InputError, KqprefillError
+
+STDIO = "-"
+
+
+def device_options(command):
+    """--backend, --device."""
+    backends = click.Choice(["auto", "cpu", "cuda"])
+    command = click.option("--device", default=0, metavar="N", envvar="KQPREFILL_DEVICE", help="CUDA device number.")(command)
+    return click.option(
+        "--backend", type=backends, default="auto", show_default=True, envvar="KQPREFILL_BACKEND",
+        help="auto takes the GPU where it can be used.",
+    )(command)  # fmt: skip
+
+
+def volume_options(command):
+    """--quiet, --verbose."""
+    command = click.option("-v", "--verbose", is_flag=True, help="Say what is done, and show tracebacks.")(command)
+    return click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")(command)
+
+
+def read_tokens(text):
+    """IDs from `1,2,3` or `1 2 3`, from stdin (`-`) or from a file (`@FILE`). Raises InputError."""
+    if text == STDIO:
+        text, where = sys.stdin.read(), "stdin"
+    elif text.startswith("@"):
+        where = text[1:]
+        try:
+            with open(where, encoding="utf-8") as file:
+                text = file.read()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--tokens {text}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
+    else:
+        where = "--tokens"
+    ids = []
+    for word in text.replace(",", " ").split():
+        try:
+            ids.append(int(word))
+        except ValueError:
+            raise InputError(f"{where}: {word[:40]!r} is not a token id; give integers, separated by commas or spaces") from None
+    if not ids:
+        raise InputError(f"{where}: the prompt is empty; give at least one token id")
+    return ids
+
+
+@contextmanager
+def output_file(path):
+    """A binary file to write `path` through: renamed into place at the end, or removed if the work fails."""
+    if path == STDIO:
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    folder = os.path.dirname(os.path.abspath(path))
+    try:
+        if os.path.isdir(path):
+            raise IsADirectoryError(21, "it is a directory")
+        handle, temporary = tempfile.mkstemp(dir=folder, prefix=".kqprefill-", suffix=".tmp")
+    except OSError as error:
+        raise KqprefillError(f"{path} cannot be written: {error.strerror}") from None
+    try:
+        try:
+            os.close(handle)
+            with open(temporary, "wb") as file:
+                yield file
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)
+            os.replace(temporary, path)
+        except OSError as error:
+            raise KqprefillError(f"{path} cannot be written: {error.strerror}") from None
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+@contextmanager
+def progress_bars(enabled):
+    """A progress(stage, done, total) callback: bars on stderr where it is a terminal and `enabled`, else None."""
+    if not enabled or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description:8}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks = {}
+
+        def progress(stage, done, total):
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield progress
+
+
+def warner(quiet):
+    """warn(line) to stderr, or to nowhere."""
+    return (lambda line: None) if quiet else (lambda line: click.echo(f"kqprefill: {line}", err=True))
+
+
+def size(nbytes):
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.2f} GiB"

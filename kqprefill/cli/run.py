@@ -1,0 +1,70 @@
+"""kqprefill run: one prompt through a model."""
+
+from contextlib import ExitStack
+import json
+import sys
+
+import click
+
+from ..errors import InputError
+from .common import STDIO, device_options, output_file, progress_bars, read_tokens, size, volume_options, warner
+
+
+@click.command()
+@click.argument("model", type=click.Path())
+@click.option("--tokens", required=True, metavar="IDS", help="`1,2,3` or `1 2 3`; `-` reads stdin, `@FILE` a file.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the token id.")
+@click.option("--logits", metavar="FILE", help="Write the last position's logits, float32 [V], as .npy; `-` is stdout.")
+@click.option("--all-positions", is_flag=True, help="With --logits: every position's, float32 [T, V].")
+@device_options
+@volume_options
+def run(model, tokens, as_json, logits, all_positions, backend, device, quiet, verbose):
+    """Print the greedy next token after a prompt.
+
+    \b
+    kqprefill run examples/tiny-qwen3.gguf --tokens 72,101,108,108,111
+    """
+    if all_positions and logits is None:
+        raise click.UsageError("--all-positions says which logits --logits FILE writes; give that too")
+    if logits == STDIO and as_json:
+        raise click.UsageError("--logits - and --json both want stdout; write the logits to a file")
+    ids = read_tokens(tokens)
+    if logits is not None and logits != STDIO and not logits:
+        raise InputError("--logits: the file name is empty")
+    from ..engine.model import load
+
+    with ExitStack() as stack:
+        # The output is opened before the work, so that a path that can't be written costs no time.
+        output = stack.enter_context(output_file(logits)) if logits is not None else None
+        progress = stack.enter_context(progress_bars(not quiet))
+        loaded = stack.enter_context(load(model, backend, device, progress, warn=warner(quiet)))
+        wanted = None if output is None else "all" if all_positions else "last"
+        result = loaded.prefill(ids, logits=wanted, progress=progress)
+        if output is not None:
+            import numpy as np
+
+            np.save(output, result.logits)
+        timings = {**loaded.timings, **result.timings}
+        held = loaded.backend.memory_used()
+        summary = (
+            f"{result.prompt_tokens} tokens, {result.prompt_tokens / timings['prefill']:.0f} tokens/s, "
+            f"load {timings['load']:.2f} s, {loaded.backend.name} ({loaded.backend.device_name})"
+            + (f", {size(held)} of GPU memory" if held is not None else "")
+        )
+        described = {
+            "token": result.token,
+            "text": loaded.token_text(result.token) if as_json else None,
+            "logit": result.logit,
+            "logprob": result.logprob,
+            "prompt_tokens": result.prompt_tokens,
+            "model": model,
+            "backend": loaded.backend.name,
+            "device": loaded.backend.device_name,
+            "timings": {stage: round(seconds, 6) for stage, seconds in timings.items()},
+        }
+    if verbose or (sys.stderr.isatty() and not quiet):
+        click.echo(summary, err=True)
+    if as_json:
+        click.echo(json.dumps(described, ensure_ascii=False))
+    elif logits != STDIO:
+        click.echo(result.token)

@@ -1,0 +1,30 @@
+"""Token ids to text, as the file's vocabulary spells it."""
+
+import re
+
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def byte_pieces():
+    """GPT-2's spelling of the 256 bytes: printable characters stand for themselves, the rest for U+0100 onwards."""
+    shifted = iter(range(0x100, 0x200))
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    return tuple(chr(byte) if byte in printable else chr(next(shifted)) for byte in range(256))
+
+
+def token_text(metadata, token):
+    """The text of one token, or None where the file has no vocabulary or the token is beyond it.
+
+    Bytes that are no UTF-8 by themselves become U+FFFD.
+    """
+    if not (metadata.get("tokenizer.ggml.tokens") is not None and token < len(metadata["tokenizer.ggml.tokens"])):
+        return None
+    piece = metadata["tokenizer.ggml.tokens"][token]
+    if metadata.get("tokenizer.ggml.model") == "gpt2":  # byte-level BPE
+        byte_of = {character: byte for byte, character in enumerate(byte_pieces())}
+        if all(character in byte_of for character in piece):
+            return bytes(byte_of[character] for character in piece).decode("utf-8", "replace")
+        return piece
+    if match := _BYTE.fullmatch(piece):  # SentencePiece's byte fallback
+        return bytes([int(match[1], 16)]).decode("utf-8", "replace")
+    return piece.replace("\u2581", " ")

@@ -1,0 +1,166 @@
+"""The command line through its real entry point."""
+
+import io
+import json
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import kqprefill
+from conftest import EXAMPLE, log_softmax
+
+COMMAND = Path(sys.executable).with_name("kqprefill")
+ENTRY = [str(COMMAND)] if COMMAND.exists() else [sys.executable, "-m", "kqprefill"]
+TOKENS = "72,101,108,108,111"
+
+
+def kq(*args, stdin=None, entry=ENTRY):
+    return subprocess.run([*entry, *map(str, args)], input=stdin, capture_output=True)
+
+
+def run(*args, **kwargs):
+    return kq("run", EXAMPLE, "--backend", "cpu", *args, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    with kqprefill.load(EXAMPLE, backend="cpu") as model:
+        return model.prefill([72, 101, 108, 108, 111], logits="all")
+
+
+def test_prints_the_token_and_nothing_else(expected):
+    done = run("--tokens", TOKENS)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{expected.token}\n".encode(), b"")
+
+
+def test_python_dash_m(expected):
+    done = run("--tokens", TOKENS, entry=[sys.executable, "-m", "kqprefill"])
+    assert done.stdout == f"{expected.token}\n".encode()
+
+
+def test_tokens_from_anywhere(expected, tmp_path):
+    (tmp_path / "ids").write_text("72 101\n108,108\t111\n")
+    answers = [
+        run("--tokens", "72 101 108 108 111"),
+        run("--tokens", "-", stdin=b"72, 101, 108\n108 111"),
+        run("--tokens", f"@{tmp_path / 'ids'}"),
+    ]
+    assert [done.stdout for done in answers] == [f"{expected.token}\n".encode()] * 3
+
+
+def test_json(expected):
+    answer = json.loads(run("--tokens", TOKENS, "--json").stdout)
+    assert answer["token"] == expected.token and answer["logit"] == pytest.approx(expected.logit, rel=1e-5)
+    assert answer["logprob"] == pytest.approx(log_softmax(expected.logits[-1])[expected.token], abs=1e-5)
+    assert answer["prompt_tokens"] == 5 and answer["backend"] == "cpu" and isinstance(answer["text"], str)
+    assert answer["device"] and set(answer["timings"]) == {"load", "prefill"}
+
+
+def test_logits_files(expected, tmp_path):
+    last, everything = tmp_path / "last.npy", tmp_path / "all.npy"
+    assert run("--tokens", TOKENS, "--logits", last).stdout == f"{expected.token}\n".encode()
+    assert run("--tokens", TOKENS, "--logits", everything, "--all-positions").returncode == 0
+    assert np.load(last).shape == (256,) and np.load(last).dtype == np.float32
+    assert np.array_equal(np.load(everything), expected.logits)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["all.npy", "last.npy"]
+
+
+def test_logits_to_stdout(expected):
+    done = run("--tokens", TOKENS, "--logits", "-", "--all-positions")
+    assert np.array_equal(np.load(io.BytesIO(done.stdout)), expected.logits)
+
+
+@pytest.mark.parametrize(
+    "args,status,complaint",
+    [
+        (["--tokens", "1,x"], 2, "'x' is not a token id"),
+        (["--tokens", "256"], 2, "token 256 at position 0 is not in the vocabulary (0 to 255)"),
+        (["--tokens", "-1"], 2, "token -1"),
+        (["--tokens", ""], 2, "empty"),
+        (["--tokens", "@/no/such/file"], 2, "/no/such/file"),
+        (["--tokens", " ".join(["1"] * 4097)], 2, "context length of 4096"),
+        (["--tokens", "1", "--logits", "/no/such/folder/x.npy"], 1, "/no/such/folder/x.npy cannot be written"),
+        (["--tokens", "1", "--logits", "/"], 1, "cannot be written"),
+        (["--tokens", "1", "--all-positions"], 2, "--logits"),
+        (["--tokens", "1", "--logits", "-", "--json"], 2, "stdout"),
+        ([], 2, "--tokens"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else None,
+)
+def test_errors(args, status, complaint):
+    done = run(*args)
+    assert done.returncode == status and done.stdout == b""
+    assert complaint in done.stderr.decode() and "Traceback" not in done.stderr.decode()
+
+
+def test_bad_models(tmp_path):
+    (tmp_path / "noise.gguf").write_bytes(os.urandom(1000))
+    for path in (tmp_path / "noise.gguf", tmp_path / "none.gguf"):
+        done = kq("run", path, "--tokens", "1")
+        assert done.returncode == 1 and done.stdout == b""
+        assert done.stderr.decode().startswith(f"kqprefill: {path}: ") and done.stderr.count(b"\n") == 1
+
+
+def test_a_failed_run_leaves_no_file(tmp_path):
+    done = run("--tokens", "256", "--logits", tmp_path / "x.npy")
+    assert done.returncode == 2 and list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_run_keeps_the_old_file(tmp_path):
+    (tmp_path / "x.npy").write_text("old")
+    run("--tokens", "256", "--logits", tmp_path / "x.npy")
+    assert (tmp_path / "x.npy").read_text() == "old"
+
+
+def test_unusable_gpu_is_said(expected):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    auto = subprocess.run([*ENTRY, "run", str(EXAMPLE), "--tokens", TOKENS], env=environment, capture_output=True)
+    assert auto.stdout == f"{expected.token}\n".encode()
+    assert auto.stderr.startswith(b"kqprefill: running on the CPU: ") and auto.stderr.count(b"\n") == 1
+    command = [*ENTRY, "run", str(EXAMPLE), "--tokens", TOKENS, "--backend", "cuda"]
+    forced = subprocess.run(command, env=environment, capture_output=True)
+    assert forced.returncode == 1 and forced.stdout == b"" and forced.stderr.count(b"\n") == 1
+
+
+def test_verbose_says_what_was_done():
+    done = run("--tokens", TOKENS, "--verbose")
+    assert b"5 tokens" in done.stderr and b"tokens/s" in done.stderr
+
+
+@pytest.mark.parametrize("output", ["md", "json", "jsonl", "csv"])
+def test_bench(output):
+    done = kq("bench", "tiny:Q4_K_M", "-p", "16,32", "-r", "2", "-o", output, "--backend", "cpu")
+    text = done.stdout.decode()
+    assert done.returncode == 0, done.stderr
+    if output == "md":
+        assert [line.split("|")[6].strip() for line in text.splitlines()[2:]] == ["pp16", "pp32"]
+        return
+    rows = {
+        "json": lambda: json.loads(text),
+        "jsonl": lambda: [json.loads(line) for line in text.splitlines()],
+        "csv": lambda: [dict(zip(text.splitlines()[0].split(","), line.split(","))) for line in text.splitlines()[1:]],
+    }[output]()
+    assert [int(row["prompt_tokens"]) for row in rows] == [16, 32]
+    assert all(float(row["tokens_per_second"]) > 0 for row in rows)
+
+
+def test_bench_refuses():
+    for args in (["no-such-shape:Q4_K"], ["tiny:Q9_K"], ["tiny", "-p", "0"], ["tiny", "-p", "5000"], ["tiny", "-p", "a"]):
+        done = kq("bench", *args, "--backend", "cpu")
+        assert done.returncode == 2 and done.stdout == b"" and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("recipe", ["Q4_K_M", "Q3_K", "Q8_K", "BF16"])
+def test_synth_makes_a_model_that_runs(recipe, tmp_path):
+    path = tmp_path / "model.gguf"
+    assert kq("synth", f"tiny:{recipe}", path).returncode == 0
+    with kqprefill.load(path, backend="cpu") as model:
+        assert np.isfinite(model.prefill([1, 2, 3], logits="last").logits).all()
+
+
+def test_the_example_is_small():
+    assert EXAMPLE.stat().st_size < 1 << 20

@@ -1,0 +1,56 @@
+"""Models quantised by ggml against exact arithmetic: mean KL divergence from llama.cpp's logits on the dequantised model."""
+
+import numpy as np
+import pytest
+
+import kqprefill
+from conftest import BACKENDS, CONFORMANCE_FOLDERS, kl_divergence, log_softmax
+from kqprefill.gguf import GGUFFile
+from kqprefill.models import FAMILIES, read_model
+
+FOUND = {path.stem: path for folder in reversed(CONFORMANCE_FOLDERS) for path in sorted(folder.glob("*.gguf"))}
+
+
+def is_supported(path):
+    with GGUFFile(path) as file:
+        if file.metadata["general.architecture"] not in FAMILIES:
+            return False
+        try:
+            read_model(file)
+        except kqprefill.ModelError:
+            return False
+    return True
+
+
+CASES = sorted(name for name, path in FOUND.items() if is_supported(path))
+
+
+def limit(name, backend):
+    """llama.cpp's CPU reads GELU from a half-precision table, so the Gemma references are less exact."""
+    return 1e-5 if backend == "cuda" else 1e-6 if name.startswith("gemma") else 1e-10
+
+
+def test_every_family_and_format_has_a_case():
+    names = " ".join(CASES)
+    for family in ("qwen3-q4_k", "llama-q4_k_m", "qwen2-q5_k", "gemma3-q4_k_m"):
+        assert family in CASES
+    for kind in "q2_k q3_k q4_k q5_k q6_k q8_k q4_0 q4_1 q5_0 q5_1 q8_0 iq4_nl iq4_xs f16 bf16 f32".split():
+        assert f"qwen3-{kind}" in names
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CASES)
+def test_logits(name, backend):
+    reference = np.load(FOUND[name].with_suffix(".npz"))
+    with kqprefill.load(FOUND[name], backend=backend) as model:
+        result = model.prefill(reference["tokens"], logits="all")
+    expected = reference["logits"]
+    assert result.logits.shape == expected.shape and result.logits.dtype == np.float32
+    divergence = kl_divergence(expected, result.logits)
+    assert divergence <= limit(name, backend), f"mean KL {divergence:.2e}"
+    ranked = np.sort(expected, axis=-1)
+    clear = ranked[:, -1] - ranked[:, -2] > 0.02
+    assert np.array_equal(result.logits.argmax(-1)[clear], expected.argmax(-1)[clear])
+    assert result.token == int(result.logits[-1].argmax())
+    assert result.logit == result.logits[-1, result.token]
+    assert result.logprob == pytest.approx(log_softmax(result.logits[-1])[result.token], abs=1e-5)

@@ -1,0 +1,172 @@
+"""What a caller of the library relies on (the seed's contract): continuation, edges, determinism, errors."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import kqprefill
+from conftest import BACKENDS, EXAMPLE, ROOT, relative_error
+
+GEMMA = ROOT / "tests/data/gemma3-q4_k_m.gguf"  # sliding windows of 32, two rotary bases
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+@pytest.fixture
+def model(backend):
+    with kqprefill.load(EXAMPLE, backend=backend) as model:
+        yield model
+
+
+def prompt(model, n):
+    return np.random.default_rng().integers(0, model.config.vocab_size, n)
+
+
+@pytest.mark.parametrize("path", [EXAMPLE, GEMMA], ids=lambda p: p.stem)
+def test_cutting_a_prompt_changes_nothing(path, backend):
+    with kqprefill.load(path, backend=backend) as model:
+        tokens = prompt(model, 300)
+        whole = model.prefill(tokens, logits="all").logits
+        cache = model.new_cache(300)
+        parts, at = [], 0
+        for n in (1, 128, 171):
+            parts.append(model.prefill(tokens[at : at + n], logits="all", cache=cache).logits)
+            at += n
+            assert cache.length == at
+        cut = np.concatenate(parts)
+        if backend == "cuda":
+            assert np.array_equal(whole, cut)  # to the bit: sums are ordered by position alone
+        else:
+            assert relative_error(whole, cut) < 1e-5
+
+
+@pytest.mark.parametrize("n", [1, 7, 129, 300])
+def test_last_is_the_last_row_of_all(model, n):
+    tokens = prompt(model, n)
+    last, everything, nothing = (model.prefill(tokens, logits=logits) for logits in ("last", "all", None))
+    assert last.logits.shape == (model.config.vocab_size,) and everything.logits.shape == (n, model.config.vocab_size)
+    assert nothing.logits is None and nothing.token == last.token == everything.token
+    assert relative_error(everything.logits[-1], last.logits) < 1e-6
+    assert last.prompt_tokens == n and last.timings["prefill"] > 0
+
+
+def test_a_position_sees_only_what_stands_before_it(model):
+    tokens = prompt(model, 200)
+    first = model.prefill(tokens, logits="all").logits
+    tokens[150:] = (tokens[150:] + 1) % model.config.vocab_size
+    second = model.prefill(tokens, logits="all").logits
+    assert relative_error(first[:150], second[:150]) < 1e-6
+    assert (np.abs(first[150:] - second[150:]).max(axis=1) > 1e-4).all()
+
+
+def test_same_prompt_same_bits(model):
+    tokens = prompt(model, 129)
+    runs = [model.prefill(tokens, logits="all").logits for _ in range(3)]
+    model.prefill(prompt(model, 300))  # other work in between leaves nothing behind
+    runs.append(model.prefill(tokens, logits="all").logits)
+    assert all(np.array_equal(runs[0], run) for run in runs)
+
+
+def test_an_empty_prompt_is_a_no_op(model):
+    cache = model.new_cache(8)
+    result = model.prefill([], logits="all", cache=cache)
+    assert result.token is None and result.logits.shape == (0, model.config.vocab_size) and cache.length == 0
+
+
+@pytest.mark.parametrize(
+    "tokens,complaint",
+    [([0, 256], "token 256 at position 1"), ([-1], "token -1"), ([1.5], "integers"), ([[1]], "flat sequence")],
+)
+def test_bad_tokens_are_refused(model, tokens, complaint):
+    with pytest.raises(kqprefill.InputError, match=complaint):
+        model.prefill(tokens)
+
+
+def test_context_and_cache_room_are_kept(model):
+    limit = model.config.context_length
+    with pytest.raises(kqprefill.InputError, match=f"context length of {limit}"):
+        model.prefill(np.zeros(limit + 1, np.int64))
+    with pytest.raises(kqprefill.InputError, match="cache"):
+        model.new_cache(limit + 1)
+    cache = model.new_cache(10)
+    model.prefill([1] * 8, cache=cache)
+    with pytest.raises(kqprefill.InputError, match="room for 2 more"):
+        model.prefill([1] * 3, cache=cache)
+    assert cache.length == 8
+    cache.reset()
+    assert model.prefill([1] * 8, cache=cache).token == model.prefill([1] * 8).token
+
+
+def test_bad_arguments_are_refused(backend):
+    with pytest.raises(kqprefill.InputError, match="backend"):
+        kqprefill.load(EXAMPLE, backend="tpu")
+    with kqprefill.load(EXAMPLE, backend=backend) as model, pytest.raises(kqprefill.InputError, match="logits"):
+        model.prefill([1], logits="some")
+
+
+@pytest.mark.gpu
+def test_a_device_that_is_not_there():
+    with pytest.raises(kqprefill.BackendError, match="device 99"):
+        kqprefill.load(EXAMPLE, backend="cuda", device=99)
+
+
+@pytest.mark.gpu
+def test_closing_frees_the_gpu():
+    from kqprefill.backends.cuda.device import Gpu, check
+
+    gpu = Gpu(0)
+
+    def free():
+        return check(gpu.driver.cuMemGetInfo())[0]
+
+    def once():
+        with kqprefill.load(EXAMPLE, backend="cuda") as model:
+            model.prefill([1] * 300, cache=model.new_cache(300))
+
+    once()  # the context's own memory comes with the first use
+    before = free()
+    for _ in range(3):
+        once()
+    assert before - free() < 32 << 20
+    gpu.close()
+
+
+def test_nan_weights_are_an_error_not_a_token(backend, tmp_path):
+    raw = bytearray(EXAMPLE.read_bytes())
+    from kqprefill.gguf import GGUFFile
+
+    with GGUFFile(EXAMPLE) as file:
+        at = file.tensors["blk.1.ffn_down.weight"].offset
+        kind = file.tensors["blk.1.ffn_down.weight"].type.name
+    at += {"Q4_K": 0, "Q6_K": 208}[kind]
+    raw[at : at + 2] = b"\x00\x7e"  # d = NaN
+    path = tmp_path / "nan.gguf"
+    path.write_bytes(raw)
+    with kqprefill.load(path, backend=backend) as model, pytest.raises(kqprefill.BackendError, match="NaN"):
+        model.prefill([1, 2, 3])
+
+
+def test_ties_go_to_the_lowest_id(backend, tmp_path):
+    """An output matrix whose rows are all the same gives every token the same logit."""
+    from kqprefill.gguf import GGUFFile
+
+    raw = bytearray(EXAMPLE.read_bytes())
+    with GGUFFile(EXAMPLE) as file:
+        output = file.tensors["output.weight"]
+        row = output.nbytes // output.shape[0]
+        raw[output.offset : output.offset + output.nbytes] = raw[output.offset : output.offset + row] * output.shape[0]
+    path = tmp_path / "tied.gguf"
+    path.write_bytes(raw)
+    with kqprefill.load(path, backend=backend) as model:
+        result = model.prefill([5, 6, 7], logits="last")
+        assert len(set(result.logits.tolist())) == 1 and result.token == 0
+
+
+def test_importing_the_package_is_light():
+    code = "import sys, kqprefill; print([m for m in ('numpy', 'cuda', 'rich', 'gguf') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

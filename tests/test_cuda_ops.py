@@ -1,0 +1,177 @@
+"""Every CUDA op against the NumPy op on the same inputs, as the layers of models of many shapes call them."""
+
+
+from gguf.constants import GGMLQuantizationType as GGML
+import numpy as np
+import pytest
+
+import kqprefill
+from conftest import ROOT, kl_divergence, relative_error
+from kqprefill.backends.base import Batch
+from kqprefill.backends.cpu.backend import CpuBackend
+from kqprefill.gguf import GGUFFile
+from kqprefill.gguf.synthetic import Shape, SyntheticFile
+from kqprefill.models import read_model
+
+pytestmark = pytest.mark.gpu
+
+# Halves have 11 bits: an operand is off by 2.8e-4 at most and by about 1.6e-4 in the mean, and a chain of ops by a few of these.
+TOLERANCE = 2e-3
+
+
+def shape(architecture, hidden, heads, kv_heads, head_dim, ffn, vocab, **more):
+    return Shape(architecture, more.pop("layers", 1), hidden, heads, kv_heads, head_dim, ffn, vocab, 4096, 1e4, **more)
+
+
+MODELS = {
+    "llama, no grouping": (shape("llama", 256, 4, 4, 64, 512, 160), GGML.Q4_K),
+    "llama, 5 heads of 96 to one": (shape("llama", 256, 5, 1, 96, 256, 161), GGML.Q3_K),
+    "qwen3, 8 heads to one": (shape("qwen3", 512, 8, 1, 128, 768, 521), GGML.Q6_K),
+    "qwen3, heads of 80": (shape("qwen3", 256, 4, 2, 80, 256, 160), GGML.Q2_K),
+    "qwen3, heads of 192": (shape("qwen3", 256, 2, 1, 192, 256, 160), GGML.Q5_K),
+    "qwen3, heads of 256": (shape("qwen3", 256, 3, 1, 256, 256, 160), GGML.Q8_0),
+    "qwen2, biases": (shape("qwen2", 256, 6, 2, 64, 512, 333), GGML.Q5_0),
+    "gemma3, window": (shape("gemma3", 256, 4, 2, 64, 512, 160, layers=6, window=50), GGML.IQ4_XS),
+    "no multiple of anything": (shape("llama", 100, 3, 3, 20, 77, 33), GGML.F32),
+    "rows of 32s": (shape("qwen3", 96, 6, 3, 32, 160, 47), GGML.Q4_0),
+    "wide": (shape("qwen3", 2560, 8, 2, 128, 4096, 1000), GGML.Q4_K),
+}
+
+
+class PoisonedWorkspace:
+    """A Workspace whose outputs are NaN until a kernel writes them."""
+
+    OUTPUTS = {"normed", "qkv", "q", "k", "v", "logits", "activated", "dequantised", "linear", "residual"}
+
+    def __init__(self, gpu, inner):
+        self._gpu, self._inner = gpu, inner
+
+    def get(self, name, nbytes):
+        address = self._inner.get(name, nbytes)
+        if name in self.OUTPUTS:
+            self._gpu.upload(address, np.full(nbytes, 0xFF, np.uint8))
+        return address
+
+    def close(self):
+        self._inner.close()
+
+
+class BothOps:
+    """Runs each op on both backends and compares. A value is (what the CPU has, what the GPU has)."""
+
+    def __init__(self, cpu, cuda):
+        self.cpu, self.cuda, self.errors = cpu, cuda, {}
+
+    @property
+    def layer(self):
+        return self.cpu.layer
+
+    @layer.setter
+    def layer(self, index):
+        self.cpu.layer = self.cuda.layer = index
+
+    def _floats(self, address, expected):
+        got = np.empty(expected.shape, np.float32)
+        self.cuda.gpu.download(got, address)
+        return got
+
+    def _halves(self, address, scale, rows, stride, columns):
+        halves, factor = np.empty((rows, stride), np.float16), np.empty(1, np.float32)
+        self.cuda.gpu.download(halves, address)
+        self.cuda.gpu.download(factor, scale)
+        assert np.isfinite(halves[:, :columns]).all() and np.abs(halves[:, :columns]).max() <= 2.0**15
+        return halves[:, :columns].astype(np.float32) / factor
+
+    def _note(self, op, expected, got):
+        error = relative_error(expected, got)
+        assert error <= TOLERANCE, f"{op}: relative error {error:.1e}"
+
+    def __getattr__(self, op):
+        def both(*args, **kwargs):
+            pick = [lambda v, i=i: v[i] if isinstance(v, tuple) else v for i in (0, 1)]
+            results = [
+                getattr(ops, op)(*map(pick[i], args), **{k: pick[i](v) for k, v in kwargs.items()})
+                for i, ops in enumerate((self.cpu, self.cuda))
+            ]
+            return self._compare(op, *results)
+
+        return both
+
+    def _compare(self, op, expected, got):
+        if op == "qkv":
+            padded = self.cuda.attention_tile.head_dim
+            for name, e, g in zip("qkv", expected, got):
+                tokens, heads, dim = e.shape
+                values = self._halves(g.address, g.scale, tokens * heads, padded, dim)
+                self._note(name, e.reshape(tokens * heads, dim), values)
+            return tuple(zip(expected, got))
+        if hasattr(got, "columns"):  # an Operand
+            from kqprefill.backends.cuda.ops import padded
+
+            values = self._halves(got.address, got.scale, len(expected), padded(got.columns), got.columns)
+            self._note(op, expected, values)
+        else:
+            self._note(op, expected, self._floats(got, expected))
+        return expected, got
+
+
+@pytest.fixture(scope="module")
+def cuda():
+    from kqprefill.backends.cuda.backend import CudaBackend
+
+    backend = CudaBackend(0)
+    yield backend
+    backend.close()
+
+
+@pytest.mark.parametrize("n", [1, 7, 129, 300])
+@pytest.mark.parametrize("name", MODELS)
+def test_ops(cuda, name, n):
+    description, kind = MODELS[name]
+    family = read_model(SyntheticFile(description, lambda *_: kind, name))
+    cuda.load(family, lambda *_: None)
+    plain = cuda.workspace
+    cuda.workspace = PoisonedWorkspace(cuda.gpu, plain)
+    tokens = np.random.default_rng().integers(0, description.vocab, n).astype(np.int32)
+    batch = Batch(tokens)
+    try:
+        with CpuBackend().begin(family, batch, None) as cpu, cuda.begin(family, batch, None) as gpu_ops:
+            both = BothOps(cpu, gpu_ops)
+            x = family.embed(both, tokens)
+            for index, weights in enumerate(family.blocks):
+                both.layer = index
+                x = family.layer(both, weights, x, index)
+            expected = cpu.head(x[0], family.output_norm, family.output, "all")
+            got = gpu_ops.head(x[1], family.output_norm, family.output, "all")
+            assert relative_error(expected.logits, got.logits) <= TOLERANCE
+            assert got.logit == got.logits[-1].max() and got.token == int(got.logits[-1].argmax())
+    finally:
+        cuda.workspace = plain
+        cuda.weights.close()
+        cuda.weights = None
+
+
+@pytest.mark.parametrize("factor", [1e3, 1e-6])
+def test_activations_far_outside_half_precision(factor, tmp_path):
+    """Gate and up scaled so that their product is far beyond 65504, or far below 2^-24: no inf, and no loss either."""
+    path = ROOT / "tests/data/qwen3-f32.gguf"
+    raw = bytearray(path.read_bytes())
+    with GGUFFile(path) as file:
+        for name in ("blk.0.ffn_gate.weight", "blk.0.ffn_up.weight", "blk.0.attn_v.weight", "token_embd.weight"):
+            tensor = file.tensors[name]
+            values = np.frombuffer(tensor.data.tobytes(), np.float32) * np.float32(factor)
+            raw[tensor.offset : tensor.offset + tensor.nbytes] = values.tobytes()
+    planted = tmp_path / "planted.gguf"
+    planted.write_bytes(raw)
+    tokens = np.random.default_rng().integers(0, 160, 100)
+    logits = []
+    for backend in ("cpu", "cuda"):
+        with kqprefill.load(planted, backend=backend) as model:
+            logits.append(model.prefill(tokens, logits="all").logits)
+    assert np.isfinite(logits[1]).all()
+    assert kl_divergence(*logits) <= 1e-5
+
+
+def test_an_allocation_that_fails_is_one_line(cuda):
+    with pytest.raises(kqprefill.BackendError, match="out of memory"):
+        cuda.gpu.allocate(1 << 50, "a test")

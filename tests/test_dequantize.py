@@ -1,0 +1,105 @@
+"""Block formats, bit for bit: the host's decoding against the gguf package, the kernels' against the host's."""
+
+from ctypes import c_float, c_int32
+import struct
+
+from gguf import quants
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType as GGML
+import numpy as np
+import pytest
+
+from kqprefill.gguf import dequantize
+from kqprefill.gguf.dequantize import SUPPORTED
+from kqprefill.gguf.synthetic import pool
+
+FORMATS = sorted(SUPPORTED, key=lambda t: t.name)
+QUANTISED = [t for t in FORMATS if GGML_QUANT_SIZES[t][0] > 1]
+
+
+def random_blocks(kind, n, rng):
+    """Blocks of random bits, but with finite scales: every bit pattern of the integers occurs."""
+    raw = rng.integers(0, 256, (n, GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
+    real = pool(kind)
+    sound = real[rng.integers(0, len(real), n)]
+    half_at = {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)}.get(kind.name, (0, 2) if kind.name in ("Q4_1", "Q5_1", "Q4_K", "Q5_K") else (0,))
+    width = 4 if kind == GGML.Q8_K else 2
+    for at in half_at:
+        raw[:, at : at + width] = sound[:, at : at + width]
+        if width == 2:  # a few subnormal scales too
+            raw[: n // 8, at : at + 2] = rng.integers(1, 0x400, (n // 8, 1), dtype=np.uint16).view(np.uint8)
+    return raw
+
+
+def rows_of(kind, rows, columns, rng):
+    block_elements, block_bytes = GGML_QUANT_SIZES[kind]
+    if block_elements == 1:
+        return pool(kind)[rng.integers(0, len(pool(kind)), rows * columns)].reshape(rows, -1)
+    return random_blocks(kind, rows * columns // block_elements, rng).reshape(rows, -1)
+
+
+@pytest.mark.parametrize("kind", [t for t in FORMATS if t != GGML.Q8_K], ids=lambda t: t.name)
+@pytest.mark.parametrize("shape", [(1, 256), (7, 512), (300, 768), (33, 8192)], ids=str)
+def test_equals_the_gguf_package(kind, shape):
+    raw = rows_of(kind, *shape, np.random.default_rng())
+    got = dequantize(raw, kind)
+    assert got.shape == shape and got.dtype == np.float32
+    assert np.array_equal(got.view(np.uint32), np.asarray(quants.dequantize(raw, kind), np.float32).view(np.uint32))
+
+
+def test_q8_k_equals_ggmls_formula():
+    raw = rows_of(GGML.Q8_K, 3, 512, np.random.default_rng())
+    expected = []
+    for block in raw.reshape(-1, 292):
+        (d,) = struct.unpack("<f", block[:4].tobytes())
+        expected.append(np.float32(d) * block[4:260].view(np.int8).astype(np.float32))
+    assert np.array_equal(dequantize(raw, GGML.Q8_K), np.concatenate(expected).reshape(3, 512))
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    from kqprefill.backends.cuda.device import Gpu
+
+    gpu = Gpu(0)
+    yield gpu
+    gpu.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", FORMATS, ids=lambda t: t.name)
+@pytest.mark.parametrize("rows,columns", [(1, 256), (7, 512), (129, 768), (5, 96), (3, 33)])
+def test_kernels_equal_the_host(gpu, kind, rows, columns):
+    """embed gives the weights in float32, bit for bit; dequantize the halves nearest to scale * weight, zero-padded."""
+    from kqprefill.backends.cuda.kernels import Kernels, weight_program
+
+    block_elements, block_bytes = GGML_QUANT_SIZES[kind]
+    if columns % block_elements:
+        pytest.skip(f"{kind.name} has no rows of {columns}")
+    rng = np.random.default_rng()
+    raw = rows_of(kind, rows, columns, rng)
+    expected = dequantize(raw, kind)
+    ids = rng.integers(0, rows, 2 * rows).astype(np.int32)
+    scale = np.array([2.0**7], np.float32)
+    stride = -(-columns // 64) * 64
+    embedded = np.empty((len(ids), columns), np.float32)
+    halves = np.empty((rows, stride), np.float16)
+    kernels = Kernels(gpu)
+    program = weight_program(kind)
+    buffers = [gpu.allocate(a.nbytes, "test") for a in (raw, ids, scale, embedded, halves)]
+    d_raw, d_ids, d_scale, d_embedded, d_halves = (int(b.handle) for b in buffers)
+    for address, array in ((d_raw, raw), (d_ids, ids), (d_scale, scale)):
+        gpu.upload(address, array)
+    for address, array in ((d_embedded, embedded), (d_halves, halves)):
+        gpu.upload(address, np.full(array.nbytes, 0xFF, np.uint8))  # NaN: an element not written shows
+    row_bytes = raw.shape[1]
+    kernels.launch(program, "embed", len(ids), 256, d_raw, row_bytes, c_int32(columns), d_ids, c_float(1.0), d_embedded)
+    kernels.launch(
+        program, "dequantize", -(-rows * stride // 8 // 256), 256,
+        d_raw, row_bytes, c_int32(rows), c_int32(columns), d_halves, c_int32(stride), c_int32(0), d_scale,
+    )  # fmt: skip
+    gpu.download(embedded, d_embedded)
+    gpu.download(halves, d_halves)
+    for buffer in buffers:
+        buffer.close(gpu.stream)
+    assert np.array_equal(embedded.view(np.uint32), expected[ids].view(np.uint32))
+    assert np.array_equal(halves[:, :columns], (expected * scale).astype(np.float16))
+    assert not halves[:, columns:].any()

@@ -1,0 +1,126 @@
+"""The reader against the gguf package's on sound files, and against lies in unsound ones."""
+
+import struct
+
+import gguf
+import numpy as np
+import pytest
+
+from conftest import EXAMPLE, ROOT
+from kqprefill.errors import GGUFError
+from kqprefill.gguf import GGUFFile
+
+
+@pytest.mark.parametrize("path", [EXAMPLE, ROOT / "tests/data/gemma3-q4_k_m.gguf"], ids=lambda p: p.stem)
+def test_reads_what_the_gguf_package_reads(path):
+    theirs = gguf.GGUFReader(path)
+    with GGUFFile(path) as ours:
+        fields = {name: field for name, field in theirs.fields.items() if not name.startswith("GGUF.")}
+        assert set(ours.metadata) == set(fields)
+        for name, field in fields.items():
+            value = ours.metadata[name]
+            expected = field.contents()
+            assert (value.tolist() if isinstance(value, np.ndarray) else value) == expected, name
+        assert list(ours.tensors) == [t.name for t in theirs.tensors]
+        for tensor in theirs.tensors:
+            mine = ours.tensors[tensor.name]
+            assert mine.shape == tuple(reversed(tensor.shape.tolist())) and mine.type == tensor.tensor_type
+            assert mine.data.tobytes() == tensor.data.tobytes(), tensor.name
+
+
+def string(text):
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def header(version=3, tensors=0, metadata=0):
+    return b"GGUF" + struct.pack("<IQQ", version, tensors, metadata)
+
+
+def pair(key, kind, payload):
+    return string(key) + struct.pack("<I", kind) + payload
+
+
+def tensor_info(name="t", dims=(32,), kind=0, offset=0):
+    return string(name) + struct.pack("<I", len(dims)) + struct.pack(f"<{len(dims)}QIQ", *dims, kind, offset)
+
+
+def with_data(info, count=1, nbytes=4096):
+    head = header(tensors=count) + info
+    return head + b"\0" * (-len(head) % 32) + b"\0" * nbytes
+
+
+LONG = 1 << 62
+UNSOUND = {
+    "empty": (b"", "too few"),
+    "not GGUF": (b"GGML" + b"\0" * 40, "not a GGUF"),
+    "version 1": (header(version=1), "version 1"),
+    "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
+    "more tensors than bytes": (header(tensors=LONG), "tensor count"),
+    "more metadata than bytes": (header(metadata=LONG), "metadata count"),
+    "string past the end": (header(metadata=1) + struct.pack("<Q", LONG) + b"\0" * 32, "metadata key of"),
+    "value past the end": (header(metadata=1) + pair("k", 8, struct.pack("<Q", LONG)), "truncated"),
+    "array past the end": (header(metadata=1) + pair("k", 9, struct.pack("<IQ", 5, LONG)), "count"),
+    "string array past the end": (header(metadata=1) + pair("k", 9, struct.pack("<IQ", 8, 2) + string("a") + struct.pack("<Q", 99)), "truncated"),
+    "array of arrays": (header(metadata=1) + pair("k", 9, struct.pack("<IQ", 9, 1) + b"\0" * 16), "not supported"),
+    "unknown value type": (header(metadata=1) + pair("k", 77, b"\0" * 8), "unknown type"),
+    "key twice": (header(metadata=2) + pair("k", 4, b"\0" * 4) * 2, "twice"),
+    "key not UTF-8": (header(metadata=1) + struct.pack("<Q", 2) + b"\xff\xfe" + b"\0" * 16, "UTF-8"),
+    "alignment 0": (header(metadata=1) + pair("general.alignment", 4, b"\0" * 4), "power of two"),
+    "alignment 48": (header(metadata=1) + pair("general.alignment", 4, struct.pack("<I", 48)), "power of two"),
+    "no dimensions": (with_data(tensor_info(dims=())), "0 dimensions"),
+    "five dimensions": (with_data(tensor_info(dims=(1,) * 5)), "5 dimensions"),
+    "dimension 0": (with_data(tensor_info(dims=(32, 0))), "dimension of 0"),
+    "dimensions overflow": (with_data(tensor_info(dims=(1 << 40, 1 << 40))), "past the file's"),
+    "unknown tensor type": (with_data(tensor_info(kind=9999)), "unknown ggml type"),
+    "row no multiple of the block": (with_data(tensor_info(dims=(100,), kind=12)), "no multiple"),
+    "offset unaligned": (with_data(tensor_info(offset=4)), "not a multiple of the alignment"),
+    "offset past the end": (with_data(tensor_info(offset=1 << 40)), "truncated"),
+    "data past the end": (with_data(tensor_info(dims=(32, 1000))), "truncated"),
+    "tensor twice": (with_data(tensor_info() * 2, count=2), "twice"),
+    "name too long": (with_data(tensor_info(name="n" * 64)), "tensor name of 64"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNSOUND)
+def test_refuses_unsound_files_in_one_line(case, tmp_path):
+    path = tmp_path / "model.gguf"
+    content, complaint = UNSOUND[case]
+    path.write_bytes(content)
+    with pytest.raises(GGUFError) as refusal:
+        GGUFFile(path)
+    message = str(refusal.value)
+    assert complaint in message and message.startswith(str(path)) and "\n" not in message
+
+
+@pytest.mark.parametrize("size", [1, 10, 23, 24, 100, 2000, 5000])
+def test_refuses_every_truncation(size, tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(EXAMPLE.read_bytes()[:size])
+    with pytest.raises(GGUFError):
+        GGUFFile(path)
+
+
+def test_missing_file_and_folder(tmp_path):
+    for path in (tmp_path / "none.gguf", tmp_path):
+        with pytest.raises(GGUFError, match=str(path)):
+            GGUFFile(path)
+
+
+def test_strings_of_all_lengths_are_stepped_over(tmp_path):
+    lengths = [0, 1, 255, 256, 257, 3, 70000, 2, *range(500), 300, 300, 300]
+    strings = ["x" * n for n in lengths]
+    body = pair("list", 9, struct.pack("<IQ", 8, len(strings)) + b"".join(map(string, strings)))
+    path = tmp_path / "model.gguf"
+    path.write_bytes(header(metadata=2) + body + pair("after", 4, struct.pack("<I", 7)))
+    with GGUFFile(path) as file:
+        assert file.metadata["after"] == 7
+        assert file.metadata.array_length("list") == len(strings)
+        assert file.metadata["list"] == strings
+
+
+def test_version_2_is_read(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(header(version=2, metadata=1) + pair("k", 8, string("v")))
+    with GGUFFile(path) as file:
+        assert file.version == 2 and dict(file.metadata) == {"k": "v"}

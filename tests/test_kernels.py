@@ -1,0 +1,81 @@
+"""Every kernel compiles for every architecture we claim, without a GPU, and none spills; and the cache of what came out."""
+
+from concurrent.futures import ThreadPoolExecutor
+import io
+import multiprocessing
+import os
+import re
+
+import pytest
+
+from kqprefill.backends.cuda.compiler import KernelCache, Program, compile_program
+from kqprefill.backends.cuda.kernels import ARCHITECTURES, attention_tile, every_program, LARGE_TILE, SMALL_TILE
+
+SMALLEST_SHARED_MEMORY = 99 << 10  # a block's, on sm_86, sm_89 and sm_120
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_all_compile_without_spills(arch):
+    def compile_one(program):
+        log = io.StringIO()
+        return program, compile_program(program, "cubin", arch, logs=log), log.getvalue()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for program, code, log in pool.map(compile_one, every_program()):
+            assert code[:4] == b"\x7fELF", program
+            spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
+            assert spills and not any(map(int, spills)), f"{program} for {arch}:\n{log}"
+            assert "warning" not in log, f"{program} for {arch}:\n{log}"
+
+
+def test_tiles_fit_every_gpu():
+    tiles = [LARGE_TILE, SMALL_TILE, *(attention_tile(d) for d in (32, 64, 80, 96, 112, 128, 192, 256))]
+    assert all(tile.shared_bytes <= SMALLEST_SHARED_MEMORY for tile in tiles)
+
+
+SCALES = Program("scales.cu")
+
+
+def entries(folder):
+    return sorted(folder.iterdir())
+
+
+def test_cache_hits_and_mends_damage(tmp_path):
+    cache = KernelCache(tmp_path / "cache")
+    code, hit = cache.get(SCALES, "cubin", "sm_90a")
+    assert not hit and (tmp_path / "cache").stat().st_mode & 0o077 == 0
+    assert cache.get(SCALES, "cubin", "sm_90a") == (code, True)
+    (entry,) = entries(tmp_path / "cache")
+    for damage in (entry.read_bytes()[:100], b"", entry.read_bytes()[:-1] + b"?"):
+        entry.write_bytes(damage)
+        assert cache.get(SCALES, "cubin", "sm_90a") == (code, False)
+        assert cache.get(SCALES, "cubin", "sm_90a") == (code, True)
+
+
+def test_cache_keys_tell_programs_apart(tmp_path):
+    cache = KernelCache(tmp_path)
+    for program, arch in ((SCALES, "sm_80"), (SCALES, "sm_90a"), (Program("norm.cu"), "sm_80"), (Program("norm.cu", (("X", "1"),)), "sm_80")):
+        assert not cache.get(program, "cubin", arch)[1]
+    assert len(entries(tmp_path)) == 4
+
+
+def test_a_cache_that_others_may_write_is_not_believed(tmp_path):
+    cache = KernelCache(tmp_path)
+    cache.get(SCALES, "cubin", "sm_80")
+    tmp_path.chmod(0o777)
+    assert not cache.get(SCALES, "cubin", "sm_80")[1]
+
+
+def test_a_folder_that_cannot_be_made_costs_only_the_cache(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert KernelCache(tmp_path / "file" / "cache").get(SCALES, "cubin", "sm_80")[0][:4] == b"\x7fELF"
+
+
+def _compile_into(folder):
+    return KernelCache(folder).get(SCALES, "cubin", "sm_80")[0]
+
+
+def test_two_processes_at_once(tmp_path):
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        first, second = pool.map(_compile_into, [tmp_path] * 2)
+    assert first == second and [path.suffix for path in entries(tmp_path)] == [".cubin"]
