@@ -25,10 +25,10 @@ def shape(architecture, hidden, heads, kv_heads, head_dim, ffn, vocab, **more):
 
 MODELS = {
     "llama, no grouping": (shape("llama", 256, 4, 4, 64, 512, 160), GGML.Q4_K),
-    "llama, 5 heads of 96 to one": (shape("llama", 256, 5, 1, 96, 256, 161), GGML.Q3_K),
+    "llama, 8 heads of 96 to one": (shape("llama", 256, 8, 1, 96, 256, 161), GGML.Q3_K),
     "qwen3, 8 heads to one": (shape("qwen3", 512, 8, 1, 128, 768, 521), GGML.Q6_K),
-    "qwen3, heads of 80": (shape("qwen3", 256, 4, 2, 80, 256, 160), GGML.Q2_K),
-    "qwen3, heads of 192": (shape("qwen3", 256, 2, 1, 192, 256, 160), GGML.Q5_K),
+    "qwen3, heads of 80": (shape("qwen3", 256, 16, 8, 80, 256, 160), GGML.Q2_K),
+    "qwen3, heads of 192": (shape("qwen3", 256, 4, 2, 192, 256, 160), GGML.Q5_K),
     "qwen3, heads of 256": (shape("qwen3", 256, 3, 1, 256, 256, 160), GGML.Q8_0),
     "qwen2, biases": (shape("qwen2", 256, 6, 2, 64, 512, 333), GGML.Q5_0),
     "gemma3, window": (shape("gemma3", 256, 4, 2, 64, 512, 160, layers=6, window=50), GGML.IQ4_XS),
