@@ -4,6 +4,7 @@
 // WARPS_M x WARPS_N warps hold their accumulators in registers and load the fragments of the next k16 step while the
 // current one multiplies. Each output is one chain of sums over k in order, whatever the tile: a row's bits depend
 // neither on the other rows nor on the configuration.
+#include "include/activation.cuh"
 #include "include/ptx.cuh"
 #include "include/types.cuh"
 
@@ -172,13 +173,6 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     });
 }
 
-enum Activation { kSilu = 0, kGeluTanh = 1 };
-
-__device__ __forceinline__ float activate(float g, int activation) {
-    if (activation == kSilu) return g / (1.0f + __expf(-g));
-    float inner = 0.7978845608f * fmaf(0.044715f * g * g, g, g);  // sqrt(2/pi) (g + 0.044715 g³)
-    return g / (1.0f + __expf(-2.0f * inner));                    // 0.5 g (1 + tanh(inner))
-}
 
 // out[m, f] = half(*out_scale * act(gate) * up), rows `ldo` apart: w's rows are gate and up, 8 and 8 in turn
 // (dequantize's `gated`), with room for `width` of each; gate_bias and up_bias [features] may be null. Columns from

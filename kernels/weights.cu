@@ -1,80 +1,102 @@
 // The kernels that read quantised weights, compiled once for each block format in use (FORMAT: a struct of quants/).
 #include "include/reduce.cuh"
 #include "include/types.cuh"
-#include "quants/floats.cuh"
-#include "quants/kquants.cuh"
-#include "quants/legacy.cuh"
+#include "quants/all.cuh"
 
-// Weights column .. column+7 of a row of `columns`; zeros past its end.
-template <class Format>
-__device__ __forceinline__ void decode_row8(const uint8_t* row, int column, int columns, float (&out)[8]) {
-    if constexpr (Format::kElements == 1) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i)
-            out[i] = column + i < columns ? Format::decode1(row + (column + i) * Format::kBytes) : 0.0f;
-    } else if (column < columns) {
-        Format::decode8(row + column / Format::kElements * Format::kBytes, column % Format::kElements, out);
+using Format = FORMAT;
+constexpr int kTileBytes = kTileRows * Format::kBytes;
+
+// The tile that holds weight `column` of row `row`; units are tiles a row of tiles has.
+__device__ __forceinline__ const uint8_t* tile_at(const uint8_t* weights, int row, int column, int units) {
+    return weights + (static_cast<uint64_t>(row / kTileRows) * units + column / Format::kElements) * kTileBytes;
+}
+
+__device__ __forceinline__ void decode_at(const uint8_t* weights, int row, int column, int units, float scale, float (&out)[16]) {
+    auto unit = unit_of<Format>(tile_at(weights, row, column, units), row % kTileRows);
+    Format::decode16(unit, column % Format::kElements, scale, out);
+}
+
+// From rows as GGUF stores them (`rows` of `row_bytes`) to tiles. A thread moves two bytes; one block row of the grid is
+// one row of tiles.
+extern "C" __global__ void __launch_bounds__(256)
+    repack(const uint8_t* source, uint64_t row_bytes, int rows, uint8_t* tiles, int units) {
+    uint32_t index = (blockIdx.x * 256u + threadIdx.x) * 2u;
+    int unit = index / kTileBytes, within = index % kTileBytes;
+    if (unit >= units) return;
+    constexpr int kWhole = Format::kBytes / 16 * 16, kTail = Format::kBytes % 16;
+    int row, to;
+    if (within < kWhole * kTileRows) {
+        row = within / 16 % kTileRows;
+        to = within / (16 * kTileRows) * 16 + within % 16;
     } else {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) out[i] = 0.0f;
+        row = (within - kWhole * kTileRows) / (kTail ? kTail : 1);
+        to = kWhole + (within - kWhole * kTileRows) % (kTail ? kTail : 1);
     }
+    uint64_t from = static_cast<uint64_t>(unit) * Format::kBytes + Format::source_of(to);
+    int source_row = blockIdx.y * kTileRows + row;
+    uint16_t two = 0;
+    if (source_row < rows && from < row_bytes)
+        two = *reinterpret_cast<const uint16_t*>(source + source_row * row_bytes + from);
+    *reinterpret_cast<uint16_t*>(tiles + static_cast<uint64_t>(blockIdx.y) * units * kTileBytes + index) = two;
 }
 
-// out[row, :] = half(*scale * w[row, :]), rows `stride` halves apart, zeros from `columns` to there: a GEMM's operand.
-// gated: leave room for another matrix between groups of 8 rows, so that gate and up interleave.
+// out[row, :] = half(*scale * w[row, :]) for `rows` rows from `first`, `stride` halves apart: a GEMM's operand. A thread
+// makes 16. gated: leave room for another matrix between groups of 8 rows, so that gate and up interleave.
 extern "C" __global__ void __launch_bounds__(256)
-    dequantize(const uint8_t* weights, uint64_t row_bytes, int rows, int columns, half_t* out, int stride, int gated,
+    dequantize(const uint8_t* weights, int units, int first, int rows, half_t* out, int stride, int gated,
                const float* scale) {
-    int chunks = stride / 8;
+    int pieces = stride / 16;
     uint32_t index = blockIdx.x * 256u + threadIdx.x;
-    int row = index / chunks, column = index % chunks * 8;
+    int row = index / pieces, column = index % pieces * 16;
     if (row >= rows) return;
-    float w[8];
-    decode_row8<FORMAT>(weights + row * row_bytes, column, columns, w);
-    float s = *scale;
-    uint4 packed = make_uint4(pack_half2(w[0] * s, w[1] * s), pack_half2(w[2] * s, w[3] * s),
-                              pack_half2(w[4] * s, w[5] * s), pack_half2(w[6] * s, w[7] * s));
+    float w[16];
+    decode_at(weights, first + row, column, units, *scale, w);
     uint64_t out_row = gated ? row + row / 8 * 8 : row;
-    *reinterpret_cast<uint4*>(out + out_row * stride + column) = packed;
+    uint4* to = reinterpret_cast<uint4*>(out + out_row * stride + column);
+    to[0] = make_uint4(pack_half2(w[0], w[1]), pack_half2(w[2], w[3]), pack_half2(w[4], w[5]), pack_half2(w[6], w[7]));
+    to[1] = make_uint4(pack_half2(w[8], w[9]), pack_half2(w[10], w[11]), pack_half2(w[12], w[13]), pack_half2(w[14], w[15]));
 }
 
-// out[t, :] = scale * w[tokens[t], :] in float32: the embedding.
+// out[t, :] = factor * w[tokens[t], :] in float32: the embedding.
 extern "C" __global__ void __launch_bounds__(256)
-    embed(const uint8_t* weights, uint64_t row_bytes, int columns, const int* tokens, float scale, float* out) {
-    const uint8_t* row = weights + tokens[blockIdx.x] * row_bytes;
-    for (int column = threadIdx.x * 8; column < columns; column += 256 * 8) {
-        float w[8];
-        decode_row8<FORMAT>(row, column, columns, w);
+    embed(const uint8_t* weights, int units, int columns, const int* tokens, float factor, float* out) {
+    int row = tokens[blockIdx.x];
+    for (int column = threadIdx.x * 16; column < columns; column += 256 * 16) {
+        float w[16];
+        decode_at(weights, row, column, units, 1.0f, w);
         float* to = out + static_cast<uint64_t>(blockIdx.x) * columns + column;
 #pragma unroll
-        for (int i = 0; i < 8; ++i)
-            if (column + i < columns) to[i] = scale * w[i];
+        for (int i = 0; i < 16; ++i)
+            if (column + i < columns) to[i] = factor * w[i];
     }
 }
 
-// A warp a row: row_norm[row] = |w[row, :] ∘ input|, and *absmax = max |w| (as bits: non-negative floats sort so).
-// `input` is the norm weight that the matrix's input was multiplied by, or null for ones.
-extern "C" __global__ void __launch_bounds__(256)
-    measure(const uint8_t* weights, uint64_t row_bytes, int rows, int columns, const float* input, float* row_norm,
+// A block a tile row: row_norm[row] = |w[row, :] ∘ input|, and *absmax = max |w| (as bits: non-negative floats sort so).
+// `input` [columns] is the norm weight that the matrix's input was multiplied by, or null for ones.
+extern "C" __global__ void __launch_bounds__(8 * kTileRows)
+    measure(const uint8_t* weights, int units, int rows, int columns, const float* input, float* row_norm,
             uint32_t* absmax) {
-    int row = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (row >= rows) return;
-    float sum = 0.0f, largest = 0.0f;
-    for (int column = lane * 8; column < columns; column += 256) {
-        float w[8];
-        decode_row8<FORMAT>(weights + row * row_bytes, column, columns, w);
+    __shared__ float partial[8][kTileRows];
+    int row = threadIdx.x % kTileRows, slice = threadIdx.x / kTileRows;
+    float sum = 0.0f;
+    uint32_t largest = 0;  // as bits, not fmaxf, which would drop a NaN: its bits are above every number's, and are kept
+    for (int column = slice * 16; column < columns; column += 8 * 16) {
+        float w[16];
+        decode_at(weights, blockIdx.x * kTileRows + row, column, units, 1.0f, w);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
+        for (int i = 0; i < 16; ++i) {
             float x = input != nullptr && column + i < columns ? w[i] * input[column + i] : w[i];
             sum = fmaf(x, x, sum);
-            // Not fmaxf, which would drop a NaN: its bits are above every number's, and are kept.
-            largest = bits_to_float(max(__float_as_uint(largest), __float_as_uint(fabsf(w[i]))));
+            largest = max(largest, __float_as_uint(fabsf(w[i])));
         }
     }
-    sum = warp_sum(sum);
-    uint32_t bits = __reduce_max_sync(0xffffffffu, __float_as_uint(largest));
-    if (lane == 0) {
-        row_norm[row] = sqrtf(sum);
-        atomicMax(absmax, bits);
+    partial[slice][row] = sum;
+    largest = __reduce_max_sync(0xffffffffu, largest);
+    if (threadIdx.x % 32 == 0) atomicMax(absmax, largest);
+    __syncthreads();
+    if (slice == 0 && blockIdx.x * kTileRows + row < rows) {
+#pragma unroll
+        for (int s = 1; s < 8; ++s) sum += partial[s][row];
+        row_norm[blockIdx.x * kTileRows + row] = sqrtf(sum);
     }
 }

@@ -70,6 +70,7 @@ def gpu():
 def test_kernels_equal_the_host(gpu, kind, rows, columns):
     """embed gives the weights in float32, bit for bit; dequantize the halves nearest to scale * weight, zero-padded."""
     from kqprefill.backends.cuda.kernels import Kernels, weight_program
+    from kqprefill.backends.cuda.weights import Matrix
 
     block_elements, block_bytes = GGML_QUANT_SIZES[kind]
     if columns % block_elements:
@@ -82,19 +83,26 @@ def test_kernels_equal_the_host(gpu, kind, rows, columns):
     stride = -(-columns // 64) * 64
     embedded = np.empty((len(ids), columns), np.float32)
     halves = np.empty((rows, stride), np.float16)
+    matrix = Matrix("test", kind, 0, rows, columns)
+    tiles = np.empty(matrix.nbytes, np.uint8)
     kernels = Kernels(gpu)
     program = weight_program(kind)
-    buffers = [gpu.allocate(a.nbytes, "test") for a in (raw, ids, scale, embedded, halves)]
-    d_raw, d_ids, d_scale, d_embedded, d_halves = (int(b.handle) for b in buffers)
+    buffers = [gpu.allocate(a.nbytes, "test") for a in (raw, ids, scale, tiles, embedded, halves)]
+    d_raw, d_ids, d_scale, d_tiles, d_embedded, d_halves = (int(b.handle) for b in buffers)
     for address, array in ((d_raw, raw), (d_ids, ids), (d_scale, scale)):
         gpu.upload(address, array)
-    for address, array in ((d_embedded, embedded), (d_halves, halves)):
+    for address, array in ((d_tiles, tiles), (d_embedded, embedded), (d_halves, halves)):
         gpu.upload(address, np.full(array.nbytes, 0xFF, np.uint8))  # NaN: an element not written shows
-    row_bytes = raw.shape[1]
-    kernels.launch(program, "embed", len(ids), 256, d_raw, row_bytes, c_int32(columns), d_ids, c_float(1.0), d_embedded)
     kernels.launch(
-        program, "dequantize", -(-rows * stride // 8 // 256), 256,
-        d_raw, row_bytes, c_int32(rows), c_int32(columns), d_halves, c_int32(stride), c_int32(0), d_scale,
+        program, "repack", (-(-matrix.row_tile_bytes // 512), matrix.row_tiles), 256,
+        d_raw, raw.shape[1], c_int32(rows), d_tiles, c_int32(matrix.units),
+    )  # fmt: skip
+    kernels.launch(
+        program, "embed", len(ids), 256, d_tiles, c_int32(matrix.units), c_int32(columns), d_ids, c_float(1.0), d_embedded
+    )
+    kernels.launch(
+        program, "dequantize", -(-rows * stride // 16 // 256), 256,
+        d_tiles, c_int32(matrix.units), c_int32(0), c_int32(rows), d_halves, c_int32(stride), c_int32(0), d_scale,
     )  # fmt: skip
     gpu.download(embedded, d_embedded)
     gpu.download(halves, d_halves)

@@ -21,7 +21,7 @@ def test_all_compile_without_spills(arch):
         return program, compile_program(program, "cubin", arch, logs=log), log.getvalue()
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for program, code, log in pool.map(compile_one, every_program()):
+        for program, code, log in pool.map(compile_one, every_program(arch)):
             assert code[:4] == b"\x7fELF", program
             spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
             assert spills and not any(map(int, spills)), f"{program} for {arch}:\n{log}"

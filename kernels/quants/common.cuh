@@ -1,37 +1,66 @@
-// What a block format is to the kernels. Each header in this folder has one struct:
+// What a block format is to the kernels, and how weights lie in device memory.
 //
-//   kElements, kBytes   weights and bytes of a block, as GGUF stores it
-//   decode8(block, at, out)   weights at .. at+7 (at a multiple of 8) as float32, with the bits of ggml's dequantize_row_*
+// Each struct of this folder is one ggml type:
+//   kElements   weights of a unit: 256 (a K-quant super-block, or eight 32-weight blocks), 64 for unquantised types
+//   kBytes      bytes of a unit, as many as in the file
+//   source_of(to)   which byte of the unit as GGUF stores it becomes byte `to` here (repack.cu asks): fields are gathered
+//                   so that all are aligned
+//   decode16(unit, at, scale, out)   scale * weights at .. at+15 (at a multiple of 16), scale a power of two: with
+//                   scale 1 they have the bits of ggml's dequantize_row_*
 //
-// Blocks are read in place: a pointer to one is only 2-byte aligned unless kBytes says more.
+// A matrix is stored in tiles of kTileRows rows by one unit, [row tile][unit column]; within a tile the units' 16-byte
+// pieces stand transposed, [piece][row], and what is left of them (kBytes % 16) last, [row]. A warp that takes a row a
+// lane thus reads 512 bytes in a run, from global memory or, without bank conflicts, from shared; and a tile is one
+// contiguous copy. Rows and columns past the matrix's are zero bytes, which every format decodes to 0.
 #pragma once
 #include "../include/types.cuh"
 
-__device__ __forceinline__ uint32_t load_u16(const uint8_t* p) { return *reinterpret_cast<const uint16_t*>(p); }
-__device__ __forceinline__ float load_half(const uint8_t* p) { return half_to_float(*reinterpret_cast<const uint16_t*>(p)); }
+constexpr int kTileRows = 64;
 
-// Eight bytes at p, of which kAlign says what address it is a multiple of (2, 4 or 8).
-template <int kAlign>
-__device__ __forceinline__ uint2 load_8_bytes(const uint8_t* p) {
-    if constexpr (kAlign % 8 == 0) {
-        return *reinterpret_cast<const uint2*>(p);
-    } else if constexpr (kAlign % 4 == 0) {
-        const uint32_t* words = reinterpret_cast<const uint32_t*>(p);
-        return make_uint2(words[0], words[1]);
-    } else {
-        return make_uint2(load_u16(p) | load_u16(p + 2) << 16, load_u16(p + 4) | load_u16(p + 6) << 16);
+// Row `row` of a tile whose units have kBytes bytes.
+template <int kBytes>
+struct Unit {
+    static constexpr int kWhole = kBytes / 16 * 16, kTail = kBytes % 16;
+    const uint8_t* tile;
+    int row;
+
+    __device__ const uint8_t* at(int offset) const {
+        return offset < kWhole ? tile + offset / 16 * (16 * kTileRows) + row * 16 + offset % 16
+                               : tile + kWhole * kTileRows + row * kTail + offset % 16;
     }
+    __device__ uint4 load16(int offset) const { return *reinterpret_cast<const uint4*>(at(offset)); }
+    __device__ uint32_t u32(int offset) const { return *reinterpret_cast<const uint32_t*>(at(offset)); }
+    __device__ uint32_t u16(int offset) const { return *reinterpret_cast<const uint16_t*>(at(offset)); }
+    __device__ uint32_t u8(int offset) const { return *at(offset); }
+    __device__ float half(int offset) const { return half_to_float(static_cast<half_t>(u16(offset))); }
+};
+
+template <class Format>
+__device__ __forceinline__ Unit<Format::kBytes> unit_of(const uint8_t* tile, int row) {
+    return {tile, row};
 }
 
-// Byte i (0..7) of the eight.
-__device__ __forceinline__ uint32_t byte_of(uint2 v, int i) { return ((i < 4 ? v.x : v.y) >> (8 * (i & 3))) & 0xff; }
-__device__ __forceinline__ float signed_byte_of(uint2 v, int i) {
-    return static_cast<float>(static_cast<int8_t>(byte_of(v, i)));
+__device__ __forceinline__ uint32_t word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+// The four unsigned bytes of a word, less kOffset, as floats: 0x4b0000qq is 2^23 + qq, and the difference is exact.
+template <int kOffset>
+__device__ __forceinline__ void bytes_to_floats(uint32_t word, float* out) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        out[i] = bits_to_float(__byte_perm(word, 0x4b000000u, 0x7650 | i)) - static_cast<float>(8388608 + kOffset);
 }
 
-// The 16 values of ggml's kvalues_iq4nl (IQ4_NL, IQ4_XS), four a word.
-__device__ __forceinline__ float iq4_value(uint32_t q) {
-    constexpr uint32_t kValues[4] = {0xbfad9881, 0xf6eaddcf, 0x26190d01, 0x71594535};
-    uint32_t low = q & 4 ? kValues[1] : kValues[0], high = q & 4 ? kValues[3] : kValues[2];
-    return static_cast<float>(static_cast<int8_t>((q & 8 ? high : low) >> (8 * (q & 3))));
+// The four signed bytes of a word as floats.
+__device__ __forceinline__ void signed_bytes_to_floats(uint32_t word, float* out) {
+    bytes_to_floats<128>(word ^ 0x80808080u, out);
+}
+
+// ggml's kvalues_iq4nl (IQ4_NL, IQ4_XS) of four numbers 0..15, one a byte: four signed bytes.
+__device__ __forceinline__ uint32_t iq4_values(uint32_t q) {
+    uint32_t low3 = q & 0x07070707u;
+    low3 = (low3 | low3 >> 4) & 0x00ff00ffu;
+    uint32_t selector = (low3 | low3 >> 8) & 0xffffu;
+    uint32_t low = __byte_perm(0xbfad9881u, 0xf6eaddcfu, selector), high = __byte_perm(0x26190d01u, 0x71594535u, selector);
+    uint32_t mask = (q >> 3 & 0x01010101u) * 0xffu;
+    return (low & ~mask) | (high & mask);
 }

@@ -1,18 +1,39 @@
-// Unquantised weights: "blocks" of one, so rows of any length; decode1 takes the place of decode8.
+// Unquantised weights, 64 a unit.
 #pragma once
 #include "common.cuh"
 
 struct F32 {
-    static constexpr int kElements = 1, kBytes = 4;
-    __device__ static float decode1(const uint8_t* p) { return *reinterpret_cast<const float*>(p); }
+    static constexpr int kElements = 64, kBytes = 4 * 64;
+    __host__ __device__ static constexpr int source_of(int to) { return to; }
+    template <class U>
+    __device__ static void decode16(const U& unit, int at, float scale, float (&out)[16]) {
+#pragma unroll
+        for (int i = 0; i < 16; ++i) out[i] = bits_to_float(word_of(unit.load16(4 * at + i / 4 * 16), i % 4)) * scale;
+    }
 };
 
 struct F16 {
-    static constexpr int kElements = 1, kBytes = 2;
-    __device__ static float decode1(const uint8_t* p) { return load_half(p); }
+    static constexpr int kElements = 64, kBytes = 2 * 64;
+    __host__ __device__ static constexpr int source_of(int to) { return to; }
+    template <class U>
+    __device__ static void decode16(const U& unit, int at, float scale, float (&out)[16]) {
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+            uint32_t pair = word_of(unit.load16(2 * at + i / 8 * 16), i % 8 / 2);
+            out[i] = half_to_float(static_cast<half_t>(i % 2 ? pair >> 16 : pair)) * scale;
+        }
+    }
 };
 
 struct BF16 {
-    static constexpr int kElements = 1, kBytes = 2;
-    __device__ static float decode1(const uint8_t* p) { return bits_to_float(load_u16(p) << 16); }
+    static constexpr int kElements = 64, kBytes = 2 * 64;
+    __host__ __device__ static constexpr int source_of(int to) { return to; }
+    template <class U>
+    __device__ static void decode16(const U& unit, int at, float scale, float (&out)[16]) {
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+            uint32_t pair = word_of(unit.load16(2 * at + i / 8 * 16), i % 8 / 2);
+            out[i] = bits_to_float(i % 2 ? pair & 0xffff0000u : pair << 16) * scale;
+        }
+    }
 };

@@ -1,118 +1,142 @@
-// The 256-weight super-blocks: Q2_K ... Q6_K, Q8_K, IQ4_XS (ggml-common.h, block_q2_K ... ; dequantize_row_q*_K).
+// The 256-weight super-blocks: Q2_K ... Q6_K, Q8_K, IQ4_XS (ggml-common.h, block_q2_K ...; dequantize_row_q*_K).
 // A weight is d · scale · q − dmin · min; the products are exact in float32, so only the last step rounds, as in ggml.
 #pragma once
 #include "common.cuh"
 
-// Where weights at .. at+7 of Q2_K, Q3_K and Q6_K lie: halves of 128 weights, four runs of 32 in each.
-struct Run {
-    int half, run, offset, scale;  // 0..1, 0..3, 0..31, index of the 16-weight scale
-    __device__ explicit Run(int at) : half(at >> 7), run(at >> 5 & 3), offset(at & 31), scale(at >> 4) {}
-};
+// Q2_K, Q3_K and Q6_K hold two halves of 128 weights, each four runs of 32 that share bytes.
+__device__ __forceinline__ int half_of(int at) { return at >> 7; }
+__device__ __forceinline__ int run_of(int at) { return at >> 5 & 3; }
 
 struct Q2_K {
     static constexpr int kElements = 256, kBytes = 84;  // scales[16], qs[64], d, dmin
-    __device__ static void decode8(const uint8_t* block, int at, float (&out)[8]) {
-        Run r(at);
-        uint32_t scale = block[r.scale];
-        float dl = load_half(block + 80) * static_cast<float>(scale & 0xf);
-        float ml = load_half(block + 82) * static_cast<float>(scale >> 4);
-        uint2 qs = load_8_bytes<4>(block + 16 + 32 * r.half + r.offset);
+    __host__ __device__ static constexpr int source_of(int to) { return to; }
+    template <class U>
+    __device__ static void decode16(const U& unit, int at, float scale, float (&out)[16]) {
+        uint32_t s = unit.u8(at >> 4);
+        float dl = unit.half(80) * scale * static_cast<float>(s & 0xf), ml = unit.half(82) * scale * static_cast<float>(s >> 4);
+        uint4 q = unit.load16(16 + 32 * half_of(at) + (at & 16));
 #pragma unroll
-        for (int i = 0; i < 8; ++i) out[i] = fmaf(dl, static_cast<float>(byte_of(qs, i) >> (2 * r.run) & 3), -ml);
+        for (int w = 0; w < 4; ++w) bytes_to_floats<0>(word_of(q, w) >> (2 * run_of(at)) & 0x03030303u, out + 4 * w);
+#pragma unroll
+        for (int i = 0; i < 16; ++i) out[i] = fmaf(dl, out[i], -ml);
     }
 };
 
 struct Q3_K {
     static constexpr int kElements = 256, kBytes = 110;  // hmask[32], qs[64], scales[12], d
-    __device__ static void decode8(const uint8_t* block, int at, float (&out)[8]) {
-        Run r(at);
-        const uint8_t* scales = block + 96;
-        uint32_t low = scales[r.scale & 7] >> (r.scale & 8 ? 4 : 0) & 0xf;
-        uint32_t high = scales[8 + (r.scale & 3)] >> (2 * (r.scale >> 2)) & 3;
-        float dl = load_half(block + 108) * (static_cast<float>(low | high << 4) - 32.0f);
-        uint2 qs = load_8_bytes<2>(block + 32 + 32 * r.half + r.offset), mask = load_8_bytes<2>(block + r.offset);
+    __host__ __device__ static constexpr int source_of(int to) { return to; }
+    template <class U>
+    __device__ static void decode16(const U& unit, int at, float scale, float (&out)[16]) {
+        int s = at >> 4;
+        uint32_t low = unit.u8(96 + (s & 7)) >> (s & 8 ? 4 : 0) & 0xf, high = unit.u8(104 + (s & 3)) >> (2 * (s >> 2)) & 3;
+        float dl = unit.half(108) * scale * (static_cast<float>(low | high << 4) - 32.0f);
+        uint4 q = unit.load16(32 + 32 * half_of(at) + (at & 16)), mask = unit.load16(at & 16);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            uint32_t q = (byte_of(qs, i) >> (2 * r.run) & 3) | (byte_of(mask, i) >> (at >> 5) & 1) << 2;
-            out[i] = dl * (static_cast<float>(q) - 4.0f);
+        for (int w = 0; w < 4; ++w) {
+            uint32_t bits = (word_of(q, w) >> (2 * run_of(at)) & 0x03030303u) | (word_of(mask, w) >> (at >> 5) & 0x01010101u) << 2;
+            bytes_to_floats<4>(bits, out + 4 * w);
         }
+#pragma unroll
+        for (int i = 0; i < 16; ++i) out[i] *= dl;
     }
 };
 
-// The 6-bit scale and minimum of 32-weight run `sub` (0..7): ggml's get_scale_min_k4.
-__device__ __forceinline__ void scale_min_k4(const uint8_t* scales, int sub, float& scale, float& min) {
+// Q4_K and Q5_K begin with d, dmin and eight 6-bit pairs of scale and minimum (ggml's get_scale_min_k4): times d and dmin,
+// those of run `sub` (0..7).
+__device__ __forceinline__ void scale_and_min(const uint4& header, int sub, float scale, float& dl, float& ml) {
+    auto byte = [&](int i) { return word_of(header, 1 + i / 4) >> (8 * (i % 4)) & 0xff; };
+    uint32_t s, m;
     if (sub < 4) {
-        scale = static_cast<float>(scales[sub] & 63);
-        min = static_cast<float>(scales[sub + 4] & 63);
+        s = byte(sub) & 63;
+        m = byte(sub + 4) & 63;
     } else {
-        scale = static_cast<float>((scales[sub + 4] & 0xf) | (scales[sub - 4] >> 6) << 4);
-        min = static_cast<float>((scales[sub + 4] >> 4) | (scales[sub] >> 6) << 4);
+        s = (byte(sub + 4) & 0xf) | (byte(sub - 4) >> 6) << 4;
+        m = byte(sub + 4) >> 4 | (byte(sub) >> 6) << 4;
     }
+    dl = half_to_float(static_cast<half_t>(header.x)) * scale * static_cast<float>(s);
+    ml = half_to_float(static_cast<half_t>(header.x >> 16)) * scale * static_cast<float>(m);
 }
 
 struct Q4_K {
     static constexpr int kElements = 256, kBytes = 144;  // d, dmin, scales[12], qs[128]
-    __device__ static void decode8(const uint8_t* block, int at, float (&out)[8]) {
+    __host__ __device__ static constexpr int source_of(int to) { return to; }
+    template <class U>
+    __device__ static void decode16(const U& unit, int at, float scale, float (&out)[16]) {
         int sub = at >> 5;
-        float scale, min;
-        scale_min_k4(block + 4, sub, scale, min);
-        float dl = load_half(block) * scale, ml = load_half(block + 2) * min;
-        uint2 qs = load_8_bytes<8>(block + 16 + 32 * (sub >> 1) + (at & 31));
+        float dl, ml;
+        scale_and_min(unit.load16(0), sub, scale, dl, ml);
+        uint4 q = unit.load16(16 + 32 * (sub >> 1) + (at & 16));
 #pragma unroll
-        for (int i = 0; i < 8; ++i) out[i] = fmaf(dl, static_cast<float>(byte_of(qs, i) >> (4 * (sub & 1)) & 0xf), -ml);
+        for (int w = 0; w < 4; ++w) bytes_to_floats<0>(word_of(q, w) >> (4 * (sub & 1)) & 0x0f0f0f0fu, out + 4 * w);
+#pragma unroll
+        for (int i = 0; i < 16; ++i) out[i] = fmaf(dl, out[i], -ml);
     }
 };
 
 struct Q5_K {
     static constexpr int kElements = 256, kBytes = 176;  // d, dmin, scales[12], qh[32], qs[128]
-    __device__ static void decode8(const uint8_t* block, int at, float (&out)[8]) {
+    __host__ __device__ static constexpr int source_of(int to) { return to; }
+    template <class U>
+    __device__ static void decode16(const U& unit, int at, float scale, float (&out)[16]) {
         int sub = at >> 5;
-        float scale, min;
-        scale_min_k4(block + 4, sub, scale, min);
-        float dl = load_half(block) * scale, ml = load_half(block + 2) * min;
-        uint2 qh = load_8_bytes<8>(block + 16 + (at & 31));
-        uint2 qs = load_8_bytes<8>(block + 48 + 32 * (sub >> 1) + (at & 31));
+        float dl, ml;
+        scale_and_min(unit.load16(0), sub, scale, dl, ml);
+        uint4 high = unit.load16(16 + (at & 16)), q = unit.load16(48 + 32 * (sub >> 1) + (at & 16));
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            uint32_t q = (byte_of(qs, i) >> (4 * (sub & 1)) & 0xf) | (byte_of(qh, i) >> sub & 1) << 4;
-            out[i] = fmaf(dl, static_cast<float>(q), -ml);
+        for (int w = 0; w < 4; ++w) {
+            uint32_t bits = (word_of(q, w) >> (4 * (sub & 1)) & 0x0f0f0f0fu) | (word_of(high, w) >> sub & 0x01010101u) << 4;
+            bytes_to_floats<0>(bits, out + 4 * w);
         }
+#pragma unroll
+        for (int i = 0; i < 16; ++i) out[i] = fmaf(dl, out[i], -ml);
     }
 };
 
 struct Q6_K {
     static constexpr int kElements = 256, kBytes = 210;  // ql[128], qh[64], scales[16], d
-    __device__ static void decode8(const uint8_t* block, int at, float (&out)[8]) {
-        Run r(at);
-        float dl = load_half(block + 208) * static_cast<float>(static_cast<int8_t>(block[192 + r.scale]));
-        uint2 ql = load_8_bytes<2>(block + 64 * r.half + 32 * (r.run & 1) + r.offset);
-        uint2 qh = load_8_bytes<2>(block + 128 + 32 * r.half + r.offset);
+    __host__ __device__ static constexpr int source_of(int to) { return to; }
+    template <class U>
+    __device__ static void decode16(const U& unit, int at, float scale, float (&out)[16]) {
+        int run = run_of(at);
+        float dl = unit.half(208) * scale * static_cast<float>(static_cast<int8_t>(unit.u8(192 + (at >> 4))));
+        uint4 low = unit.load16(64 * half_of(at) + 32 * (run & 1) + (at & 16)), high = unit.load16(128 + 32 * half_of(at) + (at & 16));
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            uint32_t q = (byte_of(ql, i) >> (r.run & 2 ? 4 : 0) & 0xf) | (byte_of(qh, i) >> (2 * r.run) & 3) << 4;
-            out[i] = dl * (static_cast<float>(q) - 32.0f);
+        for (int w = 0; w < 4; ++w) {
+            uint32_t bits = (word_of(low, w) >> (run & 2 ? 4 : 0) & 0x0f0f0f0fu) | (word_of(high, w) >> (2 * run) & 0x03030303u) << 4;
+            bytes_to_floats<32>(bits, out + 4 * w);
         }
+#pragma unroll
+        for (int i = 0; i < 16; ++i) out[i] *= dl;
     }
 };
 
 struct Q8_K {
-    static constexpr int kElements = 256, kBytes = 292;  // float d, qs[256], bsums[16]
-    __device__ static void decode8(const uint8_t* block, int at, float (&out)[8]) {
-        float d = *reinterpret_cast<const float*>(block);
-        uint2 qs = load_8_bytes<4>(block + 4 + at);
+    static constexpr int kElements = 256, kBytes = 292;  // in the file: float d, qs[256], bsums[16]; here d comes after qs
+    __host__ __device__ static constexpr int source_of(int to) { return to < 256 ? 4 + to : to < 260 ? to - 256 : to; }
+    template <class U>
+    __device__ static void decode16(const U& unit, int at, float scale, float (&out)[16]) {
+        float d = bits_to_float(unit.u32(256)) * scale;
+        uint4 q = unit.load16(at);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) out[i] = d * signed_byte_of(qs, i);
+        for (int w = 0; w < 4; ++w) signed_bytes_to_floats(word_of(q, w), out + 4 * w);
+#pragma unroll
+        for (int i = 0; i < 16; ++i) out[i] *= d;
     }
 };
 
 struct IQ4_XS {
-    static constexpr int kElements = 256, kBytes = 136;  // d, scales_h, scales_l[4], qs[128]
-    __device__ static void decode8(const uint8_t* block, int at, float (&out)[8]) {
+    static constexpr int kElements = 256, kBytes = 136;  // in the file: d, scales_h, scales_l[4], qs[128]; here qs first
+    __host__ __device__ static constexpr int source_of(int to) { return to < 128 ? 8 + to : to - 128; }
+    template <class U>
+    __device__ static void decode16(const U& unit, int at, float scale, float (&out)[16]) {
         int sub = at >> 5;
-        uint32_t low = block[4 + (sub >> 1)] >> (4 * (sub & 1)) & 0xf, high = load_u16(block + 2) >> (2 * sub) & 3;
-        float dl = load_half(block) * (static_cast<float>(low | high << 4) - 32.0f);
-        uint2 qs = load_8_bytes<8>(block + 8 + 16 * sub + (at & 8));
+        uint32_t low = unit.u8(132 + (sub >> 1)) >> (4 * (sub & 1)) & 0xf, high = unit.u16(130) >> (2 * sub) & 3;
+        float dl = unit.half(128) * scale * (static_cast<float>(low | high << 4) - 32.0f);
+        uint4 q = unit.load16(16 * sub);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) out[i] = dl * iq4_value(byte_of(qs, i) >> (at & 16 ? 4 : 0) & 0xf);
+        for (int w = 0; w < 4; ++w)
+            signed_bytes_to_floats(iq4_values(word_of(q, w) >> (at & 16 ? 4 : 0) & 0x0f0f0f0fu), out + 4 * w);
+#pragma unroll
+        for (int i = 0; i < 16; ++i) out[i] *= dl;
     }
 };

@@ -44,7 +44,7 @@ class CudaBackend(Backend):
         types = {weight.tensor.type for weight in model.matrices()}
         with cuda_errors("loading the model"):
             self.kernels.prepare(programs_for(model.config.head_dim, types), progress)
-            self.weights = DeviceWeights(self.gpu, model, progress)
+            self.weights = DeviceWeights(self.gpu, self.kernels, model, progress)
 
     def new_cache(self, model, capacity):
         return CudaCache(self.gpu, model.config, capacity)

@@ -4,6 +4,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 import os
 
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType as GGML
+
 from ...errors import ModelError
 from ...gguf.dequantize import SUPPORTED
 from .compiler import KernelCache, Program, target_of
@@ -44,6 +46,62 @@ class GemmTile:
 LARGE_TILE = GemmTile(128, 256, 32, 4, 2, 4)
 SMALL_TILE = GemmTile(64, 64, 64, 5, 2, 2)
 K_MULTIPLE = 64  # operands are zero-padded to this many columns: every tile's K divides it
+
+
+@dataclass(frozen=True)
+class HopperTile:
+    """The constants of gemm_sm90.cu: a tile of `tokens` by 64 rows of W for each of its consumer warpgroups."""
+
+    tokens: int
+    warpgroups: int
+    decoders: int
+    stages: int
+    raw_stages: int
+    decoder_registers: int
+    consumer_registers: int
+
+    def program(self, types):
+        """The program for launches over matrices of these ggml types (distinct, in the order of their format numbers)."""
+        constants = tuple((f.name.upper(), str(getattr(self, f.name))) for f in fields(self))
+        return Program("gemm_sm90.cu", (*constants, ("FORMATS", ",".join(t.name for t in types))))
+
+    @property
+    def threads(self):
+        return 128 * (self.decoders + self.warpgroups)
+
+    def shared_bytes(self, types):
+        stage = 2 * 64 * (self.tokens + 64 * self.warpgroups)
+        raw = self.warpgroups * 64 * max(unit_size(t)[1] for t in types)
+        barriers = 16 * (self.stages + self.raw_stages)
+        return self.stages * stage + self.raw_stages * raw + barriers
+
+    def tiles(self, m, row_tiles):
+        return -(-m // self.tokens) * -(-row_tiles // self.warpgroups)
+
+
+#                       tokens warpgroups decoders stages raw  registers
+HOPPER_TILES = {
+    (1, False): HopperTile(16, 1, 2, 8, 4, 128, 200),
+    (1, True): HopperTile(16, 2, 2, 6, 3, 104, 144),
+    (17, False): HopperTile(64, 1, 2, 6, 4, 128, 200),
+    (17, True): HopperTile(64, 2, 2, 4, 3, 104, 144),
+    (65, False): HopperTile(128, 1, 2, 4, 4, 128, 200),
+    (65, True): HopperTile(128, 2, 1, 4, 2, 128, 184),
+    (129, False): HopperTile(256, 2, 1, 3, 2, 128, 184),
+    (129, True): HopperTile(256, 2, 1, 3, 2, 128, 184),
+}
+
+
+def choose_hopper_tile(m, gated):
+    """The smallest token tile that holds all m tokens; few tokens are bound by decoding, so one consumer to two decoders."""
+    return HOPPER_TILES[max(least for least, g in HOPPER_TILES if g == gated and least <= m), gated]
+
+
+def unit_size(ggml_type):
+    """(weights, bytes) of a unit of kernels/quants/: what a row's columns are padded to in device memory."""
+    elements, nbytes = GGML_QUANT_SIZES[ggml_type]
+    unit = 64 if elements == 1 else 256
+    return unit, unit // elements * nbytes
 
 
 def choose_gemm_tile(m, n, multiprocessors):
@@ -93,16 +151,19 @@ COMMON = tuple(Program(f"{name}.cu") for name in ("norm", "rope", "scales", "hea
 
 
 def programs_for(head_dim, ggml_types):
-    """All programs that a model with these heads and weight types needs."""
-    gemms = [tile.program for tile in (LARGE_TILE, SMALL_TILE)]
-    return [*gemms, attention_tile(head_dim).program, *map(weight_program, sorted(ggml_types)), *COMMON]
+    """The programs that any model with these heads and weight types needs, its GEMMs apart."""
+    return [attention_tile(head_dim).program, *map(weight_program, sorted(ggml_types)), *COMMON]
 
 
-def every_program():
-    """All programs there are, over the head dimensions in use: what the tests compile for every architecture."""
-    programs = {}
+def every_program(arch):
+    """All programs for an architecture, over the head dimensions in use: what the tests compile."""
+    programs = dict.fromkeys(tile.program for tile in (LARGE_TILE, SMALL_TILE))
     for head_dim in (64, 80, 96, 112, 128, 192, 256):
         programs.update(dict.fromkeys(programs_for(head_dim, SUPPORTED)))
+    if arch == "sm_90a":
+        mixes = [(t,) for t in sorted(SUPPORTED)] + [(GGML.Q4_K, GGML.Q6_K)]
+        programs.update(dict.fromkeys(HOPPER_TILES[129, False].program(types) for types in mixes))
+        programs.update(dict.fromkeys(tile.program(mixes[-1]) for tile in HOPPER_TILES.values()))
     return list(programs)
 
 

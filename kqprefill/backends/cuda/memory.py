@@ -3,6 +3,7 @@
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 import ctypes
+from functools import partial
 
 import numpy as np
 
@@ -42,7 +43,7 @@ class Uploader:
     """Copies host arrays to the device through a ring of page-locked buffers that several threads fill.
 
     A page-locked copy runs at the bus's rate, a pageable one at a tenth of it (measured: 55 and 6 GB/s on an H100), so
-    the host's copying must be spread over threads to keep up.
+    the host's copying must be spread over threads to keep up. Copies and other work reach the stream in the order asked.
     """
 
     SLOT_BYTES, SLOTS, THREADS = 8 << 20, 16, 8
@@ -55,34 +56,42 @@ class Uploader:
         self._slots = list(ring.reshape(self.SLOTS, self.SLOT_BYTES))
         self._events = [gpu.device.create_event() for _ in self._slots]
         self._pool = ThreadPoolExecutor(self.THREADS, thread_name_prefix="upload")
+        self._pending, self._pieces = deque(), 0
 
-    def copy(self, items, progress):
-        """items: (uint8 array, device address) pairs; progress(bytes done) after each piece."""
-        pieces = (
-            (source[at : at + self.SLOT_BYTES], address + at)
-            for source, address in ((np.ascontiguousarray(s).reshape(-1), a) for s, a in items)
-            for at in range(0, source.size, self.SLOT_BYTES)
-        )
-        filling, done = deque(), 0
+    def copy(self, source, address):
+        """Copy a host array, left alone until `close`, to a device address."""
+        flat = np.ascontiguousarray(source).reshape(-1)
+        for at in range(0, flat.size, self.SLOT_BYTES):
+            piece, slot = flat[at : at + self.SLOT_BYTES], self._pieces % self.SLOTS
+            self._pieces += 1
+            self._events[slot].sync()  # what was here before has been copied
+            filled = self._pool.submit(np.copyto, self._slots[slot][: piece.size], piece)
+            self._push(filled, partial(self._send, slot, piece.size, address + at))
 
-        def send():
-            nonlocal done
-            slot, future, size, address = filling.popleft()
-            future.result()
-            self._gpu.upload(address, self._slots[slot][:size])
-            self._gpu.stream.record(self._events[slot])
-            done += size
-            progress(done)
+    def then(self, action):
+        """Call `action`, which launches something, after the copies asked for so far."""
+        self._push(None, action)
 
-        for number, (source, address) in enumerate(pieces):
-            slot = number % self.SLOTS
-            if len(filling) == self.SLOTS:
-                send()
-            self._events[slot].sync()  # the slot's last copy has left it
-            future = self._pool.submit(np.copyto, self._slots[slot][: source.size], source)
-            filling.append((slot, future, source.size, address))
-        while filling:
-            send()
+    def _push(self, filled, action):
+        self._pending.append((filled, action))
+        if len(self._pending) > self.SLOTS // 2:  # fewer than the slots, so that a slot asked for again has been sent
+            self._pop()
+
+    def _pop(self):
+        filled, action = self._pending.popleft()
+        if filled is not None:
+            filled.result()
+        action()
+
+    def _send(self, slot, nbytes, address):
+        self._gpu.upload(address, self._slots[slot][:nbytes])
+        self._gpu.stream.record(self._events[slot])
+
+    def finish(self):
+        """Send all that is pending, and wait until it has been copied."""
+        while self._pending:
+            self._pop()
+        self._gpu.stream.sync()
 
     def close(self):
         self._pool.shutdown()

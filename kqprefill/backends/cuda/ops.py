@@ -12,34 +12,17 @@ import numpy as np
 
 from ...errors import BackendError
 from ..base import HeadResult, Ops
-from .kernels import COMMON, K_MULTIPLE, attention_tile, choose_gemm_tile, weight_program
+from .gemm import Gemms, Operand, padded
+from .kernels import COMMON, attention_tile, weight_program
+from .weights import TILE_ROWS
 
 NORM, ROPE, SCALES, HEAD = COMMON
 
-_SCRATCH_BYTES = 256 << 20  # of dequantised weights at a time
 _MLP_TOKENS = 16384  # tokens whose gate and up exist at a time
 _LOGITS_BYTES = 256 << 20  # of logits on the device at a time
 _ROTATION_GROWTH = 1.5  # rotating a pair lengthens neither, but may turn it onto one axis: sqrt(2), rounded up
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}  # gemm_sm80.cu's enum
 _SUMMARY = np.dtype([("token", np.int32), ("logit", np.float32), ("log_sum_exp", np.float32)])  # head.cu's struct
-
-
-def padded(columns):
-    """Halves from one operand row to the next."""
-    return -(-columns // K_MULTIPLE) * K_MULTIPLE
-
-
-@dataclass(frozen=True)
-class Operand:
-    """A matrix of halves that a GEMM reads: rows padded(columns) apart, holding values times *scale.
-
-    norm: the RMSNorm weight (address) whose output this is, or None; it bounds what a matrix makes of it.
-    """
-
-    address: int
-    columns: int
-    scale: int
-    norm: int | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +39,7 @@ class CudaOps(Ops):
         self.config, self.batch, self.cache = config, batch, cache
         self.work = backend.workspace
         self.n = len(batch.tokens)
+        self.gemms = Gemms(self.gpu, self.kernels, self.work, self.weights)
         self.attention_tile = attention_tile(config.head_dim)
         self.positions = self._upload("positions", batch.positions)
         self.tiles, self.n_tiles = self._make_tiles()
@@ -69,7 +53,7 @@ class CudaOps(Ops):
         x = self.work.get("residual", 4 * self.n * matrix.columns)
         self.kernels.launch(
             weight_program(matrix.type), "embed", self.n, 256,
-            matrix.address, matrix.row_bytes, i32(matrix.columns), ids, f32(scale), x,
+            matrix.address, i32(matrix.units), i32(matrix.columns), ids, f32(scale), x,
         )  # fmt: skip
         return x
 
@@ -83,7 +67,7 @@ class CudaOps(Ops):
             NORM, "rms_norm", rows, 256,
             x, vector, out, i32(columns), i32(padded(columns)), f32(self.config.rms_epsilon), scale,
         )  # fmt: skip
-        return Operand(out, columns, scale, vector)
+        return Operand(out, columns, scale, rows, vector)
 
     def add_rms_norm(self, x, y, weight):
         vector, host = self.weights.vector(weight.tensor)
@@ -102,7 +86,7 @@ class CudaOps(Ops):
         if any(biases):
             bias, _ = self.weights.vector(*(b or m.rows for b, m in zip(biases, matrices)))
         sums = self.work.get("qkv", 4 * n * width)
-        self._gemm(h, matrices, sums, bias=bias)
+        self._multiply(h, matrices, sums, n, bias)
 
         scales = [
             self._rotated_scale(h, m, b, norm, rope) for m, b, norm in zip(matrices, biases, (q_norm, k_norm, None))
@@ -129,7 +113,7 @@ class CudaOps(Ops):
             i32(padded(c.q_width)), f32(scale), q.scale, k.scale, i32(window or 0),
             shared_bytes=tile.shared_bytes,
         )  # fmt: skip
-        return Operand(out, c.q_width, v.scale)
+        return Operand(out, c.q_width, v.scale, self.n)
 
     def _rotated_scale(self, h, matrix, bias, norm, rope):
         """The scale of q, k or v: bounded by its norm where it has one, else by its matrix's rows, already measured."""
@@ -170,67 +154,30 @@ class CudaOps(Ops):
     def linear(self, a, weight, residual=None):
         matrix = self.weights.matrix(weight)
         out = residual if residual is not None else self.work.get("linear", 4 * self.n * matrix.rows)
-        bias = self.weights.vector(weight.bias)[0] if weight.bias is not None else 0
-        self._gemm(a, [matrix], out, bias=bias, residual=residual)
+        self._multiply(a, [matrix], out, self.n, self._bias(weight), residual)
         return out
 
     def mlp(self, h, gate, up, down, *, activation, residual=None):
         g, u, d = (self.weights.matrix(w) for w in (gate, up, down))
-        bias_g, bias_u, bias_d = (self.weights.vector(w.bias)[0] if w.bias is not None else 0 for w in (gate, up, down))
+        biases = self._bias(gate), self._bias(up)
         out = residual if residual is not None else self.work.get("linear", 4 * self.n * d.rows)
         w_scale = self._weight_scale([g, u], h)
-        act_scale = self._output_scale(g.name, g.rows, math.sqrt(h.columns), g, bias_g, u, bias_u)
-        stride, k = padded(g.rows), padded(h.columns)
-        rows_at_once = min(stride, _SCRATCH_BYTES // (4 * k) // 64 * 64)  # of gate and of up each
+        act_scale = self._output_scale(g.name, g.rows, math.sqrt(h.columns), g, biases[0], u, biases[1])
+        gemm = self.gemms.for_matrices([g, u])
         for t in range(0, self.n, _MLP_TOKENS):
             m = min(_MLP_TOKENS, self.n - t)
-            act = self.work.get("activated", 2 * m * stride)
-            for at in range(0, stride, rows_at_once):
-                width = min(rows_at_once, stride - at)
-                features = max(0, min(width, g.rows - at))
-                scratch = self.work.get("dequantised", 4 * rows_at_once * k)
-                for matrix, first in ((g, 0), (u, 8)):
-                    self._dequantise(matrix, at, features, scratch + 2 * first * k, k, w_scale, gated=1)
-                tile = choose_gemm_tile(m, 2 * width, self.gpu.multiprocessors)
-                self.kernels.launch(
-                    tile.program, "gemm_gated", tile.blocks(m, 2 * width), tile.threads,
-                    h.address + 2 * t * k, scratch, i32(m), i32(features), i32(width), i32(k), act + 2 * at, i32(stride),
-                    h.scale, w_scale, bias_g and bias_g + 4 * at, bias_u and bias_u + 4 * at, act_scale,
-                    i32(_ACTIVATIONS[activation]), shared_bytes=tile.shared_bytes,
-                )  # fmt: skip
-            rows = 4 * t * d.rows
-            self._gemm(Operand(act, g.rows, act_scale), [d], out + rows, m, bias_d, residual and residual + rows)
+            act = Operand(self.work.get("activated", 2 * m * padded(g.rows)), g.rows, act_scale, m)
+            gemm.gated(h.rows_from(t), g, u, act, m, w_scale, biases, _ACTIVATIONS[activation])
+            at = 4 * t * d.rows
+            self._multiply(act, [d], out + at, m, self._bias(down), residual and residual + at)
         return out
 
-    def _gemm(self, a, matrices, out, m=None, bias=0, residual=None):
-        """out[:m] = a · [matrices, one under another]ᵀ + bias + residual, through dequantised slices."""
-        m = self.n if m is None else m
-        k, total = padded(a.columns), sum(matrix.rows for matrix in matrices)
-        w_scale = self._weight_scale(matrices, a)
-        slice_rows = min(total, _SCRATCH_BYTES // (2 * k) // 256 * 256)
-        scratch = self.work.get("dequantised", 2 * slice_rows * k)
-        for begin in range(0, total, slice_rows):
-            end, first = min(begin + slice_rows, total), 0
-            for matrix in matrices:  # the part of each that falls into this slice
-                low, high = max(begin, first), min(end, first + matrix.rows)
-                if low < high:
-                    self._dequantise(matrix, low - first, high - low, scratch + 2 * (low - begin) * k, k, w_scale)
-                first += matrix.rows
-            tile = choose_gemm_tile(m, end - begin, self.gpu.multiprocessors)
-            self.kernels.launch(
-                tile.program, "gemm_linear", tile.blocks(m, end - begin), tile.threads,
-                a.address, scratch, i32(m), i32(end - begin), i32(k), out + 4 * begin, i32(total), a.scale, w_scale,
-                bias and bias + 4 * begin, (residual + 4 * begin) if residual is not None else 0,
-                shared_bytes=tile.shared_bytes,
-            )  # fmt: skip
+    def _multiply(self, a, matrices, out, m, bias=0, residual=None):
+        """out[:m] = a · [matrices, one under another]ᵀ + bias + residual."""
+        self.gemms.for_matrices(matrices).linear(a, matrices, out, m, self._weight_scale(matrices, a), bias, residual or 0)
 
-    def _dequantise(self, matrix, first, rows, out, stride, scale, gated=0):
-        if rows:
-            self.kernels.launch(
-                weight_program(matrix.type), "dequantize", -(-rows * (stride // 8) // 256), 256,
-                matrix.address + first * matrix.row_bytes, matrix.row_bytes, i32(rows), i32(matrix.columns), out,
-                i32(stride), i32(gated), scale,
-            )  # fmt: skip
+    def _bias(self, weight):
+        return self.weights.vector(weight.bias)[0] if weight.bias is not None else 0
 
     # scales, made on the device the first time a matrix is used -------------------------------------------------------
 
@@ -242,8 +189,8 @@ class CudaOps(Ops):
             self.gpu.zero(absmax, 4)
             for matrix in matrices:
                 self.kernels.launch(
-                    weight_program(matrix.type), "measure", -(-matrix.rows // 8), 256,
-                    matrix.address, matrix.row_bytes, i32(matrix.rows), i32(matrix.columns), a.norm or 0,
+                    weight_program(matrix.type), "measure", matrix.row_tiles, 8 * TILE_ROWS,
+                    matrix.address, i32(matrix.units), i32(matrix.rows), i32(matrix.columns), a.norm or 0,
                     self._row_norms(matrix), absmax,
                 )  # fmt: skip
             self.kernels.launch(SCALES, "weight_scale", 1, 1, absmax, address)
@@ -275,7 +222,7 @@ class CudaOps(Ops):
         for at in range(first, n, rows_at_once):
             m = min(rows_at_once, n - at)
             h = self.rms_norm(x + 4 * at * hidden, norm, rows=m)
-            self._gemm(h, [matrix], device, m)
+            self._multiply(h, [matrix], device, m)
             if at + m == n:
                 last = device + 4 * (m - 1) * vocab
                 self.kernels.launch(HEAD, "summarise", 1, 1024, last, i32(vocab), summary_address)

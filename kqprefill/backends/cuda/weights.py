@@ -1,53 +1,93 @@
 """A model's weights on the device: matrices as the file has them, vectors in float32, and the scales of half precision."""
 
-from dataclasses import dataclass
+from ctypes import c_int32 as i32
+from dataclasses import dataclass, replace
+from functools import partial
 import math
 
 import numpy as np
 
+from ...errors import BackendError
 from ...gguf import dequantize
+from .kernels import unit_size, weight_program
 from .memory import Uploader, aligned
+
+
+TILE_ROWS = 64  # kernels/quants/common.cuh
+_RAW_BYTES = 64 << 20  # of a matrix as the file has it, on the device at a time while it is repacked
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """Quantised rows in device memory."""
+    """Quantised rows in device memory, in the tiles of kernels/quants/common.cuh."""
 
     name: str
     type: object  # GGMLQuantizationType
     address: int
     rows: int
     columns: int
-    row_bytes: int
+
+    @property
+    def units(self):
+        """Units in a row, the last perhaps padded."""
+        return -(-self.columns // unit_size(self.type)[0])
+
+    @property
+    def row_tile_bytes(self):
+        return TILE_ROWS * self.units * unit_size(self.type)[1]
+
+    @property
+    def row_tiles(self):
+        return -(-self.rows // TILE_ROWS)
+
+    @property
+    def nbytes(self):
+        return self.row_tiles * self.row_tile_bytes
 
 
 class DeviceWeights:
     """Every tensor of a model, uploaded once, each block's in one allocation."""
 
-    def __init__(self, gpu, family, progress):
+    def __init__(self, gpu, kernels, family, progress):
         self._gpu, self._buffers, self._matrices, self._vectors = gpu, [], {}, {}
         self._scales, self._spans = {}, []
         groups = [[family.token_embd, family.output_norm, family.output], *family.blocks]
-        matrices = [[w.tensor for w in group if len(w.shape) == 2] for group in groups]
+        matrices = [{w.name: w.tensor for w in group if len(w.shape) == 2}.values() for group in groups]
         total = sum(tensor.nbytes for group in matrices for tensor in group)
-        items = []
-        for index, tensors in enumerate(matrices):
-            tensors = list({tensor.name: tensor for tensor in tensors}.values())  # a tied output stands twice
-            buffer = gpu.allocate(sum(aligned(t.nbytes) for t in tensors), f"weights ({total / 2**30:.2f} GiB in all)")
-            self._buffers.append(buffer)
-            address = int(buffer.handle)
-            for tensor in tensors:
-                rows, columns = tensor.shape
-                self._matrices[tensor.name] = Matrix(
-                    tensor.name, tensor.type, address, rows, columns, tensor.nbytes // rows
-                )
-                items.append((tensor.data, address))
-                address += aligned(tensor.nbytes)
+        done = 0
+        raw = gpu.allocate(_RAW_BYTES, "upload")
         uploader = Uploader(gpu)
         try:
-            uploader.copy(items, lambda done: progress("load", done, total))
+            for tensors in matrices:
+                placed = [Matrix(t.name, t.type, 0, *t.shape) for t in tensors]
+                room = sum(aligned(m.nbytes) for m in placed)
+                buffer = gpu.allocate(room, f"weights ({total / 2**30:.2f} GiB in all)")
+                self._buffers.append(buffer)
+                address = int(buffer.handle)
+                for tensor, matrix in zip(tensors, placed):
+                    matrix = self._matrices[tensor.name] = replace(matrix, address=address)
+                    address += aligned(matrix.nbytes)
+                    self._upload(uploader, kernels, tensor, matrix, int(raw.handle))
+                    done += tensor.nbytes
+                    progress("load", done, total)
+            uploader.finish()
         finally:
             uploader.close()
+            raw.close(gpu.stream)
+
+    def _upload(self, uploader, kernels, tensor, matrix, raw):
+        """Copy a tensor's rows, as many at a time as there is room for, and repack them into tiles."""
+        row_bytes, data = tensor.nbytes // matrix.rows, tensor.data
+        step = _RAW_BYTES // row_bytes // TILE_ROWS * TILE_ROWS
+        if step == 0:
+            raise BackendError(f"tensor {tensor.name}: rows of {matrix.columns} are too long for the GPU backend")
+        for first in range(0, matrix.rows, step):
+            rows = min(step, matrix.rows - first)
+            tiles = matrix.address + first // TILE_ROWS * matrix.row_tile_bytes
+            grid = (-(-matrix.row_tile_bytes // 512), -(-rows // TILE_ROWS))
+            arguments = raw, row_bytes, i32(rows), tiles, i32(matrix.units)
+            uploader.copy(data[first : first + rows], raw)
+            uploader.then(partial(kernels.launch, weight_program(matrix.type), "repack", grid, 256, *arguments))
 
     def matrix(self, weight):
         return self._matrices[weight.name]
@@ -70,6 +110,14 @@ class DeviceWeights:
         """Device address of the float32 scale called `key`; make(address) fills it, the first time."""
         if key not in self._scales:
             address = self._reserve(4)
+            make(address)
+            self._scales[key] = address
+        return self._scales[key]
+
+    def descriptor(self, key, make):
+        """Device address of the 128-byte TMA descriptor called `key`; make(address) fills it, the first time."""
+        if key not in self._scales:
+            address = self._reserve(128)
             make(address)
             self._scales[key] = address
         return self._scales[key]

@@ -1,0 +1,5 @@
+// All block formats.
+#pragma once
+#include "floats.cuh"
+#include "kquants.cuh"
+#include "legacy.cuh"

@@ -1,0 +1,153 @@
+"""Matrix products on the GPU: operands, and the two ways to multiply one by quantised weights.
+
+Both give linear (out = a · Wᵀ + bias + residual, float32) and gated (halves of act(gate) * up); Gemms chooses.
+"""
+
+from ctypes import c_int32 as i32
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from .device import check
+from .kernels import K_MULTIPLE, choose_gemm_tile, choose_hopper_tile, unit_size, weight_program
+
+_SCRATCH_BYTES = 256 << 20  # of dequantised weights at a time
+
+
+def padded(columns):
+    """Halves from one operand row to the next."""
+    return -(-columns // K_MULTIPLE) * K_MULTIPLE
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A matrix of halves that a GEMM reads: rows padded(columns) apart, holding values times *scale.
+
+    norm: the RMSNorm weight (address) whose output this is, or None; it bounds what a matrix makes of it.
+    """
+
+    address: int
+    columns: int
+    scale: int
+    rows: int
+    norm: int | None = None
+
+    def rows_from(self, first):
+        return replace(self, address=self.address + 2 * first * padded(self.columns), rows=self.rows - first)
+
+
+class Gemms:
+    """Chooses how to multiply: the fused Hopper kernel where the GPU has wgmma, else dequantise and multiply."""
+
+    def __init__(self, gpu, kernels, workspace, weights, portable=False):
+        self._portable = PortableGemm(gpu, kernels, workspace)
+        self._hopper = HopperGemm(gpu, kernels, weights) if gpu.capability == (9, 0) and not portable else None
+
+    def for_matrices(self, matrices):
+        """The GEMM for these matrices side by side: one launch of the Hopper kernel wants units of one length."""
+        fused = self._hopper is not None and len({unit_size(m.type)[0] for m in matrices}) == 1
+        return self._hopper if fused else self._portable
+
+
+class PortableGemm:
+    """Slices of W dequantised to halves in a scratch buffer, then gemm_sm80.cu over them: sm_80 and later."""
+
+    def __init__(self, gpu, kernels, workspace):
+        self._gpu, self._kernels, self._work = gpu, kernels, workspace
+
+    def linear(self, a, matrices, out, m, w_scale, bias, residual):
+        k, total = padded(a.columns), sum(matrix.rows for matrix in matrices)
+        slice_rows = min(total, _SCRATCH_BYTES // (2 * k) // 256 * 256)
+        scratch = self._work.get("dequantised", 2 * slice_rows * k)
+        for begin in range(0, total, slice_rows):
+            end, first = min(begin + slice_rows, total), 0
+            for matrix in matrices:  # the part of each that falls into this slice
+                low, high = max(begin, first), min(end, first + matrix.rows)
+                if low < high:
+                    self._dequantise(matrix, low - first, high - low, scratch + 2 * (low - begin) * k, k, w_scale)
+                first += matrix.rows
+            tile = choose_gemm_tile(m, end - begin, self._gpu.multiprocessors)
+            self._kernels.launch(
+                tile.program, "gemm_linear", tile.blocks(m, end - begin), tile.threads,
+                a.address, scratch, i32(m), i32(end - begin), i32(k), out + 4 * begin, i32(total), a.scale, w_scale,
+                bias and bias + 4 * begin, residual and residual + 4 * begin, shared_bytes=tile.shared_bytes,
+            )  # fmt: skip
+
+    def gated(self, a, gate, up, act, m, w_scale, biases, activation):
+        k, stride = padded(a.columns), padded(act.columns)
+        rows_at_once = min(stride, _SCRATCH_BYTES // (4 * k) // 64 * 64)  # of gate and of up each
+        for at in range(0, stride, rows_at_once):
+            width = min(rows_at_once, stride - at)
+            features = max(0, min(width, gate.rows - at))
+            scratch = self._work.get("dequantised", 4 * rows_at_once * k)
+            for matrix, first in ((gate, 0), (up, 8)):
+                self._dequantise(matrix, at, features, scratch + 2 * first * k, k, w_scale, gated=1)
+            tile = choose_gemm_tile(m, 2 * width, self._gpu.multiprocessors)
+            self._kernels.launch(
+                tile.program, "gemm_gated", tile.blocks(m, 2 * width), tile.threads,
+                a.address, scratch, i32(m), i32(features), i32(width), i32(k), act.address + 2 * at, i32(stride),
+                a.scale, w_scale, *(bias and bias + 4 * at for bias in biases), act.scale, i32(activation),
+                shared_bytes=tile.shared_bytes,
+            )  # fmt: skip
+
+    def _dequantise(self, matrix, first, rows, out, stride, scale, gated=0):
+        if rows:
+            self._kernels.launch(
+                weight_program(matrix.type), "dequantize", -(-rows * (stride // 16) // 256), 256,
+                matrix.address, i32(matrix.units), i32(first), i32(rows), out, i32(stride), i32(gated), scale,
+            )  # fmt: skip
+
+
+class HopperGemm:
+    """gemm_sm90.cu: W dequantised inside the kernel, for each tile anew; nothing expanded in memory."""
+
+    def __init__(self, gpu, kernels, weights):
+        self._gpu, self._kernels, self._weights = gpu, kernels, weights
+
+    def linear(self, a, matrices, out, m, w_scale, bias, residual):
+        tile = choose_hopper_tile(m, gated=False)
+        types = tuple(dict.fromkeys(matrix.type for matrix in matrices))
+        described = [(matrix.address, i32(matrix.rows), i32(types.index(matrix.type))) for matrix in matrices]
+        described += [(0, i32(0), i32(0))] * (3 - len(matrices))
+        total = sum(matrix.rows for matrix in matrices)
+        self._launch(
+            "gemm_linear", tile, types, m, sum(matrix.row_tiles for matrix in matrices),
+            *(argument for matrix in described for argument in matrix), self._tensor_map(a, tile.tokens), i32(m),
+            i32(a.columns), out, i32(total), a.scale, w_scale, bias, residual,
+        )  # fmt: skip
+
+    def gated(self, a, gate, up, act, m, w_scale, biases, activation):
+        tile = choose_hopper_tile(m, gated=True)
+        types = tuple(dict.fromkeys((gate.type, up.type)))
+        self._launch(
+            "gemm_gated", tile, types, m, gate.row_tiles + up.row_tiles,
+            gate.address, i32(types.index(gate.type)), up.address, i32(types.index(up.type)), i32(gate.rows),
+            self._tensor_map(a, tile.tokens), i32(m), i32(a.columns), act.address, i32(padded(act.columns)), a.scale,
+            w_scale, *biases, act.scale, i32(activation),
+        )  # fmt: skip
+
+    def _launch(self, name, tile, types, m, row_tiles, *arguments):
+        grid = min(self._gpu.multiprocessors, tile.tiles(m, row_tiles))
+        shared = tile.shared_bytes(types)
+        self._kernels.launch(tile.program(types), name, grid, tile.threads, *arguments, shared_bytes=shared)
+
+    def _tensor_map(self, a, box_rows):
+        """Device address of the TMA descriptor of an operand: boxes of box_rows rows by 64 columns, 128-byte swizzle."""
+
+        def encode(address):
+            d = self._gpu.driver
+            stride = padded(a.columns)
+            descriptor = check(
+                d.cuTensorMapEncodeTiled(
+                    d.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, a.address,
+                    [d.cuuint64_t(stride), d.cuuint64_t(a.rows)], [d.cuuint64_t(2 * stride)],
+                    [d.cuuint32_t(64), d.cuuint32_t(box_rows)], [d.cuuint32_t(1)] * 2,
+                    d.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+                    d.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+                    d.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                    d.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+                )
+            )  # fmt: skip
+            self._gpu.upload(address, np.array([int(word) for word in descriptor.opaque], np.uint64))
+
+        return self._weights.descriptor((a.address, a.columns, a.rows, box_rows), encode)
