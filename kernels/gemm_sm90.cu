@@ -30,18 +30,13 @@ struct FormatList {
     template <int kPieces>
     __device__ static void decode(int format, const uint8_t* tile, int row, int at, float scale, uint32_t (&out)[8 * kPieces]) {
         if (format != 0) return FormatList<Rest...>::template decode<kPieces>(format - 1, tile, row, at, scale, out);
-        auto unit = unit_of<First>(tile, row);
 #pragma unroll
-        for (int piece = 0; piece < kPieces; ++piece) {
-            float w[16];
-            First::decode16(unit, at + 16 * piece, scale, w);
-#pragma unroll
-            for (int i = 0; i < 8; ++i) out[8 * piece + i] = pack_half2(w[2 * i], w[2 * i + 1]);
-        }
+        for (int piece = 0; piece < kPieces; ++piece)
+            decode_halves<First>(tile, row, at + 16 * piece, scale, reinterpret_cast<uint32_t(&)[8]>(out[8 * piece]));
     }
 };
 struct NoFormat {
-    static constexpr int kElements = 0, kBytes = 0;
+    static constexpr int kBytes = 0;
 };
 template <>
 struct FormatList<NoFormat> {
@@ -266,6 +261,8 @@ __device__ __forceinline__ void run(const Matrices& matrices, const void* x_map,
     }
 }
 
+#if !GATED
+
 // out = acc / (*x_scale * *w_scale) + bias + residual, float32, rows `ldo` apart: the matrices' outputs side by side. bias
 // and residual may be null, and residual may be out itself. x_map: x's tensor map, boxes of 64 halves by TOKENS.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
@@ -283,21 +280,21 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
             if (row >= tile.rows) continue;
             int column = tile.column + row;
             float b = bias != nullptr ? bias[column] : 0.0f;
+            uint64_t at = static_cast<uint64_t>(token) * ldo + column;
 #pragma unroll
-            for (int j = 0; j < TOKENS / 8; ++j)
+            for (int j = 0; j < TOKENS / 8; ++j, at += 8 * static_cast<uint64_t>(ldo))
 #pragma unroll
                 for (int c = 0; c < 2; ++c) {
-                    int t = token + 8 * j + c;
-                    if (t >= m) continue;
-                    uint64_t at = static_cast<uint64_t>(t) * ldo + column;
+                    if (token + 8 * j + c >= m) continue;
                     float y = fmaf(acc[4 * j + 2 * h + c], alpha, b);
-                    out[at] = residual != nullptr ? y + residual[at] : y;
+                    uint64_t to = at + (c ? ldo : 0);
+                    out[to] = residual != nullptr ? y + residual[to] : y;
                 }
         }
     });
 }
 
-#if WARPGROUPS == 2  // gate and up
+#else  // GATED, with two warpgroups: one pair of row tiles, gate and up
 
 // out[m, f] = half(*out_scale * act(gate) * up), rows `ldo` apart; gate_bias and up_bias [features] may be null. Columns
 // from `features` to ldo (a multiple of 64, less than 64 more) become zero.

@@ -5,7 +5,8 @@
 // |W_n · x| <= sqrt(H) · |W_n ∘ w|. Such a bound is loose by a factor around sqrt(H), far less than half's 40 binades.
 #include "include/types.cuh"
 
-constexpr int kHalfTop = 15;  // the largest scaled value is at most 2^15, a factor 2 under overflow
+constexpr int kHalfTop = 15;    // the largest scaled value is at most 2^15, a factor 2 under overflow
+constexpr int kWeightTop = 13;  // decode_halves' intermediate d * kCenter - m may be a few times the largest weight
 
 // 2^e such that bound * 2^e <= 2^top, and no smaller than half of that.
 __device__ __forceinline__ float scale_for(float bound, int top) {
@@ -16,7 +17,7 @@ __device__ __forceinline__ float scale_for(float bound, int top) {
 
 // *scale for a matrix whose largest magnitude has these bits.
 extern "C" __global__ void weight_scale(const uint32_t* absmax, float* scale) {
-    *scale = scale_for(bits_to_float(*absmax), kHalfTop);
+    *scale = scale_for(bits_to_float(*absmax), kWeightTop);
 }
 
 // *scale for outputs bounded by gain * a[i] + |bias_a[i]|, or by that times gain * b[i] + |bias_b[i]| where b is given;

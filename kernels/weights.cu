@@ -11,9 +11,8 @@ __device__ __forceinline__ const uint8_t* tile_at(const uint8_t* weights, int ro
     return weights + (static_cast<uint64_t>(row / kTileRows) * units + column / Format::kElements) * kTileBytes;
 }
 
-__device__ __forceinline__ void decode_at(const uint8_t* weights, int row, int column, int units, float scale, float (&out)[16]) {
-    auto unit = unit_of<Format>(tile_at(weights, row, column, units), row % kTileRows);
-    Format::decode16(unit, column % Format::kElements, scale, out);
+__device__ __forceinline__ void decode_at(const uint8_t* weights, int row, int column, int units, float (&out)[16]) {
+    decode_floats<Format>(tile_at(weights, row, column, units), row % kTileRows, column % Format::kElements, out);
 }
 
 // From rows as GGUF stores them (`rows` of `row_bytes`) to tiles. A thread moves two bytes; one block row of the grid is
@@ -49,12 +48,14 @@ extern "C" __global__ void __launch_bounds__(256)
     uint32_t index = blockIdx.x * 256u + threadIdx.x;
     int row = index / pieces, column = index % pieces * 16;
     if (row >= rows) return;
-    float w[16];
-    decode_at(weights, first + row, column, units, *scale, w);
+    uint32_t w[8];
+    row += first;
+    decode_halves<Format>(tile_at(weights, row, column, units), row % kTileRows, column % Format::kElements, *scale, w);
+    row -= first;
     uint64_t out_row = gated ? row + row / 8 * 8 : row;
     uint4* to = reinterpret_cast<uint4*>(out + out_row * stride + column);
-    to[0] = make_uint4(pack_half2(w[0], w[1]), pack_half2(w[2], w[3]), pack_half2(w[4], w[5]), pack_half2(w[6], w[7]));
-    to[1] = make_uint4(pack_half2(w[8], w[9]), pack_half2(w[10], w[11]), pack_half2(w[12], w[13]), pack_half2(w[14], w[15]));
+    to[0] = make_uint4(w[0], w[1], w[2], w[3]);
+    to[1] = make_uint4(w[4], w[5], w[6], w[7]);
 }
 
 // out[t, :] = factor * w[tokens[t], :] in float32: the embedding.
@@ -63,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(256)
     int row = tokens[blockIdx.x];
     for (int column = threadIdx.x * 16; column < columns; column += 256 * 16) {
         float w[16];
-        decode_at(weights, row, column, units, 1.0f, w);
+        decode_at(weights, row, column, units, w);
         float* to = out + static_cast<uint64_t>(blockIdx.x) * columns + column;
 #pragma unroll
         for (int i = 0; i < 16; ++i)
@@ -82,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(8 * kTileRows)
     uint32_t largest = 0;  // as bits, not fmaxf, which would drop a NaN: its bits are above every number's, and are kept
     for (int column = slice * 16; column < columns; column += 8 * 16) {
         float w[16];
-        decode_at(weights, blockIdx.x * kTileRows + row, column, units, 1.0f, w);
+        decode_at(weights, blockIdx.x * kTileRows + row, column, units, w);
 #pragma unroll
         for (int i = 0; i < 16; ++i) {
             float x = input != nullptr && column + i < columns ? w[i] * input[column + i] : w[i];

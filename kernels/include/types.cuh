@@ -29,6 +29,27 @@ __device__ __forceinline__ uint32_t pack_half2(float low, float high) {
     return packed;
 }
 
+// Pairs of halves.
+__device__ __forceinline__ uint32_t half2_add(uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+__device__ __forceinline__ uint32_t half2_multiply(uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+__device__ __forceinline__ uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t r;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+    return r;
+}
+// The half of -(1024 .. 2047) in both places: its mantissa is the number less 1024.
+__host__ __device__ constexpr uint32_t half2_constant(int minus_1024_to_2047) {
+    return 0xe400e400u + (static_cast<uint32_t>(-minus_1024_to_2047 - 1024)) * 0x00010001u;
+}
+
 __device__ __forceinline__ float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }

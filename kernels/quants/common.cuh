@@ -1,12 +1,14 @@
 // What a block format is to the kernels, and how weights lie in device memory.
 //
-// Each struct of this folder is one ggml type:
+// Each quantised struct of this folder is one ggml type. A weight is d * (q + kCenter) - m, with a small integer q, exact in
+// half precision, that was moved to lie about 0:
 //   kElements   weights of a unit: 256 (a K-quant super-block, or eight 32-weight blocks), 64 for unquantised types
 //   kBytes      bytes of a unit, as many as in the file
-//   source_of(to)   which byte of the unit as GGUF stores it becomes byte `to` here (repack.cu asks): fields are gathered
-//                   so that all are aligned
-//   decode16(unit, at, scale, out)   scale * weights at .. at+15 (at a multiple of 16), scale a power of two: with
-//                   scale 1 they have the bits of ggml's dequantize_row_*
+//   source_of(to)   which byte of the unit as GGUF stores it becomes byte `to` here (the repack kernel asks): fields are
+//                   gathered so that all are aligned, and the bytes of packed integers stand as `paired` says
+//   integers(unit, at, q)   q of weights at .. at+15 (at a multiple of 16), as eight pairs of halves
+//   affine(unit, at, d, m)  their d and m (kHasMin: whether there is an m)
+// decode_floats and decode_halves below make weights of them; unquantised types bring their own.
 //
 // A matrix is stored in tiles of kTileRows rows by one unit, [row tile][unit column]; within a tile the units' 16-byte
 // pieces stand transposed, [piece][row], and what is left of them (kBytes % 16) last, [row]. A warp that takes a row a
@@ -35,25 +37,27 @@ struct Unit {
     __device__ float half(int offset) const { return half_to_float(static_cast<half_t>(u16(offset))); }
 };
 
-template <class Format>
-__device__ __forceinline__ Unit<Format::kBytes> unit_of(const uint8_t* tile, int row) {
-    return {tile, row};
-}
-
 __device__ __forceinline__ uint32_t word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
-// The four unsigned bytes of a word, less kOffset, as floats: 0x4b0000qq is 2^23 + qq, and the difference is exact.
+// Packed integers -----------------------------------------------------------------------------------------------------------
+// A pair of halves is made of two bytes 16 bits apart, so each word of packed bytes has its middle two exchanged: bytes 0 and
+// 2 are then neighbouring weights, and bytes 1 and 3 the two after them.
+__host__ __device__ constexpr int paired(int to) { return (to & ~3) | (to & 1) << 1 | (to >> 1 & 1); }
+
+// Integers 0 .. 255 in bits 0-7 and 16-23 (all else 0), less kOffset: 0x6400 | i is the half 1024 + i, and the difference
+// is exact.
 template <int kOffset>
-__device__ __forceinline__ void bytes_to_floats(uint32_t word, float* out) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-        out[i] = bits_to_float(__byte_perm(word, 0x4b000000u, 0x7650 | i)) - static_cast<float>(8388608 + kOffset);
+__device__ __forceinline__ uint32_t halves_less(uint32_t integers) {
+    return half2_add(integers | 0x64006400u, half2_constant(-(1024 + kOffset)));
 }
 
-// The four signed bytes of a word as floats.
-__device__ __forceinline__ void signed_bytes_to_floats(uint32_t word, float* out) {
-    bytes_to_floats<128>(word ^ 0x80808080u, out);
+// Pairs 2w and 2w+1 of q from the word of bytes w: the bits of `mask` (given for a byte pair) after a shift.
+template <int kOffset>
+__device__ __forceinline__ void bytes_to_pairs(uint32_t word, uint32_t* q) {
+    q[0] = halves_less<kOffset>(word & 0x00ff00ffu);
+    q[1] = halves_less<kOffset>(word >> 8 & 0x00ff00ffu);
 }
+__device__ __forceinline__ void signed_bytes_to_pairs(uint32_t word, uint32_t* q) { bytes_to_pairs<128>(word ^ 0x80808080u, q); }
 
 // ggml's kvalues_iq4nl (IQ4_NL, IQ4_XS) of four numbers 0..15, one a byte: four signed bytes.
 __device__ __forceinline__ uint32_t iq4_values(uint32_t q) {
@@ -63,4 +67,54 @@ __device__ __forceinline__ uint32_t iq4_values(uint32_t q) {
     uint32_t low = __byte_perm(0xbfad9881u, 0xf6eaddcfu, selector), high = __byte_perm(0x26190d01u, 0x71594535u, selector);
     uint32_t mask = (q >> 3 & 0x01010101u) * 0xffu;
     return (low & ~mask) | (high & mask);
+}
+
+// Weights ---------------------------------------------------------------------------------------------------------------------
+
+// Sixteen weights of a quantised type in float32, with the bits of ggml's dequantize_row_*: the products are exact, so only
+// the last step rounds.
+template <class Format>
+__device__ __forceinline__ void decode_floats(const uint8_t* tile, int row, int at, float (&out)[16]) {
+    Unit<Format::kBytes> unit{tile, row};
+    if constexpr (Format::kUnquantised) {
+        Format::floats(unit, at, out);
+    } else {
+        uint32_t q[8];
+        float d, m;
+        Format::integers(unit, at, q);
+        Format::affine(unit, at, d, m);
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+            float integer = half_to_float(static_cast<half_t>(i % 2 ? q[i / 2] >> 16 : q[i / 2])) + Format::kCenter;
+            out[i] = Format::kHasMin ? fmaf(d, integer, -m) : d * integer;
+        }
+    }
+}
+
+// Sixteen weights times `scale`, a power of two, as pairs of halves. d and d * kCenter - m are rounded to halves first: to
+// half a unit in the last place of the weight each, as the result is.
+template <class Format>
+__device__ __forceinline__ void decode_halves(const uint8_t* tile, int row, int at, float scale, uint32_t (&out)[8]) {
+    Unit<Format::kBytes> unit{tile, row};
+    if constexpr (Format::kUnquantised) {
+        float w[16];
+        Format::floats(unit, at, w);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) out[i] = pack_half2(w[2 * i] * scale, w[2 * i + 1] * scale);
+    } else {
+        float d, m;
+        Format::integers(unit, at, out);
+        Format::affine(unit, at, d, m);
+        d *= scale;
+        uint32_t slope = pack_half2(d, d);
+        if constexpr (Format::kHasMin) {
+            float c = fmaf(d, Format::kCenter, -m * scale);
+            uint32_t shift = pack_half2(c, c);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) out[i] = half2_fma(out[i], slope, shift);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) out[i] = half2_multiply(out[i], slope);
+        }
+    }
 }

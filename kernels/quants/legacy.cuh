@@ -4,116 +4,79 @@
 #pragma once
 #include "common.cuh"
 
-// source_of for blocks whose fields have these sizes: 2 for d, kM for m, kQh for qh, kQs for qs.
+// A unit of blocks whose fields have these sizes: 2 for d, kM for m, kQh for qh, kQs for qs.
 template <int kM, int kQh, int kQs>
-__host__ __device__ constexpr int gathered_source(int to) {
-    constexpr int kBlock = 2 + kM + kQh + kQs;
-    int before = 0;
-    for (int size : {2, kM, kQh, kQs}) {
-        if (to < 8 * size) return to / size * kBlock + before + to % size;
-        to -= 8 * size;
-        before += size;
+struct Gathered {
+    static constexpr bool kUnquantised = false, kHasMin = kM != 0;
+    static constexpr int kBlock = 2 + kM + kQh + kQs, kElements = 256, kBytes = 8 * kBlock;
+    static constexpr int kQhAt = 16 + 8 * kM, kQsAt = kQhAt + 8 * kQh;
+
+    __host__ __device__ static constexpr int source_of(int to) {
+        if (to < 16) return to / 2 * kBlock + to % 2;
+        if (to < kQhAt) return (to - 16) / 2 * kBlock + 2 + to % 2;
+        if (to < kQsAt) return (to - kQhAt) / 4 * kBlock + 2 + kM + to % 4;
+        int from = paired(to - kQsAt);
+        return from / kQs * kBlock + 2 + kM + kQh + from % kQs;
     }
-    return -1;
-}
-
-// The 16 nibbles of weights at .. at+15, a byte each, four a word.
-template <class U>
-__device__ __forceinline__ uint4 nibbles(const U& unit, int qs, int at) {
-    uint4 v = unit.load16(qs + at / 32 * 16);
-    int shift = at & 16 ? 4 : 0;
-    return make_uint4(v.x >> shift & 0x0f0f0f0fu, v.y >> shift & 0x0f0f0f0fu, v.z >> shift & 0x0f0f0f0fu,
-                      v.w >> shift & 0x0f0f0f0fu);
-}
-
-// Bits 4i .. 4i+3 of `bits`, each moved to bit 4 of a byte.
-__device__ __forceinline__ uint32_t fifth_bits(uint32_t bits, int i) {
-    uint32_t four = bits >> (4 * i) & 0xf;
-    return (four | four << 7 | four << 14 | four << 21) << 4 & 0x10101010u;
-}
-
-struct Q4_0 {
-    static constexpr int kElements = 256, kBytes = 8 * 18;
-    __host__ __device__ static constexpr int source_of(int to) { return gathered_source<0, 0, 16>(to); }
     template <class U>
-    __device__ static void decode16(const U& unit, int at, float scale, float (&out)[16]) {
-        float d = unit.half(at / 32 * 2) * scale;
-        uint4 q = nibbles(unit, 16, at);
-#pragma unroll
-        for (int w = 0; w < 4; ++w) bytes_to_floats<8>(word_of(q, w), out + 4 * w);
-#pragma unroll
-        for (int i = 0; i < 16; ++i) out[i] *= d;
+    __device__ static void affine(const U& unit, int at, float& d, float& m) {
+        d = unit.half(at / 32 * 2);
+        if constexpr (kHasMin) m = -unit.half(16 + at / 32 * 2);  // these formats add theirs
+    }
+    // Word w of the 16 nibbles of weights at .. at+15, a byte each.
+    __device__ static uint32_t nibbles(const uint4& qs, int at, int w) { return word_of(qs, w) >> (at & 16 ? 4 : 0) & 0x0f0f0f0fu; }
+    // Bits 4w .. 4w+3 of `bits` as bit 4 of a paired word's bytes.
+    __device__ static uint32_t fifth_bits(uint32_t bits, int w) {
+        uint32_t b = bits >> (4 * w);
+        return (b & 1) << 4 | (b & 2) << 19 | (b & 4) << 10 | (b & 8) << 25;
     }
 };
 
-struct Q4_1 {
-    static constexpr int kElements = 256, kBytes = 8 * 20;
-    __host__ __device__ static constexpr int source_of(int to) { return gathered_source<2, 0, 16>(to); }
+template <int kOffset, bool kMin>
+struct Nibbles : Gathered<kMin ? 2 : 0, 0, 16> {
+    using Base = Gathered<kMin ? 2 : 0, 0, 16>;
+    static constexpr int kCenter = kMin ? 8 : 0;
     template <class U>
-    __device__ static void decode16(const U& unit, int at, float scale, float (&out)[16]) {
-        float d = unit.half(at / 32 * 2) * scale, m = unit.half(16 + at / 32 * 2) * scale;
-        uint4 q = nibbles(unit, 32, at);
+    __device__ static void integers(const U& unit, int at, uint32_t (&q)[8]) {
+        uint4 qs = unit.load16(Base::kQsAt + at / 32 * 16);
 #pragma unroll
-        for (int w = 0; w < 4; ++w) bytes_to_floats<0>(word_of(q, w), out + 4 * w);
+        for (int w = 0; w < 4; ++w) bytes_to_pairs<kOffset>(Base::nibbles(qs, at, w), q + 2 * w);
+    }
+};
+struct Q4_0 : Nibbles<8, false> {};
+struct Q4_1 : Nibbles<8, true> {};
+
+template <bool kMin>
+struct FiveBits : Gathered<kMin ? 2 : 0, 4, 16> {
+    using Base = Gathered<kMin ? 2 : 0, 4, 16>;
+    static constexpr int kCenter = kMin ? 16 : 0;
+    template <class U>
+    __device__ static void integers(const U& unit, int at, uint32_t (&q)[8]) {
+        uint4 qs = unit.load16(Base::kQsAt + at / 32 * 16);
+        uint32_t high = unit.u32(Base::kQhAt + at / 32 * 4) >> (at & 16);
 #pragma unroll
-        for (int i = 0; i < 16; ++i) out[i] = fmaf(d, out[i], m);
+        for (int w = 0; w < 4; ++w) bytes_to_pairs<16>(Base::nibbles(qs, at, w) | Base::fifth_bits(high, w), q + 2 * w);
+    }
+};
+struct Q5_0 : FiveBits<false> {};
+struct Q5_1 : FiveBits<true> {};
+
+struct Q8_0 : Gathered<0, 0, 32> {
+    static constexpr int kCenter = 0;
+    template <class U>
+    __device__ static void integers(const U& unit, int at, uint32_t (&q)[8]) {
+        uint4 qs = unit.load16(kQsAt + at);
+#pragma unroll
+        for (int w = 0; w < 4; ++w) signed_bytes_to_pairs(word_of(qs, w), q + 2 * w);
     }
 };
 
-struct Q5_0 {
-    static constexpr int kElements = 256, kBytes = 8 * 22;
-    __host__ __device__ static constexpr int source_of(int to) { return gathered_source<0, 4, 16>(to); }
+struct IQ4_NL : Gathered<0, 0, 16> {
+    static constexpr int kCenter = 0;
     template <class U>
-    __device__ static void decode16(const U& unit, int at, float scale, float (&out)[16]) {
-        float d = unit.half(at / 32 * 2) * scale;
-        uint32_t high = unit.u32(16 + at / 32 * 4) >> (at & 16);
-        uint4 q = nibbles(unit, 48, at);
+    __device__ static void integers(const U& unit, int at, uint32_t (&q)[8]) {
+        uint4 qs = unit.load16(kQsAt + at / 32 * 16);
 #pragma unroll
-        for (int w = 0; w < 4; ++w) bytes_to_floats<16>(word_of(q, w) | fifth_bits(high, w), out + 4 * w);
-#pragma unroll
-        for (int i = 0; i < 16; ++i) out[i] *= d;
-    }
-};
-
-struct Q5_1 {
-    static constexpr int kElements = 256, kBytes = 8 * 24;
-    __host__ __device__ static constexpr int source_of(int to) { return gathered_source<2, 4, 16>(to); }
-    template <class U>
-    __device__ static void decode16(const U& unit, int at, float scale, float (&out)[16]) {
-        float d = unit.half(at / 32 * 2) * scale, m = unit.half(16 + at / 32 * 2) * scale;
-        uint32_t high = unit.u32(32 + at / 32 * 4) >> (at & 16);
-        uint4 q = nibbles(unit, 64, at);
-#pragma unroll
-        for (int w = 0; w < 4; ++w) bytes_to_floats<0>(word_of(q, w) | fifth_bits(high, w), out + 4 * w);
-#pragma unroll
-        for (int i = 0; i < 16; ++i) out[i] = fmaf(d, out[i], m);
-    }
-};
-
-struct Q8_0 {
-    static constexpr int kElements = 256, kBytes = 8 * 34;
-    __host__ __device__ static constexpr int source_of(int to) { return gathered_source<0, 0, 32>(to); }
-    template <class U>
-    __device__ static void decode16(const U& unit, int at, float scale, float (&out)[16]) {
-        float d = unit.half(at / 32 * 2) * scale;
-        uint4 q = unit.load16(16 + at);
-#pragma unroll
-        for (int w = 0; w < 4; ++w) signed_bytes_to_floats(word_of(q, w), out + 4 * w);
-#pragma unroll
-        for (int i = 0; i < 16; ++i) out[i] *= d;
-    }
-};
-
-struct IQ4_NL {
-    static constexpr int kElements = 256, kBytes = 8 * 18;
-    __host__ __device__ static constexpr int source_of(int to) { return gathered_source<0, 0, 16>(to); }
-    template <class U>
-    __device__ static void decode16(const U& unit, int at, float scale, float (&out)[16]) {
-        float d = unit.half(at / 32 * 2) * scale;
-        uint4 q = nibbles(unit, 16, at);
-#pragma unroll
-        for (int w = 0; w < 4; ++w) signed_bytes_to_floats(iq4_values(word_of(q, w)), out + 4 * w);
-#pragma unroll
-        for (int i = 0; i < 16; ++i) out[i] *= d;
+        for (int w = 0; w < 4; ++w) signed_bytes_to_pairs(iq4_values(nibbles(qs, at, w)), q + 2 * w);
     }
 };

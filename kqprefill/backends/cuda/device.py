@@ -1,17 +1,20 @@
 """The GPU: opened through cuda.core, its failures turned into one clear line."""
 
 from contextlib import contextmanager
+from threading import Lock
 
 from ...errors import BackendError
 
+_importing = Lock()
 _OLDEST = (8, 0)  # cp.async and mma.m16n8k16
 
 
 def import_cuda():
     """cuda.core and cuda.bindings.driver. Raises BackendError where cuda-python is not installed or finds no driver."""
     try:
-        import cuda.core as core
-        from cuda.bindings import driver
+        with _importing:  # cuda.core fills its namespace by hand: a second thread may see it half full
+            import cuda.core as core
+            from cuda.bindings import driver
     except ImportError as error:
         raise BackendError(f"cuda-python cannot be imported ({error}); install it with pip install 'cuda-python>=13'") from None
     return core, driver

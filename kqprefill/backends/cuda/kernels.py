@@ -52,6 +52,7 @@ K_MULTIPLE = 64  # operands are zero-padded to this many columns: every tile's K
 class HopperTile:
     """The constants of gemm_sm90.cu: a tile of `tokens` by 64 rows of W for each of its consumer warpgroups."""
 
+    gated: int
     tokens: int
     warpgroups: int
     decoders: int
@@ -79,16 +80,16 @@ class HopperTile:
         return -(-m // self.tokens) * -(-row_tiles // self.warpgroups)
 
 
-#                       tokens warpgroups decoders stages raw  registers
+# least tokens, gated:       tokens, warpgroups, decoders, stages, raw stages, registers of a decoder and a consumer
 HOPPER_TILES = {
-    (1, False): HopperTile(16, 1, 2, 8, 4, 128, 200),
-    (1, True): HopperTile(16, 2, 2, 6, 3, 104, 144),
-    (17, False): HopperTile(64, 1, 2, 6, 4, 128, 200),
-    (17, True): HopperTile(64, 2, 2, 4, 3, 104, 144),
-    (65, False): HopperTile(128, 1, 2, 4, 4, 128, 200),
-    (65, True): HopperTile(128, 2, 1, 4, 2, 128, 184),
-    (129, False): HopperTile(256, 2, 1, 3, 2, 128, 184),
-    (129, True): HopperTile(256, 2, 1, 3, 2, 128, 184),
+    (1, False): HopperTile(0, 16, 1, 2, 8, 4, 128, 200),
+    (1, True): HopperTile(1, 16, 2, 2, 6, 3, 104, 144),
+    (17, False): HopperTile(0, 64, 1, 2, 6, 4, 128, 200),
+    (17, True): HopperTile(1, 64, 2, 2, 4, 3, 104, 144),
+    (65, False): HopperTile(0, 128, 1, 2, 4, 4, 128, 200),
+    (65, True): HopperTile(1, 128, 2, 1, 4, 2, 128, 184),
+    (129, False): HopperTile(0, 256, 2, 1, 3, 2, 128, 184),
+    (129, True): HopperTile(1, 256, 2, 1, 3, 2, 128, 184),
 }
 
 
@@ -161,9 +162,8 @@ def every_program(arch):
     for head_dim in (64, 80, 96, 112, 128, 192, 256):
         programs.update(dict.fromkeys(programs_for(head_dim, SUPPORTED)))
     if arch == "sm_90a":
-        mixes = [(t,) for t in sorted(SUPPORTED)] + [(GGML.Q4_K, GGML.Q6_K)]
-        programs.update(dict.fromkeys(HOPPER_TILES[129, False].program(types) for types in mixes))
-        programs.update(dict.fromkeys(tile.program(mixes[-1]) for tile in HOPPER_TILES.values()))
+        mixes = [*((t,) for t in sorted(SUPPORTED)), (GGML.Q4_K, GGML.Q6_K)]
+        programs.update(dict.fromkeys(tile.program(types) for types in mixes for tile in HOPPER_TILES.values()))
     return list(programs)
 
 
