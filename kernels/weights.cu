@@ -15,8 +15,8 @@ __device__ __forceinline__ void decode_at(const uint8_t* weights, int row, int c
     decode_floats<Format>(tile_at(weights, row, column, units), row % kTileRows, column % Format::kElements, out);
 }
 
-// From rows as GGUF stores them (`rows` of `row_bytes`) to tiles. A thread moves two bytes; one block row of the grid is
-// one row of tiles.
+// From rows as GGUF stores them (`rows` of `row_bytes`) to tiles. A thread makes two bytes; one block row of the grid
+// is one row of tiles.
 extern "C" __global__ void __launch_bounds__(256)
     repack(const uint8_t* source, uint64_t row_bytes, int rows, uint8_t* tiles, int units) {
     uint32_t index = (blockIdx.x * 256u + threadIdx.x) * 2u;
@@ -31,12 +31,13 @@ extern "C" __global__ void __launch_bounds__(256)
         row = (within - kWhole * kTileRows) / (kTail ? kTail : 1);
         to = kWhole + (within - kWhole * kTileRows) % (kTail ? kTail : 1);
     }
-    uint64_t from = static_cast<uint64_t>(unit) * Format::kBytes + Format::source_of(to);
     int source_row = blockIdx.y * kTileRows + row;
-    uint16_t two = 0;
-    if (source_row < rows && from < row_bytes)
-        two = *reinterpret_cast<const uint16_t*>(source + source_row * row_bytes + from);
-    *reinterpret_cast<uint16_t*>(tiles + static_cast<uint64_t>(blockIdx.y) * units * kTileBytes + index) = two;
+    auto byte = [&](int offset) -> uint32_t {
+        uint64_t from = static_cast<uint64_t>(unit) * Format::kBytes + Format::source_of(offset);
+        return source_row < rows && from < row_bytes ? source[source_row * row_bytes + from] : 0;
+    };
+    *reinterpret_cast<uint16_t*>(tiles + static_cast<uint64_t>(blockIdx.y) * units * kTileBytes + index) =
+        static_cast<uint16_t>(byte(to) | byte(to + 1) << 8);
 }
 
 // out[row, :] = half(*scale * w[row, :]) for `rows` rows from `first`, `stride` halves apart: a GEMM's operand. A thread

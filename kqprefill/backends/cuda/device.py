@@ -98,6 +98,12 @@ class Gpu:
         return self.pool.attributes.used_mem_high
 
     def close(self):
-        self.stream.sync()
-        self.pool.close()
-        self.stream.close()
+        """Give everything back; quietly, if the device has failed already."""
+        from cuda.core._utils.cuda_utils import CUDAError
+
+        try:
+            self.stream.sync()
+            self.pool.close()
+            self.stream.close()
+        except CUDAError:
+            pass
