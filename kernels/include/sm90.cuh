@@ -28,6 +28,17 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
         : "memory");
 }
 
+// Arrive on the barrier at the same place of block `rank` of the cluster.
+__device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier, int rank) {
+    asm volatile(
+        "{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];}" ::"r"(barrier),
+        "r"(rank)
+        : "memory");
+}
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
+}
+
 // A ring's position: which stage, and the parity of the phase it is in.
 template <int kStages>
 struct RingPosition {
@@ -51,6 +62,13 @@ __device__ __forceinline__ void bulk_copy(uint32_t destination, const void* sour
 __device__ __forceinline__ void tensor_copy(uint32_t destination, const void* map, int column, int row, uint32_t barrier) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                  ::"r"(destination), "l"(map), "r"(column), "r"(row), "r"(barrier)
+                 : "memory");
+}
+// The same into shared memory at the same place of every block of the cluster in `blocks`, completing on each one's barrier.
+__device__ __forceinline__ void tensor_copy_multicast(uint32_t destination, const void* map, int column, int row,
+                                                      uint32_t barrier, uint16_t blocks) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+                 "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(destination), "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
                  : "memory");
 }
 // Makes this thread's ordinary writes to shared memory visible to wgmma and the copy engine.

@@ -54,6 +54,7 @@ class HopperTile:
 
     gated: int
     tokens: int
+    cluster: int
     warpgroups: int
     decoders: int
     stages: int
@@ -76,20 +77,22 @@ class HopperTile:
         barriers = 16 * (self.stages + self.raw_stages)
         return self.stages * stage + self.raw_stages * raw + barriers
 
-    def tiles(self, m, row_tiles):
-        return -(-m // self.tokens) * -(-row_tiles // self.warpgroups)
+    def blocks(self, m, row_tiles, multiprocessors):
+        """The persistent grid: a block a multiprocessor, or fewer where there are fewer tiles; whole clusters."""
+        tiles = -(-m // self.tokens) * -(-row_tiles // (self.warpgroups * self.cluster))
+        return self.cluster * min(multiprocessors // self.cluster, tiles)
 
 
-# least tokens, gated:       tokens, warpgroups, decoders, stages, raw stages, registers of a decoder and a consumer
+# least tokens, gated:          tokens, cluster, warpgroups, decoders, stages, raw stages, registers of a decoder and a consumer
 HOPPER_TILES = {
-    (1, False): HopperTile(0, 16, 1, 2, 8, 4, 128, 200),
-    (1, True): HopperTile(1, 16, 2, 2, 6, 3, 104, 144),
-    (17, False): HopperTile(0, 64, 1, 2, 6, 4, 128, 200),
-    (17, True): HopperTile(1, 64, 2, 2, 4, 3, 104, 144),
-    (65, False): HopperTile(0, 128, 1, 2, 4, 4, 128, 200),
-    (65, True): HopperTile(1, 128, 2, 1, 4, 2, 128, 184),
-    (129, False): HopperTile(0, 256, 2, 1, 3, 2, 128, 184),
-    (129, True): HopperTile(1, 256, 2, 1, 3, 2, 128, 184),
+    (1, False): HopperTile(0, 16, 1, 1, 2, 8, 4, 128, 200),
+    (1, True): HopperTile(1, 16, 1, 2, 2, 6, 3, 104, 144),
+    (17, False): HopperTile(0, 64, 1, 1, 2, 6, 4, 128, 200),
+    (17, True): HopperTile(1, 64, 1, 2, 2, 4, 3, 104, 144),
+    (65, False): HopperTile(0, 128, 1, 1, 2, 4, 4, 128, 200),
+    (65, True): HopperTile(1, 128, 1, 2, 1, 4, 2, 128, 184),
+    (129, False): HopperTile(0, 256, 2, 2, 1, 3, 2, 128, 184),
+    (129, True): HopperTile(1, 256, 2, 2, 1, 3, 2, 128, 184),
 }
 
 
@@ -173,7 +176,7 @@ class Kernels:
     def __init__(self, gpu, cache=None):
         self._gpu = gpu
         self._cache = cache or KernelCache()
-        self._modules, self._launchers = {}, {}
+        self._modules, self._launchers, self._configs = {}, {}, {}
 
     def prepare(self, programs, progress):
         """Compile (in parallel) or fetch the programs and load them; progress("compile", done, total)."""
@@ -193,7 +196,10 @@ class Kernels:
         arguments must be ctypes' c_int32 and c_float."""
         key = program, name, shared_bytes
         kernel = self._launchers.get(key) or self._get(key)
-        config = self._gpu.core.LaunchConfig(grid=grid, block=threads, shmem_size=shared_bytes)
+        config = self._configs.get((grid, threads, shared_bytes))
+        if config is None:
+            config = self._gpu.core.LaunchConfig(grid=grid, block=threads, shmem_size=shared_bytes)
+            self._configs[grid, threads, shared_bytes] = config
         self._gpu.core.launch(self._gpu.stream, config, kernel, *args)
 
     def _get(self, key):
