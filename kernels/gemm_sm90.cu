@@ -118,33 +118,40 @@ struct Walk {
     __device__ int first_token() const { return (group() * kTokenGroup + tile % (kTokenGroup * tiles_n) % width()) * TOKENS; }
 };
 
-// Has the copy engine bring raw units, in the order in which they are decoded, ahead of the decoders.
+// Has the copy engine bring raw units, in the order in which they are decoded, ahead of the decoders. One thread does this
+// beside its decoding, so what a tile needs is worked out once, not for each unit.
 struct RawCopies {
     const Rings& rings;
     const Matrices& matrices;
     Walk walk;
-    int units, unit = 0;
+    int units, unit = 0, bytes = 0;
     bool gated;
     RingPosition<RAW_STAGES> raw;
+    const uint8_t* source[WARPGROUPS];
+    int size[WARPGROUPS];  // 0 where there is no such tile
 
-    __device__ void issue() {  // the next one, if there is one; waits until its slot is free
+    __device__ RawCopies(const Rings& rings, const Matrices& matrices, Walk walk, int units, bool gated)
+        : rings(rings), matrices(matrices), walk(walk), units(units), gated(gated) {}
+
+    __device__ void issue() {  // the next unit, if there is one; waits until its slot is free
         if (!walk.more()) return;
+        if (unit == 0) {
+            bytes = 0;
+#pragma unroll
+            for (int t = 0; t < WARPGROUPS; ++t) {
+                RowTile tile = row_tile(matrices, walk.first_row_tile() + t, units, gated);
+                source[t] = tile.raw;
+                size[t] = tile.rows ? Formats::tile_bytes(tile.format) : 0;
+                bytes += size[t];
+            }
+        }
         uint32_t full = rings.raw_full + 8 * raw.stage;
         barrier_wait(rings.raw_empty + 8 * raw.stage, raw.phase ^ 1);
-        RowTile tiles[WARPGROUPS];
-        int bytes = 0;
-#pragma unroll
-        for (int t = 0; t < WARPGROUPS; ++t) {
-            tiles[t] = row_tile(matrices, walk.first_row_tile() + t, units, gated);
-            if (tiles[t].rows) bytes += Formats::tile_bytes(tiles[t].format);
-        }
         barrier_arrive_expect(full, bytes);
 #pragma unroll
         for (int t = 0; t < WARPGROUPS; ++t) {
-            int size = Formats::tile_bytes(tiles[t].format);
-            if (tiles[t].rows)
-                bulk_copy(rings.base + kRawOffset + raw.stage * kRawBytes + t * Formats::kTileBytes,
-                          tiles[t].raw + static_cast<uint64_t>(unit) * size, size, full);
+            if (size[t]) bulk_copy(rings.base + kRawOffset + raw.stage * kRawBytes + t * Formats::kTileBytes, source[t], size[t], full);
+            source[t] += size[t];
         }
         raw.advance();
         if (++unit == units) {
@@ -162,7 +169,7 @@ __device__ __forceinline__ void decode(const Rings& rings, const Matrices& matri
     uint32_t to = rings.base + kWOffset;
     RingPosition<STAGES> stage;
     RingPosition<RAW_STAGES> raw;
-    RawCopies copies{rings, matrices, Walk(row_tiles, m), units, 0, gated, {}};
+    RawCopies copies(rings, matrices, Walk(row_tiles, m), units, gated);
     bool producer = threadIdx.x == 0;
     if (producer)
         for (int i = 0; i < RAW_STAGES - 1; ++i) copies.issue();
@@ -309,15 +316,25 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(kTh
             int column = tile.column + row;
             float b = bias != nullptr ? bias[column] : 0.0f;
             uint64_t at = static_cast<uint64_t>(token) * ldo + column;
+            // Tokens in batches: their residuals are all on the way before the first is waited for.
+            constexpr int kBatch = TOKENS / 8 < 8 ? TOKENS / 8 : 8;
 #pragma unroll
-            for (int j = 0; j < TOKENS / 8; ++j, at += 8 * static_cast<uint64_t>(ldo))
+            for (int j0 = 0; j0 < TOKENS / 8; j0 += kBatch) {
+                float r[kBatch][2] = {};
+                if (residual != nullptr) {
 #pragma unroll
-                for (int c = 0; c < 2; ++c) {
-                    if (token + 8 * j + c >= m) continue;
-                    float y = fmaf(acc[4 * j + 2 * h + c], alpha, b);
-                    uint64_t to = at + (c ? ldo : 0);
-                    out[to] = residual != nullptr ? y + residual[to] : y;
+                    for (int j = 0; j < kBatch; ++j)
+#pragma unroll
+                        for (int c = 0; c < 2; ++c)
+                            if (token + 8 * (j0 + j) + c < m) r[j][c] = residual[at + (8 * (j0 + j) + c) * static_cast<uint64_t>(ldo)];
                 }
+#pragma unroll
+                for (int j = 0; j < kBatch; ++j)
+#pragma unroll
+                    for (int c = 0; c < 2; ++c)
+                        if (token + 8 * (j0 + j) + c < m)
+                            out[at + (8 * (j0 + j) + c) * static_cast<uint64_t>(ldo)] = fmaf(acc[4 * (j0 + j) + 2 * h + c], alpha, b) + r[j][c];
+            }
         }
     });
 }
@@ -351,7 +368,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(kTh
             float given = __shfl_xor_sync(0xffffffffu, odd ? y[0] : y[1], 4);
             uint32_t pair = odd ? pack_half2(given, y[1]) : pack_half2(y[0], given);
             int t = token + 8 * j + odd;
-            if (t < m) *reinterpret_cast<uint32_t*>(out + static_cast<uint64_t>(t) * ldo + (f & ~1)) = pair;
+            if (t < m && f < ldo) *reinterpret_cast<uint32_t*>(out + static_cast<uint64_t>(t) * ldo + (f & ~1)) = pair;
         }
     });
 }

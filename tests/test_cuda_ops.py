@@ -8,7 +8,7 @@ import pytest
 import kqprefill
 from conftest import ROOT, kl_divergence, relative_error
 from kqprefill.backends.base import Batch
-from kqprefill.backends.cpu.backend import CpuBackend
+from kqprefill.backends.cpu.ops import CpuOps
 from kqprefill.gguf import GGUFFile
 from kqprefill.gguf.synthetic import Shape, SyntheticFile
 from kqprefill.models import read_model
@@ -127,6 +127,8 @@ def cuda():
 @pytest.mark.parametrize("n", [1, 7, 129, 300])
 @pytest.mark.parametrize("name", MODELS)
 def test_ops(cuda, name, n):
+    from kqprefill.backends.cuda.ops import CudaOps
+
     description, kind = MODELS[name]
     family = read_model(SyntheticFile(description, lambda *_: kind, name))
     cuda.load(family, lambda *_: None)
@@ -135,16 +137,16 @@ def test_ops(cuda, name, n):
     tokens = np.random.default_rng().integers(0, description.vocab, n).astype(np.int32)
     batch = Batch(tokens)
     try:
-        with CpuBackend().begin(family, batch, None) as cpu, cuda.begin(family, batch, None) as gpu_ops:
-            both = BothOps(cpu, gpu_ops)
-            x = family.embed(both, tokens)
-            for index, weights in enumerate(family.blocks):
-                both.layer = index
-                x = family.layer(both, weights, x, index)
-            expected = cpu.head(x[0], family.output_norm, family.output, "all")
-            got = gpu_ops.head(x[1], family.output_norm, family.output, "all")
-            assert relative_error(expected.logits, got.logits) <= TOLERANCE
-            assert got.logit == got.logits[-1].max() and got.token == int(got.logits[-1].argmax())
+        cpu, gpu_ops = CpuOps(family.config, batch, None), CudaOps(cuda, family.config, batch, None)
+        both = BothOps(cpu, gpu_ops)
+        x = family.embed(both, tokens)
+        for index, weights in enumerate(family.blocks):
+            both.layer = index
+            x = family.layer(both, weights, x, index)
+        expected = cpu.head(x[0], family.output_norm, family.output, "all")
+        got = gpu_ops.head(x[1], family.output_norm, family.output, "all")
+        assert relative_error(expected.logits, got.logits) <= TOLERANCE
+        assert got.logit == got.logits[-1].max() and got.token == int(got.logits[-1].argmax())
     finally:
         cuda.workspace = plain
         cuda.weights.close()

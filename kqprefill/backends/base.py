@@ -112,8 +112,11 @@ class Backend(ABC):
         """A Cache for `capacity` tokens."""
 
     @abstractmethod
-    def begin(self, model, batch, cache):
-        """The Ops of one batch, as a context manager."""
+    def run(self, model, batch, cache, logits, forward):
+        """Run one batch: x = forward(ops), then the head (HeadResult), which asks for `logits` (see Ops.head).
+
+        forward(ops) calls each layer's ops and must do the same calls for the same batch length and cache.
+        """
 
     def memory_used(self):
         """Bytes of device memory held, or None where that means nothing."""

@@ -61,15 +61,18 @@ class Model:
             empty = np.empty((0, self.config.vocab_size), np.float32) if logits == "all" else None
             return Prefill(None, None, None, empty, 0, {"prefill": 0.0})
         self._check_room(start, len(tokens), cache)
-        family, batch = self.family, Batch(tokens, start)
-        with self.backend.begin(family, batch, cache) as ops:
+        family = self.family
+
+        def forward(ops):  # layer by layer over the whole batch: each weight is visited once
             x = family.embed(ops, tokens)
             for index, weights in enumerate(family.blocks):
                 ops.layer = index
                 x = family.layer(ops, weights, x, index)
                 if progress is not None:
                     progress("prefill", index + 1, len(family.blocks))
-            head = ops.head(x, family.output_norm, family.output, logits)
+            return x
+
+        head = self.backend.run(family, Batch(tokens, start), cache, logits, forward)
         if cache is not None:
             cache.length = start + len(tokens)
         elapsed = time.perf_counter() - start_time

@@ -1,6 +1,5 @@
 """The reference backend: NumPy float32, one BLAS call a matrix, nothing clever."""
 
-from contextlib import contextmanager
 import platform
 
 import numpy as np
@@ -31,9 +30,9 @@ class CpuBackend(Backend):
     def new_cache(self, model, capacity):
         return CpuCache(model.config, capacity)
 
-    @contextmanager
-    def begin(self, model, batch, cache):
-        yield CpuOps(model.config, batch, cache)
+    def run(self, model, batch, cache, logits, forward):
+        ops = CpuOps(model.config, batch, cache)
+        return ops.head(forward(ops), model.output_norm, model.output, logits)
 
 
 def _processor_name():

@@ -1,9 +1,8 @@
 """The CUDA backend: opens a GPU, uploads a model once, runs batches."""
 
-from contextlib import contextmanager
-
 from ..base import Backend, Cache
 from .device import Gpu, cuda_errors
+from .graphs import Graphs
 from .kernels import Kernels, attention_tile, programs_for
 from .memory import Workspace
 from .ops import CudaOps
@@ -39,6 +38,7 @@ class CudaBackend(Backend):
         self.gpu = Gpu(device)
         self.device_name = self.gpu.name
         self.kernels, self.workspace, self.weights = Kernels(self.gpu), Workspace(self.gpu), None
+        self._graphs = Graphs(self.gpu, self.workspace)
 
     def load(self, model, progress):
         types = {weight.tensor.type for weight in model.matrices()}
@@ -49,11 +49,12 @@ class CudaBackend(Backend):
     def new_cache(self, model, capacity):
         return CudaCache(self.gpu, model.config, capacity)
 
-    @contextmanager
-    def begin(self, model, batch, cache):
+    def run(self, model, batch, cache, logits, forward):
         with cuda_errors("prefill"):
             self.gpu.device.set_current()
-            yield CudaOps(self, model.config, batch, cache)
+            ops = CudaOps(self, model.config, batch, cache)
+            x = self._graphs.run(ops, forward) if cache is None else forward(ops)
+            return ops.head(x, model.output_norm, model.output, logits)
 
     def memory_used(self):
         return self.gpu.memory_peak()
@@ -61,6 +62,7 @@ class CudaBackend(Backend):
     def close(self):
         if self.gpu is None:
             return
+        self._graphs.clear()
         self.workspace.close()
         if self.weights is not None:
             self.weights.close()

@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from functools import cache, cached_property
 import os
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType as GGML
@@ -26,7 +27,7 @@ class GemmTile:
     warps_m: int
     warps_n: int
 
-    @property
+    @cached_property
     def program(self):
         return Program("gemm_sm80.cu", tuple((f.name.upper(), str(getattr(self, f.name))) for f in fields(self)))
 
@@ -62,6 +63,7 @@ class HopperTile:
     decoder_registers: int
     consumer_registers: int
 
+    @cache
     def program(self, types):
         """The program for launches over matrices of these ggml types (distinct, in the order of their format numbers)."""
         constants = tuple((f.name.upper(), str(getattr(self, f.name))) for f in fields(self))
@@ -71,6 +73,7 @@ class HopperTile:
     def threads(self):
         return 128 * (self.decoders + self.warpgroups)
 
+    @cache
     def shared_bytes(self, types):
         stage = 2 * 64 * (self.tokens + 64 * self.warpgroups)
         raw = self.warpgroups * 64 * max(unit_size(t)[1] for t in types)
@@ -122,7 +125,7 @@ class AttentionTile:
     warps: int
     q_in_registers: int
 
-    @property
+    @cached_property
     def program(self):
         return Program("attention_sm80.cu", tuple((f.name.upper(), str(getattr(self, f.name))) for f in fields(self)))
 
@@ -140,6 +143,7 @@ class AttentionTile:
         return rows * (2 * self.head_dim + 16)
 
 
+@cache
 def attention_tile(head_dim):
     padded = -(-head_dim // 16) * 16
     if padded > LARGEST_HEAD:
@@ -147,6 +151,7 @@ def attention_tile(head_dim):
     return AttentionTile(padded, 64, 8, 1) if padded <= 128 else AttentionTile(padded, 32, 4, 0)
 
 
+@cache
 def weight_program(ggml_type):
     return Program("weights.cu", (("FORMAT", ggml_type.name),))
 

@@ -17,10 +17,13 @@ def aligned(nbytes):
 
 
 class Workspace:
-    """Named work buffers. Each grows to the largest size asked for and is then reused; new memory is zeroed."""
+    """Named work buffers. Each grows to the largest size asked for and is then reused; new memory is zeroed.
+
+    generation: changes whenever a buffer moves, so that whoever keeps addresses can tell.
+    """
 
     def __init__(self, gpu):
-        self._gpu, self._buffers = gpu, {}
+        self._gpu, self._buffers, self.generation = gpu, {}, 0
 
     def get(self, name, nbytes):
         """Address of at least nbytes; the same for the same name as long as it need not grow."""
@@ -29,6 +32,7 @@ class Workspace:
             if buffer is not None:
                 buffer.close(self._gpu.stream)
                 del self._buffers[name]
+            self.generation += 1
             buffer = self._buffers[name] = self._gpu.allocate(nbytes, f"work buffer {name!r}")
             self._gpu.zero(int(buffer.handle), buffer.size)
         return int(buffer.handle)

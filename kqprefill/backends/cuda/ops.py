@@ -41,6 +41,8 @@ class CudaOps(Ops):
         self.n = len(batch.tokens)
         self.gemms = Gemms(self.gpu, self.kernels, self.work, self.weights)
         self.attention_tile = attention_tile(config.head_dim)
+        # All that goes up: the ops themselves only launch, so that they can be captured as a graph.
+        self.tokens = self._upload("tokens", batch.tokens)
         self.positions = self._upload("positions", batch.positions)
         self.tiles, self.n_tiles = self._make_tiles()
         self._tables = {}
@@ -49,11 +51,10 @@ class CudaOps(Ops):
 
     def embed(self, weight, tokens, scale=1.0):
         matrix = self.weights.matrix(weight)
-        ids = self._upload("tokens", tokens)
         x = self.work.get("residual", 4 * self.n * matrix.columns)
         self.kernels.launch(
             weight_program(matrix.type), "embed", self.n, 256,
-            matrix.address, i32(matrix.units), i32(matrix.columns), ids, f32(scale), x,
+            matrix.address, i32(matrix.units), i32(matrix.columns), self.tokens, f32(scale), x,
         )  # fmt: skip
         return x
 
@@ -134,7 +135,7 @@ class CudaOps(Ops):
     def _rope_table(self, rope):
         if id(rope) not in self._tables:
             pairs = rope.width // 2
-            half_turns = self._upload(f"half_turns {len(self._tables)}", rope.inv_freq / math.pi)
+            half_turns = self.weights.constant(rope.inv_freq / math.pi)
             table = self.work.get(f"rope {len(self._tables)}", 8 * self.n * pairs)
             self.kernels.launch(
                 ROPE, "rope_table", -(-self.n * pairs // 256), 256,

@@ -50,7 +50,7 @@ class DeviceWeights:
 
     def __init__(self, gpu, kernels, family, progress):
         self._gpu, self._buffers, self._matrices, self._vectors = gpu, [], {}, {}
-        self._scales, self._spans = {}, []
+        self._made, self._spans = {}, []
         groups = [[family.token_embd, family.output_norm, family.output], *family.blocks]
         matrices = [{w.name: w.tensor for w in group if len(w.shape) == 2}.values() for group in groups]
         total = sum(tensor.nbytes for group in matrices for tensor in group)
@@ -108,19 +108,23 @@ class DeviceWeights:
 
     def scale(self, key, make):
         """Device address of the float32 scale called `key`; make(address) fills it, the first time."""
-        if key not in self._scales:
-            address = self._reserve(4)
+        return self._once(key, 4, make)
+
+    def _once(self, key, nbytes, make):
+        address = self._made.get(key)
+        if address is None:
+            address = self._reserve(nbytes)
             make(address)
-            self._scales[key] = address
-        return self._scales[key]
+            self._made[key] = address
+        return address
 
     def descriptor(self, key, make):
         """Device address of the 128-byte TMA descriptor called `key`; make(address) fills it, the first time."""
-        if key not in self._scales:
-            address = self._reserve(128)
-            make(address)
-            self._scales[key] = address
-        return self._scales[key]
+        return self._once(("descriptor", key), 128, make)
+
+    def constant(self, array):
+        """Device address of a host array's values, uploaded when first asked for."""
+        return self._once(array.tobytes(), array.nbytes, lambda address: self._gpu.upload(address, array))
 
     def constant_scale(self, bound):
         """Device address of the power of two for values of at most `bound`: scales.cu's scale_for, on the host."""
