@@ -5,8 +5,7 @@
 //   decoders    DECODERS warpgroups turn raw units into halves in the stage ring, a step each in turn; their first thread
 //               has the copy engine bring x (swizzled) into the stage ring, and quantised tiles into the raw ring
 //   consumers   one for each 64 rows of W: wgmma from the stage ring, accumulators in registers, then the epilogue
-// CLUSTER blocks with the same tokens and neighbouring rows each fetch a share of x for all of them: x's tiles would else ask
-// more of the L2 cache (34 KB a step and block, 7 TB/s) than it gives. The grid is persistent: while a tile is in its epilogue, the rings fill for the next. Each output is one chain of sums
+// The grid is persistent: while a tile is in its epilogue, the rings fill for the next. Each output is one chain of sums
 // over k in order, whatever the tile: a token's bits depend neither on the other tokens nor on the configuration.
 //
 // Compiled for FORMATS, the block formats that its launch may mix (all with the same kElements): a launch multiplies by up
@@ -100,21 +99,17 @@ struct Rings {
     const uint8_t* generic;
 };
 
-__device__ __forceinline__ int cluster_rank() { return blockIdx.x % CLUSTER; }
-
 // The tiles of this block, one after another.
 struct Walk {
     int tile, tiles_n, tiles_m;
 
     __device__ Walk(int row_tiles, int m)
-        : tile(blockIdx.x / CLUSTER), tiles_n(ceil_div(row_tiles, CLUSTER * WARPGROUPS)), tiles_m(ceil_div(m, TOKENS)) {}
+        : tile(blockIdx.x), tiles_n(ceil_div(row_tiles, WARPGROUPS)), tiles_m(ceil_div(m, TOKENS)) {}
     __device__ bool more() const { return tile < tiles_n * tiles_m; }
-    __device__ void next() { tile += gridDim.x / CLUSTER; }
+    __device__ void next() { tile += gridDim.x; }
     __device__ int group() const { return tile / (kTokenGroup * tiles_n); }
     __device__ int width() const { return min(kTokenGroup, tiles_m - group() * kTokenGroup); }
-    __device__ int first_row_tile() const {
-        return (tile % (kTokenGroup * tiles_n) / width() * CLUSTER + cluster_rank()) * WARPGROUPS;
-    }
+    __device__ int first_row_tile() const { return tile % (kTokenGroup * tiles_n) / width() * WARPGROUPS; }
     __device__ int first_token() const { return (group() * kTokenGroup + tile % (kTokenGroup * tiles_n) % width()) * TOKENS; }
 };
 
@@ -188,13 +183,7 @@ __device__ __forceinline__ void decode(const Rings& rings, const Matrices& matri
                 if (producer) {
                     barrier_wait(empty, stage.phase ^ 1);
                     barrier_arrive_expect(full, kXBytes);
-                    uint32_t x = rings.base + stage.stage * kXBytes;
-                    if constexpr (CLUSTER == 1) {
-                        tensor_copy(x, x_map, step * kStep, token, full);
-                    } else {
-                        int share = cluster_rank() * (TOKENS / CLUSTER);
-                        tensor_copy_multicast(x + share * kStep * 2, x_map, step * kStep, token + share, full, (1 << CLUSTER) - 1);
-                    }
+                    tensor_copy(rings.base + stage.stage * kXBytes, x_map, step * kStep, token, full);
                 }
                 if (step % DECODERS == group) {
                     uint32_t w[kDecodeColumns / 2];
@@ -223,15 +212,6 @@ __device__ __forceinline__ void decode(const Rings& rings, const Matrices& matri
 
 using Accumulators = float[TOKENS / 2];
 
-// A consumer's warp has done with a stage: any block of the cluster may fill it.
-__device__ __forceinline__ void release(uint32_t empty) {
-    if constexpr (CLUSTER == 1) {
-        if (threadIdx.x % 32 == 0) barrier_arrive(empty);
-    } else {
-        if (threadIdx.x % 32 < CLUSTER) barrier_arrive_remote(empty, threadIdx.x % 32);
-    }
-}
-
 // Multiplies this block's tiles; calls write(accumulators, warpgroup, first row tile, first token) after each.
 template <class Write>
 __device__ __forceinline__ void consume(const Rings& rings, int m, int steps, int row_tiles, Write write) {
@@ -250,21 +230,15 @@ __device__ __forceinline__ void consume(const Rings& rings, int m, int steps, in
             wgmma_commit();
             if (step > 0) {  // the step before this is done: its stage may be filled again
                 wgmma_wait<1>();
-                release(rings.empty + 8 * previous);
+                if (threadIdx.x % 32 == 0) barrier_arrive(rings.empty + 8 * previous);
             }
             previous = stage.stage;
             stage.advance();
         }
         wgmma_wait<0>();
-        release(rings.empty + 8 * previous);
+        if (threadIdx.x % 32 == 0) barrier_arrive(rings.empty + 8 * previous);
         write(acc, warpgroup, walk.first_row_tile(), walk.first_token());
     }
-}
-
-// All threads of all blocks of the cluster.
-__device__ __forceinline__ void meet() {
-    if constexpr (CLUSTER == 1) __syncthreads();
-    else cluster_sync();
 }
 
 template <class Write>
@@ -276,7 +250,7 @@ __device__ __forceinline__ void run(const Matrices& matrices, const void* x_map,
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(rings.full + 8 * i, 1 + 4);  // the producer, and each warp of the decoder whose turn it is
-            barrier_init(rings.empty + 8 * i, 4 * WARPGROUPS * CLUSTER);
+            barrier_init(rings.empty + 8 * i, 4 * WARPGROUPS);
         }
         for (int i = 0; i < RAW_STAGES; ++i) {
             barrier_init(rings.raw_full + 8 * i, 1);
@@ -284,7 +258,7 @@ __device__ __forceinline__ void run(const Matrices& matrices, const void* x_map,
         }
         fence_barrier_init();
     }
-    meet();
+    __syncthreads();
     int steps = ceil_div(k, kStep), units = ceil_div(k, Formats::kElements);
     if (threadIdx.x / 128 < DECODERS) {
         give_up_registers<DECODER_REGISTERS>();
@@ -293,14 +267,13 @@ __device__ __forceinline__ void run(const Matrices& matrices, const void* x_map,
         take_registers<CONSUMER_REGISTERS>();
         consume(rings, m, steps, row_tiles, write);
     }
-    if constexpr (CLUSTER > 1) meet();  // a block's shared memory must outlive what the others send there
 }
 
 #if !GATED
 
 // out = acc / (*x_scale * *w_scale) + bias + residual, float32, rows `ldo` apart: the matrices' outputs side by side. bias
 // and residual may be null, and residual may be out itself. x_map: x's tensor map, boxes of 64 halves by TOKENS.
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(kThreads, 1)
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
     gemm_linear(const uint8_t* w0, int rows0, int format0, const uint8_t* w1, int rows1, int format1, const uint8_t* w2,
                 int rows2, int format2, const void* x_map, int m, int k, float* out, int ldo, const float* x_scale,
                 const float* w_scale, const float* bias, const float* residual) {
@@ -343,7 +316,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(kTh
 
 // out[m, f] = half(*out_scale * act(gate) * up), rows `ldo` apart; gate_bias and up_bias [features] may be null. Columns
 // from `features` to ldo (a multiple of 64, less than 64 more) become zero.
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(kThreads, 1)
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
     gemm_gated(const uint8_t* gate, int gate_format, const uint8_t* up, int up_format, int features, const void* x_map, int m,
                int k, half_t* out, int ldo, const float* x_scale, const float* w_scale, const float* gate_bias,
                const float* up_bias, const float* out_scale, int activation) {

@@ -28,18 +28,6 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
         : "memory");
 }
 
-// Arrive on the barrier at the same place of block `rank` of the cluster. It orders nothing but wgmma's reads, which are over,
-// so it needs no wider scope (whose fence of all memory would cost a third of the GEMM's speed).
-__device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier, int rank) {
-    asm volatile(
-        "{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [remote];}" ::"r"(barrier),
-        "r"(rank)
-        : "memory");
-}
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
-}
-
 // A ring's position: which stage, and the parity of the phase it is in.
 template <int kStages>
 struct RingPosition {
@@ -63,13 +51,6 @@ __device__ __forceinline__ void bulk_copy(uint32_t destination, const void* sour
 __device__ __forceinline__ void tensor_copy(uint32_t destination, const void* map, int column, int row, uint32_t barrier) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                  ::"r"(destination), "l"(map), "r"(column), "r"(row), "r"(barrier)
-                 : "memory");
-}
-// The same into shared memory at the same place of every block of the cluster in `blocks`, completing on each one's barrier.
-__device__ __forceinline__ void tensor_copy_multicast(uint32_t destination, const void* map, int column, int row,
-                                                      uint32_t barrier, uint16_t blocks) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
-                 "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(destination), "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
                  : "memory");
 }
 // Makes this thread's ordinary writes to shared memory visible to wgmma and the copy engine.
@@ -146,6 +127,20 @@ __device__ __forceinline__ void wgmma_f16(float (&d)[64], uint64_t a, uint64_t b
         "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
         "}, %64, %65, p, 1, 1, 0, 0;}"
         : WGMMA_D32(0), WGMMA_D32(32)
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+}
+
+__device__ __forceinline__ void wgmma_f16(float (&d)[96], uint64_t a, uint64_t b, bool accumulate) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %98, 0; wgmma.mma_async.sync.aligned.m64n192k16.f32.f16.f16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+        "}, %96, %97, p, 1, 1, 0, 0;}"
+        : WGMMA_D32(0), WGMMA_D32(32), WGMMA_D32(64)
         : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
 }
 

@@ -112,7 +112,7 @@ class HopperGemm:
         total = sum(matrix.rows for matrix in matrices)
         self._launch(
             "gemm_linear", tile, types, m, sum(matrix.row_tiles for matrix in matrices),
-            *(argument for matrix in described for argument in matrix), self._tensor_map(a, tile.tokens // tile.cluster), i32(m),
+            *(argument for matrix in described for argument in matrix), self._tensor_map(a, tile.tokens), i32(m),
             i32(a.columns), out, i32(total), a.scale, w_scale, bias, residual,
         )  # fmt: skip
 
@@ -122,7 +122,7 @@ class HopperGemm:
         self._launch(
             "gemm_gated", tile, types, m, gate.row_tiles + up.row_tiles,
             gate.address, i32(types.index(gate.type)), up.address, i32(types.index(up.type)), i32(gate.rows),
-            self._tensor_map(a, tile.tokens // tile.cluster), i32(m), i32(a.columns), act.address, i32(padded(act.columns)), a.scale,
+            self._tensor_map(a, tile.tokens), i32(m), i32(a.columns), act.address, i32(padded(act.columns)), a.scale,
             w_scale, *biases, act.scale, i32(activation),
         )  # fmt: skip
 

@@ -55,7 +55,6 @@ class HopperTile:
 
     gated: int
     tokens: int
-    cluster: int
     warpgroups: int
     decoders: int
     stages: int
@@ -81,21 +80,20 @@ class HopperTile:
         return self.stages * stage + self.raw_stages * raw + barriers
 
     def blocks(self, m, row_tiles, multiprocessors):
-        """The persistent grid: a block a multiprocessor, or fewer where there are fewer tiles; whole clusters."""
-        tiles = -(-m // self.tokens) * -(-row_tiles // (self.warpgroups * self.cluster))
-        return self.cluster * min(multiprocessors // self.cluster, tiles)
+        """The persistent grid: a block a multiprocessor, or fewer where there are fewer tiles."""
+        return min(multiprocessors, -(-m // self.tokens) * -(-row_tiles // self.warpgroups))
 
 
-# least tokens, gated:          tokens, cluster, warpgroups, decoders, stages, raw stages, registers of a decoder and a consumer
+# least tokens, gated:       tokens, warpgroups, decoders, stages, raw stages, registers of a decoder and a consumer
 HOPPER_TILES = {
-    (1, False): HopperTile(0, 16, 1, 1, 2, 8, 4, 128, 200),
-    (1, True): HopperTile(1, 16, 1, 2, 2, 6, 3, 104, 144),
-    (17, False): HopperTile(0, 64, 1, 1, 2, 6, 4, 128, 200),
-    (17, True): HopperTile(1, 64, 1, 2, 2, 4, 3, 104, 144),
-    (65, False): HopperTile(0, 128, 1, 1, 2, 4, 4, 128, 200),
-    (65, True): HopperTile(1, 128, 1, 2, 1, 4, 2, 128, 184),
-    (129, False): HopperTile(0, 256, 2, 2, 1, 3, 2, 128, 184),
-    (129, True): HopperTile(1, 256, 2, 2, 1, 3, 2, 128, 184),
+    (1, False): HopperTile(0, 16, 1, 2, 8, 4, 128, 200),
+    (1, True): HopperTile(1, 16, 2, 2, 6, 3, 104, 144),
+    (17, False): HopperTile(0, 64, 1, 2, 6, 4, 128, 200),
+    (17, True): HopperTile(1, 64, 2, 2, 4, 3, 104, 144),
+    (65, False): HopperTile(0, 128, 1, 2, 4, 4, 128, 200),
+    (65, True): HopperTile(1, 128, 2, 1, 4, 2, 128, 184),
+    (129, False): HopperTile(0, 256, 2, 1, 3, 2, 128, 184),
+    (129, True): HopperTile(1, 256, 2, 1, 3, 2, 128, 184),
 }
 
 
