@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import kqprefill
-from conftest import BACKENDS, CONFORMANCE_FOLDERS, kl_divergence, log_softmax
+from conftest import CONFORMANCE_FOLDERS, PATHS, kl_divergence, log_softmax
 from kqprefill.gguf import GGUFFile
 from kqprefill.models import FAMILIES, read_model
 
@@ -38,11 +38,12 @@ def test_every_family_and_format_has_a_case():
         assert f"qwen3-{kind}" in names
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", CASES)
-def test_logits(name, backend):
+def test_logits(name, path):
+    backend, kernels = path
     reference = np.load(FOUND[name].with_suffix(".npz"))
-    with kqprefill.load(FOUND[name], backend=backend) as model:
+    with kqprefill.load(FOUND[name], backend=backend, kernels=kernels) as model:
         result = model.prefill(reference["tokens"], logits="all")
     expected = reference["logits"]
     assert result.logits.shape == expected.shape and result.logits.dtype == np.float32

@@ -116,11 +116,11 @@ class BothOps:
         return expected, got
 
 
-@pytest.fixture(scope="module")
-def cuda():
+@pytest.fixture(scope="module", params=["auto", "portable"])
+def cuda(request):
     from kqprefill.backends.cuda.backend import CudaBackend
 
-    backend = CudaBackend(0)
+    backend = CudaBackend(0, portable=request.param == "portable")
     yield backend
     backend.close()
 

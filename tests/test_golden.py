@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import kqprefill
-from conftest import BACKENDS, GOLDEN_FOLDERS, kl_divergence
+from conftest import GOLDEN_FOLDERS, PATHS, kl_divergence
 
 PROMPTS = ["france", "fox", "code", "unicode"]
 
@@ -28,9 +28,10 @@ def golden():
     pytest.skip("golden/gemma3-270m.npz is only in a development tree")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_gemma3_270m(gemma, golden, backend):
-    with kqprefill.load(gemma, backend=backend) as model:
+@pytest.mark.parametrize("path", PATHS)
+def test_gemma3_270m(gemma, golden, path):
+    backend, kernels = path
+    with kqprefill.load(gemma, backend=backend, kernels=kernels) as model:
         for prompt in PROMPTS:
             result = model.prefill(golden[f"{prompt}/tokens"], logits="all")
             expected = golden[f"{prompt}/last_logits"]

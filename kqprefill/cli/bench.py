@@ -19,7 +19,7 @@ from .common import device_options, progress_bars, size, volume_options, warner
 @click.option("-o", "--output", type=click.Choice(["md", "json", "jsonl", "csv"]), default="md", show_default=True)
 @device_options
 @volume_options
-def bench(model, lengths, repetitions, output, backend, device, quiet, verbose):
+def bench(model, lengths, repetitions, output, backend, device, kernels, quiet, verbose):
     """Measure prefill speed: mean and standard deviation of tokens/s, one run of warm-up excluded.
 
     MODEL is a GGUF file, or a SHAPE:RECIPE such as qwen3-8b:Q4_K_M, which is made in memory with random weights.
@@ -39,7 +39,7 @@ def bench(model, lengths, repetitions, output, backend, device, quiet, verbose):
 
     file = GGUFFile(model) if os.path.exists(model) else SyntheticFile.named(model)
     rows = []
-    with progress_bars(not quiet) as progress, open_model(file, backend, device, progress, warner(quiet)) as loaded:
+    with progress_bars(not quiet) as progress, open_model(file, backend, device, kernels, progress, warner(quiet)) as loaded:
         config = loaded.config
         for length in lengths:
             if not 0 < length <= config.context_length:

@@ -13,8 +13,12 @@ STDIO = "-"
 
 
 def device_options(command):
-    """--backend, --device."""
+    """--backend, --device, --kernels."""
     backends = click.Choice(["auto", "cpu", "cuda"])
+    command = click.option(
+        "--kernels", type=click.Choice(["auto", "portable"]), default="auto", show_default=True, envvar="KQPREFILL_KERNELS",
+        help="portable: those of every GPU, where this one has its own.",
+    )(command)  # fmt: skip
     command = click.option("--device", default=0, metavar="N", envvar="KQPREFILL_DEVICE", help="CUDA device number.")(command)
     return click.option(
         "--backend", type=backends, default="auto", show_default=True, envvar="KQPREFILL_BACKEND",

@@ -18,7 +18,7 @@ from .common import STDIO, device_options, output_file, progress_bars, read_toke
 @click.option("--all-positions", is_flag=True, help="With --logits: every position's, float32 [T, V].")
 @device_options
 @volume_options
-def run(model, tokens, as_json, logits, all_positions, backend, device, quiet, verbose):
+def run(model, tokens, as_json, logits, all_positions, backend, device, kernels, quiet, verbose):
     """Print the greedy next token after a prompt.
 
     \b
@@ -37,7 +37,7 @@ def run(model, tokens, as_json, logits, all_positions, backend, device, quiet, v
         # The output is opened before the work, so that a path that can't be written costs no time.
         output = stack.enter_context(output_file(logits)) if logits is not None else None
         progress = stack.enter_context(progress_bars(not quiet))
-        loaded = stack.enter_context(load(model, backend, device, progress, warn=warner(quiet)))
+        loaded = stack.enter_context(load(model, backend, device, kernels, progress, warner(quiet)))
         wanted = None if output is None else "all" if all_positions else "last"
         result = loaded.prefill(ids, logits=wanted, progress=progress)
         if output is not None:

@@ -125,24 +125,24 @@ class Model:
             raise InputError(f"the cache has room for {cache.capacity - start} more tokens, but the prompt has {n}")
 
 
-def load(path, backend="auto", device=0, progress=None, warn=None):
+def load(path, backend="auto", device=0, kernels="auto", progress=None, warn=None):
     """Open the GGUF model at path.
 
     backend: "auto" (CUDA where usable, else the CPU, said in one line on stderr), "cuda" or "cpu"; device: the CUDA
-    device's number. progress(stage, done, total) hears of loading; warn(line) hears why "auto" took the CPU (stderr
+    device's number; kernels: "auto", or "portable" to use the kernels of every GPU on one that has its own. progress(stage, done, total) hears of loading; warn(line) hears why "auto" took the CPU (stderr
     unless given). Raises GGUFError (a bad file), ModelError (a model
     that is not supported), BackendError (no usable GPU, or not enough memory), InputError (a bad argument).
     """
-    return open_model(GGUFFile(path), backend, device, progress, warn)
+    return open_model(GGUFFile(path), backend, device, kernels, progress, warn)
 
 
-def open_model(file, backend="auto", device=0, progress=None, warn=None):
+def open_model(file, backend="auto", device=0, kernels="auto", progress=None, warn=None):
     """`load`, for a file that is open already (a GGUFFile or a SyntheticFile); closes it on failure."""
     start = time.perf_counter()
     opened = None
     try:
         family = read_model(file)
-        opened = open_backend(backend, device, warn or (lambda line: print(f"kqprefill: {line}", file=sys.stderr)))
+        opened = open_backend(backend, device, kernels, warn or (lambda line: print(f"kqprefill: {line}", file=sys.stderr)))
         opened.load(family, progress or (lambda *_: None))
     except BaseException:
         if opened is not None:

@@ -34,8 +34,8 @@ class CudaBackend(Backend):
 
     name = "cuda"
 
-    def __init__(self, device):
-        self.gpu = Gpu(device)
+    def __init__(self, device, portable=False):
+        self.gpu, self.portable = Gpu(device), portable
         self.device_name = self.gpu.name
         self.kernels, self.workspace, self.weights = Kernels(self.gpu), Workspace(self.gpu), None
         self._graphs = Graphs(self.gpu, self.workspace)

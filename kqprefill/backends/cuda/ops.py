@@ -39,7 +39,7 @@ class CudaOps(Ops):
         self.config, self.batch, self.cache = config, batch, cache
         self.work = backend.workspace
         self.n = len(batch.tokens)
-        self.gemms = Gemms(self.gpu, self.kernels, self.work, self.weights)
+        self.gemms = Gemms(self.gpu, self.kernels, self.work, self.weights, backend.portable)
         self.attention_tile = attention_tile(config.head_dim)
         # All that goes up: the ops themselves only launch, so that they can be captured as a graph.
         self.tokens = self._upload("tokens", batch.tokens)
