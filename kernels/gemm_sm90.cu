@@ -1,10 +1,12 @@
 // out[m, n] = sum over k of x[m, k] * w[n, k] on Hopper, w quantised: dequantised once for each tile, on its way to wgmma.
 //
-// wgmma computes Yᵀ = W · Xᵀ: a block's tile is WARPGROUPS x 64 rows of W by TOKENS tokens, in steps of 64 columns. Its
-// warpgroups are specialised:
-//   decoders    DECODERS warpgroups turn raw units into halves in the stage ring, a step each in turn; their first thread
+// wgmma computes Yᵀ = W · Xᵀ: a block's tile is WARPGROUPS x 64 rows of W by TOKENS tokens, in stages of SUBSTEPS x 64 columns.
+// Its warpgroups are specialised:
+//   decoders    DECODERS warpgroups turn raw units into halves in the stage ring, a stage each in turn; their first thread
 //               has the copy engine bring x (swizzled) into the stage ring, and quantised tiles into the raw ring
 //   consumers   one for each 64 rows of W: wgmma from the stage ring, accumulators in registers, then the epilogue
+// For long batches it is cheaper to dequantise once, ahead (weights.cu): compiled for the format Halves, whose tiles are laid
+// out as a stage wants them, the first warpgroup has no more to do than to have the copy engine bring both operands.
 // The grid is persistent: while a tile is in its epilogue, the rings fill for the next. Each output is one chain of sums
 // over k in order, whatever the tile: a token's bits depend neither on the other tokens nor on the configuration.
 //
@@ -13,6 +15,13 @@
 #include "include/activation.cuh"
 #include "include/sm90.cuh"
 #include "quants/all.cuh"
+
+// Weights that weights.cu has dequantised: units of 64, a row tile's in wgmma's swizzle.
+struct Halves : Unquantised {
+    static constexpr int kBytes = 2 * 64;
+    template <class U>
+    __device__ static void floats(const U&, int, float (&)[16]) {}
+};
 
 // A list of formats as a type -------------------------------------------------------------------------------------------
 
@@ -46,19 +55,27 @@ struct FormatList<NoFormat> {
     __device__ static void decode(int, const uint8_t*, int, int, float, uint32_t (&)[8 * kPieces]) {}
 };
 using Formats = FormatList<FORMATS, NoFormat>;
+template <class First, class... Rest>
+constexpr bool is_halves = false;
+template <>
+constexpr bool is_halves<Halves> = true;
 
 // Sizes -------------------------------------------------------------------------------------------------------------------
 
-constexpr int kStep = 64;                              // columns of a stage
-constexpr int kUnitSteps = Formats::kElements / kStep;  // stages that one raw unit gives
-constexpr int kXBytes = TOKENS * kStep * 2, kWTileBytes = kTileRows * kStep * 2, kWBytes = WARPGROUPS * kWTileBytes;
-constexpr int kRawBytes = WARPGROUPS * Formats::kTileBytes;
+constexpr bool kReady = is_halves<FORMATS>;
+constexpr int kStep = 64;                               // columns of a sub-step: what 128 bytes of halves hold
+constexpr int kUnitSteps = Formats::kElements / kStep;  // sub-steps that one raw unit gives
+constexpr int kSub = SUBSTEPS < kUnitSteps ? SUBSTEPS : kUnitSteps;
+constexpr int kXStep = TOKENS * kStep * 2, kWTileBytes = kTileRows * kStep * 2, kWStep = WARPGROUPS * kWTileBytes;
+constexpr int kXBytes = kSub * kXStep, kWBytes = kSub * kWStep;
+constexpr int kRawBytes = kReady ? 0 : WARPGROUPS * Formats::kTileBytes;
 constexpr int kWOffset = STAGES * kXBytes, kRawOffset = kWOffset + STAGES * kWBytes;
 constexpr int kBarrierOffset = kRawOffset + RAW_STAGES * kRawBytes;
 constexpr int kThreads = 128 * (DECODERS + WARPGROUPS);
 constexpr int kTokenGroup = 8;  // token tiles that share W's tiles while these are in the L2 cache
-constexpr int kDecodeColumns = kStep * WARPGROUPS / 2;  // of a row, that one decoding thread makes of a stage
+constexpr int kDecodeColumns = kStep * WARPGROUPS / 2;  // of a row, that one decoding thread makes of a sub-step
 static_assert(WARPGROUPS == 1 || WARPGROUPS == 2, "a decoding warpgroup has a thread or two for each row");
+static_assert(kUnitSteps % kSub == 0, "whole stages in a unit");
 
 struct Matrices {  // up to three, one under another; only the first two, interleaved, for the gated kernel
     const uint8_t* weights[3];
@@ -156,56 +173,90 @@ struct RawCopies {
     }
 };
 
-__device__ __forceinline__ void decode(const Rings& rings, const Matrices& matrices, const void* x_map, int m, int steps,
-                                       int units, int row_tiles, bool gated, float scale) {
+// One stage of x, sub-step by sub-step.
+__device__ __forceinline__ void copy_x(const Rings& rings, const void* x_map, int stage, int column, int token) {
+#pragma unroll
+    for (int sub = 0; sub < kSub; ++sub)
+        tensor_copy(rings.base + stage * kXBytes + sub * kXStep, x_map, column + sub * kStep, token, rings.full + 8 * stage);
+}
+
+// The first warpgroup's work where w needs no decoding: one thread has both operands brought.
+__device__ __forceinline__ void produce(const Rings& rings, const Matrices& matrices, const void* x_map, int m, int units, int row_tiles) {
+    if (threadIdx.x != 0) return;
+    RingPosition<STAGES> stage;
+    for (Walk walk(row_tiles, m); walk.more(); walk.next()) {
+        int first = walk.first_row_tile(), token = walk.first_token(), bytes = kXBytes;
+        const uint8_t* source[WARPGROUPS];
+#pragma unroll
+        for (int t = 0; t < WARPGROUPS; ++t) {
+            source[t] = row_tile(matrices, first + t, units, false).raw;
+            if (source[t]) bytes += kWTileBytes;
+        }
+        for (int unit = 0; unit < units; ++unit, stage.advance()) {
+            uint32_t full = rings.full + 8 * stage.stage;
+            barrier_wait(rings.empty + 8 * stage.stage, stage.phase ^ 1);
+            barrier_arrive_expect(full, bytes);
+            copy_x(rings, x_map, stage.stage, unit * kStep, token);
+#pragma unroll
+            for (int t = 0; t < WARPGROUPS; ++t)
+                if (source[t])
+                    bulk_copy(rings.base + kWOffset + stage.stage * kWBytes + t * kWTileBytes,
+                              source[t] + static_cast<uint64_t>(unit) * kWTileBytes, kWTileBytes, full);
+        }
+    }
+}
+
+__device__ __forceinline__ void decode(const Rings& rings, const Matrices& matrices, const void* x_map, int m, int units,
+                                       int row_tiles, bool gated, float scale) {
     int group = threadIdx.x / 128, row = threadIdx.x % kTileRows, half = threadIdx.x % 128 / kTileRows;
     int tile = WARPGROUPS == 2 ? half : 0, column = WARPGROUPS == 2 ? 0 : half * kDecodeColumns;
     int to_row = gated ? row / 8 * 16 + tile * 8 + row % 8 : tile * kTileRows + row;
-    uint32_t to = rings.base + kWOffset;
     RingPosition<STAGES> stage;
     RingPosition<RAW_STAGES> raw;
     RawCopies copies(rings, matrices, Walk(row_tiles, m), units, gated);
     bool producer = threadIdx.x == 0;
+    int turn = 0;
     if (producer)
         for (int i = 0; i < RAW_STAGES - 1; ++i) copies.issue();
     for (Walk walk(row_tiles, m); walk.more(); walk.next()) {
         RowTile source = row_tile(matrices, walk.first_row_tile() + tile, units, gated);
         int token = walk.first_token();
-        for (int unit = 0; unit < units; ++unit) {
+        for (int unit = 0; unit < units; ++unit, raw.advance()) {
             if (producer) copies.issue();
             barrier_wait(rings.raw_full + 8 * raw.stage, raw.phase);
             const uint8_t* raw_tile = rings.generic + kRawOffset + raw.stage * kRawBytes + tile * Formats::kTileBytes;
 #pragma unroll
-            for (int sub = 0; sub < kUnitSteps; ++sub) {
-                int step = unit * kUnitSteps + sub;
-                if (step >= steps) break;
+            for (int part = 0; part < kUnitSteps / kSub; ++part, stage.advance()) {
                 uint32_t full = rings.full + 8 * stage.stage, empty = rings.empty + 8 * stage.stage;
                 if (producer) {
                     barrier_wait(empty, stage.phase ^ 1);
                     barrier_arrive_expect(full, kXBytes);
-                    tensor_copy(rings.base + stage.stage * kXBytes, x_map, step * kStep, token, full);
+                    copy_x(rings, x_map, stage.stage, (unit * kUnitSteps + part * kSub) * kStep, token);
                 }
-                if (step % DECODERS == group) {
+                bool ours = turn == group;
+                turn = turn + 1 == DECODERS ? 0 : turn + 1;
+                if (!ours) continue;
+#pragma unroll
+                for (int sub = 0; sub < kSub; ++sub) {
                     uint32_t w[kDecodeColumns / 2];
-                    if (source.rows) Formats::decode<kDecodeColumns / 16>(source.format, raw_tile, row, sub * kStep + column, scale, w);
-                    barrier_wait(empty, stage.phase ^ 1);
+                    if (source.rows)
+                        Formats::decode<kDecodeColumns / 16>(source.format, raw_tile, row, (part * kSub + sub) * kStep + column, scale, w);
+                    if (sub == 0) barrier_wait(empty, stage.phase ^ 1);
                     if (source.rows) {
+                        uint32_t to = rings.base + kWOffset + stage.stage * kWBytes + sub * kWStep;
 #pragma unroll
                         for (int chunk = 0; chunk < kDecodeColumns / 8; ++chunk)
-                            asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(
-                                             to + stage.stage * kWBytes + swizzled128(to_row, column / 8 + chunk)),
+                            asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to + swizzled128(to_row, column / 8 + chunk)),
                                          "r"(w[4 * chunk]), "r"(w[4 * chunk + 1]), "r"(w[4 * chunk + 2]), "r"(w[4 * chunk + 3])
                                          : "memory");
                     }
-                    fence_async_shared();
-                    __syncwarp();
-                    if (threadIdx.x % 32 == 0) barrier_arrive(full);
                 }
-                stage.advance();
+                fence_async_shared();
+                __syncwarp();
+                if (threadIdx.x % 32 == 0) barrier_arrive(full);
             }
             __syncwarp();
             if (threadIdx.x % 32 == 0) barrier_arrive(rings.raw_empty + 8 * raw.stage);
-            raw.advance();
         }
     }
 }
@@ -214,26 +265,28 @@ using Accumulators = float[TOKENS / 2];
 
 // Multiplies this block's tiles; calls write(accumulators, warpgroup, first row tile, first token) after each.
 template <class Write>
-__device__ __forceinline__ void consume(const Rings& rings, int m, int steps, int row_tiles, Write write) {
+__device__ __forceinline__ void consume(const Rings& rings, int m, int stages, int row_tiles, Write write) {
     int warpgroup = threadIdx.x / 128 - DECODERS;
     RingPosition<STAGES> stage;
     for (Walk walk(row_tiles, m); walk.more(); walk.next()) {
         Accumulators acc;
         int previous = 0;
-        for (int step = 0; step < steps; ++step) {
+        for (int i = 0; i < stages; ++i, stage.advance()) {
             barrier_wait(rings.full + 8 * stage.stage, stage.phase);
             uint64_t w = wgmma_operand(rings.base + kWOffset + stage.stage * kWBytes + warpgroup * kWTileBytes);
             uint64_t x = wgmma_operand(rings.base + stage.stage * kXBytes);
             wgmma_begin();
 #pragma unroll
-            for (int k16 = 0; k16 < kStep / 16; ++k16) wgmma_f16(acc, w + 2 * k16, x + 2 * k16, step > 0 || k16 > 0);
+            for (int sub = 0; sub < kSub; ++sub)
+#pragma unroll
+                for (int k16 = 0; k16 < kStep / 16; ++k16)
+                    wgmma_f16(acc, w + sub * (kWStep / 16) + 2 * k16, x + sub * (kXStep / 16) + 2 * k16, i > 0 || sub > 0 || k16 > 0);
             wgmma_commit();
-            if (step > 0) {  // the step before this is done: its stage may be filled again
+            if (i > 0) {  // the stage before this is done with: it may be filled again
                 wgmma_wait<1>();
                 if (threadIdx.x % 32 == 0) barrier_arrive(rings.empty + 8 * previous);
             }
             previous = stage.stage;
-            stage.advance();
         }
         wgmma_wait<0>();
         if (threadIdx.x % 32 == 0) barrier_arrive(rings.empty + 8 * previous);
@@ -249,7 +302,7 @@ __device__ __forceinline__ void run(const Matrices& matrices, const void* x_map,
     Rings rings = {base, barriers, barriers + 8 * STAGES, barriers + 16 * STAGES, barriers + 16 * STAGES + 8 * RAW_STAGES, shared};
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
-            barrier_init(rings.full + 8 * i, 1 + 4);  // the producer, and each warp of the decoder whose turn it is
+            barrier_init(rings.full + 8 * i, kReady ? 1 : 1 + 4);  // the producer, and each warp of the decoder whose turn it is
             barrier_init(rings.empty + 8 * i, 4 * WARPGROUPS);
         }
         for (int i = 0; i < RAW_STAGES; ++i) {
@@ -259,13 +312,14 @@ __device__ __forceinline__ void run(const Matrices& matrices, const void* x_map,
         fence_barrier_init();
     }
     __syncthreads();
-    int steps = ceil_div(k, kStep), units = ceil_div(k, Formats::kElements);
+    int units = ceil_div(k, Formats::kElements);
     if (threadIdx.x / 128 < DECODERS) {
         give_up_registers<DECODER_REGISTERS>();
-        decode(rings, matrices, x_map, m, steps, units, row_tiles, gated, *w_scale);
+        if constexpr (kReady) produce(rings, matrices, x_map, m, units, row_tiles);
+        else decode(rings, matrices, x_map, m, units, row_tiles, gated, *w_scale);
     } else {
         take_registers<CONSUMER_REGISTERS>();
-        consume(rings, m, steps, row_tiles, write);
+        consume(rings, m, units * (kUnitSteps / kSub), row_tiles, write);
     }
 }
 
@@ -314,18 +368,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 
 #else  // GATED, with two warpgroups: one pair of row tiles, gate and up
 
-// out[m, f] = half(*out_scale * act(gate) * up), rows `ldo` apart; gate_bias and up_bias [features] may be null. Columns
+// out[m, f] = half(*out_scale * act(gate) * up), rows `ldo` apart (Halves: `gate` holds both, interleaved); gate_bias and up_bias [features] may be null. Columns
 // from `features` to ldo (a multiple of 64, less than 64 more) become zero.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     gemm_gated(const uint8_t* gate, int gate_format, const uint8_t* up, int up_format, int features, const void* x_map, int m,
                int k, half_t* out, int ldo, const float* x_scale, const float* w_scale, const float* gate_bias,
                const float* up_bias, const float* out_scale, int activation) {
-    Matrices matrices = {{gate, up, nullptr}, {features, features, 0}, {gate_format, up_format, 0}};
     int row_tiles = 2 * ceil_div(features, kTileRows);
-    run(matrices, x_map, m, k, w_scale, row_tiles, true, [&](Accumulators& acc, int warpgroup, int first_tile, int token0) {
+    Matrices matrices = {{gate, up, nullptr}, {kReady ? row_tiles * kTileRows : features, kReady ? 0 : features, 0}, {gate_format, up_format, 0}};
+    run(matrices, x_map, m, k, w_scale, row_tiles, !kReady, [&](Accumulators& acc, int warpgroup, int first_tile, int token0) {
         int lane = threadIdx.x % 32, token = token0 + lane % 4 * 2;
         int f = first_tile / 2 * kTileRows + warpgroup * 32 + threadIdx.x % 128 / 32 * 8 + lane / 4;
-        float alpha = 1.0f / *x_scale / *w_scale, scale = f < features ? *out_scale : 0.0f;
+        float alpha = 1.0f / *x_scale / *w_scale, scale = *out_scale;
         float gate_b = gate_bias != nullptr && f < features ? gate_bias[f] : 0.0f;
         float up_b = up_bias != nullptr && f < features ? up_bias[f] : 0.0f;
 #pragma unroll
@@ -334,7 +388,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
                 float g = fmaf(acc[4 * j + c], alpha, gate_b), u = fmaf(acc[4 * j + 2 + c], alpha, up_b);
-                y[c] = activate(g, activation) * u * scale;
+                y[c] = f < features ? activate(g, activation) * u * scale : 0.0f;
             }
             // Lanes of neighbouring f trade a token, so that each writes two neighbours of one: 4 bytes at a time.
             bool odd = lane / 4 & 1;

@@ -40,23 +40,30 @@ extern "C" __global__ void __launch_bounds__(256)
         static_cast<uint16_t>(byte(to) | byte(to + 1) << 8);
 }
 
-// out[row, :] = half(*scale * w[row, :]) for `rows` rows from `first`, `stride` halves apart: a GEMM's operand. A thread
-// makes 16. gated: leave room for another matrix between groups of 8 rows, so that gate and up interleave.
+// Halves of *scale * w for `rows` rows from `first`, zeros from the matrix's columns to `stride`: a GEMM's operand. A thread
+// makes 16. They go to rows first_out .. of out: rows `stride` apart, or (tiled) [row / 64][column / 64] tiles of 8 KB in
+// wgmma's swizzle. gated: leave room for another matrix between groups of 8 rows, so that gate and up interleave.
 extern "C" __global__ void __launch_bounds__(256)
-    dequantize(const uint8_t* weights, int units, int first, int rows, half_t* out, int stride, int gated,
-               const float* scale) {
-    int pieces = stride / 16;
+    dequantize(const uint8_t* weights, int units, int first, int rows, half_t* out, int stride, int first_out, int gated,
+               int tiled, const float* scale) {
+    int steps = stride / 64;
     uint32_t index = blockIdx.x * 256u + threadIdx.x;
-    int row = index / pieces, column = index % pieces * 16;
+    int row = tiled ? index / 4 / kTileRows / steps * kTileRows + index / 4 % kTileRows : index / 4 / steps;
+    int column = ((tiled ? index / 4 / kTileRows : index / 4) % steps * 4 + index % 4) * 16;
     if (row >= rows) return;
     uint32_t w[8];
-    row += first;
-    decode_halves<Format>(tile_at(weights, row, column, units), row % kTileRows, column % Format::kElements, *scale, w);
-    row -= first;
-    uint64_t out_row = gated ? row + row / 8 * 8 : row;
-    uint4* to = reinterpret_cast<uint4*>(out + out_row * stride + column);
-    to[0] = make_uint4(w[0], w[1], w[2], w[3]);
-    to[1] = make_uint4(w[4], w[5], w[6], w[7]);
+    decode_halves<Format>(tile_at(weights, first + row, column, units), (first + row) % kTileRows, column % Format::kElements, *scale, w);
+    int out_row = first_out + (gated ? row + row / 8 * 8 : row);
+    uint4* to;
+    int chunk = column % 64 / 8, swizzle = 0;
+    if (tiled) {
+        to = reinterpret_cast<uint4*>(out) + (static_cast<uint64_t>(out_row / kTileRows) * steps + column / 64) * (kTileRows * 8) + out_row % kTileRows * 8;
+        swizzle = out_row & 7;
+    } else {
+        to = reinterpret_cast<uint4*>(out + static_cast<uint64_t>(out_row) * stride + column / 64 * 64);
+    }
+    to[chunk ^ swizzle] = make_uint4(w[0], w[1], w[2], w[3]);
+    to[(chunk + 1) ^ swizzle] = make_uint4(w[4], w[5], w[6], w[7]);
 }
 
 // out[t, :] = factor * w[tokens[t], :] in float32: the embedding.

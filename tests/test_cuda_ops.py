@@ -116,12 +116,19 @@ class BothOps:
         return expected, got
 
 
-@pytest.fixture(scope="module", params=["auto", "portable"])
+@pytest.fixture(scope="module", params=["auto", "portable", "dequantised ahead"])
 def cuda(request):
+    """A backend that multiplies as it chooses, as every GPU can, or as it does for long batches whatever their length."""
+    from kqprefill.backends.cuda import gemm
     from kqprefill.backends.cuda.backend import CudaBackend
 
     backend = CudaBackend(0, portable=request.param == "portable")
-    yield backend
+    if request.param == "dequantised ahead" and backend.gpu.capability != (9, 0):
+        pytest.skip("only Hopper kernels change with the batch's length")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "dequantised ahead":
+            patch.setattr(gemm, "HALVES_FROM", 0)
+        yield backend
     backend.close()
 
 

@@ -1,6 +1,6 @@
-"""Matrix products on the GPU: operands, and the two ways to multiply one by quantised weights.
+"""Matrix products on the GPU: operands, and the three ways to multiply one by quantised weights.
 
-Both give linear (out = a · Wᵀ + bias + residual, float32) and gated (halves of act(gate) * up); Gemms chooses.
+Each gives linear (out = a · Wᵀ + bias + residual, float32) and gated (halves of act(gate) * up); Gemms chooses.
 """
 
 from ctypes import c_int32 as i32
@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .device import check
-from .kernels import K_MULTIPLE, choose_gemm_tile, choose_hopper_tile, unit_size, weight_program
+from .kernels import HALVES_FROM, HALVES_TILES, K_MULTIPLE, choose_gemm_tile, choose_hopper_tile, unit_size, weight_program
+from .weights import TILE_ROWS
 
 _SCRATCH_BYTES = 256 << 20  # of dequantised weights at a time
 
@@ -37,16 +38,22 @@ class Operand:
 
 
 class Gemms:
-    """Chooses how to multiply: the fused Hopper kernel where the GPU has wgmma, else dequantise and multiply."""
+    """Chooses how to multiply, by GPU, batch length and formats."""
 
     def __init__(self, gpu, kernels, workspace, weights, portable=False):
         self._portable = PortableGemm(gpu, kernels, workspace)
-        self._hopper = HopperGemm(gpu, kernels, weights) if gpu.capability == (9, 0) and not portable else None
+        self._hopper = None
+        if gpu.capability == (9, 0) and not portable:
+            self._hopper = HopperGemm(gpu, kernels, weights)
+            self._halves = HalvesGemm(gpu, kernels, weights, workspace)
 
-    def for_matrices(self, matrices):
-        """The GEMM for these matrices side by side: one launch of the Hopper kernel wants units of one length."""
-        fused = self._hopper is not None and len({unit_size(m.type)[0] for m in matrices}) == 1
-        return self._hopper if fused else self._portable
+    def choose(self, m, matrices):
+        """The GEMM for m tokens and these matrices side by side."""
+        if self._hopper is None:
+            return self._portable
+        # One launch of the fused kernel wants units of one length.
+        mixed = len({unit_size(matrix.type)[0] for matrix in matrices}) > 1
+        return self._halves if mixed or m >= HALVES_FROM else self._hopper
 
 
 class PortableGemm:
@@ -64,7 +71,7 @@ class PortableGemm:
             for matrix in matrices:  # the part of each that falls into this slice
                 low, high = max(begin, first), min(end, first + matrix.rows)
                 if low < high:
-                    self._dequantise(matrix, low - first, high - low, scratch + 2 * (low - begin) * k, k, w_scale)
+                    dequantise(self._kernels, matrix, low - first, high - low, scratch, k, w_scale, low - begin)
                 first += matrix.rows
             tile = choose_gemm_tile(m, end - begin, self._gpu.multiprocessors)
             self._kernels.launch(
@@ -81,7 +88,7 @@ class PortableGemm:
             features = max(0, min(width, gate.rows - at))
             scratch = self._work.get("dequantised", 4 * rows_at_once * k)
             for matrix, first in ((gate, 0), (up, 8)):
-                self._dequantise(matrix, at, features, scratch + 2 * first * k, k, w_scale, gated=1)
+                dequantise(self._kernels, matrix, at, features, scratch, k, w_scale, first, gated=True)
             tile = choose_gemm_tile(m, 2 * width, self._gpu.multiprocessors)
             self._kernels.launch(
                 tile.program, "gemm_gated", tile.blocks(m, 2 * width), tile.threads,
@@ -90,12 +97,16 @@ class PortableGemm:
                 shared_bytes=tile.shared_bytes,
             )  # fmt: skip
 
-    def _dequantise(self, matrix, first, rows, out, stride, scale, gated=0):
-        if rows:
-            self._kernels.launch(
-                weight_program(matrix.type), "dequantize", -(-rows * (stride // 16) // 256), 256,
-                matrix.address, i32(matrix.units), i32(first), i32(rows), out, i32(stride), i32(gated), scale,
-            )  # fmt: skip
+
+def dequantise(kernels, matrix, first, rows, out, stride, scale, first_out=0, gated=False, tiled=False):
+    """Launch weights.cu's dequantize: `rows` rows of a matrix from row `first`, as halves."""
+    if rows:
+        pieces = (-(-rows // TILE_ROWS) * TILE_ROWS if tiled else rows) * (stride // 16)
+        kernels.launch(
+            weight_program(matrix.type), "dequantize", -(-pieces // 256), 256,
+            matrix.address, i32(matrix.units), i32(first), i32(rows), out, i32(stride), i32(first_out), i32(gated),
+            i32(tiled), scale,
+        )  # fmt: skip
 
 
 class HopperGemm:
@@ -151,3 +162,59 @@ class HopperGemm:
             self._gpu.upload(address, np.array([int(word) for word in descriptor.opaque], np.uint64))
 
         return self._weights.descriptor((a.address, a.columns, a.rows, box_rows), encode)
+
+
+class HalvesGemm(HopperGemm):
+    """Slices of W dequantised to wgmma's tiles in a scratch buffer, then gemm_sm90.cu over them: for long batches."""
+
+    def __init__(self, gpu, kernels, weights, workspace):
+        super().__init__(gpu, kernels, weights)
+        self._work = workspace
+
+    def linear(self, a, matrices, out, m, w_scale, bias, residual):
+        tile, k = HALVES_TILES[False], padded(a.columns)
+        total, column = sum(matrix.rows for matrix in matrices), 0
+        x_map = self._tensor_map(a, tile.tokens)
+        # A matrix begins on a tile of rows, so those side by side are told apart, as in the fused kernel; a slice holds
+        # whole matrices, or a part of one.
+        for pieces in self._slices(matrices, k):
+            scratch = self._work.get("dequantised", _SCRATCH_BYTES)
+            described, address = [], scratch
+            for matrix, first, rows in pieces:
+                dequantise(self._kernels, matrix, first, rows, address, k, w_scale, tiled=True)
+                described.append((address, i32(rows), i32(0)))
+                address += -(-rows // TILE_ROWS) * TILE_ROWS * 2 * k
+            described += [(0, i32(0), i32(0))] * (3 - len(pieces))
+            rows = sum(rows for _, _, rows in pieces)
+            self._launch(
+                "gemm_linear", tile, (), m, sum(-(-rows // TILE_ROWS) for _, _, rows in pieces),
+                *(argument for matrix in described for argument in matrix), x_map, i32(m), i32(a.columns),
+                out + 4 * column, i32(total), a.scale, w_scale, bias and bias + 4 * column,
+                residual and residual + 4 * column,
+            )  # fmt: skip
+            column += rows
+
+    def _slices(self, matrices, k):
+        """Lists of (matrix, first row, rows) whose halves fit the scratch buffer."""
+        most = _SCRATCH_BYTES // (2 * k) // TILE_ROWS * TILE_ROWS
+        if sum(matrix.row_tiles for matrix in matrices) * TILE_ROWS <= most:
+            yield [(matrix, 0, matrix.rows) for matrix in matrices]
+            return
+        for matrix in matrices:
+            for first in range(0, matrix.rows, most):
+                yield [(matrix, first, min(most, matrix.rows - first))]
+
+    def gated(self, a, gate, up, act, m, w_scale, biases, activation):
+        tile, k, stride = HALVES_TILES[True], padded(a.columns), padded(act.columns)
+        most = _SCRATCH_BYTES // (4 * k) // TILE_ROWS * TILE_ROWS
+        for at in range(0, gate.rows, most):
+            features = min(most, gate.rows - at)
+            scratch = self._work.get("dequantised", _SCRATCH_BYTES)
+            for matrix, first_out in ((gate, 0), (up, 8)):
+                dequantise(self._kernels, matrix, at, features, scratch, k, w_scale, first_out, gated=True, tiled=True)
+            self._launch(
+                "gemm_gated", tile, (), m, -(-features // TILE_ROWS) * 2,
+                scratch, i32(0), 0, i32(0), i32(features), self._tensor_map(a, tile.tokens), i32(m), i32(a.columns),
+                act.address + 2 * at, i32(stride), a.scale, w_scale, *(bias and bias + 4 * at for bias in biases),
+                act.scale, i32(activation),
+            )  # fmt: skip

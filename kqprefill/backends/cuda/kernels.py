@@ -57,6 +57,7 @@ class HopperTile:
     tokens: int
     warpgroups: int
     decoders: int
+    substeps: int
     stages: int
     raw_stages: int
     decoder_registers: int
@@ -64,9 +65,10 @@ class HopperTile:
 
     @cache
     def program(self, types):
-        """The program for launches over matrices of these ggml types (distinct, in the order of their format numbers)."""
+        """The program for launches over matrices of these ggml types (distinct, in the order of their format numbers), or
+        over dequantised ones (none)."""
         constants = tuple((f.name.upper(), str(getattr(self, f.name))) for f in fields(self))
-        return Program("gemm_sm90.cu", (*constants, ("FORMATS", ",".join(t.name for t in types))))
+        return Program("gemm_sm90.cu", (*constants, ("FORMATS", ",".join(t.name for t in types) or "Halves")))
 
     @property
     def threads(self):
@@ -74,8 +76,9 @@ class HopperTile:
 
     @cache
     def shared_bytes(self, types):
-        stage = 2 * 64 * (self.tokens + 64 * self.warpgroups)
-        raw = self.warpgroups * 64 * max(unit_size(t)[1] for t in types)
+        substeps = min(self.substeps, min((unit_size(t)[0] // 64 for t in types), default=1))
+        stage = 2 * 64 * substeps * (self.tokens + 64 * self.warpgroups)
+        raw = self.warpgroups * 64 * max((unit_size(t)[1] for t in types), default=0)
         barriers = 16 * (self.stages + self.raw_stages)
         return self.stages * stage + self.raw_stages * raw + barriers
 
@@ -84,17 +87,21 @@ class HopperTile:
         return min(multiprocessors, -(-m // self.tokens) * -(-row_tiles // self.warpgroups))
 
 
-# least tokens, gated:       tokens, warpgroups, decoders, stages, raw stages, registers of a decoder and a consumer
+# least tokens, gated:       tokens, warpgroups, decoders, substeps, stages, raw stages, registers of a decoder and a consumer
 HOPPER_TILES = {
-    (1, False): HopperTile(0, 16, 1, 2, 8, 4, 128, 200),
-    (1, True): HopperTile(1, 16, 2, 2, 6, 3, 104, 144),
-    (17, False): HopperTile(0, 64, 1, 2, 6, 4, 128, 200),
-    (17, True): HopperTile(1, 64, 2, 2, 4, 3, 104, 144),
-    (65, False): HopperTile(0, 128, 1, 2, 4, 4, 128, 200),
-    (65, True): HopperTile(1, 128, 2, 1, 4, 2, 128, 184),
-    (129, False): HopperTile(0, 256, 2, 1, 3, 2, 128, 184),
-    (129, True): HopperTile(1, 256, 2, 1, 3, 2, 128, 184),
+    (1, False): HopperTile(0, 16, 1, 2, 4, 3, 4, 128, 200),
+    (1, True): HopperTile(1, 16, 2, 2, 4, 2, 2, 104, 144),
+    (17, False): HopperTile(0, 64, 1, 2, 4, 2, 4, 128, 200),
+    (17, True): HopperTile(1, 64, 2, 2, 2, 3, 2, 104, 144),
+    (65, False): HopperTile(0, 128, 1, 2, 2, 3, 3, 128, 200),
+    (65, True): HopperTile(1, 128, 2, 1, 1, 4, 2, 128, 184),
+    (129, False): HopperTile(0, 256, 2, 1, 1, 3, 2, 128, 184),
+    (129, True): HopperTile(1, 256, 2, 1, 1, 3, 2, 128, 184),
 }
+# Over weights dequantised ahead: 7 ms for the 8 billion weights of a batch, whatever its length, against a tenth of the
+# fused kernel's time (docs/performance.md).
+HALVES_TILES = {gated: HopperTile(int(gated), 256, 2, 1, 1, 4, 1, 56, 224) for gated in (False, True)}
+HALVES_FROM = 2048  # tokens
 
 
 def choose_hopper_tile(m, gated):
@@ -170,6 +177,7 @@ def every_program(arch):
     if arch == "sm_90a":
         mixes = [*((t,) for t in sorted(SUPPORTED)), (GGML.Q4_K, GGML.Q6_K)]
         programs.update(dict.fromkeys(tile.program(types) for types in mixes for tile in HOPPER_TILES.values()))
+        programs.update(dict.fromkeys(tile.program(()) for tile in HALVES_TILES.values()))
     return list(programs)
 
 

@@ -164,10 +164,10 @@ class CudaOps(Ops):
         out = residual if residual is not None else self.work.get("linear", 4 * self.n * d.rows)
         w_scale = self._weight_scale([g, u], h)
         act_scale = self._output_scale(g.name, g.rows, math.sqrt(h.columns), g, biases[0], u, biases[1])
-        gemm = self.gemms.for_matrices([g, u])
         for t in range(0, self.n, _MLP_TOKENS):
             m = min(_MLP_TOKENS, self.n - t)
             act = Operand(self.work.get("activated", 2 * m * padded(g.rows)), g.rows, act_scale, m)
+            gemm = self.gemms.choose(m, [g, u])
             gemm.gated(h.rows_from(t), g, u, act, m, w_scale, biases, _ACTIVATIONS[activation])
             at = 4 * t * d.rows
             self._multiply(act, [d], out + at, m, self._bias(down), residual and residual + at)
@@ -175,7 +175,8 @@ class CudaOps(Ops):
 
     def _multiply(self, a, matrices, out, m, bias=0, residual=None):
         """out[:m] = a · [matrices, one under another]ᵀ + bias + residual."""
-        self.gemms.for_matrices(matrices).linear(a, matrices, out, m, self._weight_scale(matrices, a), bias, residual or 0)
+        gemm = self.gemms.choose(m, matrices)
+        gemm.linear(a, matrices, out, m, self._weight_scale(matrices, a), bias, residual or 0)
 
     def _bias(self, weight):
         return self.weights.vector(weight.bias)[0] if weight.bias is not None else 0
