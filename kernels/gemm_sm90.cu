@@ -76,6 +76,7 @@ constexpr int kTokenGroup = 8;  // token tiles that share W's tiles while these 
 constexpr int kDecodeColumns = kStep * WARPGROUPS / 2;  // of a row, that one decoding thread makes of a sub-step
 static_assert(WARPGROUPS == 1 || WARPGROUPS == 2, "a decoding warpgroup has a thread or two for each row");
 static_assert(kUnitSteps % kSub == 0, "whole stages in a unit");
+static_assert(STAGES >= 2, "a stage is given back when the next has begun");
 
 struct Matrices {  // up to three, one under another; only the first two, interleaved, for the gated kernel
     const uint8_t* weights[3];
@@ -223,6 +224,7 @@ __device__ __forceinline__ void decode(const Rings& rings, const Matrices& matri
         int token = walk.first_token();
         for (int unit = 0; unit < units; ++unit, raw.advance()) {
             if (producer) copies.issue();
+            __syncwarp();  // without it, the producer's warp may decode in two parts, its first lane alone: 45% slower
             barrier_wait(rings.raw_full + 8 * raw.stage, raw.phase);
             const uint8_t* raw_tile = rings.generic + kRawOffset + raw.stage * kRawBytes + tile * Formats::kTileBytes;
 #pragma unroll
@@ -233,6 +235,7 @@ __device__ __forceinline__ void decode(const Rings& rings, const Matrices& matri
                     barrier_arrive_expect(full, kXBytes);
                     copy_x(rings, x_map, stage.stage, (unit * kUnitSteps + part * kSub) * kStep, token);
                 }
+                __syncwarp();
                 bool ours = turn == group;
                 turn = turn + 1 == DECODERS ? 0 : turn + 1;
                 if (!ours) continue;

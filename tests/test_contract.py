@@ -45,6 +45,31 @@ def test_cutting_a_prompt_changes_nothing(path, backend):
             assert relative_error(whole, cut) < 1e-5
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernels", ["auto", "portable"])
+def test_long_and_short_batches_give_the_same_bits(kernels):
+    """Batch lengths on both sides of every choice of kernel: 1, 16, 64, 128, 3072 tokens."""
+    with kqprefill.load(EXAMPLE, backend="cuda", kernels=kernels) as model:
+        tokens = prompt(model, 3300)
+        whole = model.prefill(tokens, logits="all").logits
+        cache, at = model.new_cache(3300), 0
+        for n in (1, 15, 64, 120, 3100):
+            part = model.prefill(tokens[at : at + n], logits="all", cache=cache).logits
+            assert np.array_equal(part, whole[at : at + n]), f"{n} tokens from {at}"
+            at += n
+
+
+@pytest.mark.gpu
+def test_graphs_give_what_launches_give():
+    with kqprefill.load(EXAMPLE, backend="cuda") as model:
+        prompts = [prompt(model, 100) for _ in range(5)]  # from the third on, a graph
+        got = [model.prefill(tokens, logits="all").logits for tokens in prompts]
+        model.prefill(prompt(model, 2000))  # work buffers move
+        again = [model.prefill(tokens, logits="all").logits for tokens in prompts]
+        assert all(np.array_equal(a, b) for a, b in zip(got, again))
+        assert relative_error(got[4], got[0]) > 0.01  # another prompt, not the captured one's answer
+
+
 @pytest.mark.parametrize("n", [1, 7, 129, 300])
 def test_last_is_the_last_row_of_all(model, n):
     tokens = prompt(model, n)

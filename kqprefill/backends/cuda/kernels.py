@@ -89,7 +89,7 @@ class HopperTile:
 
 # least tokens, gated:       tokens, warpgroups, decoders, substeps, stages, raw stages, registers of a decoder and a consumer
 HOPPER_TILES = {
-    (1, False): HopperTile(0, 16, 1, 2, 4, 3, 4, 128, 200),
+    (1, False): HopperTile(0, 16, 1, 2, 2, 5, 4, 128, 200),
     (1, True): HopperTile(1, 16, 2, 2, 4, 2, 2, 104, 144),
     (17, False): HopperTile(0, 64, 1, 2, 4, 2, 4, 128, 200),
     (17, True): HopperTile(1, 64, 2, 2, 2, 3, 2, 104, 144),
@@ -98,10 +98,10 @@ HOPPER_TILES = {
     (129, False): HopperTile(0, 256, 2, 1, 1, 3, 2, 128, 184),
     (129, True): HopperTile(1, 256, 2, 1, 1, 3, 2, 128, 184),
 }
-# Over weights dequantised ahead: 7 ms for the 8 billion weights of a batch, whatever its length, against a tenth of the
-# fused kernel's time (docs/performance.md).
+# Over weights dequantised ahead: 8 ms for the 7 billion weights of an 8B model's layers, whatever the batch's length, for
+# multiplying at 664 instead of 570 to 606 TFLOP/s (docs/performance.md): worth it from about 3000 tokens.
 HALVES_TILES = {gated: HopperTile(int(gated), 256, 2, 1, 1, 4, 1, 56, 224) for gated in (False, True)}
-HALVES_FROM = 2048  # tokens
+HALVES_FROM = 3072  # tokens
 
 
 def choose_hopper_tile(m, gated):
