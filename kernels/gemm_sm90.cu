@@ -347,7 +347,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
             float b = bias != nullptr ? bias[column] : 0.0f;
             uint64_t at = static_cast<uint64_t>(token) * ldo + column;
             // Tokens in batches: their residuals are all on the way before the first is waited for.
-            constexpr int kBatch = TOKENS / 8 < 8 ? TOKENS / 8 : 8;
+            constexpr int kBatch = TOKENS / 8 < 4 ? TOKENS / 8 : 4;
 #pragma unroll
             for (int j0 = 0; j0 < TOKENS / 8; j0 += kBatch) {
                 float r[kBatch][2] = {};
