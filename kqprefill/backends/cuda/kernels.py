@@ -100,7 +100,7 @@ HOPPER_TILES = {
 }
 # Over weights dequantised ahead: 8 ms for the 7 billion weights of an 8B model's layers, whatever the batch's length, for
 # multiplying at 664 instead of 570 to 606 TFLOP/s (docs/performance.md): worth it from about 3000 tokens.
-HALVES_TILES = {gated: HopperTile(int(gated), 256, 2, 1, 1, 4, 1, 56, 224) for gated in (False, True)}
+HALVES_TILES = {gated: HopperTile(int(gated), 256, 2, 1, 1, 4, 1, 104, 200) for gated in (False, True)}
 HALVES_FROM = 3072  # tokens
 
 
