@@ -2,7 +2,13 @@
 
 
 class KqprefillError(Exception):
-    """Base of every error that kqprefill raises on purpose."""
+    """Base of every error that kqprefill raises on purpose.
+
+    Names from a file may hold anything: control characters are escaped, so that a message is one line and moves no cursor.
+    """
+
+    def __init__(self, message):
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(message)))
 
 
 class GGUFError(KqprefillError):

@@ -1,14 +1,17 @@
 """The reader against the gguf package's on sound files, and against lies in unsound ones."""
 
+import random
 import struct
+import time
 
 import gguf
 import numpy as np
 import pytest
 
 from conftest import EXAMPLE, ROOT
-from kqprefill.errors import GGUFError
+from kqprefill.errors import GGUFError, KqprefillError
 from kqprefill.gguf import GGUFFile
+from kqprefill.models import read_model
 
 
 @pytest.mark.parametrize("path", [EXAMPLE, ROOT / "tests/data/gemma3-q4_k_m.gguf"], ids=lambda p: p.stem)
@@ -124,3 +127,30 @@ def test_version_2_is_read(tmp_path):
     path.write_bytes(header(version=2, metadata=1) + pair("k", 8, string("v")))
     with GGUFFile(path) as file:
         assert file.version == 2 and dict(file.metadata) == {"k": "v"}
+
+
+def test_mutated_files_are_read_or_refused(tmp_path):
+    """Random damage to the header: the model opens, or one of our errors says why not, in one line and at once."""
+    raw, path = EXAMPLE.read_bytes(), tmp_path / "model.gguf"
+    for seed in range(1500):
+        rng = random.Random(seed)
+        damaged = bytearray(raw[: rng.choice([len(raw), rng.randrange(len(raw)), rng.randrange(9000)])])
+        for _ in range(rng.choice([1, 2, 5, 20])):
+            at, kind = rng.randrange(min(8192, len(damaged)) or 1), rng.randrange(4)
+            if kind == 0:
+                damaged[at : at + 1] = rng.randbytes(1)
+            elif kind == 1:
+                damaged[at : at + 8] = rng.choice([b"\xff" * 8, bytes(8), (1 << 62).to_bytes(8, "little")])
+            elif kind == 2:
+                del damaged[at : at + rng.randrange(1, 16)]
+            else:
+                damaged[at:at] = rng.randbytes(rng.randrange(1, 16))
+        path.write_bytes(damaged)
+        start = time.perf_counter()
+        try:
+            with GGUFFile(path) as file:
+                dict(file.metadata)
+                read_model(file)
+        except KqprefillError as error:
+            assert "\n" not in str(error), seed
+        assert time.perf_counter() - start < 1, seed

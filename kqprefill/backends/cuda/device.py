@@ -27,7 +27,7 @@ def cuda_errors(doing):
 
     try:
         yield
-    except (CUDAError, NVRTCError, MemoryError) as error:
+    except (CUDAError, NVRTCError, MemoryError, RuntimeError) as error:  # RuntimeError: a CUDA library is not installed
         text = " ".join(str(error).split())
         if "OUT_OF_MEMORY" in text or isinstance(error, MemoryError):
             text = "the GPU is out of memory"
@@ -49,16 +49,13 @@ class Gpu:
 
     def __init__(self, index):
         core, self.driver = import_cuda()
-        try:
-            with cuda_errors("no usable NVIDIA GPU"):
-                check(self.driver.cuInit(0))
-                count = check(self.driver.cuDeviceGetCount())
-                if not 0 <= index < count:
-                    raise BackendError(f"there is no CUDA device {index}; this machine has {count} (numbered from 0)")
-                device = core.Device(index)
-                device.set_current()
-        except (RuntimeError, OSError) as error:  # cuda.bindings finds no libcuda.so
-            raise BackendError(f"no usable NVIDIA GPU: {' '.join(str(error).split())}") from None
+        with cuda_errors("no usable NVIDIA GPU"):
+            check(self.driver.cuInit(0))
+            count = check(self.driver.cuDeviceGetCount())
+            if not 0 <= index < count:
+                raise BackendError(f"there is no CUDA device {index}; this machine has {count} (numbered from 0)")
+            device = core.Device(index)
+            device.set_current()
         self.core, self.device, self.index = core, device, index
         capability = device.compute_capability
         self.capability = (capability.major, capability.minor)
