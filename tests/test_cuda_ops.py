@@ -23,6 +23,7 @@ def shape(architecture, hidden, heads, kv_heads, head_dim, ffn, vocab, **more):
     return Shape(architecture, more.pop("layers", 1), hidden, heads, kv_heads, head_dim, ffn, vocab, 4096, 1e4, **more)
 
 
+MIX = (GGML.Q4_K, GGML.F16, GGML.Q5_1)  # super-blocks, single weights, blocks of 32
 MODELS = {
     "llama, no grouping": (shape("llama", 256, 4, 4, 64, 512, 160), GGML.Q4_K),
     "llama, 8 heads of 96 to one": (shape("llama", 256, 8, 1, 96, 256, 161), GGML.Q3_K),
@@ -34,6 +35,7 @@ MODELS = {
     "gemma3, window": (shape("gemma3", 256, 4, 2, 64, 512, 160, layers=6, window=50), GGML.IQ4_XS),
     "no multiple of anything": (shape("llama", 100, 3, 3, 20, 77, 33), GGML.F32),
     "rows of 32s": (shape("qwen3", 96, 6, 3, 32, 160, 47), GGML.Q4_0),
+    "formats of differing units": (shape("qwen3", 256, 4, 2, 64, 512, 160), lambda name, _: MIX[sum(name.encode()) % 3]),
     "wide": (shape("qwen3", 2560, 8, 2, 128, 4096, 1000), GGML.Q4_K),
 }
 
@@ -138,7 +140,7 @@ def test_ops(cuda, name, n):
     from kqprefill.backends.cuda.ops import CudaOps
 
     description, kind = MODELS[name]
-    family = read_model(SyntheticFile(description, lambda *_: kind, name))
+    family = read_model(SyntheticFile(description, kind if callable(kind) else lambda *_: kind, name))
     cuda.load(family, lambda *_: None)
     plain = cuda.workspace
     cuda.workspace = PoisonedWorkspace(cuda.gpu, plain)

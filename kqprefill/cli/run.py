@@ -29,7 +29,7 @@ def run(model, tokens, as_json, logits, all_positions, backend, device, kernels,
     if logits == STDIO and as_json:
         raise click.UsageError("--logits - and --json both want stdout; write the logits to a file")
     ids = read_tokens(tokens)
-    if logits is not None and logits != STDIO and not logits:
+    if logits == "":
         raise InputError("--logits: the file name is empty")
     from ..engine.model import load
 

@@ -12,9 +12,9 @@ from ...gguf import dequantize
 from .kernels import unit_size, weight_program
 from .memory import Uploader, aligned
 
-
 TILE_ROWS = 64  # kernels/quants/common.cuh
 _RAW_BYTES = 64 << 20  # of a matrix as the file has it, on the device at a time while it is repacked
+_MOST_COLUMNS = 1 << 19  # a tile of rows must fit the upload and scratch buffers
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class DeviceWeights:
         """Copy a tensor's rows, as many at a time as there is room for, and repack them into tiles."""
         row_bytes, data = tensor.nbytes // matrix.rows, tensor.data
         step = _RAW_BYTES // row_bytes // TILE_ROWS * TILE_ROWS
-        if step == 0:
-            raise BackendError(f"tensor {tensor.name}: rows of {matrix.columns} are too long for the GPU backend")
+        if step == 0 or matrix.columns > _MOST_COLUMNS:
+            raise BackendError(f"tensor {tensor.name}: rows of {matrix.columns} are too long for CUDA; use --backend cpu")
         for first in range(0, matrix.rows, step):
             rows = min(step, matrix.rows - first)
             tiles = matrix.address + first // TILE_ROWS * matrix.row_tile_bytes
