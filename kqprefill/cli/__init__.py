@@ -44,6 +44,9 @@ def main():
         status = 2 if isinstance(error, InputError) else 1
     except (KeyboardInterrupt, click.Abort):
         status = 130
+    except MemoryError:
+        click.echo("kqprefill: out of memory; a shorter prompt, or logits of the last position only, need less", err=True)
+        status = 1
     except BrokenPipeError:  # whoever read our output has gone; say nothing more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1

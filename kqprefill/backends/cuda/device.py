@@ -7,6 +7,7 @@ from ...errors import BackendError
 
 _importing = Lock()
 _OLDEST = (8, 0)  # cp.async and mma.m16n8k16
+_OLDEST_DRIVER = 13000  # its CUDA version: what cuda-python 13 and NVRTC 13's CUBINs ask for
 
 
 def import_cuda():
@@ -51,6 +52,9 @@ class Gpu:
         core, self.driver = import_cuda()
         with cuda_errors("no usable NVIDIA GPU"):
             check(self.driver.cuInit(0))
+            version = check(self.driver.cuDriverGetVersion())
+            if version < _OLDEST_DRIVER:
+                raise BackendError(f"the NVIDIA driver is for CUDA {version // 1000}.{version % 1000 // 10}; 13.0 (driver 580) or later is needed")
             count = check(self.driver.cuDeviceGetCount())
             if not 0 <= index < count:
                 raise BackendError(f"there is no CUDA device {index}; this machine has {count} (numbered from 0)")
