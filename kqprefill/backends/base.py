@@ -112,8 +112,9 @@ class Backend(ABC):
         """A Cache for `capacity` tokens."""
 
     @abstractmethod
-    def run(self, model, batch, cache, logits, forward):
+    def run(self, model, batch, cache, logits, forward, progress):
         """Run one batch: x = forward(ops), then the head (HeadResult), which asks for `logits` (see Ops.head).
+        progress(stage, done, total) hears of what comes before (compiling).
 
         forward(ops) calls each layer's ops and must do the same calls for the same batch length and cache.
         """

@@ -49,10 +49,11 @@ class Model:
 
         tokens: ids, any integer sequence [T]; an empty one is a no-op. logits: which to return, None, "last" or "all".
         cache: a cache of this model's `new_cache`; the prompt continues at cache.length, which grows by T.
-        progress(stage, done, total) is told of each layer. Raises InputError for bad ids, a prompt past the context
+        progress(stage, done, total) hears of compiling and of each layer. Raises InputError for bad ids, a prompt past the context
         length or past the cache's room; BackendError where the device fails or a logit is NaN.
         """
         start_time = time.perf_counter()
+        progress = progress or (lambda *_: None)
         if logits not in _LOGITS:
             raise InputError(f"logits={logits!r} is unknown; choose None, 'last' or 'all'")
         tokens = self._check_tokens(tokens)
@@ -68,11 +69,10 @@ class Model:
             for index, weights in enumerate(family.blocks):
                 ops.layer = index
                 x = family.layer(ops, weights, x, index)
-                if progress is not None:
-                    progress("prefill", index + 1, len(family.blocks))
+                progress("prefill", index + 1, len(family.blocks))
             return x
 
-        head = self.backend.run(family, Batch(tokens, start), cache, logits, forward)
+        head = self.backend.run(family, Batch(tokens, start), cache, logits, forward, progress)
         if cache is not None:
             cache.length = start + len(tokens)
         elapsed = time.perf_counter() - start_time

@@ -71,6 +71,15 @@ class Family:
 
     # ------------------------------------------------------------------------------------------------------------------
 
+    def products(self):
+        """(weights, gated) of every matrix product: matrices multiplied side by side, or gate and up. For compiling ahead."""
+        for w in self.blocks:
+            yield (w.attn_q, w.attn_k, w.attn_v), False
+            yield (w.attn_output,), False
+            yield (w.ffn_gate, w.ffn_up), True
+            yield (w.ffn_down,), False
+        yield (self.output,), False
+
     def matrices(self):
         """Every matrix of the model (Weight), a tied output counted once."""
         found = {w.name: w for w in (self.token_embd, self.output, *(w for block in self.blocks for w in block))}

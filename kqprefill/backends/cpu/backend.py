@@ -30,7 +30,7 @@ class CpuBackend(Backend):
     def new_cache(self, model, capacity):
         return CpuCache(model.config, capacity)
 
-    def run(self, model, batch, cache, logits, forward):
+    def run(self, model, batch, cache, logits, forward, progress):
         ops = CpuOps(model.config, batch, cache)
         return ops.head(forward(ops), model.output_norm, model.output, logits)
 

@@ -38,7 +38,7 @@ class CudaBackend(Backend):
         self.gpu, self.portable = Gpu(device), portable
         self.device_name = self.gpu.name
         self.kernels, self.workspace, self.weights = Kernels(self.gpu), Workspace(self.gpu), None
-        self._graphs = Graphs(self.gpu, self.workspace)
+        self._graphs, self._prepared = Graphs(self.gpu, self.workspace), set()
 
     def load(self, model, progress):
         types = {weight.tensor.type for weight in model.matrices()}
@@ -49,10 +49,13 @@ class CudaBackend(Backend):
     def new_cache(self, model, capacity):
         return CudaCache(self.gpu, model.config, capacity)
 
-    def run(self, model, batch, cache, logits, forward):
+    def run(self, model, batch, cache, logits, forward, progress):
         with cuda_errors("prefill"):
             self.gpu.device.set_current()
             ops = CudaOps(self, model.config, batch, cache)
+            if (ops.n, logits) not in self._prepared:
+                ops.prepare(model, logits, progress)
+                self._prepared.add((ops.n, logits))
             x = self._graphs.run(ops, forward) if cache is None else forward(ops)
             return ops.head(x, model.output_norm, model.output, logits)
 

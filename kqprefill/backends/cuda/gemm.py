@@ -9,7 +9,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .device import check
-from .kernels import HALVES_FROM, HALVES_TILES, K_MULTIPLE, choose_gemm_tile, choose_hopper_tile, unit_size, weight_program
+from .kernels import (
+    HALVES_FROM,
+    HALVES_TILES,
+    K_MULTIPLE,
+    LARGE_TILE,
+    SMALL_TILE,
+    choose_gemm_tile,
+    choose_hopper_tile,
+    unit_size,
+    weight_program,
+)
 from .weights import TILE_ROWS
 
 _SCRATCH_BYTES = 256 << 20  # of dequantised weights at a time
@@ -62,6 +72,10 @@ class PortableGemm:
     def __init__(self, gpu, kernels, workspace):
         self._gpu, self._kernels, self._work = gpu, kernels, workspace
 
+    def programs(self, m, matrices, gated):
+        """What multiplying m tokens by these matrices may launch (all the classes have this)."""
+        return [LARGE_TILE.program, SMALL_TILE.program, *(weight_program(matrix.type) for matrix in matrices)]
+
     def linear(self, a, matrices, out, m, w_scale, bias, residual):
         k, total = padded(a.columns), sum(matrix.rows for matrix in matrices)
         slice_rows = min(total, _SCRATCH_BYTES // (2 * k) // 256 * 256)
@@ -109,15 +123,22 @@ def dequantise(kernels, matrix, first, rows, out, stride, scale, first_out=0, ga
         )  # fmt: skip
 
 
+def _types(matrices):
+    """The distinct ggml types of matrices: what gemm_sm90.cu is compiled for, and a type's number in it."""
+    return tuple(dict.fromkeys(matrix.type for matrix in matrices))
+
+
 class HopperGemm:
     """gemm_sm90.cu: W dequantised inside the kernel, for each tile anew; nothing expanded in memory."""
 
     def __init__(self, gpu, kernels, weights):
         self._gpu, self._kernels, self._weights = gpu, kernels, weights
 
+    def programs(self, m, matrices, gated):
+        return [choose_hopper_tile(m, gated).program(_types(matrices))]
+
     def linear(self, a, matrices, out, m, w_scale, bias, residual):
-        tile = choose_hopper_tile(m, gated=False)
-        types = tuple(dict.fromkeys(matrix.type for matrix in matrices))
+        tile, types = choose_hopper_tile(m, gated=False), _types(matrices)
         described = [(matrix.address, i32(matrix.rows), i32(types.index(matrix.type))) for matrix in matrices]
         described += [(0, i32(0), i32(0))] * (3 - len(matrices))
         total = sum(matrix.rows for matrix in matrices)
@@ -128,8 +149,7 @@ class HopperGemm:
         )  # fmt: skip
 
     def gated(self, a, gate, up, act, m, w_scale, biases, activation):
-        tile = choose_hopper_tile(m, gated=True)
-        types = tuple(dict.fromkeys((gate.type, up.type)))
+        tile, types = choose_hopper_tile(m, gated=True), _types((gate, up))
         self._launch(
             "gemm_gated", tile, types, m, gate.row_tiles + up.row_tiles,
             gate.address, i32(types.index(gate.type)), up.address, i32(types.index(up.type)), i32(gate.rows),
@@ -170,6 +190,9 @@ class HalvesGemm(HopperGemm):
     def __init__(self, gpu, kernels, weights, workspace):
         super().__init__(gpu, kernels, weights)
         self._work = workspace
+
+    def programs(self, m, matrices, gated):
+        return [HALVES_TILES[gated].program(()), *(weight_program(matrix.type) for matrix in matrices)]
 
     def linear(self, a, matrices, out, m, w_scale, bias, residual):
         tile, k = HALVES_TILES[False], padded(a.columns)

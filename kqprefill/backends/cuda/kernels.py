@@ -191,9 +191,11 @@ class Kernels:
 
     def prepare(self, programs, progress):
         """Compile (in parallel) or fetch the programs and load them; progress("compile", done, total)."""
+        missing = [p for p in programs if p not in self._modules]
+        if not missing:
+            return
         with cuda_errors("NVRTC"):
             code_type, arch = target_of(self._gpu.capability)
-        missing = [p for p in programs if p not in self._modules]
         load = getattr(self._gpu.core.ObjectCode, f"from_{code_type}")
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for done, (program, (code, _)) in enumerate(

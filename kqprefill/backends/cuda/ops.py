@@ -47,6 +47,15 @@ class CudaOps(Ops):
         self.tiles, self.n_tiles = self._make_tiles()
         self._tables = {}
 
+    def prepare(self, family, logits, progress):
+        """Compile what this batch's matrix products need, all at once, before the first of them is launched."""
+        programs = {}
+        for weights, gated in family.products():
+            matrices = [self.weights.matrix(w) for w in weights]
+            m = self.n if weights[0] is not family.output else self._head_rows(matrices[0].rows, logits)
+            programs.update(dict.fromkeys(self.gemms.choose(m, matrices).programs(m, matrices, gated)))
+        self.kernels.prepare(programs, progress)
+
     # the residual stream ----------------------------------------------------------------------------------------------
 
     def embed(self, weight, tokens, scale=1.0):
@@ -216,7 +225,7 @@ class CudaOps(Ops):
     def head(self, x, norm, output, logits):
         matrix, n, hidden = self.weights.matrix(output), self.n, self.config.embedding_length
         vocab = matrix.rows
-        rows_at_once = max(1, min(n, _LOGITS_BYTES // (4 * vocab))) if logits == "all" else 1
+        rows_at_once = self._head_rows(vocab, logits)
         device = self.work.get("logits", 4 * rows_at_once * vocab)
         summary_address, summary = self.work.get("summary", _SUMMARY.itemsize), np.empty(1, _SUMMARY)
         host = None if logits is None else np.empty((n if logits == "all" else 1, vocab), np.float32)
@@ -236,6 +245,10 @@ class CudaOps(Ops):
             raise BackendError("the last position's logits hold NaN: the file's weights are damaged or out of range")
         result = host if logits == "all" or host is None else host[0]
         return HeadResult(token, logit, -log_sum_exp, result)
+
+    def _head_rows(self, vocab, logits):
+        """Positions whose logits are made at a time."""
+        return max(1, min(self.n, _LOGITS_BYTES // (4 * vocab))) if logits == "all" else 1
 
     def _upload(self, name, array):
         address = self.work.get(name, array.nbytes)

@@ -1,0 +1,133 @@
+"""What the CUDA ops launch, on a machine without a GPU: the kernels exist, take that many arguments, and fit the GPU."""
+
+import ctypes
+import itertools
+import re
+from types import SimpleNamespace
+
+from cuda.bindings.driver import CUresult
+import numpy as np
+import pytest
+
+from kqprefill.backends.base import Batch
+from kqprefill.backends.cuda.compiler import flatten, kernel_folder
+from kqprefill.backends.cuda.graphs import Graphs
+from kqprefill.backends.cuda.memory import Workspace
+from kqprefill.backends.cuda.ops import CudaOps
+from kqprefill.backends.cuda.weights import DeviceWeights, Matrix, aligned
+from kqprefill.gguf.synthetic import SyntheticFile
+from kqprefill.models import read_model
+
+HOPPER_SHARED_MEMORY = 227 << 10
+OK = CUresult.CUDA_SUCCESS
+
+
+class FakeGpu:
+    """Hands out addresses; remembers nothing, computes nothing."""
+
+    def __init__(self, capability):
+        self.capability, self.multiprocessors, self.stream = capability, 132, None
+        self._next = itertools.count(1)
+        self.driver = SimpleNamespace(
+            cuTensorMapEncodeTiled=lambda *_: (OK, SimpleNamespace(opaque=[0] * 16)),
+            cuuint64_t=int, cuuint32_t=int,
+            CUtensorMapDataType=SimpleNamespace(CU_TENSOR_MAP_DATA_TYPE_FLOAT16=0),
+            CUtensorMapInterleave=SimpleNamespace(CU_TENSOR_MAP_INTERLEAVE_NONE=0),
+            CUtensorMapSwizzle=SimpleNamespace(CU_TENSOR_MAP_SWIZZLE_128B=0),
+            CUtensorMapL2promotion=SimpleNamespace(CU_TENSOR_MAP_L2_PROMOTION_L2_256B=0),
+            CUtensorMapFloatOOBfill=SimpleNamespace(CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE=0),
+        )  # fmt: skip
+
+    def allocate(self, nbytes, what):
+        return SimpleNamespace(handle=next(self._next) << 40, size=max(nbytes, 256), close=lambda stream: None)
+
+    def upload(self, address, array):
+        pass
+
+    zero = download = upload
+
+
+class Recorder:
+    """In place of Kernels: checks each launch against the source."""
+
+    def __init__(self):
+        self.prepared, self.launched = set(), []
+
+    def prepare(self, programs, progress):
+        self.prepared.update(programs)
+
+    def launch(self, program, name, grid, threads, *args, shared_bytes=0):
+        parameters = kernel_parameters(program.source)[name]
+        assert len(args) == len(parameters), f"{program.source}: {name}"
+        for value, parameter in zip(args, parameters):
+            wanted = ctypes.c_float if re.match(r"float \w+$", parameter) else ctypes.c_int32 if re.match(r"int \w+$", parameter) else int
+            assert type(value) is wanted, f"{name}: {parameter} got {value!r}"
+        assert all(g > 0 for g in np.atleast_1d(grid)) and 0 < threads <= 1024
+        assert shared_bytes <= (HOPPER_SHARED_MEMORY if "sm90" in program.source else 99 << 10)
+        self.launched.append((program, name))
+
+
+def kernel_parameters(source):
+    text = re.sub(r"//[^\n]*", "", flatten(kernel_folder() / source))
+    found = re.findall(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*(?:\([^)]*\))?[^)]*\)\s*)?(\w+)\(([^)]*)\)', text)
+    return {name: [" ".join(p.split()) for p in parameters.split(",")] for name, parameters in found}
+
+
+def fake_weights(gpu, family):
+    weights = DeviceWeights.__new__(DeviceWeights)
+    weights._gpu, weights._buffers, weights._vectors, weights._made, weights._spans = gpu, [], {}, {}, []
+    weights._matrices = {
+        w.name: Matrix(w.name, w.tensor.type, i << 32, *w.shape) for i, w in enumerate(family.matrices(), 1)
+    }
+    assert all(aligned(m.nbytes) >= w.tensor.nbytes for m, w in zip(weights._matrices.values(), family.matrices()))
+    return weights
+
+
+@pytest.mark.parametrize("capability,portable", [((8, 0), False), ((12, 0), False), ((9, 0), False), ((9, 0), True)])
+@pytest.mark.parametrize("model", ["tiny:Q4_K_M", "qwen3-8b:Q4_K_M", "qwen3-32b:Q8_K", "llama3-70b:F32", "llama3-8b:Q3_K"])
+def test_launches(model, capability, portable):
+    family = read_model(SyntheticFile.named(model))
+    family.blocks = family.blocks[:2]
+    gpu, kernels = FakeGpu(capability), Recorder()
+    workspace = Workspace(gpu)
+    backend = SimpleNamespace(gpu=gpu, kernels=kernels, weights=fake_weights(gpu, family), workspace=workspace, portable=portable)
+    for n in (1, 16, 17, 64, 100, 129, 2048, 4000):
+        for logits in (None, "last", "all"):
+            kernels.launched.clear(), kernels.prepared.clear()
+            tokens = np.zeros(n, np.int32)
+            ops = CudaOps(backend, family.config, Batch(tokens), None)
+            ops.prepare(family, logits, lambda *_: None)
+            x = family.embed(ops, tokens)
+            for index, weights in enumerate(family.blocks):
+                x = family.layer(ops, weights, x, index)
+            h = ops.rms_norm(x, family.output_norm, rows=ops._head_rows(family.config.vocab_size, logits))
+            ops._multiply(h, [ops.weights.matrix(family.output)], 1 << 50, h.rows)
+            # Every GEMM was compiled ahead (loading compiled the rest).
+            launched = {p for p, _ in kernels.launched if p.source.startswith("gemm")}
+            assert launched <= kernels.prepared
+            assert any(p.source == ("gemm_sm90.cu" if capability == (9, 0) and not portable else "gemm_sm80.cu") for p in launched)
+
+
+def test_graphs_wait_for_steady_buffers():
+    """First launches, then captures; and starts over when a work buffer has moved."""
+    gpu = FakeGpu((9, 0))
+    captured = itertools.count()
+    gpu.stream = SimpleNamespace(handle=0, sync=lambda: None)
+    gpu.driver = SimpleNamespace(
+        CUstreamCaptureMode=SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1),
+        cuStreamBeginCapture=lambda *_: (OK,), cuStreamEndCapture=lambda *_: (OK, 7), cuGraphDestroy=lambda *_: (OK,),
+        cuGraphInstantiate=lambda *_: (OK, next(captured)), cuGraphExecDestroy=lambda *_: (OK,), cuGraphLaunch=lambda *_: (OK,),
+    )  # fmt: skip
+    workspace = Workspace(gpu)
+    graphs, calls = Graphs(gpu, workspace), []
+
+    def run(n):
+        before = len(calls)
+        graphs.run(SimpleNamespace(n=n), lambda ops: calls.append(n))
+        return len(calls) > before  # whether forward ran, rather than a graph of it
+
+    assert [run(5), run(5), run(5), run(5)] == [True, True, False, False]
+    assert [run(6), run(5)] == [True, False]
+    workspace.get("anything", 100)
+    assert [run(5), run(5), run(5)] == [True, True, False]
+    assert [run(3000) for _ in range(4)] == [True] * 4
