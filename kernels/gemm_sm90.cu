@@ -371,8 +371,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 
 #else  // GATED, with two warpgroups: one pair of row tiles, gate and up
 
-// out[m, f] = half(*out_scale * act(gate) * up), rows `ldo` apart (Halves: `gate` holds both, interleaved); gate_bias and up_bias [features] may be null. Columns
-// from `features` to ldo (a multiple of 64, less than 64 more) become zero.
+// out[m, f] = half(*out_scale * act(gate) * up), rows `ldo` apart; gate_bias and up_bias [features] may be null. Over Halves,
+// `gate` holds both matrices, interleaved. Columns from `features` to ldo (a multiple of 64, less than 64 more) become zero.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     gemm_gated(const uint8_t* gate, int gate_format, const uint8_t* up, int up_format, int features, const void* x_map, int m,
                int k, half_t* out, int ldo, const float* x_scale, const float* w_scale, const float* gate_bias,

@@ -51,7 +51,7 @@ __device__ __forceinline__ uint32_t halves_less(uint32_t integers) {
     return half2_add(integers | 0x64006400u, half2_constant(-(1024 + kOffset)));
 }
 
-// Pairs 2w and 2w+1 of q from the word of bytes w: the bits of `mask` (given for a byte pair) after a shift.
+// The two pairs of q that a word of paired bytes holds, less kOffset.
 template <int kOffset>
 __device__ __forceinline__ void bytes_to_pairs(uint32_t word, uint32_t* q) {
     q[0] = halves_less<kOffset>(word & 0x00ff00ffu);
