@@ -105,12 +105,16 @@ class Model:
         self.close()
 
     def _check_tokens(self, tokens):
-        array = np.asarray(tokens)
+        try:
+            array = np.asarray(tokens)
+        except ValueError:  # rows of differing lengths
+            raise InputError("tokens must be a flat sequence of integers") from None
         if array.size == 0:
             return np.empty(0, np.int32)
-        if array.ndim != 1 or array.dtype.kind not in "iu":
+        beyond_64_bits = array.dtype == object and array.ndim == 1 and all(type(token) is int for token in array)
+        if array.ndim != 1 or array.dtype.kind not in "iu" and not beyond_64_bits:
             raise InputError(f"tokens must be a flat sequence of integers, not {array.dtype} of shape {list(array.shape)}")
-        bad = (array < 0) | (array >= self.config.vocab_size)
+        bad = ((array < 0) | (array >= self.config.vocab_size)).astype(bool)
         if bad.any():
             at = int(bad.argmax())
             raise InputError(f"token {array[at]} at position {at} is not in the vocabulary (0 to {self.config.vocab_size - 1})")

@@ -17,9 +17,10 @@ def token_text(metadata, token):
 
     Bytes that are no UTF-8 by themselves become U+FFFD.
     """
-    if not (metadata.get("tokenizer.ggml.tokens") is not None and token < len(metadata["tokenizer.ggml.tokens"])):
+    pieces = metadata.get("tokenizer.ggml.tokens")
+    if not (isinstance(pieces, list) and token < len(pieces)):
         return None
-    piece = metadata["tokenizer.ggml.tokens"][token]
+    piece = pieces[token]
     if metadata.get("tokenizer.ggml.model") == "gpt2":  # byte-level BPE
         byte_of = {character: byte for byte, character in enumerate(byte_pieces())}
         if all(character in byte_of for character in piece):

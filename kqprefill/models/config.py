@@ -133,8 +133,8 @@ def read_rope(meta, head_dim, *, interleaved, base=None, scaled=True, factors=No
         base = meta.number("rope.freq_base", 10000.0)
     inv_freq = base ** -(np.arange(0, width, 2, dtype=np.float64) / width)
     if factors is not None:
-        if factors.shape != inv_freq.shape or not (factors > 0).all():
-            raise meta.error(f"rope_freqs.weight must hold {width // 2} positive factors")
+        if not (factors > 0).all():
+            raise meta.error("rope_freqs.weight must hold positive factors")
         inv_freq = inv_freq / factors
     kind = meta.string("rope.scaling.type", "none") if scaled else "none"
     if kind == "none":
@@ -156,6 +156,9 @@ def _yarn_ramp(meta, width, base):
     def pair_that_turns(rotations):
         return width * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
-    low = max(0, math.floor(pair_that_turns(meta.number("rope.scaling.yarn_beta_fast", 32.0))))
-    high = min(width - 1, math.ceil(pair_that_turns(meta.number("rope.scaling.yarn_beta_slow", 1.0))))
+    try:
+        low = max(0, math.floor(pair_that_turns(meta.number("rope.scaling.yarn_beta_fast", 32.0))))
+        high = min(width - 1, math.ceil(pair_that_turns(meta.number("rope.scaling.yarn_beta_slow", 1.0))))
+    except (OverflowError, ZeroDivisionError):
+        raise meta.error("rope.freq_base and rope.scaling's betas are out of range for YaRN") from None
     return 1 - np.clip((np.arange(width // 2) - low) / max(0.001, high - low), 0, 1)

@@ -8,7 +8,7 @@ import math
 from ..errors import ModelError
 from ..gguf import dequantize
 from .config import ArchMetadata, Config, read_rope
-from .weights import Weights
+from .weights import Weight, Weights
 
 
 class Family:
@@ -32,9 +32,11 @@ class Family:
         if c.block_count > len(file.tensors):
             raise self.meta.error(f"block_count is {c.block_count}, but the file has only {len(file.tensors)} tensors")
         matrix = (c.vocab_size, c.embedding_length)
-        globals_ = Weights(file, "", {"token_embd": matrix, "output_norm": (c.embedding_length,), "output?": matrix})
-        self.token_embd, self.output_norm = globals_.token_embd, globals_.output_norm
-        self.output = globals_.get("output") or globals_.token_embd
+        pairs = self.meta.integer("rope.dimension_count", c.head_dim) // 2
+        shapes = {"token_embd": matrix, "output_norm": (c.embedding_length,), "output?": matrix, "rope_freqs?": (pairs,)}
+        shared = Weights(file, "", shapes)
+        self.token_embd, self.output_norm = Weight(shared.token_embd.tensor), shared.output_norm  # a row has no bias
+        self.output, self.rope_freqs = shared.get("output") or self.token_embd, shared.get("rope_freqs")
         shapes = self.block_shapes()
         self.blocks = [Weights(file, f"blk.{i}.", shapes) for i in range(c.block_count)]
         self._refuse_unknown_tensors()
@@ -86,18 +88,14 @@ class Family:
         return [w for w in found.values() if len(w.shape) == 2]
 
     def read_rope(self, **options):
-        factors = self.file.tensors.get("rope_freqs.weight")
-        if factors is not None:
-            options.setdefault("factors", dequantize(factors.data, factors.type))
-        return read_rope(self.meta, self.config.head_dim, interleaved=self.rope_interleaved, **options)
+        factors = self.rope_freqs and dequantize(self.rope_freqs.tensor.data, self.rope_freqs.tensor.type)
+        return read_rope(self.meta, self.config.head_dim, interleaved=self.rope_interleaved, factors=factors, **options)
 
     def _refuse_unknown_tensors(self):
         """A tensor that the formula has no place for means another model than the one we would compute."""
-        known = {"rope_freqs.weight"}
-        for weight in (self.token_embd, self.output_norm, self.output, *(w for block in self.blocks for w in block)):
-            known.add(weight.name)
-            if weight.bias is not None:
-                known.add(weight.bias.name)
+        shared = [w for w in (self.token_embd, self.output_norm, self.output, self.rope_freqs) if w]
+        weights = [*shared, *(w for block in self.blocks for w in block)]
+        known = {tensor.name for w in weights for tensor in (w.tensor, w.bias) if tensor is not None}
         unknown = [name for name in self.file.tensors if name not in known]
         if unknown:
             more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""

@@ -9,7 +9,7 @@ from ..gguf.dequantize import SUPPORTED
 
 @dataclass(frozen=True)
 class Weight:
-    """A matrix [rows, columns] (y = x · Wᵀ + b) or a vector [n], and its bias [rows] where the file has one."""
+    """A matrix [rows, columns] (y = x · Wᵀ + b) and its bias [rows], where the file has one; or a vector [n]."""
 
     tensor: Tensor
     bias: Tensor | None = None
@@ -36,7 +36,7 @@ class Weights:
                 if not optional:
                     raise ModelError(f"{file.path}: tensor {prefix}{name}.weight is missing")
                 continue
-            bias = file.tensors.get(f"{prefix}{name}.bias")
+            bias = file.tensors.get(f"{prefix}{name}.bias") if len(shape) == 2 else None
             _check(file, tensor, shape)
             if bias is not None:
                 _check(file, bias, shape[:1])

@@ -233,7 +233,7 @@ class CudaOps(Ops):
         for at in range(first, n, rows_at_once):
             m = min(rows_at_once, n - at)
             h = self.rms_norm(x + 4 * at * hidden, norm, rows=m)
-            self._multiply(h, [matrix], device, m)
+            self._multiply(h, [matrix], device, m, self._bias(output))
             if at + m == n:
                 last = device + 4 * (m - 1) * vocab
                 self.kernels.launch(HEAD, "summarise", 1, 1024, last, i32(vocab), summary_address)

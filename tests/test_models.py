@@ -1,0 +1,91 @@
+"""What a sound GGUF may say that a family cannot run: refused in one line, never answered wrongly, never a traceback."""
+
+import gguf
+from gguf.constants import GGMLQuantizationType as GGML
+import numpy as np
+import pytest
+
+import kqprefill
+from conftest import BACKENDS, EXAMPLE
+from kqprefill.gguf import GGUFFile
+
+
+def variant(path, tensors=None, metadata=None, without=()):
+    """The example model with other metadata (value None: left out), more float32 tensors, or without some."""
+    with GGUFFile(EXAMPLE) as file:
+        architecture = (metadata or {}).get("general.architecture", "qwen3")
+        writer = gguf.GGUFWriter(None, architecture)
+        values = {**{key: file.metadata[key] for key in file.metadata}, **(metadata or {})}
+        for key, value in values.items():
+            if value is None or key == "general.architecture":
+                continue
+            add = {float: writer.add_float64, str: writer.add_string, int: writer.add_uint32}.get(type(value))
+            add(key, value) if add else writer.add_array(key, np.asarray(value).tolist())
+        for tensor in file.tensors.values():
+            if tensor.name not in without:
+                data = np.array(tensor.data)
+                writer.add_tensor(tensor.name, data.view(np.float32) if tensor.type == GGML.F32 else data, raw_dtype=tensor.type)
+        for name, data in (tensors or {}).items():
+            writer.add_tensor(name, data)
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return path
+
+
+def ones(*shape):
+    return np.ones(shape, np.float32)
+
+
+REFUSED = {
+    "architecture": (dict(metadata={"general.architecture": "mamba"}), "architecture 'mamba' is not supported"),
+    "missing tensor": (dict(without=["blk.1.ffn_up.weight"]), "blk.1.ffn_up.weight is missing"),
+    "missing metadata": (dict(metadata={"qwen3.attention.head_count": None}), "attention.head_count is missing"),
+    "misshapen tensor": (dict(metadata={"qwen3.feed_forward_length": 256}), "ffn_gate.weight is [512, 256]"),
+    "heads that do not group": (dict(metadata={"qwen3.attention.head_count": 3}), "not a multiple"),
+    "experts": (dict(tensors={"blk.0.ffn_gate_exps.weight": ones(2, 512, 256)}), "ffn_gate_exps.weight has no place"),
+    "bias on a norm": (dict(tensors={"blk.0.attn_norm.bias": ones(256)}), "attn_norm.bias has no place"),
+    "bias on the embedding": (dict(tensors={"token_embd.bias": ones(256)}), "token_embd.bias has no place"),
+    "frequencies of another type": (dict(tensors={"rope_freqs.weight": np.ones(32, np.int32)}), "has type I32"),
+    "frequencies of another length": (dict(tensors={"rope_freqs.weight": ones(31)}), "rope_freqs.weight is [31]"),
+    "frequencies of 0": (dict(tensors={"rope_freqs.weight": 0 * ones(32)}), "positive factors"),
+    "rotary scaling of a new kind": (dict(metadata={"qwen3.rope.scaling.type": "longrope"}), "'longrope' is not supported"),
+    "rotary base 1": (
+        dict(metadata={"qwen3.rope.freq_base": 1.0, "qwen3.rope.scaling.type": "yarn", "qwen3.rope.scaling.factor": 4.0}),
+        "out of range",
+    ),
+    "rotary beta 1e-310": (
+        dict(metadata={"qwen3.rope.scaling.type": "yarn", "qwen3.rope.scaling.yarn_beta_slow": 1e-310}),
+        "out of range",
+    ),
+    "negative epsilon": (dict(metadata={"qwen3.attention.layer_norm_rms_epsilon": -1.0}), "not a positive number"),
+    "more blocks than tensors": (dict(metadata={"qwen3.block_count": 2**31 - 1}), "block_count"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_in_one_line(case, tmp_path):
+    changes, complaint = REFUSED[case]
+    path = variant(tmp_path / "model.gguf", **changes)
+    with pytest.raises(kqprefill.ModelError) as refusal:
+        kqprefill.load(path, backend="cpu")
+    message = str(refusal.value)
+    assert complaint in message and message.startswith(str(path)) and "\n" not in message
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_biases_of_matrices_are_added(backend, tmp_path):
+    output = np.zeros(256, np.float32)
+    output[9] = 1e6
+    path = variant(tmp_path / "model.gguf", tensors={"output.bias": output})
+    with kqprefill.load(path, backend=backend) as model:
+        result = model.prefill([1, 2, 3], logits="last")
+    assert result.token == 9 and result.logits[9] == pytest.approx(1e6, rel=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [list(range(256)), "a string", ["a"]], ids=["integers", "string", "too few"])
+def test_a_vocabulary_that_is_none(tokens, tmp_path):
+    path = variant(tmp_path / "model.gguf", metadata={"tokenizer.ggml.tokens": tokens})
+    with kqprefill.load(path, backend="cpu") as model:
+        assert model.token_text(200) is None
