@@ -116,6 +116,28 @@ def test_a_failed_run_keeps_the_old_file(tmp_path):
     assert (tmp_path / "x.npy").read_text() == "old"
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("args", [[], ["--logits", "-"], ["--logits", "/dev/full"]], ids=str)
+def test_a_full_disk_is_one_line(args):
+    with open("/dev/full", "wb") as full:
+        command = [*ENTRY, "run", str(EXAMPLE), "--backend", "cpu", "--tokens", TOKENS, *args]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 1 and done.stderr.count(b"\n") == 1 and done.stderr.startswith(b"kqprefill: ")
+    assert not os.path.isfile("/dev/full")  # written to, not replaced
+
+
+def test_logits_through_a_pipe_and_a_link(expected, tmp_path):
+    pipe, link, file = tmp_path / "pipe", tmp_path / "link", tmp_path / "file.npy"
+    os.mkfifo(pipe)
+    reader = subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE)
+    assert run("--tokens", TOKENS, "--logits", pipe).returncode == 0
+    assert np.array_equal(np.load(io.BytesIO(reader.communicate(timeout=30)[0])), expected.logits[-1])
+    file.write_text("old")
+    link.symlink_to(file)
+    assert run("--tokens", TOKENS, "--logits", link).returncode == 0
+    assert link.is_symlink() and np.array_equal(np.load(file), expected.logits[-1])
+
+
 def test_unusable_gpu_is_said(expected):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     auto = subprocess.run([*ENTRY, "run", str(EXAMPLE), "--tokens", TOKENS], env=environment, capture_output=True)

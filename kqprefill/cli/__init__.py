@@ -47,7 +47,9 @@ def main():
     except MemoryError:
         click.echo("kqprefill: out of memory; a shorter prompt, or logits of the last position only, need less", err=True)
         status = 1
-    except BrokenPipeError:  # whoever read our output has gone; say nothing more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # there, whoever read our output has gone: say nothing more
+            click.echo(f"kqprefill: {error.filename or 'stdout'}: {error.strerror or error}", err=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more on its way out
         status = 1
     sys.exit(status or 0)

@@ -12,6 +12,9 @@ from ..errors import InputError
 from .common import device_options, progress_bars, size, volume_options, warner
 
 
+_WARM_UP = 2  # runs; on a GPU the first compiles, and the second makes the CUDA graph of a short prompt
+
+
 @click.command()
 @click.argument("model", metavar="MODEL|SHAPE:RECIPE")
 @click.option("-p", "--prompt", "lengths", default="512", show_default=True, metavar="T,T,…", help="Prompt lengths.")
@@ -20,7 +23,7 @@ from .common import device_options, progress_bars, size, volume_options, warner
 @device_options
 @volume_options
 def bench(model, lengths, repetitions, output, backend, device, kernels, quiet, verbose):
-    """Measure prefill speed: mean and standard deviation of tokens/s, one run of warm-up excluded.
+    """Measure prefill speed: mean and standard deviation of tokens/s, warm-up excluded.
 
     MODEL is a GGUF file, or a SHAPE:RECIPE such as qwen3-8b:Q4_K_M, which is made in memory with random weights.
 
@@ -47,11 +50,12 @@ def bench(model, lengths, repetitions, output, backend, device, kernels, quiet, 
         matrices = loaded.family.matrices()
         for length in lengths:
             tokens = np.random.default_rng(length).integers(0, config.vocab_size, length)
-            loaded.prefill(tokens)
+            for _ in range(_WARM_UP):
+                loaded.prefill(tokens)
             rates = [length / loaded.prefill(tokens).timings["prefill"] for _ in range(repetitions)]
             rows.append(
                 {
-                    "model": loaded.file.metadata.get("general.name") or os.path.basename(model),
+                    "model": str(loaded.file.metadata.get("general.name") or os.path.basename(model)),
                     "size_bytes": sum(w.tensor.nbytes for w in matrices),
                     "parameters": sum(w.shape[0] * w.shape[1] for w in matrices),
                     "backend": loaded.backend.name,

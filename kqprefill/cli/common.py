@@ -58,32 +58,34 @@ def read_tokens(text):
 
 @contextmanager
 def output_file(path):
-    """A binary file to write `path` through: renamed into place at the end, or removed if the work fails."""
+    """A binary file to write `path` through: renamed into place at the end, or removed if the work fails.
+
+    A pipe or a device is written as it is, and a symbolic link leads to the file that is replaced.
+    """
     if path == STDIO:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
         return
-    folder = os.path.dirname(os.path.abspath(path))
+    target = os.path.realpath(path)
     try:
-        if os.path.isdir(path):
-            raise IsADirectoryError(21, "it is a directory")
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=".kqprefill-", suffix=".tmp")
-    except OSError as error:
-        raise KqprefillError(f"{path} cannot be written: {error.strerror}") from None
-    try:
+        if os.path.exists(target) and not os.path.isfile(target):
+            with open(target, "wb") as file:  # a folder says so itself
+                yield file
+            return
+        handle, temporary = tempfile.mkstemp(dir=os.path.dirname(target), prefix=".kqprefill-", suffix=".tmp")
+        os.close(handle)
         try:
-            os.close(handle)
-            with open(temporary, "wb") as file:
+            with open(temporary, "wb") as file:  # by name, which whoever writes may need
                 yield file
             umask = os.umask(0)
             os.umask(umask)
             os.chmod(temporary, 0o666 & ~umask)
-            os.replace(temporary, path)
-        except OSError as error:
-            raise KqprefillError(f"{path} cannot be written: {error.strerror}") from None
-    except BaseException:
-        os.unlink(temporary)
-        raise
+            os.replace(temporary, target)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise KqprefillError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 @contextmanager

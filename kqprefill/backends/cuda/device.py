@@ -28,9 +28,9 @@ def cuda_errors(doing):
 
     try:
         yield
-    except (CUDAError, NVRTCError, MemoryError, RuntimeError) as error:  # RuntimeError: a CUDA library is not installed
+    except (CUDAError, NVRTCError, RuntimeError) as error:  # RuntimeError: a CUDA library is not installed
         text = " ".join(str(error).split())
-        if "OUT_OF_MEMORY" in text or isinstance(error, MemoryError):
+        if "OUT_OF_MEMORY" in text:
             text = "the GPU is out of memory"
         raise BackendError(f"{doing}: {text}") from error
 
@@ -75,8 +75,12 @@ class Gpu:
 
     def allocate(self, nbytes, what):
         """Device memory (cuda.core.Buffer), for `what` if it fails. Raises BackendError."""
-        with cuda_errors(f"allocating {nbytes / 2**20:.0f} MiB of GPU memory for {what}"):
-            return self.pool.allocate(max(nbytes, 256), stream=self.stream)
+        doing = f"allocating {nbytes / 2**20:.0f} MiB of GPU memory for {what}"
+        with cuda_errors(doing):
+            try:
+                return self.pool.allocate(max(nbytes, 256), stream=self.stream)
+            except MemoryError:  # elsewhere it is the host's, and says so
+                raise BackendError(f"{doing}: the GPU is out of memory") from None
 
     def upload(self, address, array):
         """Copy a host array to a device address, in stream order. The array may be changed once this returns."""
