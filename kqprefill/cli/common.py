@@ -66,12 +66,12 @@ def output_file(path):
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
         return
-    target = os.path.realpath(path)
     try:
-        if os.path.exists(target) and not os.path.isfile(target):
-            with open(target, "wb") as file:  # a folder says so itself
+        if os.path.exists(path) and not os.path.isfile(path):
+            with open(path, "wb") as file:  # a folder says so itself
                 yield file
             return
+        target = os.path.realpath(path)
         handle, temporary = tempfile.mkstemp(dir=os.path.dirname(target), prefix=".kqprefill-", suffix=".tmp")
         os.close(handle)
         try:

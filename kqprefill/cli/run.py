@@ -41,9 +41,10 @@ def run(model, tokens, as_json, logits, all_positions, backend, device, kernels,
         wanted = None if output is None else "all" if all_positions else "last"
         result = loaded.prefill(ids, logits=wanted, progress=progress)
         if output is not None:
-            import numpy as np
+            from numpy.lib import format as npy  # not np.save, which asks a pipe for its position
 
-            np.save(output, result.logits)
+            npy.write_array_header_1_0(output, npy.header_data_from_array_1_0(result.logits))
+            output.write(result.logits.data)
         timings = {**loaded.timings, **result.timings}
         held = loaded.backend.memory_used()
         summary = (
