@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kqprefill.backends.base import Batch
-from kqprefill.backends.cuda.compiler import flatten, kernel_folder
+from kqprefill.backends.cuda.compiler import text_of
 from kqprefill.backends.cuda.graphs import Graphs
 from kqprefill.backends.cuda.memory import Workspace
 from kqprefill.backends.cuda.ops import CudaOps
@@ -68,7 +68,7 @@ class Recorder:
 
 
 def kernel_parameters(source):
-    text = re.sub(r"//[^\n]*", "", flatten(kernel_folder() / source))
+    text = re.sub(r"//[^\n]*", "", text_of(source))
     found = re.findall(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*(?:\([^)]*\))?[^)]*\)\s*)?(\w+)\(([^)]*)\)', text)
     return {name: [" ".join(p.split()) for p in parameters.split(",")] for name, parameters in found}
 

@@ -7,6 +7,7 @@ import tempfile
 
 import click
 
+from ..backends import KERNELS, NAMES
 from ..errors import InputError, KqprefillError
 
 STDIO = "-"
@@ -14,14 +15,13 @@ STDIO = "-"
 
 def device_options(command):
     """--backend, --device, --kernels."""
-    backends = click.Choice(["auto", "cpu", "cuda"])
     command = click.option(
-        "--kernels", type=click.Choice(["auto", "portable"]), default="auto", show_default=True, envvar="KQPREFILL_KERNELS",
+        "--kernels", type=click.Choice(KERNELS), default="auto", show_default=True, envvar="KQPREFILL_KERNELS",
         help="portable: those of every GPU, where this one has its own.",
     )(command)  # fmt: skip
     command = click.option("--device", default=0, metavar="N", envvar="KQPREFILL_DEVICE", help="CUDA device number.")(command)
     return click.option(
-        "--backend", type=backends, default="auto", show_default=True, envvar="KQPREFILL_BACKEND",
+        "--backend", type=click.Choice(NAMES), default="auto", show_default=True, envvar="KQPREFILL_BACKEND",
         help="auto takes the GPU where it can be used.",
     )(command)  # fmt: skip
 

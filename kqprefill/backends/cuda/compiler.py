@@ -1,6 +1,7 @@
 """CUDA source to machine code through NVRTC, and a disk cache of what came out."""
 
 from dataclasses import dataclass
+from functools import cache
 import hashlib
 import os
 from pathlib import Path
@@ -49,6 +50,12 @@ def flatten(path, seen=None):
     return f'#line 1 "{path.name}"\n' + "\n".join(lines)
 
 
+@cache
+def text_of(source):
+    """The flattened text of a .cu file, read once: many programs differ in their constants alone."""
+    return flatten(kernel_folder() / source)
+
+
 def target_of(capability):
     """(code type, architecture) to compile for: a CUBIN for exactly this GPU, or PTX where NVRTC does not know it.
 
@@ -77,7 +84,7 @@ def compile_program(program, code_type, arch, logs=None):
         ptxas_options=["-v"] if logs is not None else None,
     )
     with cuda_errors(f"compiling {program} for {arch}"):
-        code = core.Program(flatten(kernel_folder() / program.source), "c++", options)
+        code = core.Program(text_of(program.source), "c++", options)
         return bytes(code.compile(code_type, logs=logs).code)
 
 
@@ -110,8 +117,7 @@ class KernelCache:
         from cuda.bindings import nvrtc
 
         compiler = nvrtc.nvrtcVersion()[1:]
-        text = flatten(kernel_folder() / program.source)
-        return _DIGEST(repr((_CACHE_VERSION, text, program.defines, compiler, code_type, arch)).encode()).hexdigest()
+        return _DIGEST(repr((_CACHE_VERSION, text_of(program.source), program.defines, compiler, code_type, arch)).encode()).hexdigest()
 
     def _is_ours(self):
         try:

@@ -66,9 +66,7 @@ class Gpu:
         self.name = device.name
         if self.capability < _OLDEST:
             raise BackendError(f"{self.name} has compute capability {capability.major}.{capability.minor}; 8.0 or later is needed")
-        properties = device.properties
-        self.multiprocessors = properties.multiprocessor_count
-        self.shared_memory = properties.max_shared_memory_per_block_optin
+        self.multiprocessors = device.properties.multiprocessor_count
         with cuda_errors(f"opening {self.name}"):
             self.stream = device.create_stream()
             self.pool = core.DeviceMemoryResource(device)
@@ -93,10 +91,6 @@ class Gpu:
 
     def zero(self, address, nbytes):
         check(self.driver.cuMemsetD8Async(address, 0, nbytes, self.stream.handle))
-
-    def memory_used(self):
-        """Bytes that this process's pool holds."""
-        return self.pool.attributes.used_mem_current
 
     def memory_peak(self):
         """The most bytes that this process's pool ever held."""

@@ -139,22 +139,34 @@ class HopperGemm:
 
     def linear(self, a, matrices, out, m, w_scale, bias, residual):
         tile, types = choose_hopper_tile(m, gated=False), _types(matrices)
-        described = [(matrix.address, i32(matrix.rows), i32(types.index(matrix.type))) for matrix in matrices]
-        described += [(0, i32(0), i32(0))] * (3 - len(matrices))
-        total = sum(matrix.rows for matrix in matrices)
-        self._launch(
-            "gemm_linear", tile, types, m, sum(matrix.row_tiles for matrix in matrices),
-            *(argument for matrix in described for argument in matrix), self._tensor_map(a, tile.tokens), i32(m),
-            i32(a.columns), out, i32(total), a.scale, w_scale, bias, residual,
-        )  # fmt: skip
+        pieces = [(matrix.address, matrix.rows, types.index(matrix.type)) for matrix in matrices]
+        ldo = sum(matrix.rows for matrix in matrices)
+        self._linear(tile, types, pieces, a, m, out, ldo, w_scale, bias, residual)
 
     def gated(self, a, gate, up, act, m, w_scale, biases, activation):
         tile, types = choose_hopper_tile(m, gated=True), _types((gate, up))
+        pieces = [(matrix.address, types.index(matrix.type)) for matrix in (gate, up)]
+        self._gated(tile, types, pieces, gate.rows, a, m, act, 0, w_scale, biases, activation)
+
+    def _linear(self, tile, types, pieces, a, m, out, ldo, w_scale, bias, residual):
+        """pieces: (address, rows, number of the type) of up to three matrices, side by side in out."""
+        row_tiles = sum(-(-rows // TILE_ROWS) for _, rows, _ in pieces)
+        pieces = [*pieces, *[(0, 0, 0)] * (3 - len(pieces))]
+        described = [value for address, rows, number in pieces for value in (address, i32(rows), i32(number))]
         self._launch(
-            "gemm_gated", tile, types, m, gate.row_tiles + up.row_tiles,
-            gate.address, i32(types.index(gate.type)), up.address, i32(types.index(up.type)), i32(gate.rows),
-            self._tensor_map(a, tile.tokens), i32(m), i32(a.columns), act.address, i32(padded(act.columns)), a.scale,
-            w_scale, *biases, act.scale, i32(activation),
+            "gemm_linear", tile, types, m, row_tiles,
+            *described, self._tensor_map(a, tile.tokens), i32(m), i32(a.columns), out, i32(ldo), a.scale, w_scale, bias,
+            residual,
+        )  # fmt: skip
+
+    def _gated(self, tile, types, pieces, features, a, m, act, at, w_scale, biases, activation):
+        """pieces: (address, number of the type) of gate and up; their outputs go to act from column `at`."""
+        described = [value for address, number in pieces for value in (address, i32(number))]
+        self._launch(
+            "gemm_gated", tile, types, m, 2 * -(-features // TILE_ROWS),
+            *described, i32(features), self._tensor_map(a, tile.tokens), i32(m), i32(a.columns), act.address + 2 * at,
+            i32(padded(act.columns)), a.scale, w_scale, *(bias and bias + 4 * at for bias in biases), act.scale,
+            i32(activation),
         )  # fmt: skip
 
     def _launch(self, name, tile, types, m, row_tiles, *arguments):
@@ -195,30 +207,21 @@ class HalvesGemm(HopperGemm):
         return [HALVES_TILES[gated].program(()), *(weight_program(matrix.type) for matrix in matrices)]
 
     def linear(self, a, matrices, out, m, w_scale, bias, residual):
-        tile, k = HALVES_TILES[False], padded(a.columns)
-        total, column = sum(matrix.rows for matrix in matrices), 0
-        x_map = self._tensor_map(a, tile.tokens)
-        # A matrix begins on a tile of rows, so those side by side are told apart, as in the fused kernel; a slice holds
-        # whole matrices, or a part of one.
-        for pieces in self._slices(matrices, k):
-            scratch = self._work.get("dequantised", _SCRATCH_BYTES)
-            described, address = [], scratch
-            for matrix, first, rows in pieces:
+        k, ldo, column = padded(a.columns), sum(matrix.rows for matrix in matrices), 0
+        for parts in self._slices(matrices, k):
+            pieces, address = [], self._work.get("dequantised", _SCRATCH_BYTES)
+            for matrix, first, rows in parts:
                 dequantise(self._kernels, matrix, first, rows, address, k, w_scale, tiled=True)
-                described.append((address, i32(rows), i32(0)))
+                pieces.append((address, rows, 0))
                 address += -(-rows // TILE_ROWS) * TILE_ROWS * 2 * k
-            described += [(0, i32(0), i32(0))] * (3 - len(pieces))
-            rows = sum(rows for _, _, rows in pieces)
-            self._launch(
-                "gemm_linear", tile, (), m, sum(-(-rows // TILE_ROWS) for _, _, rows in pieces),
-                *(argument for matrix in described for argument in matrix), x_map, i32(m), i32(a.columns),
-                out + 4 * column, i32(total), a.scale, w_scale, bias and bias + 4 * column,
-                residual and residual + 4 * column,
-            )  # fmt: skip
-            column += rows
+            at = 4 * column
+            self._linear(
+                HALVES_TILES[False], (), pieces, a, m, out + at, ldo, w_scale, bias and bias + at, residual and residual + at
+            )
+            column += sum(rows for _, rows, _ in pieces)
 
     def _slices(self, matrices, k):
-        """Lists of (matrix, first row, rows) whose halves fit the scratch buffer."""
+        """Lists of (matrix, first row, rows) whose halves fit the scratch buffer: whole matrices, or a part of one."""
         most = _SCRATCH_BYTES // (2 * k) // TILE_ROWS * TILE_ROWS
         if sum(matrix.row_tiles for matrix in matrices) * TILE_ROWS <= most:
             yield [(matrix, 0, matrix.rows) for matrix in matrices]
@@ -228,16 +231,12 @@ class HalvesGemm(HopperGemm):
                 yield [(matrix, first, min(most, matrix.rows - first))]
 
     def gated(self, a, gate, up, act, m, w_scale, biases, activation):
-        tile, k, stride = HALVES_TILES[True], padded(a.columns), padded(act.columns)
+        k = padded(a.columns)
         most = _SCRATCH_BYTES // (4 * k) // TILE_ROWS * TILE_ROWS
         for at in range(0, gate.rows, most):
             features = min(most, gate.rows - at)
             scratch = self._work.get("dequantised", _SCRATCH_BYTES)
             for matrix, first_out in ((gate, 0), (up, 8)):
                 dequantise(self._kernels, matrix, at, features, scratch, k, w_scale, first_out, gated=True, tiled=True)
-            self._launch(
-                "gemm_gated", tile, (), m, -(-features // TILE_ROWS) * 2,
-                scratch, i32(0), 0, i32(0), i32(features), self._tensor_map(a, tile.tokens), i32(m), i32(a.columns),
-                act.address + 2 * at, i32(stride), a.scale, w_scale, *(bias and bias + 4 * at for bias in biases),
-                act.scale, i32(activation),
-            )  # fmt: skip
+            pieces = [(scratch, 0), (0, 0)]  # both, interleaved
+            self._gated(HALVES_TILES[True], (), pieces, features, a, m, act, at, w_scale, biases, activation)
