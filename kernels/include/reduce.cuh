@@ -8,12 +8,6 @@ __device__ __forceinline__ float warp_sum(float v) {
     return v;
 }
 
-__device__ __forceinline__ float warp_max(float v) {
-#pragma unroll
-    for (int offset = 16; offset; offset >>= 1) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, offset));
-    return v;
-}
-
 // The sum over a block of kThreads, known to all of them. Ends in a state where it may be called again.
 template <int kThreads>
 __device__ float block_sum(float v) {
