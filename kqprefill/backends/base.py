@@ -113,10 +113,10 @@ class Backend(ABC):
 
     @abstractmethod
     def run(self, model, batch, cache, logits, forward, progress):
-        """Run one batch: x = forward(ops), then the head (HeadResult), which asks for `logits` (see Ops.head).
-        progress(stage, done, total) hears of what comes before (compiling).
+        """Run one batch: x = forward(ops), then the head, asked for `logits` (see Ops.head). Returns HeadResult.
 
-        forward(ops) calls each layer's ops and must do the same calls for the same batch length and cache.
+        forward(ops) calls each layer's ops, the same calls for the same batch length; progress(stage, done, total) hears
+        of what a backend does before (compiling).
         """
 
     def memory_used(self):

@@ -49,8 +49,8 @@ class Model:
 
         tokens: ids, any integer sequence [T]; an empty one is a no-op. logits: which to return, None, "last" or "all".
         cache: a cache of this model's `new_cache`; the prompt continues at cache.length, which grows by T.
-        progress(stage, done, total) hears of compiling and of each layer. Raises InputError for bad ids, a prompt past the context
-        length or past the cache's room; BackendError where the device fails or a logit is NaN.
+        progress(stage, done, total) hears of compiling and of each layer. Raises InputError for bad ids, a prompt past
+        the context length or past the cache's room; BackendError where the device fails or a logit is NaN.
         """
         start_time = time.perf_counter()
         progress = progress or (lambda *_: None)
@@ -132,10 +132,11 @@ class Model:
 def load(path, backend="auto", device=0, kernels="auto", progress=None, warn=None):
     """Open the GGUF model at path.
 
-    backend: "auto" (CUDA where usable, else the CPU, said in one line on stderr), "cuda" or "cpu"; device: the CUDA
-    device's number; kernels: "auto", or "portable" to use the kernels of every GPU on one that has its own. progress(stage, done, total) hears of loading; warn(line) hears why "auto" took the CPU (stderr
-    unless given). Raises GGUFError (a bad file), ModelError (a model
-    that is not supported), BackendError (no usable GPU, or not enough memory), InputError (a bad argument).
+    backend: "auto" (CUDA where usable, else the CPU, said in one line on stderr), "cuda" or "cpu". device: the CUDA
+    device's number. kernels: "auto", or "portable" for the kernels of every GPU on one that has its own.
+    progress(stage, done, total) hears of loading; warn(line) hears why "auto" took the CPU (stderr unless given).
+    Raises GGUFError (a bad file), ModelError (a model that is not supported), BackendError (no usable GPU, or not
+    enough memory), InputError (a bad argument).
     """
     return open_model(GGUFFile(path), backend, device, kernels, progress, warn)
 

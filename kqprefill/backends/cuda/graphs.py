@@ -7,9 +7,9 @@ KEPT = 16  # prompt lengths
 
 
 class Graphs:
-    """Runs forward(ops), from the third time on a prompt length comes as one graph launch.
+    """Runs forward(ops): the second time that a prompt length comes it is captured, and is one graph launch from then on.
 
-    The first time makes what is made once (scales, descriptors), the second captures. A graph holds the addresses of work
+    The first time makes what is made once (scales, descriptors), which a graph must not hold. A graph holds the addresses of work
     buffers, so all are dropped when one of these has moved.
     """
 
