@@ -1,8 +1,8 @@
 """kqprefill: prefill of GGUF language models at the rate of the GPU's matrix units.
 
-    with kqprefill.load("model.gguf") as model:
-        result = model.prefill([1, 2, 3], logits="last")
-        print(result.token, result.logit)
+with kqprefill.load("model.gguf") as model:
+    result = model.prefill([1, 2, 3], logits="last")
+    print(result.token, result.logit)
 """
 
 from .errors import BackendError, GGUFError, InputError, KqprefillError, ModelError

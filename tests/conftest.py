@@ -34,7 +34,10 @@ def pytest_collection_modifyitems(items):
 
 BACKENDS = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # (backend, kernels): what a GPU chooses by itself, and what every GPU can run.
-PATHS = [("cpu", "auto"), *(pytest.param(("cuda", k), marks=pytest.mark.gpu, id=f"cuda-{k}") for k in ("auto", "portable"))]
+PATHS = [
+    ("cpu", "auto"),
+    *(pytest.param(("cuda", k), marks=pytest.mark.gpu, id=f"cuda-{k}") for k in ("auto", "portable")),
+]
 
 
 def log_softmax(x):

@@ -171,7 +171,13 @@ def test_bench(output):
 
 
 def test_bench_refuses():
-    for args in (["no-such-shape:Q4_K"], ["tiny:Q9_K"], ["tiny", "-p", "0"], ["tiny", "-p", "5000"], ["tiny", "-p", "a"]):
+    for args in (
+        ["no-such-shape:Q4_K"],
+        ["tiny:Q9_K"],
+        ["tiny", "-p", "0"],
+        ["tiny", "-p", "5000"],
+        ["tiny", "-p", "a"],
+    ):
         done = kq("bench", *args, "--backend", "cpu")
         assert done.returncode == 2 and done.stdout == b"" and b"Traceback" not in done.stderr
 

@@ -106,8 +106,13 @@ def test_an_empty_prompt_is_a_no_op(model):
 @pytest.mark.parametrize(
     "tokens,complaint",
     [
-        ([0, 256], "token 256 at position 1"), ([-1], "token -1"), ([1.5], "integers"), ([[1]], "flat sequence"),
-        ([0, 10**20], "token 100000000000000000000 at position 1"), ([[1], [2, 3]], "flat sequence"), (["1"], "integers"),
+        ([0, 256], "token 256 at position 1"),
+        ([-1], "token -1"),
+        ([1.5], "integers"),
+        ([[1]], "flat sequence"),
+        ([0, 10**20], "token 100000000000000000000 at position 1"),
+        ([[1], [2, 3]], "flat sequence"),
+        (["1"], "integers"),
     ],
 )
 def test_bad_tokens_are_refused(model, tokens, complaint):

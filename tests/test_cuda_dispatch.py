@@ -60,7 +60,13 @@ class Recorder:
         parameters = kernel_parameters(program.source)[name]
         assert len(args) == len(parameters), f"{program.source}: {name}"
         for value, parameter in zip(args, parameters):
-            wanted = ctypes.c_float if re.match(r"float \w+$", parameter) else ctypes.c_int32 if re.match(r"int \w+$", parameter) else int
+            wanted = (
+                ctypes.c_float
+                if re.match(r"float \w+$", parameter)
+                else ctypes.c_int32
+                if re.match(r"int \w+$", parameter)
+                else int
+            )
             assert type(value) is wanted, f"{name}: {parameter} got {value!r}"
         assert all(g > 0 for g in np.atleast_1d(grid)) and 0 < threads <= 1024
         assert shared_bytes <= (HOPPER_SHARED_MEMORY if "sm90" in program.source else 99 << 10)
@@ -69,7 +75,9 @@ class Recorder:
 
 def kernel_parameters(source):
     text = re.sub(r"//[^\n]*", "", text_of(source))
-    found = re.findall(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*(?:\([^)]*\))?[^)]*\)\s*)?(\w+)\(([^)]*)\)', text)
+    found = re.findall(
+        r'extern "C" __global__ void (?:__launch_bounds__\([^)]*(?:\([^)]*\))?[^)]*\)\s*)?(\w+)\(([^)]*)\)', text
+    )
     return {name: [" ".join(p.split()) for p in parameters.split(",")] for name, parameters in found}
 
 
@@ -84,13 +92,17 @@ def fake_weights(gpu, family):
 
 
 @pytest.mark.parametrize("capability,portable", [((8, 0), False), ((12, 0), False), ((9, 0), False), ((9, 0), True)])
-@pytest.mark.parametrize("model", ["tiny:Q4_K_M", "qwen3-8b:Q4_K_M", "qwen3-32b:Q8_K", "llama3-70b:F32", "llama3-8b:Q3_K"])
+@pytest.mark.parametrize(
+    "model", ["tiny:Q4_K_M", "qwen3-8b:Q4_K_M", "qwen3-32b:Q8_K", "llama3-70b:F32", "llama3-8b:Q3_K"]
+)
 def test_launches(model, capability, portable):
     family = read_model(SyntheticFile.named(model))
     family.blocks = family.blocks[:2]
     gpu, kernels = FakeGpu(capability), Recorder()
     workspace = Workspace(gpu)
-    backend = SimpleNamespace(gpu=gpu, kernels=kernels, weights=fake_weights(gpu, family), workspace=workspace, portable=portable)
+    backend = SimpleNamespace(
+        gpu=gpu, kernels=kernels, weights=fake_weights(gpu, family), workspace=workspace, portable=portable
+    )
     for n in (1, 16, 17, 64, 100, 129, 2048, 4000):
         for logits in (None, "last", "all"):
             kernels.launched.clear(), kernels.prepared.clear()
@@ -105,7 +117,10 @@ def test_launches(model, capability, portable):
             # Every GEMM was compiled ahead (loading compiled the rest).
             launched = {p for p, _ in kernels.launched if p.source.startswith("gemm")}
             assert launched <= kernels.prepared
-            assert any(p.source == ("gemm_sm90.cu" if capability == (9, 0) and not portable else "gemm_sm80.cu") for p in launched)
+            assert any(
+                p.source == ("gemm_sm90.cu" if capability == (9, 0) and not portable else "gemm_sm80.cu")
+                for p in launched
+            )
 
 
 def test_graphs_wait_for_steady_buffers():

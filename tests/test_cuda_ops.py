@@ -1,6 +1,5 @@
 """Every CUDA op against the NumPy op on the same inputs, as the layers of models of many shapes call them."""
 
-
 from gguf.constants import GGMLQuantizationType as GGML
 import numpy as np
 import pytest
@@ -35,7 +34,10 @@ MODELS = {
     "gemma3, window": (shape("gemma3", 256, 4, 2, 64, 512, 160, layers=6, window=50), GGML.IQ4_XS),
     "no multiple of anything": (shape("llama", 100, 3, 3, 20, 77, 33), GGML.F32),
     "rows of 32s": (shape("qwen3", 96, 6, 3, 32, 160, 47), GGML.Q4_0),
-    "formats of differing units": (shape("qwen3", 256, 4, 2, 64, 512, 160), lambda name, _: MIX[sum(name.encode()) % 3]),
+    "formats of differing units": (
+        shape("qwen3", 256, 4, 2, 64, 512, 160),
+        lambda name, _: MIX[sum(name.encode()) % 3],
+    ),
     "wide": (shape("qwen3", 2560, 8, 2, 128, 4096, 1000), GGML.Q4_K),
 }
 
@@ -114,7 +116,9 @@ class BothOps:
             self._note(op, expected, values)
         else:
             self._note(op, expected, self._floats(got, expected))
-            self.cuda.gpu.upload(got, np.ascontiguousarray(expected))  # so that errors do not add up from layer to layer
+            self.cuda.gpu.upload(
+                got, np.ascontiguousarray(expected)
+            )  # so that errors do not add up from layer to layer
         return expected, got
 
 

@@ -22,7 +22,9 @@ def random_blocks(kind, n, rng):
     raw = rng.integers(0, 256, (n, GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
     real = pool(kind)
     sound = real[rng.integers(0, len(real), n)]
-    half_at = {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)}.get(kind.name, (0, 2) if kind.name in ("Q4_1", "Q5_1", "Q4_K", "Q5_K") else (0,))
+    half_at = {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)}.get(
+        kind.name, (0, 2) if kind.name in ("Q4_1", "Q5_1", "Q4_K", "Q5_K") else (0,)
+    )
     width = 4 if kind == GGML.Q8_K else 2
     for at in half_at:
         raw[:, at : at + width] = sound[:, at : at + width]
@@ -99,7 +101,16 @@ def test_kernels_equal_the_host(gpu, kind, rows, columns):
         d_raw, raw.shape[1], c_int32(rows), d_tiles, c_int32(matrix.units),
     )  # fmt: skip
     kernels.launch(
-        program, "embed", len(ids), 256, d_tiles, c_int32(matrix.units), c_int32(columns), d_ids, c_float(1.0), d_embedded
+        program,
+        "embed",
+        len(ids),
+        256,
+        d_tiles,
+        c_int32(matrix.units),
+        c_int32(columns),
+        d_ids,
+        c_float(1.0),
+        d_embedded,
     )
     kernels.launch(
         program, "dequantize", -(-rows * stride // 16 // 256), 256,

@@ -54,7 +54,12 @@ def test_cache_hits_and_mends_damage(tmp_path):
 
 def test_cache_keys_tell_programs_apart(tmp_path):
     cache = KernelCache(tmp_path)
-    for program, arch in ((SCALES, "sm_80"), (SCALES, "sm_90a"), (Program("norm.cu"), "sm_80"), (Program("norm.cu", (("X", "1"),)), "sm_80")):
+    for program, arch in (
+        (SCALES, "sm_80"),
+        (SCALES, "sm_90a"),
+        (Program("norm.cu"), "sm_80"),
+        (Program("norm.cu", (("X", "1"),)), "sm_80"),
+    ):
         assert not cache.get(program, "cubin", arch)[1]
     assert len(entries(tmp_path)) == 4
 

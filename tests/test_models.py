@@ -24,7 +24,9 @@ def variant(path, tensors=None, metadata=None, without=()):
         for tensor in file.tensors.values():
             if tensor.name not in without:
                 data = np.array(tensor.data)
-                writer.add_tensor(tensor.name, data.view(np.float32) if tensor.type == GGML.F32 else data, raw_dtype=tensor.type)
+                writer.add_tensor(
+                    tensor.name, data.view(np.float32) if tensor.type == GGML.F32 else data, raw_dtype=tensor.type
+                )
         for name, data in (tensors or {}).items():
             writer.add_tensor(name, data)
         writer.write_header_to_file(path)

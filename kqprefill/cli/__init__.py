@@ -45,7 +45,9 @@ def main():
     except (KeyboardInterrupt, click.Abort):
         status = 130
     except MemoryError:
-        click.echo("kqprefill: out of memory; a shorter prompt, or logits of the last position only, need less", err=True)
+        click.echo(
+            "kqprefill: out of memory; a shorter prompt, or logits of the last position only, need less", err=True
+        )
         status = 1
     except OSError as error:
         if not isinstance(error, BrokenPipeError):  # there, whoever read our output has gone: say nothing more

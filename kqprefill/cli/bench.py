@@ -42,7 +42,10 @@ def bench(model, lengths, repetitions, output, backend, device, kernels, quiet, 
 
     file = GGUFFile(model) if os.path.exists(model) else SyntheticFile.named(model)
     rows = []
-    with progress_bars(not quiet) as progress, open_model(file, backend, device, kernels, progress, warner(quiet)) as loaded:
+    with (
+        progress_bars(not quiet) as progress,
+        open_model(file, backend, device, kernels, progress, warner(quiet)) as loaded,
+    ):
         config = loaded.config
         for length in lengths:
             if not 0 < length <= config.context_length:

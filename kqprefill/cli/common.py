@@ -19,7 +19,9 @@ def device_options(command):
         "--kernels", type=click.Choice(KERNELS), default="auto", show_default=True, envvar="KQPREFILL_KERNELS",
         help="portable: those of every GPU, where this one has its own.",
     )(command)  # fmt: skip
-    command = click.option("--device", default=0, metavar="N", envvar="KQPREFILL_DEVICE", help="CUDA device number.")(command)
+    command = click.option("--device", default=0, metavar="N", envvar="KQPREFILL_DEVICE", help="CUDA device number.")(
+        command
+    )
     return click.option(
         "--backend", type=click.Choice(NAMES), default="auto", show_default=True, envvar="KQPREFILL_BACKEND",
         help="auto takes the GPU where it can be used.",
@@ -50,7 +52,9 @@ def read_tokens(text):
         try:
             ids.append(int(word))
         except ValueError:
-            raise InputError(f"{where}: {word[:40]!r} is not a token id; give integers, separated by commas or spaces") from None
+            raise InputError(
+                f"{where}: {word[:40]!r} is not a token id; give integers, separated by commas or spaces"
+            ) from None
     if not ids:
         raise InputError(f"{where}: the prompt is empty; give at least one token id")
     return ids
@@ -97,7 +101,12 @@ def progress_bars(enabled):
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = TextColumn("{task.description:8}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"), TimeElapsedColumn()
+    columns = (
+        TextColumn("{task.description:8}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f}%"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         tasks = {}
 

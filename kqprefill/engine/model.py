@@ -85,7 +85,9 @@ class Model:
     def new_cache(self, max_tokens):
         """A key/value cache with room for max_tokens, to cut one prompt into several calls. Raises InputError."""
         if not 0 < max_tokens <= self.config.context_length:
-            raise InputError(f"a cache of {max_tokens} tokens: 1 to the context length {self.config.context_length} are possible")
+            raise InputError(
+                f"a cache of {max_tokens} tokens: 1 to the context length {self.config.context_length} are possible"
+            )
         cache = self.backend.new_cache(self.family, max_tokens)
         self._caches.append(cache)
         return cache
@@ -113,11 +115,15 @@ class Model:
             return np.empty(0, np.int32)
         beyond_64_bits = array.dtype == object and array.ndim == 1 and all(type(token) is int for token in array)
         if array.ndim != 1 or array.dtype.kind not in "iu" and not beyond_64_bits:
-            raise InputError(f"tokens must be a flat sequence of integers, not {array.dtype} of shape {list(array.shape)}")
+            raise InputError(
+                f"tokens must be a flat sequence of integers, not {array.dtype} of shape {list(array.shape)}"
+            )
         bad = ((array < 0) | (array >= self.config.vocab_size)).astype(bool)
         if bad.any():
             at = int(bad.argmax())
-            raise InputError(f"token {array[at]} at position {at} is not in the vocabulary (0 to {self.config.vocab_size - 1})")
+            raise InputError(
+                f"token {array[at]} at position {at} is not in the vocabulary (0 to {self.config.vocab_size - 1})"
+            )
         return array.astype(np.int32)
 
     def _check_room(self, start, n, cache):
@@ -147,7 +153,9 @@ def open_model(file, backend="auto", device=0, kernels="auto", progress=None, wa
     opened = None
     try:
         family = read_model(file)
-        opened = open_backend(backend, device, kernels, warn or (lambda line: print(f"kqprefill: {line}", file=sys.stderr)))
+        opened = open_backend(
+            backend, device, kernels, warn or (lambda line: print(f"kqprefill: {line}", file=sys.stderr))
+        )
         opened.load(family, progress or (lambda *_: None))
     except BaseException:
         if opened is not None:

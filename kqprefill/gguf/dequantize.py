@@ -10,8 +10,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType as GGML
 
 # What both backends can multiply by. Other ggml types are refused when the model is opened.
 SUPPORTED = frozenset(
-    GGML[name]
-    for name in "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K Q8_K IQ4_NL IQ4_XS".split()
+    GGML[name] for name in "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K Q8_K IQ4_NL IQ4_XS".split()
 )
 
 # gguf.quants works on 16 rows at a time. Rows of this many elements keep its temporaries in the L2 cache and its

@@ -172,7 +172,13 @@ class Metadata(Mapping):
     def array_length(self, key):
         """Number of elements of the array under key, without decoding it; None where there is no such array."""
         value = self._entries.get(key)
-        return value.count if isinstance(value, _LazyArray) else len(value) if isinstance(value, (list, np.ndarray)) else None
+        return (
+            value.count
+            if isinstance(value, _LazyArray)
+            else len(value)
+            if isinstance(value, (list, np.ndarray))
+            else None
+        )
 
     def _read_value(self, key, type_id):
         cursor = self._cursor

@@ -133,7 +133,9 @@ class SyntheticFile:
             )
         shape = SHAPES[shape_name]
         mixed = recipe == "Q4_K_M"
-        return cls(shape, lambda n, layer: _q4_k_m(shape, n, layer) if mixed else GGML[recipe], f"{shape_name}:{recipe}")
+        return cls(
+            shape, lambda n, layer: _q4_k_m(shape, n, layer) if mixed else GGML[recipe], f"{shape_name}:{recipe}"
+        )
 
     def close(self):
         _random_weights.cache_clear()

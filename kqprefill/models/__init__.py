@@ -15,5 +15,7 @@ def read_model(file):
     if not isinstance(architecture, str):
         raise ModelError(f"{file.path}: metadata general.architecture is missing; this is no language model")
     if architecture not in FAMILIES:
-        raise ModelError(f"{file.path}: architecture {architecture!r} is not supported; these are: {', '.join(FAMILIES)}")
+        raise ModelError(
+            f"{file.path}: architecture {architecture!r} is not supported; these are: {', '.join(FAMILIES)}"
+        )
     return FAMILIES[architecture](file)

@@ -33,7 +33,12 @@ class Family:
             raise self.meta.error(f"block_count is {c.block_count}, but the file has only {len(file.tensors)} tensors")
         matrix = (c.vocab_size, c.embedding_length)
         pairs = self.meta.integer("rope.dimension_count", c.head_dim) // 2
-        shapes = {"token_embd": matrix, "output_norm": (c.embedding_length,), "output?": matrix, "rope_freqs?": (pairs,)}
+        shapes = {
+            "token_embd": matrix,
+            "output_norm": (c.embedding_length,),
+            "output?": matrix,
+            "rope_freqs?": (pairs,),
+        }
         shared = Weights(file, "", shapes)
         self.token_embd, self.output_norm = Weight(shared.token_embd.tensor), shared.output_norm  # a row has no bias
         self.output, self.rope_freqs = shared.get("output") or self.token_embd, shared.get("rope_freqs")

@@ -60,4 +60,6 @@ def _check(file, tensor, shape):
     if tensor.type not in SUPPORTED:
         raise ModelError(f"{file.path}: tensor {tensor.name} has type {tensor.type.name}, which is not supported yet")
     if tensor.shape != tuple(shape):
-        raise ModelError(f"{file.path}: tensor {tensor.name} is {list(tensor.shape)}, but the metadata asks for {list(shape)}")
+        raise ModelError(
+            f"{file.path}: tensor {tensor.name} is {list(tensor.shape)}, but the metadata asks for {list(shape)}"
+        )

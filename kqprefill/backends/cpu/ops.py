@@ -42,7 +42,11 @@ class CpuOps(Ops):
             self._rotations[id(rope)] = tuple(a.astype(np.float32)[:, None, :] for a in cos_sin)
         cos, sin = self._rotations[id(rope)]
         width = rope.width
-        pairs = (slice(0, width, 2), slice(1, width, 2)) if rope.interleaved else (slice(0, width // 2), slice(width // 2, width))
+        pairs = (
+            (slice(0, width, 2), slice(1, width, 2))
+            if rope.interleaved
+            else (slice(0, width // 2), slice(width // 2, width))
+        )
         a, b = x[..., pairs[0]], x[..., pairs[1]]
         out = x.copy()
         out[..., pairs[0]] = a * cos - b * sin
@@ -117,7 +121,9 @@ def _silu(x):
 
 
 def _gelu_tanh(x):
-    return np.float32(0.5) * x * (1 + np.tanh(np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x * x * x)))
+    return (
+        np.float32(0.5) * x * (1 + np.tanh(np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x * x * x)))
+    )
 
 
 _ACTIVATIONS = {"silu": _silu, "gelu_tanh": _gelu_tanh}

@@ -117,7 +117,9 @@ class KernelCache:
         from cuda.bindings import nvrtc
 
         compiler = nvrtc.nvrtcVersion()[1:]
-        return _DIGEST(repr((_CACHE_VERSION, text_of(program.source), program.defines, compiler, code_type, arch)).encode()).hexdigest()
+        return _DIGEST(
+            repr((_CACHE_VERSION, text_of(program.source), program.defines, compiler, code_type, arch)).encode()
+        ).hexdigest()
 
     def _is_ours(self):
         try:

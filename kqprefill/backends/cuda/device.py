@@ -17,7 +17,9 @@ def import_cuda():
             import cuda.core as core
             from cuda.bindings import driver
     except ImportError as error:
-        raise BackendError(f"cuda-python cannot be imported ({error}); install it with pip install 'cuda-python>=13'") from None
+        raise BackendError(
+            f"cuda-python cannot be imported ({error}); install it with pip install 'cuda-python>=13'"
+        ) from None
     return core, driver
 
 
@@ -54,7 +56,9 @@ class Gpu:
             check(self.driver.cuInit(0))
             version = check(self.driver.cuDriverGetVersion())
             if version < _OLDEST_DRIVER:
-                raise BackendError(f"the NVIDIA driver is for CUDA {version // 1000}.{version % 1000 // 10}; 13.0 (driver 580) or later is needed")
+                raise BackendError(
+                    f"the NVIDIA driver is for CUDA {version // 1000}.{version % 1000 // 10}; 13.0 (driver 580) or later is needed"
+                )
             count = check(self.driver.cuDeviceGetCount())
             if not 0 <= index < count:
                 raise BackendError(f"there is no CUDA device {index}; this machine has {count} (numbered from 0)")
@@ -65,7 +69,9 @@ class Gpu:
         self.capability = (capability.major, capability.minor)
         self.name = device.name
         if self.capability < _OLDEST:
-            raise BackendError(f"{self.name} has compute capability {capability.major}.{capability.minor}; 8.0 or later is needed")
+            raise BackendError(
+                f"{self.name} has compute capability {capability.major}.{capability.minor}; 8.0 or later is needed"
+            )
         self.multiprocessors = device.properties.multiprocessor_count
         with cuda_errors(f"opening {self.name}"):
             self.stream = device.create_stream()

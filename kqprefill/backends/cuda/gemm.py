@@ -216,7 +216,16 @@ class HalvesGemm(HopperGemm):
                 address += -(-rows // TILE_ROWS) * TILE_ROWS * 2 * k
             at = 4 * column
             self._linear(
-                HALVES_TILES[False], (), pieces, a, m, out + at, ldo, w_scale, bias and bias + at, residual and residual + at
+                HALVES_TILES[False],
+                (),
+                pieces,
+                a,
+                m,
+                out + at,
+                ldo,
+                w_scale,
+                bias and bias + at,
+                residual and residual + at,
             )
             column += sum(rows for _, rows, _ in pieces)
 

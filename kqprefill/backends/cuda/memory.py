@@ -100,6 +100,8 @@ class Uploader:
     def close(self):
         """Free the ring, once nothing reads it any more."""
         self._pool.shutdown()
-        self._gpu.driver.cuStreamSynchronize(self._gpu.stream.handle)  # an error was, or will be, someone else's to tell
+        self._gpu.driver.cuStreamSynchronize(
+            self._gpu.stream.handle
+        )  # an error was, or will be, someone else's to tell
         self._slots = None
         self._gpu.driver.cuMemFreeHost(self._base)

@@ -80,7 +80,9 @@ class DeviceWeights:
         row_bytes, data = tensor.nbytes // matrix.rows, tensor.data
         step = _RAW_BYTES // row_bytes // TILE_ROWS * TILE_ROWS
         if step == 0 or matrix.columns > _MOST_COLUMNS:
-            raise BackendError(f"tensor {tensor.name}: rows of {matrix.columns} are too long for CUDA; use --backend cpu")
+            raise BackendError(
+                f"tensor {tensor.name}: rows of {matrix.columns} are too long for CUDA; use --backend cpu"
+            )
         for first in range(0, matrix.rows, step):
             rows = min(step, matrix.rows - first)
             tiles = matrix.address + first // TILE_ROWS * matrix.row_tile_bytes
