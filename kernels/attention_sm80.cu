@@ -4,21 +4,15 @@
 // registers, and walks the keys in tiles of BLOCK_KV that begin at multiples of BLOCK_KV of the sequence. What a query
 // sees, and in which order it sums, thus depends on its position alone: not on how the prompt was cut or tiled.
 // Compiled for one HEAD_DIM, padded to a multiple of 16; Q_IN_REGISTERS where its fragments fit there.
+#include "include/operand.cuh"
 #include "include/ptx.cuh"
-#include "include/types.cuh"
+#include "include/softmax.cuh"
 
 constexpr int kThreads = 32 * WARPS, kBlockQ = 16 * WARPS;
 constexpr int kDimSteps = HEAD_DIM / 16, kKvFrags = BLOCK_KV / 8;
 constexpr int kRowBytes = HEAD_DIM * 2 + 16;  // an odd number of 16-byte chunks: ldmatrix's rows fall into different banks
 constexpr int kTileBytes = BLOCK_KV * kRowBytes;
-constexpr float kNegativeInfinity = -1e30f;  // finite, so that a row that has seen nothing yet makes no NaN
 static_assert(HEAD_DIM % 16 == 0 && BLOCK_KV % 16 == 0, "whole mma steps");
-
-// One tile of queries (made by the host): `rows` of them from row `q_row` of q, the first at `position` of a sequence
-// whose token 0 is row `kv_row` of k and v.
-struct Tile {
-    int q_row, rows, kv_row, position;
-};
 
 template <int kRows>
 __device__ __forceinline__ void load_rows(uint32_t destination, const half_t* source, uint64_t stride, int valid_rows) {
@@ -33,11 +27,12 @@ __device__ __forceinline__ void load_rows(uint32_t destination, const half_t* so
 }
 
 // q [T, nq, HEAD_DIM], k and v [tokens, nkv, HEAD_DIM], halves, scaled by *q_scale, *k_scale and any scale for v; out
-// [T, out_stride] halves in v's scale, head h at columns h * head_dim. scale: softmax's, for unscaled q and k.
-// window: keys a query sees, itself included; 0 for all.
+// [T, out_stride] halves in v's scale and operand order, head h at columns h * head_dim. scale: softmax's, for unscaled q and k.
+// window: keys a query sees, itself included; 0 for all. softcap: 0 for none.
 extern "C" __global__ void __launch_bounds__(kThreads)
     attention(const half_t* q, const half_t* k, const half_t* v, half_t* out, const Tile* tiles, int nq, int nkv,
-              int head_dim, int out_stride, float scale, const float* q_scale, const float* k_scale, int window) {
+              int head_dim, int out_stride, float scale, const float* q_scale, const float* k_scale, int window,
+              float softcap) {
     extern __shared__ __align__(128) uint8_t shared[];
     Tile tile = tiles[blockIdx.y];
     int head = blockIdx.x, kv_head = head / (nq / nkv);
@@ -77,9 +72,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     }
     load_kv(tile_begin);
 
-    float output[kDimSteps * 2][4] = {}, row_max[2] = {kNegativeInfinity, kNegativeInfinity}, row_sum[2] = {0.0f, 0.0f};
-    float to_log2 = scale / *q_scale / *k_scale * 1.4426950408889634f;
-    int position[2] = {tile.position + warp * 16 + group, tile.position + warp * 16 + group + 8};
+    float output[kDimSteps * 2][4] = {};
+    Scale to_log2(scale / *q_scale / *k_scale, softcap);
+    Softmax softmax;
+    int position = tile.position + warp * 16 + group;
 
     for (int index = tile_begin; index < tile_end; ++index) {
         cp_async_wait<0>();
@@ -102,40 +98,13 @@ extern "C" __global__ void __launch_bounds__(kThreads)
             }
         }
 
-        int key0 = index * BLOCK_KV + pair;
+        float(&all_scores)[4 * kKvFrags] = reinterpret_cast<float(&)[4 * kKvFrags]>(scores);
+        to_log2.cap(all_scores);
         bool diagonal = (index + 1) * BLOCK_KV > tile.position + warp * 16 + 1;
         bool window_edge = window > 0 && index * BLOCK_KV <= tile.position + warp * 16 + 15 - window;
-        if (diagonal || window_edge) {
-#pragma unroll
-            for (int j = 0; j < kKvFrags; ++j)
-#pragma unroll
-                for (int c = 0; c < 4; ++c) {
-                    int behind = position[c / 2] - (key0 + j * 8 + c % 2);
-                    if (behind < 0 || (window > 0 && behind >= window)) scores[j][c] = kNegativeInfinity;
-                }
-        }
-
+        if (diagonal || window_edge) mask(all_scores, position - index * BLOCK_KV - pair, window);
         float correction[2];
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            float largest = row_max[r];
-#pragma unroll
-            for (int j = 0; j < kKvFrags; ++j) largest = fmaxf(largest, fmaxf(scores[j][2 * r], scores[j][2 * r + 1]));
-            largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-            largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
-            correction[r] = exp2_approx((row_max[r] - largest) * to_log2);
-            row_max[r] = largest;
-            float sum = 0.0f;
-#pragma unroll
-            for (int j = 0; j < kKvFrags; ++j)
-#pragma unroll
-                for (int c = 2 * r; c < 2 * r + 2; ++c) {
-                    // Below any score: masked. A row that has seen nothing has the same maximum, and must add nothing.
-                    scores[j][c] = scores[j][c] > kNegativeInfinity ? exp2_approx((scores[j][c] - largest) * to_log2) : 0.0f;
-                    sum += scores[j][c];
-                }
-            row_sum[r] = row_sum[r] * correction[r] + sum;
-        }
+        softmax.update(all_scores, to_log2.factor, correction);
 #pragma unroll
         for (int d = 0; d < kDimSteps * 2; ++d)
 #pragma unroll
@@ -158,16 +127,13 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        float sum = row_sum[r];
-        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        float inverse = softmax.inverse_sum(r);
         int row = warp * 16 + group + r * 8;
         if (row >= tile.rows) continue;
-        float inverse = 1.0f / sum;
-        half_t* to = out + static_cast<uint64_t>(tile.q_row + row) * out_stride + head * head_dim;
+        half_t* to = out + static_cast<uint64_t>(tile.q_row + row) * out_stride;
 #pragma unroll
         for (int d = 0; d < kDimSteps * 2; ++d)
             if (int column = d * 8 + pair; column < head_dim)  // head_dim is even
-                *reinterpret_cast<uint32_t*>(to + column) = pack_half2(output[d][2 * r] * inverse, output[d][2 * r + 1] * inverse);
+                *reinterpret_cast<uint32_t*>(to + operand_position(head * head_dim + column)) = pack_half2(output[d][2 * r] * inverse, output[d][2 * r + 1] * inverse);
     }
 }

@@ -5,6 +5,7 @@
 // current one multiplies. Each output is one chain of sums over k in order, whatever the tile: a row's bits depend
 // neither on the other rows nor on the configuration.
 #include "include/activation.cuh"
+#include "include/operand.cuh"
 #include "include/ptx.cuh"
 #include "include/types.cuh"
 
@@ -174,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 }
 
 
-// out[m, f] = half(*out_scale * act(gate) * up), rows `ldo` apart: w's rows are gate and up, 8 and 8 in turn
+// out[m, f] = half(*out_scale * act(gate) * up), rows `ldo` apart, in operand order: w's rows are gate and up, 8 and 8 in turn
 // (dequantize's `gated`), with room for `width` of each; gate_bias and up_bias [features] may be null. Columns from
 // `features` to `width` become zero.
 extern "C" __global__ void __launch_bounds__(kThreads)
@@ -198,6 +199,6 @@ extern "C" __global__ void __launch_bounds__(kThreads)
             if (up_bias != nullptr && inside) up += up_bias[f + c];
             y[c] = inside ? activate(gate, activation) * up * scale : 0.0f;
         }
-        *reinterpret_cast<uint32_t*>(out + static_cast<uint64_t>(row) * ldo + f) = pack_half2(y[0], y[1]);
+        *reinterpret_cast<uint32_t*>(out + static_cast<uint64_t>(row) * ldo + operand_position(f)) = pack_half2(y[0], y[1]);
     });
 }

@@ -1,4 +1,5 @@
 // RMSNorm over rows of the float32 residual stream (arXiv 1910.07467), one block a row.
+#include "include/operand.cuh"
 #include "include/reduce.cuh"
 #include "include/types.cuh"
 
@@ -11,7 +12,8 @@ __device__ __forceinline__ float inverse_rms(const float* x, int columns, float 
     return 1.0f / sqrtf(block_sum<kThreads>(sum) / static_cast<float>(columns) + epsilon);
 }
 
-// out[t, :] = half(*scale * rms_norm(x[t, :]) * weight), rows `stride` halves apart, zeros from `columns` to there.
+// out[t, :] = half(*scale * rms_norm(x[t, :]) * weight) in operand order, rows `stride` halves apart, zeros from `columns` to
+// there.
 extern "C" __global__ void __launch_bounds__(kThreads)
     rms_norm(const float* x, const float* weight, half_t* out, int columns, int stride, float epsilon,
              const float* scale) {
@@ -21,7 +23,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     for (int i = 2 * threadIdx.x; i < stride; i += 2 * kThreads) {
         float low = i < columns ? x[i] * r * weight[i] * s : 0.0f;
         float high = i + 1 < columns ? x[i + 1] * r * weight[i + 1] * s : 0.0f;
-        *reinterpret_cast<uint32_t*>(out + i) = pack_half2(low, high);
+        *reinterpret_cast<uint32_t*>(out + operand_position(i)) = pack_half2(low, high);
     }
 }
 

@@ -1,4 +1,5 @@
 // The kernels that read quantised weights, compiled once for each block format in use (FORMAT: a struct of quants/).
+#include "include/operand.cuh"
 #include "include/reduce.cuh"
 #include "include/types.cuh"
 #include "quants/all.cuh"
@@ -25,8 +26,9 @@ extern "C" __global__ void __launch_bounds__(256)
     constexpr int kWhole = Format::kBytes / 16 * 16, kTail = Format::kBytes % 16;
     int row, to;
     if (within < kWhole * kTileRows) {
-        row = within / 16 % kTileRows;
-        to = within / (16 * kTileRows) * 16 + within % 16;
+        int piece = within / (16 * kTileRows);
+        row = within / 16 % kTileRows ^ Unit<Format::kBytes>::swizzle(piece);
+        to = piece * 16 + within % 16;
     } else {
         row = (within - kWhole * kTileRows) / (kTail ? kTail : 1);
         to = kWhole + (within - kWhole * kTileRows) % (kTail ? kTail : 1);
@@ -40,30 +42,21 @@ extern "C" __global__ void __launch_bounds__(256)
         static_cast<uint16_t>(byte(to) | byte(to + 1) << 8);
 }
 
-// Halves of *scale * w for `rows` rows from `first`, zeros from the matrix's columns to `stride`: a GEMM's operand. A thread
-// makes 16. They go to rows first_out .. of out: rows `stride` apart, or (tiled) [row / 64][column / 64] tiles of 8 KB in
-// wgmma's swizzle. gated: leave room for another matrix between groups of 8 rows, so that gate and up interleave.
+// Halves of *scale * w for `rows` rows from `first`, zeros from the matrix's columns to `stride`: gemm_sm80.cu's operand, in
+// operand order. A thread makes 16. They go to rows first_out .. of out, `stride` apart. gated: leave room for another matrix
+// between groups of 8 rows, so that gate and up interleave.
 extern "C" __global__ void __launch_bounds__(256)
     dequantize(const uint8_t* weights, int units, int first, int rows, half_t* out, int stride, int first_out, int gated,
-               int tiled, const float* scale) {
-    int steps = stride / 64;
+               const float* scale) {
     uint32_t index = blockIdx.x * 256u + threadIdx.x;
-    int row = tiled ? index / 4 / kTileRows / steps * kTileRows + index / 4 % kTileRows : index / 4 / steps;
-    int column = ((tiled ? index / 4 / kTileRows : index / 4) % steps * 4 + index % 4) * 16;
+    int row = index / (stride / 16), column = index % (stride / 16) * 16;
     if (row >= rows) return;
     uint32_t w[8];
-    decode_halves<Format>(tile_at(weights, first + row, column, units), (first + row) % kTileRows, column % Format::kElements, *scale, w);
-    int out_row = first_out + (gated ? row + row / 8 * 8 : row);
-    uint4* to;
-    int chunk = column % 64 / 8, swizzle = 0;
-    if (tiled) {
-        to = reinterpret_cast<uint4*>(out) + (static_cast<uint64_t>(out_row / kTileRows) * steps + column / 64) * (kTileRows * 8) + out_row % kTileRows * 8;
-        swizzle = out_row & 7;
-    } else {
-        to = reinterpret_cast<uint4*>(out + static_cast<uint64_t>(out_row) * stride + column / 64 * 64);
-    }
-    to[chunk ^ swizzle] = make_uint4(w[0], w[1], w[2], w[3]);
-    to[(chunk + 1) ^ swizzle] = make_uint4(w[4], w[5], w[6], w[7]);
+    Fields fields = load_fields<Format>(tile_at(weights, first + row, column, units), (first + row) % kTileRows, column % Format::kElements);
+    decode_halves<Format>(fields, column % Format::kElements, *scale, w);
+    half_t* to = out + static_cast<uint64_t>(first_out + (gated ? row + row / 8 * 8 : row)) * stride;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) *reinterpret_cast<uint32_t*>(to + operand_position(column + 2 * i)) = w[i];
 }
 
 // out[t, :] = factor * w[tokens[t], :] in float32: the embedding.

@@ -86,6 +86,18 @@ class BothOps:
         assert np.isfinite(halves[:, :columns]).all() and np.abs(halves[:, :columns]).max() <= 2.0**15
         return halves[:, :columns].astype(np.float32) / factor
 
+    def _operand(self, operand, rows):
+        """Its columns are in the order of kernels/include/operand.cuh."""
+        from kqprefill.backends.cuda.ops import padded
+
+        stride = padded(operand.columns)
+        stored = self._halves(operand.address, operand.scale, rows, stride, stride)
+        group, part, pair, second, odd = np.ix_(range(stride // 64), range(4), range(4), range(2), range(2))
+        column = 64 * group + 16 * pair + 4 * part + 2 * second + odd  # of what is stored, pair after pair
+        values = np.empty_like(stored)
+        values[:, column.transpose(0, 1, 3, 2, 4).reshape(-1)] = stored
+        return values[:, : operand.columns]
+
     def _note(self, op, expected, got):
         error = relative_error(expected, got)
         assert error <= TOLERANCE, f"{op}: relative error {error:.1e}"
@@ -110,10 +122,7 @@ class BothOps:
                 self._note(name, e.reshape(tokens * heads, dim), values)
             return tuple(zip(expected, got))
         if hasattr(got, "columns"):  # an Operand
-            from kqprefill.backends.cuda.ops import padded
-
-            values = self._halves(got.address, got.scale, len(expected), padded(got.columns), got.columns)
-            self._note(op, expected, values)
+            self._note(op, expected, self._operand(got, len(expected)))
         else:
             self._note(op, expected, self._floats(got, expected))
             self.cuda.gpu.upload(
@@ -122,19 +131,13 @@ class BothOps:
         return expected, got
 
 
-@pytest.fixture(scope="module", params=["auto", "portable", "dequantised ahead"])
+@pytest.fixture(scope="module", params=["auto", "portable"])
 def cuda(request):
-    """A backend that multiplies as it chooses, as every GPU can, or as it does for long batches whatever their length."""
-    from kqprefill.backends.cuda import gemm
+    """A backend with the kernels chosen for this GPU, or with those of every GPU."""
     from kqprefill.backends.cuda.backend import CudaBackend
 
     backend = CudaBackend(0, portable=request.param == "portable")
-    if request.param == "dequantised ahead" and backend.gpu.capability != (9, 0):
-        pytest.skip("only Hopper kernels change with the batch's length")
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "dequantised ahead":
-            patch.setattr(gemm, "HALVES_FROM", 0)
-        yield backend
+    yield backend
     backend.close()
 
 

@@ -2,7 +2,7 @@
 //
 // Each quantised struct of this folder is one ggml type. A weight is d * (q + kCenter) - m, with a small integer q, exact in
 // half precision, that was moved to lie about 0:
-//   kElements   weights of a unit: 256 (a K-quant super-block, or eight 32-weight blocks), 64 for unquantised types
+//   kElements   weights of a unit: 256 (a K-quant super-block, or eight 32-weight blocks), 128 for unquantised types
 //   kBytes      bytes of a unit, as many as in the file
 //   source_of(to)   which byte of the unit as GGUF stores it becomes byte `to` here (the repack kernel asks): fields are
 //                   gathered so that all are aligned, and the bytes of packed integers stand as `paired` says
@@ -11,13 +11,14 @@
 // decode_floats and decode_halves below make weights of them; unquantised types bring their own.
 //
 // A matrix is stored in tiles of kTileRows rows by one unit, [row tile][unit column]; within a tile the units' 16-byte
-// pieces stand transposed, [piece][row], and what is left of them (kBytes % 16) last, [row]. A warp that takes a row a
-// lane thus reads 512 bytes in a run, from global memory or, without bank conflicts, from shared; and a tile is one
-// contiguous copy. Rows and columns past the matrix's are zero bytes, which every format decodes to 0.
+// pieces stand transposed, [piece][row ^ 2 * (piece % 4)], and what is left of them (kBytes % 16) last, [row]. A tile is thus
+// one contiguous copy, and shared memory is read without bank conflicts both by a warp that takes a row a lane and by one
+// whose four neighbouring lanes take four pieces of a row. Rows and columns past the matrix's are zero bytes, which every
+// format decodes to 0.
 #pragma once
 #include "../include/types.cuh"
 
-constexpr int kTileRows = 64;
+constexpr int kTileRows = 32;
 
 // Row `row` of a tile whose units have kBytes bytes.
 template <int kBytes>
@@ -27,9 +28,10 @@ struct Unit {
     int row;
 
     __device__ const uint8_t* at(int offset) const {
-        return offset < kWhole ? tile + offset / 16 * (16 * kTileRows) + row * 16 + offset % 16
+        return offset < kWhole ? tile + offset / 16 * (16 * kTileRows) + (row ^ swizzle(offset / 16)) * 16 + offset % 16
                                : tile + kWhole * kTileRows + row * kTail + offset % 16;
     }
+    __device__ static int swizzle(int piece) { return 2 * (piece % 4); }
     __device__ uint4 load16(int offset) const { return *reinterpret_cast<const uint4*>(at(offset)); }
     __device__ uint32_t u32(int offset) const { return *reinterpret_cast<const uint32_t*>(at(offset)); }
     __device__ uint32_t u16(int offset) const { return *reinterpret_cast<const uint16_t*>(at(offset)); }
@@ -69,7 +71,53 @@ __device__ __forceinline__ uint32_t iq4_values(uint32_t q) {
     return (low & ~mask) | (high & mask);
 }
 
+// Loading ahead ---------------------------------------------------------------------------------------------------------------
+// What `integers` and `affine` read for 16 weights, in the order in which they read it. They run twice: once to load (what
+// they compute is dropped by the compiler), and again, when the loads have come, to decode.
+struct Fields {
+    uint4 pieces[4];
+    uint32_t values[4];
+};
+template <class Format>
+struct Loading {
+    Unit<Format::kBytes> unit;
+    Fields& to;
+    mutable int pieces = 0, values = 0;
+
+    __device__ uint4 load16(int offset) const { return to.pieces[pieces++] = unit.load16(offset); }
+    __device__ uint32_t u32(int offset) const { return to.values[values++] = unit.u32(offset); }
+    __device__ uint32_t u16(int offset) const { return to.values[values++] = unit.u16(offset); }
+    __device__ uint32_t u8(int offset) const { return to.values[values++] = unit.u8(offset); }
+    __device__ float half(int offset) const { return half_to_float(static_cast<half_t>(u16(offset))); }
+};
+struct Loaded {
+    const Fields& from;
+    mutable int pieces = 0, values = 0;
+
+    __device__ uint4 load16(int) const { return from.pieces[pieces++]; }
+    __device__ uint32_t u32(int) const { return from.values[values++]; }
+    __device__ uint32_t u16(int) const { return from.values[values++]; }
+    __device__ uint32_t u8(int) const { return from.values[values++]; }
+    __device__ float half(int) const { return half_to_float(static_cast<half_t>(from.values[values++])); }
+};
+
 // Weights ---------------------------------------------------------------------------------------------------------------------
+
+template <class Format>
+__device__ __forceinline__ Fields load_fields(const uint8_t* tile, int row, int at) {
+    Fields fields;
+    Loading<Format> unit{{tile, row}, fields};
+    if constexpr (Format::kUnquantised) {
+        float w[16];
+        Format::floats(unit, at, w);
+    } else {
+        uint32_t q[8];
+        float d, m;
+        Format::integers(unit, at, q);
+        Format::affine(unit, at, d, m);
+    }
+    return fields;
+}
 
 // Sixteen weights of a quantised type in float32, with the bits of ggml's dequantize_row_*: the products are exact, so only
 // the last step rounds.
@@ -91,11 +139,11 @@ __device__ __forceinline__ void decode_floats(const uint8_t* tile, int row, int 
     }
 }
 
-// Sixteen weights times `scale`, a power of two, as pairs of halves. d and d * kCenter - m are rounded to halves first: to
+// Sixteen weights, at `at` of their unit, times `scale`, a power of two, as pairs of halves. d and d * kCenter - m are rounded to halves first: to
 // half a unit in the last place of the weight each, as the result is.
 template <class Format>
-__device__ __forceinline__ void decode_halves(const uint8_t* tile, int row, int at, float scale, uint32_t (&out)[8]) {
-    Unit<Format::kBytes> unit{tile, row};
+__device__ __forceinline__ void decode_halves(const Fields& fields, int at, float scale, uint32_t (&out)[8]) {
+    Loaded unit{fields};
     if constexpr (Format::kUnquantised) {
         float w[16];
         Format::floats(unit, at, w);

@@ -58,10 +58,11 @@ class Ops(ABC):
         rotated (arXiv 2104.09864): q [T, nq, D], k and v [T, nkv, D]."""
 
     @abstractmethod
-    def attention(self, q, k, v, *, scale, window=None):
+    def attention(self, q, k, v, *, scale, window=None, softcap=None):
         """Causal grouped-query attention, softmax(scale * q·kᵀ)·v, over the cache's tokens and the batch's own.
 
-        window: a query sees that many tokens, itself the last (None: all). Returns [T, nq * D] as a matrix's input.
+        window: a query sees that many tokens, itself the last (None: all). softcap: scores s become
+        softcap * tanh(s / softcap) (arXiv 2408.00118). Returns [T, nq * D] as a matrix's input.
         """
 
     @abstractmethod

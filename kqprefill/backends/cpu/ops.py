@@ -53,7 +53,7 @@ class CpuOps(Ops):
         out[..., pairs[1]] = a * sin + b * cos
         return out
 
-    def attention(self, q, k, v, *, scale, window=None):
+    def attention(self, q, k, v, *, scale, window=None, softcap=None):
         start, n = self.batch.start, len(q)
         if self.cache is not None:
             keys, values = self.cache.k[self.layer], self.cache.v[self.layer]
@@ -70,6 +70,8 @@ class CpuOps(Ops):
             first = 0 if window is None else max(0, start + at - window + 1)
             seen = slice(first, start + rows.stop)
             scores = q[:, :, rows] @ k[..., seen] * np.float32(scale)
+            if softcap is not None:
+                scores = np.float32(softcap) * np.tanh(scores / np.float32(softcap))
             behind = np.arange(start + rows.start, start + rows.stop)[:, None] - np.arange(seen.start, seen.stop)
             hidden = behind < 0 if window is None else (behind < 0) | (behind >= window)
             scores[..., hidden] = -np.inf

@@ -3,7 +3,7 @@
 from ..base import Backend, Cache
 from .device import Gpu, cuda_errors
 from .graphs import Graphs
-from .kernels import Kernels, attention_tile, programs_for
+from .kernels import Kernels, padded_head, programs_for
 from .memory import Workspace
 from .ops import CudaOps
 from .weights import DeviceWeights
@@ -15,8 +15,10 @@ class CudaCache(Cache):
     def __init__(self, gpu, config, capacity):
         super().__init__(capacity)
         self._gpu = gpu
-        self._half = 2 * capacity * config.head_count_kv * attention_tile(config.head_dim).head_dim
+        self._half = 2 * capacity * config.head_count_kv * padded_head(config.head_dim)
         self._buffer = gpu.allocate(2 * self._half * config.block_count, f"a cache of {capacity} tokens")
+        # Attention multiplies what lies past a sequence's end by zero, which must not be NaN.
+        gpu.zero(int(self._buffer.handle), self._buffer.size)
 
     def addresses(self, layer):
         """Device addresses of the layer's keys and values of token 0."""
@@ -35,7 +37,8 @@ class CudaBackend(Backend):
     name = "cuda"
 
     def __init__(self, device, portable=False):
-        self.gpu, self.portable = Gpu(device), portable
+        self.gpu = Gpu(device)
+        self.hopper = self.gpu.capability == (9, 0) and not portable  # whether Hopper's own kernels run
         self.device_name = self.gpu.name
         self.kernels, self.workspace, self.weights = Kernels(self.gpu), Workspace(self.gpu), None
         self._graphs, self._prepared = Graphs(self.gpu, self.workspace), set()
@@ -43,7 +46,7 @@ class CudaBackend(Backend):
     def load(self, model, progress):
         types = {weight.tensor.type for weight in model.matrices()}
         with cuda_errors("loading the model"):
-            self.kernels.prepare(programs_for(model.config.head_dim, types), progress)
+            self.kernels.prepare(programs_for(model.config.head_dim, types, self.hopper), progress)
             self.weights = DeviceWeights(self.gpu, self.kernels, model, progress)
 
     def new_cache(self, model, capacity):

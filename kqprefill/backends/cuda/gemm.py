@@ -1,4 +1,4 @@
-"""Matrix products on the GPU: operands, and the three ways to multiply one by quantised weights.
+"""Matrix products on the GPU: operands, and the two ways to multiply one by quantised weights.
 
 Each gives linear (out = a · Wᵀ + bias + residual, float32) and gated (halves of act(gate) * up); Gemms chooses.
 """
@@ -6,12 +6,7 @@ Each gives linear (out = a · Wᵀ + bias + residual, float32) and gated (halves
 from ctypes import c_int32 as i32
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from .device import check
 from .kernels import (
-    HALVES_FROM,
-    HALVES_TILES,
     K_MULTIPLE,
     LARGE_TILE,
     SMALL_TILE,
@@ -48,22 +43,17 @@ class Operand:
 
 
 class Gemms:
-    """Chooses how to multiply, by GPU, batch length and formats."""
+    """Chooses how to multiply, by GPU and formats."""
 
-    def __init__(self, gpu, kernels, workspace, weights, portable=False):
+    def __init__(self, gpu, kernels, workspace, maps):
+        """maps: the TensorMaps, where Hopper's kernels run, else None."""
         self._portable = PortableGemm(gpu, kernels, workspace)
-        self._hopper = None
-        if gpu.capability == (9, 0) and not portable:
-            self._hopper = HopperGemm(gpu, kernels, weights)
-            self._halves = HalvesGemm(gpu, kernels, weights, workspace)
+        self._hopper = HopperGemm(gpu, kernels, maps) if maps else None
 
-    def choose(self, m, matrices):
-        """The GEMM for m tokens and these matrices side by side."""
-        if self._hopper is None:
-            return self._portable
-        # One launch of the fused kernel wants units of one length.
+    def choose(self, matrices):
+        """The GEMM for these matrices side by side. One launch of Hopper's wants units of one length."""
         mixed = len({unit_size(matrix.type)[0] for matrix in matrices}) > 1
-        return self._halves if mixed or m >= HALVES_FROM else self._hopper
+        return self._portable if self._hopper is None or mixed else self._hopper
 
 
 class PortableGemm:
@@ -112,14 +102,12 @@ class PortableGemm:
             )  # fmt: skip
 
 
-def dequantise(kernels, matrix, first, rows, out, stride, scale, first_out=0, gated=False, tiled=False):
+def dequantise(kernels, matrix, first, rows, out, stride, scale, first_out=0, gated=False):
     """Launch weights.cu's dequantize: `rows` rows of a matrix from row `first`, as halves."""
     if rows:
-        pieces = (-(-rows // TILE_ROWS) * TILE_ROWS if tiled else rows) * (stride // 16)
         kernels.launch(
-            weight_program(matrix.type), "dequantize", -(-pieces // 256), 256,
-            matrix.address, i32(matrix.units), i32(first), i32(rows), out, i32(stride), i32(first_out), i32(gated),
-            i32(tiled), scale,
+            weight_program(matrix.type), "dequantize", -(-rows * (stride // 16) // 256), 256,
+            matrix.address, i32(matrix.units), i32(first), i32(rows), out, i32(stride), i32(first_out), i32(gated), scale,
         )  # fmt: skip
 
 
@@ -131,121 +119,39 @@ def _types(matrices):
 class HopperGemm:
     """gemm_sm90.cu: W dequantised inside the kernel, for each tile anew; nothing expanded in memory."""
 
-    def __init__(self, gpu, kernels, weights):
-        self._gpu, self._kernels, self._weights = gpu, kernels, weights
+    def __init__(self, gpu, kernels, maps):
+        self._gpu, self._kernels, self._maps = gpu, kernels, maps
 
     def programs(self, m, matrices, gated):
-        return [choose_hopper_tile(m, gated).program(_types(matrices))]
+        tiles = sum(matrix.row_tiles for matrix in matrices)
+        return [self._tile(m, tiles, gated).program(_types(matrices))]
 
     def linear(self, a, matrices, out, m, w_scale, bias, residual):
-        tile, types = choose_hopper_tile(m, gated=False), _types(matrices)
-        pieces = [(matrix.address, matrix.rows, types.index(matrix.type)) for matrix in matrices]
-        ldo = sum(matrix.rows for matrix in matrices)
-        self._linear(tile, types, pieces, a, m, out, ldo, w_scale, bias, residual)
-
-    def gated(self, a, gate, up, act, m, w_scale, biases, activation):
-        tile, types = choose_hopper_tile(m, gated=True), _types((gate, up))
-        pieces = [(matrix.address, types.index(matrix.type)) for matrix in (gate, up)]
-        self._gated(tile, types, pieces, gate.rows, a, m, act, 0, w_scale, biases, activation)
-
-    def _linear(self, tile, types, pieces, a, m, out, ldo, w_scale, bias, residual):
-        """pieces: (address, rows, number of the type) of up to three matrices, side by side in out."""
-        row_tiles = sum(-(-rows // TILE_ROWS) for _, rows, _ in pieces)
-        pieces = [*pieces, *[(0, 0, 0)] * (3 - len(pieces))]
-        described = [value for address, rows, number in pieces for value in (address, i32(rows), i32(number))]
+        types, row_tiles = _types(matrices), sum(matrix.row_tiles for matrix in matrices)
+        tile = self._tile(m, row_tiles, gated=False)
+        assert residual in (0, out), "gemm_sm90.cu adds in place"
+        described = [v for w in matrices for v in (w.address, i32(w.rows), i32(types.index(w.type)))]
+        described += (0, i32(0), i32(0)) * (3 - len(matrices))
         self._launch(
             "gemm_linear", tile, types, m, row_tiles,
-            *described, self._tensor_map(a, tile.tokens), i32(m), i32(a.columns), out, i32(ldo), a.scale, w_scale, bias,
-            residual,
+            *described, self._maps.of(a.address, a.columns, a.rows, tile.tokens), i32(m), i32(a.columns), out, i32(sum(w.rows for w in matrices)), a.scale,
+            w_scale, bias, i32(residual != 0),
         )  # fmt: skip
-
-    def _gated(self, tile, types, pieces, features, a, m, act, at, w_scale, biases, activation):
-        """pieces: (address, number of the type) of gate and up; their outputs go to act from column `at`."""
-        described = [value for address, number in pieces for value in (address, i32(number))]
-        self._launch(
-            "gemm_gated", tile, types, m, 2 * -(-features // TILE_ROWS),
-            *described, i32(features), self._tensor_map(a, tile.tokens), i32(m), i32(a.columns), act.address + 2 * at,
-            i32(padded(act.columns)), a.scale, w_scale, *(bias and bias + 4 * at for bias in biases), act.scale,
-            i32(activation),
-        )  # fmt: skip
-
-    def _launch(self, name, tile, types, m, row_tiles, *arguments):
-        grid = tile.blocks(m, row_tiles, self._gpu.multiprocessors)
-        shared = tile.shared_bytes(types)
-        self._kernels.launch(tile.program(types), name, grid, tile.threads, *arguments, shared_bytes=shared)
-
-    def _tensor_map(self, a, box_rows):
-        """Device address of the TMA descriptor of an operand: boxes of box_rows rows by 64 columns, 128-byte swizzle."""
-
-        def encode(address):
-            d = self._gpu.driver
-            stride = padded(a.columns)
-            descriptor = check(
-                d.cuTensorMapEncodeTiled(
-                    d.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, a.address,
-                    [d.cuuint64_t(stride), d.cuuint64_t(a.rows)], [d.cuuint64_t(2 * stride)],
-                    [d.cuuint32_t(64), d.cuuint32_t(box_rows)], [d.cuuint32_t(1)] * 2,
-                    d.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-                    d.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-                    d.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                    d.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-                )
-            )  # fmt: skip
-            self._gpu.upload(address, np.array([int(word) for word in descriptor.opaque], np.uint64))
-
-        return self._weights.descriptor((a.address, a.columns, a.rows, box_rows), encode)
-
-
-class HalvesGemm(HopperGemm):
-    """Slices of W dequantised to wgmma's tiles in a scratch buffer, then gemm_sm90.cu over them: for long batches."""
-
-    def __init__(self, gpu, kernels, weights, workspace):
-        super().__init__(gpu, kernels, weights)
-        self._work = workspace
-
-    def programs(self, m, matrices, gated):
-        return [HALVES_TILES[gated].program(()), *(weight_program(matrix.type) for matrix in matrices)]
-
-    def linear(self, a, matrices, out, m, w_scale, bias, residual):
-        k, ldo, column = padded(a.columns), sum(matrix.rows for matrix in matrices), 0
-        for parts in self._slices(matrices, k):
-            pieces, address = [], self._work.get("dequantised", _SCRATCH_BYTES)
-            for matrix, first, rows in parts:
-                dequantise(self._kernels, matrix, first, rows, address, k, w_scale, tiled=True)
-                pieces.append((address, rows, 0))
-                address += -(-rows // TILE_ROWS) * TILE_ROWS * 2 * k
-            at = 4 * column
-            self._linear(
-                HALVES_TILES[False],
-                (),
-                pieces,
-                a,
-                m,
-                out + at,
-                ldo,
-                w_scale,
-                bias and bias + at,
-                residual and residual + at,
-            )
-            column += sum(rows for _, rows, _ in pieces)
-
-    def _slices(self, matrices, k):
-        """Lists of (matrix, first row, rows) whose halves fit the scratch buffer: whole matrices, or a part of one."""
-        most = _SCRATCH_BYTES // (2 * k) // TILE_ROWS * TILE_ROWS
-        if sum(matrix.row_tiles for matrix in matrices) * TILE_ROWS <= most:
-            yield [(matrix, 0, matrix.rows) for matrix in matrices]
-            return
-        for matrix in matrices:
-            for first in range(0, matrix.rows, most):
-                yield [(matrix, first, min(most, matrix.rows - first))]
 
     def gated(self, a, gate, up, act, m, w_scale, biases, activation):
-        k = padded(a.columns)
-        most = _SCRATCH_BYTES // (4 * k) // TILE_ROWS * TILE_ROWS
-        for at in range(0, gate.rows, most):
-            features = min(most, gate.rows - at)
-            scratch = self._work.get("dequantised", _SCRATCH_BYTES)
-            for matrix, first_out in ((gate, 0), (up, 8)):
-                dequantise(self._kernels, matrix, at, features, scratch, k, w_scale, first_out, gated=True, tiled=True)
-            pieces = [(scratch, 0), (0, 0)]  # both, interleaved
-            self._gated(HALVES_TILES[True], (), pieces, features, a, m, act, at, w_scale, biases, activation)
+        types, row_tiles = _types((gate, up)), gate.row_tiles + up.row_tiles
+        tile = self._tile(m, row_tiles, gated=True)
+        self._launch(
+            "gemm_gated", tile, types, m, row_tiles,
+            gate.address, i32(types.index(gate.type)), up.address, i32(types.index(up.type)), i32(gate.rows),
+            self._maps.of(a.address, a.columns, a.rows, tile.tokens), i32(m), i32(a.columns), act.address, i32(padded(act.columns)), a.scale, w_scale,
+            *biases, act.scale, i32(activation),
+        )  # fmt: skip
+
+    def _tile(self, m, row_tiles, gated):
+        return choose_hopper_tile(m, row_tiles, gated, self._gpu.multiprocessors)
+
+    def _launch(self, name, tile, types, m, row_tiles, *arguments):
+        grid = tile.grid(m, row_tiles, self._gpu.multiprocessors)
+        shared = tile.shared_bytes(types)
+        self._kernels.launch(tile.program(types), name, grid, tile.threads, *arguments, shared_bytes=shared)

@@ -51,68 +51,114 @@ K_MULTIPLE = 64  # operands are zero-padded to this many columns: every tile's K
 
 @dataclass(frozen=True)
 class HopperTile:
-    """The constants of gemm_sm90.cu: a tile of `tokens` by 64 rows of W for each of its consumer warpgroups."""
+    """The constants of gemm_sm90.cu, and what a step of 64 columns costs.
+
+    A block has `warpgroups` that multiply `tiles` row tiles of 32 rows each (gated: of gate and of up) by `tokens` tokens;
+    `blocks` of them share a multiprocessor. alone, shared: nanoseconds of a step of a block by itself, and those that each
+    block adds where several share a multiprocessor (measured on an H100 with Q4_K).
+    """
 
     gated: int
     tokens: int
     warpgroups: int
-    decoders: int
-    substeps: int
-    stages: int
-    raw_stages: int
-    decoder_registers: int
-    consumer_registers: int
+    tiles: int
+    blocks: int
+    alone: int
+    shared: int
 
     @cache
     def program(self, types):
-        """The program for launches over matrices of these ggml types (distinct, in the order of their format numbers), or
-        over dequantised ones (none)."""
-        constants = tuple((f.name.upper(), str(getattr(self, f.name))) for f in fields(self))
-        return Program("gemm_sm90.cu", (*constants, ("FORMATS", ",".join(t.name for t in types) or "Halves")))
+        """The program for launches over matrices of these ggml types (distinct, in the order of their format numbers)."""
+        blocks, stages, raw_stages, _ = self._layout(types)
+        constants = {
+            "GATED": self.gated, "TOKENS": self.tokens, "WARPGROUPS": self.warpgroups, "TILES": self.tiles,
+            "BLOCKS": blocks, "STEPS": self._steps(), "STAGES": stages, "RAW_STAGES": raw_stages,
+            "PRODUCER_REGISTERS": _PRODUCER_REGISTERS, "CONSUMER_REGISTERS": self._consumer_registers(blocks),
+            "FORMATS": ",".join(t.name for t in types),
+        }  # fmt: skip
+        return Program("gemm_sm90.cu", tuple((name, str(value)) for name, value in constants.items()))
 
     @property
     def threads(self):
-        return 128 * (self.decoders + self.warpgroups)
+        return 128 * (self.warpgroups + 1)
+
+    def shared_bytes(self, types):
+        return self._layout(types)[-1]
+
+    def grid(self, m, row_tiles, multiprocessors):
+        """Blocks to launch: as many as run at once, or fewer where there are fewer tiles."""
+        return min(multiprocessors * self.blocks, self._count(m, row_tiles))
+
+    def cost(self, m, row_tiles, multiprocessors):
+        """Nanoseconds of a step of all tiles."""
+        rounds = -(-self._count(m, row_tiles) // multiprocessors)  # of one tile for each multiprocessor
+        return max(-(-rounds // self.blocks) * self.alone, rounds * self.shared)
+
+    def _count(self, m, row_tiles):
+        return -(-m // self.tokens) * -(-row_tiles // (self.warpgroups * self.tiles))
+
+    def _steps(self):
+        """Steps in a stage of x: a whole unit's where they are small, so that there is less waiting."""
+        return max(1, min(4, 128 // self.tokens))
+
+    def _consumer_registers(self, blocks):
+        """All that the blocks of a multiprocessor may have, less the producers'."""
+        launched = 65536 // (self.threads * blocks) // 8 * 8
+        return (launched * (self.warpgroups + 1) - _PRODUCER_REGISTERS) // self.warpgroups // 8 * 8
 
     @cache
-    def shared_bytes(self, types):
-        substeps = min(self.substeps, min((unit_size(t)[0] // 64 for t in types), default=1))
-        stage = 2 * 64 * substeps * (self.tokens + 64 * self.warpgroups)
-        raw = self.warpgroups * 64 * max((unit_size(t)[1] for t in types), default=0)
-        barriers = 16 * (self.stages + self.raw_stages)
-        return self.stages * stage + self.raw_stages * raw + barriers
-
-    def blocks(self, m, row_tiles, multiprocessors):
-        """The persistent grid: a block a multiprocessor, or fewer where there are fewer tiles."""
-        return min(multiprocessors, -(-m // self.tokens) * -(-row_tiles // self.warpgroups))
-
-
-# least tokens, gated:       tokens, warpgroups, decoders, substeps, stages, raw stages, registers of a decoder and a consumer
-HOPPER_TILES = {
-    (1, False): HopperTile(0, 16, 1, 2, 2, 5, 4, 128, 200),
-    (1, True): HopperTile(1, 16, 2, 2, 4, 2, 2, 104, 144),
-    (17, False): HopperTile(0, 64, 1, 2, 4, 2, 4, 128, 200),
-    (17, True): HopperTile(1, 64, 2, 2, 2, 3, 2, 104, 144),
-    (65, False): HopperTile(0, 128, 1, 2, 2, 3, 3, 128, 200),
-    (65, True): HopperTile(1, 128, 2, 1, 1, 4, 2, 128, 184),
-    (129, False): HopperTile(0, 256, 2, 1, 1, 3, 2, 128, 184),
-    (129, True): HopperTile(1, 256, 2, 1, 1, 3, 2, 128, 184),
-}
-# Over weights dequantised ahead: 8 ms for the 7 billion weights of an 8B model's layers, whatever the batch's length, for
-# multiplying at 664 instead of 570 to 606 TFLOP/s (docs/performance.md): worth it from about 3000 tokens.
-HALVES_TILES = {gated: HopperTile(int(gated), 256, 2, 1, 1, 4, 1, 104, 200) for gated in (False, True)}
-HALVES_FROM = 3072  # tokens
+    def _layout(self, types):
+        """(blocks on a multiprocessor, stages of x, raw stages, bytes of shared memory): as many as fit."""
+        unit = unit_size(types[0])[0]
+        raw = self.warpgroups * self.tiles * 32 * max(unit_size(t)[1] for t in types)
+        steps = min(self._steps(), unit // 64)
+        x, stages_of_unit = steps * self.tokens * 128, unit // 64 // steps
+        for blocks in range(self.blocks, 0, -1):  # fewer where units are large
+            room = (_SHARED_MEMORY >> 10) // blocks * 1024 - 1024 - _BARRIERS
+            raw_stages = max(2, min(8, room // (raw + stages_of_unit * x)))
+            stages = min(raw_stages * stages_of_unit, (room - raw_stages * raw) // x)
+            if stages >= 2:
+                break
+        return blocks, stages, raw_stages, stages * x + raw_stages * raw + _BARRIERS
 
 
-def choose_hopper_tile(m, gated):
-    """The smallest token tile that holds all m tokens; few tokens are bound by decoding, so one consumer to two decoders."""
-    return HOPPER_TILES[max(least for least, g in HOPPER_TILES if g == gated and least <= m), gated]
+_BARRIERS = 512  # bytes: more than the stages' barriers take
+_SHARED_MEMORY = 228 << 10  # of a multiprocessor of compute capability 9.0; each block takes 1 KB of it besides its own
+_PRODUCER_REGISTERS = 24
+
+HOPPER_TILES = [
+    #          gated, tokens, warpgroups, tiles, blocks, alone, shared
+    HopperTile(0, 16, 1, 1, 4, 146, 105),
+    HopperTile(0, 16, 1, 2, 3, 178, 160),
+    HopperTile(0, 32, 1, 1, 3, 157, 135),
+    HopperTile(0, 32, 1, 2, 3, 200, 180),
+    HopperTile(0, 64, 1, 1, 3, 181, 165),
+    HopperTile(0, 64, 1, 2, 2, 215, 180),
+    HopperTile(0, 128, 1, 1, 2, 223, 205),
+    HopperTile(0, 128, 1, 2, 2, 320, 285),
+    HopperTile(0, 128, 2, 2, 1, 455, 455),
+    HopperTile(0, 256, 2, 2, 1, 700, 700),
+    HopperTile(1, 16, 1, 2, 3, 178, 154),
+    HopperTile(1, 32, 1, 2, 3, 200, 160),
+    HopperTile(1, 64, 1, 2, 3, 215, 185),
+    HopperTile(1, 128, 1, 2, 2, 330, 320),
+    HopperTile(1, 128, 2, 2, 1, 470, 470),
+    HopperTile(1, 256, 2, 2, 1, 740, 740),
+]
+
+
+@cache
+def choose_hopper_tile(m, row_tiles, gated, multiprocessors):
+    """The cheapest tile for m tokens by that many row tiles of W."""
+    return min(
+        (tile for tile in HOPPER_TILES if tile.gated == gated), key=lambda tile: tile.cost(m, row_tiles, multiprocessors)
+    )
 
 
 def unit_size(ggml_type):
     """(weights, bytes) of a unit of kernels/quants/: what a row's columns are padded to in device memory."""
     elements, nbytes = GGML_QUANT_SIZES[ggml_type]
-    unit = 64 if elements == 1 else 256
+    unit = 128 if elements == 1 else 256
     return unit, unit // elements * nbytes
 
 
@@ -148,11 +194,46 @@ class AttentionTile:
         return rows * (2 * self.head_dim + 16)
 
 
-@cache
-def attention_tile(head_dim):
+@dataclass(frozen=True)
+class HopperAttentionTile:
+    """The constants of attention_sm90.cu for one head dimension."""
+
+    head_dim: int
+    block_kv: int
+    stages: int
+    block_q = 128
+    threads = 384
+
+    @cached_property
+    def program(self):
+        return Program("attention_sm90.cu", tuple((f.name.upper(), str(getattr(self, f.name))) for f in fields(self)))
+
+    @property
+    def shared_bytes(self):
+        return (self.block_q + 2 * self.stages * self.block_kv) * 2 * self.head_dim + 8 * (1 + 4 * self.stages)
+
+
+HOPPER_ATTENTION_TILES = {
+    64: HopperAttentionTile(64, 128, 4),
+    128: HopperAttentionTile(128, 128, 2),
+    256: HopperAttentionTile(256, 64, 2),
+}
+
+
+def padded_head(head_dim):
+    """Values from one head of q, k and v to the next. Raises ModelError for heads that are too wide."""
     padded = -(-head_dim // 16) * 16
     if padded > LARGEST_HEAD:
         raise ModelError(f"heads of {head_dim} are not supported on CUDA (at most {LARGEST_HEAD}); use --backend cpu")
+    return padded
+
+
+@cache
+def attention_tile(head_dim, hopper):
+    """The kernel for such heads: Hopper's own where it knows them."""
+    padded = padded_head(head_dim)
+    if hopper and padded in HOPPER_ATTENTION_TILES:
+        return HOPPER_ATTENTION_TILES[padded]
     return AttentionTile(padded, 64, 8, 1) if padded <= 128 else AttentionTile(padded, 32, 4, 0)
 
 
@@ -164,20 +245,20 @@ def weight_program(ggml_type):
 COMMON = tuple(Program(f"{name}.cu") for name in ("norm", "rope", "scales", "head"))
 
 
-def programs_for(head_dim, ggml_types):
+def programs_for(head_dim, ggml_types, hopper):
     """The programs that any model with these heads and weight types needs, its GEMMs apart."""
-    return [attention_tile(head_dim).program, *map(weight_program, sorted(ggml_types)), *COMMON]
+    return [attention_tile(head_dim, hopper).program, *map(weight_program, sorted(ggml_types)), *COMMON]
 
 
 def every_program(arch):
     """All programs for an architecture, over the head dimensions in use: what the tests compile."""
     programs = dict.fromkeys(tile.program for tile in (LARGE_TILE, SMALL_TILE))
     for head_dim in (64, 80, 96, 112, 128, 192, 256):
-        programs.update(dict.fromkeys(programs_for(head_dim, SUPPORTED)))
+        for hopper in {False, arch == "sm_90a"}:
+            programs.update(dict.fromkeys(programs_for(head_dim, SUPPORTED, hopper)))
     if arch == "sm_90a":
         mixes = [*((t,) for t in sorted(SUPPORTED)), (GGML.Q4_K, GGML.Q6_K)]
-        programs.update(dict.fromkeys(tile.program(types) for types in mixes for tile in HOPPER_TILES.values()))
-        programs.update(dict.fromkeys(tile.program(()) for tile in HALVES_TILES.values()))
+        programs.update(dict.fromkeys(tile.program(types) for types in mixes for tile in HOPPER_TILES))
     return list(programs)
 
 

@@ -13,7 +13,8 @@ import numpy as np
 from ...errors import BackendError
 from ..base import HeadResult, Ops
 from .gemm import Gemms, Operand, padded
-from .kernels import COMMON, attention_tile, weight_program
+from .kernels import COMMON, HopperAttentionTile, attention_tile, weight_program
+from .tensor_maps import TensorMaps
 from .weights import TILE_ROWS
 
 NORM, ROPE, SCALES, HEAD = COMMON
@@ -39,8 +40,9 @@ class CudaOps(Ops):
         self.config, self.batch, self.cache = config, batch, cache
         self.work = backend.workspace
         self.n = len(batch.tokens)
-        self.gemms = Gemms(self.gpu, self.kernels, self.work, self.weights, backend.portable)
-        self.attention_tile = attention_tile(config.head_dim)
+        self.maps = TensorMaps(self.gpu, self.weights) if backend.hopper else None
+        self.gemms = Gemms(self.gpu, self.kernels, self.work, self.maps)
+        self.attention_tile = attention_tile(config.head_dim, backend.hopper)
         # All that goes up: the ops themselves only launch, so that they can be captured as a graph.
         self.tokens = self._upload("tokens", batch.tokens)
         self.positions = self._upload("positions", batch.positions)
@@ -53,7 +55,7 @@ class CudaOps(Ops):
         for weights, gated in family.products():
             matrices = [self.weights.matrix(w) for w in weights]
             m = self.n if weights[0] is not family.output else self._head_rows(matrices[0].rows, logits)
-            programs.update(dict.fromkeys(self.gemms.choose(m, matrices).programs(m, matrices, gated)))
+            programs.update(dict.fromkeys(self.gemms.choose(matrices).programs(m, matrices, gated)))
         self.kernels.prepare(programs, progress)
 
     # the residual stream ----------------------------------------------------------------------------------------------
@@ -114,13 +116,19 @@ class CudaOps(Ops):
         )  # fmt: skip
         return Heads(q, scales[0]), Heads(k, scales[1]), Heads(v, scales[2])
 
-    def attention(self, q, k, v, *, scale, window=None):
+    def attention(self, q, k, v, *, scale, window=None, softcap=None):
         c, tile = self.config, self.attention_tile
         out = self.work.get("attended", 2 * self.n * padded(c.q_width))
+        inputs = q.address, k.address, v.address
+        if isinstance(tile, HopperAttentionTile):
+            kv_rows = self.n if self.cache is None else self.cache.capacity
+            q_map = self.maps.of(q.address, c.head_count * tile.head_dim, self.n, tile.block_q)
+            kv_width = c.head_count_kv * tile.head_dim
+            inputs = q_map, *(self.maps.of(x.address, kv_width, kv_rows, tile.block_kv) for x in (k, v))
         self.kernels.launch(
             tile.program, "attention", (c.head_count, self.n_tiles), tile.threads,
-            q.address, k.address, v.address, out, self.tiles, i32(c.head_count), i32(c.head_count_kv), i32(c.head_dim),
-            i32(padded(c.q_width)), f32(scale), q.scale, k.scale, i32(window or 0),
+            *inputs, out, self.tiles, i32(c.head_count), i32(c.head_count_kv), i32(c.head_dim),
+            i32(padded(c.q_width)), f32(scale), q.scale, k.scale, i32(window or 0), f32(softcap or 0.0),
             shared_bytes=tile.shared_bytes,
         )  # fmt: skip
         return Operand(out, c.q_width, v.scale, self.n)
@@ -154,7 +162,7 @@ class CudaOps(Ops):
         return self._tables[id(rope)]
 
     def _make_tiles(self):
-        """attention_sm80.cu's list of query tiles, those with most keys first."""
+        """The attention kernel's list of query tiles, those with most keys first."""
         block, start = self.attention_tile.block_q, self.batch.start
         tiles = [(at, min(block, self.n - at), 0, start + at) for at in range(0, self.n, block)]
         return self._upload("tiles", np.array(tiles[::-1], np.int32)), len(tiles)
@@ -176,7 +184,7 @@ class CudaOps(Ops):
         for t in range(0, self.n, _MLP_TOKENS):
             m = min(_MLP_TOKENS, self.n - t)
             act = Operand(self.work.get("activated", 2 * m * padded(g.rows)), g.rows, act_scale, m)
-            gemm = self.gemms.choose(m, [g, u])
+            gemm = self.gemms.choose([g, u])
             gemm.gated(h.rows_from(t), g, u, act, m, w_scale, biases, _ACTIVATIONS[activation])
             at = 4 * t * d.rows
             self._multiply(act, [d], out + at, m, self._bias(down), residual and residual + at)
@@ -184,7 +192,7 @@ class CudaOps(Ops):
 
     def _multiply(self, a, matrices, out, m, bias=0, residual=None):
         """out[:m] = a · [matrices, one under another]ᵀ + bias + residual."""
-        gemm = self.gemms.choose(m, matrices)
+        gemm = self.gemms.choose(matrices)
         gemm.linear(a, matrices, out, m, self._weight_scale(matrices, a), bias, residual or 0)
 
     def _bias(self, weight):

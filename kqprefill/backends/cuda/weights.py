@@ -12,7 +12,7 @@ from ...gguf import dequantize
 from .kernels import unit_size, weight_program
 from .memory import Uploader, aligned
 
-TILE_ROWS = 64  # kernels/quants/common.cuh
+TILE_ROWS = 32  # kernels/quants/common.cuh
 _RAW_BYTES = 64 << 20  # of a matrix as the file has it, on the device at a time while it is repacked
 _MOST_COLUMNS = 1 << 19  # a tile of rows must fit the upload and scratch buffers
 

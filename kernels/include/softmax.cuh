@@ -1,0 +1,70 @@
+// What the attention kernels share: a tile of queries, and the online softmax (arXiv 2307.08691) of scores as mma and wgmma
+// hold them: a thread has two rows, numbers 4j, 4j+1 of the first and 4j+2, 4j+3 of the second, at columns 8j, 8j+1 from its own.
+#pragma once
+#include "ptx.cuh"
+
+// One tile of queries (made by the host): `rows` of them from row `q_row` of q, the first at `position` of a sequence
+// whose token 0 is row `kv_row` of k and v.
+struct Tile {
+    int q_row, rows, kv_row, position;
+};
+
+// From scores to exponents of 2: softmax's scale, or, with a soft-cap, cap * tanh(scale * score / cap).
+struct Scale {
+    float factor, cap_factor, softcap;
+
+    __device__ Scale(float scale, float softcap)
+        : factor((softcap > 0.0f ? softcap : scale) * 1.4426950408889634f), cap_factor(scale / softcap), softcap(softcap) {}
+    template <int kScores>
+    __device__ void cap(float (&scores)[kScores]) const {  // 2 / (1 + exp(-2z)) - 1 is tanh(z)
+        if (softcap <= 0.0f) return;
+#pragma unroll
+        for (int i = 0; i < kScores; ++i)
+            scores[i] = __fdividef(2.0f, 1.0f + exp2_approx(-2.0f * 1.4426950408889634f * cap_factor * scores[i])) - 1.0f;
+    }
+};
+
+// Scores that a query does not see become -inf. behind: by how many positions the first row is past the thread's first column.
+template <int kScores>
+__device__ __forceinline__ void mask(float (&scores)[kScores], int behind, int window) {
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+        int distance = behind + i % 4 / 2 * 8 - (i / 4 * 8 + i % 2);
+        if (distance < 0 || (window > 0 && distance >= window)) scores[i] = __int_as_float(0xff800000);
+    }
+}
+
+struct Softmax {
+    // Finite, so that a row that has seen nothing yet makes no NaN of -inf - -inf.
+    float row_max[2] = {-1e30f, -1e30f}, row_sum[2] = {0.0f, 0.0f};
+
+    // Scores become weights, relative to the largest score so far; correction: what earlier weights are to be multiplied by.
+    template <int kScores>
+    __device__ __forceinline__ void update(float (&scores)[kScores], float factor, float (&correction)[2]) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float largest = row_max[r];
+#pragma unroll
+            for (int i = 2 * r; i < kScores; i += 4) largest = fmaxf(largest, fmaxf(scores[i], scores[i + 1]));
+            largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+            largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+            correction[r] = exp2_approx((row_max[r] - largest) * factor);
+            row_max[r] = largest;
+            float sum = 0.0f, offset = largest * factor;
+#pragma unroll
+            for (int i = 2 * r; i < kScores; i += 4)
+#pragma unroll
+                for (int c = 0; c < 2; ++c) {
+                    scores[i + c] = exp2_approx(fmaf(scores[i + c], factor, -offset));
+                    sum += scores[i + c];
+                }
+            row_sum[r] = row_sum[r] * correction[r] + sum;
+        }
+    }
+    __device__ float inverse_sum(int r) const {
+        float sum = row_sum[r];
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        return 1.0f / sum;
+    }
+};
