@@ -33,6 +33,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     attention(const half_t* q, const half_t* k, const half_t* v, half_t* out, const Tile* tiles, int nq, int nkv,
               int head_dim, int out_stride, float scale, const float* q_scale, const float* k_scale, int window,
               float softcap) {
+    begin_kernel();
     extern __shared__ __align__(128) uint8_t shared[];
     Tile tile = tiles[blockIdx.y];
     int head = blockIdx.x, kv_head = head / (nq / nkv);

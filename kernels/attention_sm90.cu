@@ -52,6 +52,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         fence_barrier_init();
     }
     __syncthreads();
+    begin_kernel();
     Tile tile = tiles[blockIdx.y];
     int head = blockIdx.x;
     int first = window > 0 ? max(0, tile.position - window + 1) : 0;

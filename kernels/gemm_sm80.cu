@@ -150,6 +150,7 @@ __device__ __forceinline__ void for_each_pair(Tile tile, int m, int first_frag, 
 extern "C" __global__ void __launch_bounds__(kThreads)
     gemm_linear(const half_t* x, const half_t* w, int m, int n, int k, float* out, int ldo, const float* x_scale,
                 const float* w_scale, const float* bias, const float* residual) {
+    begin_kernel();
     Tile tile = tile_of(blockIdx.x, m, n);
     Accumulators acc;
     multiply(x, w, m, n, k, tile, acc);
@@ -182,6 +183,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     gemm_gated(const half_t* x, const half_t* w, int m, int features, int width, int k, half_t* out, int ldo,
                const float* x_scale, const float* w_scale, const float* gate_bias, const float* up_bias,
                const float* out_scale, int activation) {
+    begin_kernel();
     int n = 2 * width;
     Tile tile = tile_of(blockIdx.x, m, n);
     Accumulators acc;

@@ -2,14 +2,14 @@
 //
 // wgmma computes Yᵀ = W · Xᵀ, W from registers, X from shared memory. Each of a block's WARPGROUPS warpgroups takes TILES (1
 // or 2) row tiles of W, and TOKENS tokens; with one row tile half of wgmma's 64 rows are zero, which costs nothing where few
-// tokens leave the matrix units idle. One more warp has the copy engine bring x (swizzled, 64 columns a step) and quantised
-// tiles (a unit at a time) into two rings. A warpgroup decodes its weights of one step while the matrix units multiply those
+// tokens leave the matrix units idle. Two more warps have the copy engine bring x (swizzled, 64 columns a step) and
+// quantised tiles (a unit at a time) into two rings. A warpgroup decodes its weights of one step while the matrix units multiply those
 // of the step before. x's columns are in operand order (operand.cuh), so a thread's weights of a step are 16 neighbours in
 // a row tile's row. The grid is persistent: while one tile is in its epilogue, the rings fill for the next. Each output is
 // one chain of sums over k in order, whatever the tile: a token's bits depend neither on other tokens nor on the configuration.
 //
 // Compiled for FORMATS, the block formats that its launch may mix (all with the same kElements): a launch multiplies by up
-// to three matrices side by side (q, k, v), or by gate and up.
+// to three matrices side by side (q, k, v), or by gate and up of one format.
 #include "include/activation.cuh"
 #include "include/operand.cuh"
 #include "include/sm90.cuh"
@@ -25,13 +25,11 @@ struct FormatList {
     static_assert(First::kElements == Next::kElements, "formats of one launch have units of one length");
 
     __device__ static int tile_bytes(int format) { return format == 0 ? kTileRows * First::kBytes : Next::tile_bytes(format - 1); }
-    // load_fields and decode_halves (quants/common.cuh) of that format.
-    __device__ static Fields load(int format, const uint8_t* tile, int row, int at) {
-        return format == 0 ? load_fields<First>(tile, row, at) : Next::load(format - 1, tile, row, at);
-    }
-    __device__ static void decode(int format, const Fields& fields, int at, float scale, uint32_t (&out)[8]) {
-        if (format == 0) decode_halves<First>(fields, at, scale, out);
-        else Next::decode(format - 1, fields, at, scale, out);
+    // consumer.multiply_tile<that format>(acc)
+    template <class Consumer, class Accumulators>
+    __device__ __forceinline__ static void multiply_tile(int format, Consumer& consumer, Accumulators& acc) {
+        if (format == 0) consumer.template multiply_tile<First>(acc);
+        else Next::multiply_tile(format - 1, consumer, acc);
     }
 };
 template <class Only>
@@ -39,9 +37,9 @@ struct FormatList<Only> {
     static constexpr int kElements = Only::kElements, kTileBytes = kTileRows * Only::kBytes;
 
     __device__ static int tile_bytes(int) { return kTileBytes; }
-    __device__ static Fields load(int, const uint8_t* tile, int row, int at) { return load_fields<Only>(tile, row, at); }
-    __device__ static void decode(int, const Fields& fields, int at, float scale, uint32_t (&out)[8]) {
-        decode_halves<Only>(fields, at, scale, out);
+    template <class Consumer, class Accumulators>
+    __device__ __forceinline__ static void multiply_tile(int, Consumer& consumer, Accumulators& acc) {
+        consumer.template multiply_tile<Only>(acc);
     }
 };
 using Formats = FormatList<FORMATS>;
@@ -55,11 +53,9 @@ constexpr int kBlockTiles = WARPGROUPS * TILES;
 constexpr int kXStep = TOKENS * kStep * 2, kXBytes = kSub * kXStep, kRawBytes = kBlockTiles * Formats::kTileBytes;
 constexpr int kRawOffset = STAGES * kXBytes, kBarrierOffset = kRawOffset + RAW_STAGES * kRawBytes;
 constexpr int kConsumers = 128 * WARPGROUPS, kThreads = kConsumers + 128;
-constexpr int kLead = RAW_STAGES - ceil_div(STAGES * kSub, kUnitSteps);  // units by which raw copies run ahead of x's
 constexpr int kTokenGroup = 8;  // token tiles that share W's tiles while these are in the L2 cache
 static_assert(kUnitSteps % kSub == 0, "whole stages in a unit");
 static_assert(STAGES >= 2 && RAW_STAGES >= 2, "a stage is given back when the next has begun");
-static_assert(kLead >= 0, "x never waits for a unit that cannot have come");
 static_assert(!GATED || TILES == 2, "gate and up: a row tile of each");
 
 struct Matrices {  // up to three, one under another; gate and up for the gated kernel
@@ -73,16 +69,18 @@ struct RowTile {
     int format, rows, column;  // rows: valid ones; column: of the output
 };
 
+// Row tiles of so many rows, rounded up so that those of a warpgroup are of one matrix.
+__device__ __forceinline__ int whole_tiles(int rows) { return ceil_div(rows, kTileRows * TILES) * TILES; }
+
 __device__ __forceinline__ RowTile row_tile(const Matrices& matrices, int index, int units) {
     if (GATED) {  // gate's and up's in turn
-        int which = index & 1, tile = index >> 1;
-        int format = which ? matrices.format[1] : matrices.format[0], rows = min(kTileRows, matrices.rows[0] - tile * kTileRows);
-        const uint8_t* weights = which ? matrices.weights[1] : matrices.weights[0];
+        int tile = index >> 1, rows = min(kTileRows, matrices.rows[0] - tile * kTileRows);
+        const uint8_t* weights = index & 1 ? matrices.weights[1] : matrices.weights[0];
         if (rows <= 0) return {nullptr, 0, 0, tile * kTileRows};
-        return {weights + static_cast<uint64_t>(tile) * units * Formats::tile_bytes(format), format, rows, tile * kTileRows};
+        return {weights + static_cast<uint64_t>(tile) * units * Formats::tile_bytes(0), 0, rows, tile * kTileRows};
     }
     // Written out: an index into the arguments would put them into local memory.
-    int tiles0 = ceil_div(matrices.rows[0], kTileRows), tiles1 = ceil_div(matrices.rows[1], kTileRows), column = 0;
+    int tiles0 = whole_tiles(matrices.rows[0]), tiles1 = whole_tiles(matrices.rows[1]), column = 0;
     int format = matrices.format[0], rows = matrices.rows[0];
     const uint8_t* weights = matrices.weights[0];
     if (index >= tiles0) {
@@ -105,77 +103,52 @@ struct Rings {
 
 // The tiles of this block, one after another.
 struct Walk {
-    int tile, tiles_n, tiles_m;
+    int row_tiles, m, tile;
 
-    __device__ Walk(int row_tiles, int m)
-        : tile(blockIdx.x), tiles_n(ceil_div(row_tiles, kBlockTiles)), tiles_m(ceil_div(m, TOKENS)) {}
-    __device__ bool more() const { return tile < tiles_n * tiles_m; }
+    __device__ Walk(int row_tiles, int m) : row_tiles(row_tiles), m(m), tile(blockIdx.x) {}
+    __device__ int tiles_n() const { return ceil_div(row_tiles, kBlockTiles); }
+    __device__ int tiles_m() const { return ceil_div(m, TOKENS); }
+    __device__ bool more() const { return tile < tiles_n() * tiles_m(); }
     __device__ void next() { tile += gridDim.x; }
-    __device__ int group() const { return tile / (kTokenGroup * tiles_n); }
-    __device__ int width() const { return min(kTokenGroup, tiles_m - group() * kTokenGroup); }
-    __device__ int first_row_tile() const { return tile % (kTokenGroup * tiles_n) / width() * kBlockTiles; }
-    __device__ int first_token() const { return (group() * kTokenGroup + tile % (kTokenGroup * tiles_n) % width()) * TOKENS; }
+    __device__ int group() const { return tile / (kTokenGroup * tiles_n()); }
+    __device__ int within() const { return tile % (kTokenGroup * tiles_n()); }
+    __device__ int width() const { return min(kTokenGroup, tiles_m() - group() * kTokenGroup); }
+    __device__ int first_row_tile() const { return within() / width() * kBlockTiles; }
+    __device__ int first_token() const { return (group() * kTokenGroup + within() % width()) * TOKENS; }
 };
 
-// Has the copy engine bring units of W, in the order in which they are decoded.
-struct RawCopies {
-    const Rings& rings;
-    const Matrices& matrices;
-    Walk walk;
-    int units, unit = 0, bytes = 0;
+// The work of kBlockTiles lanes of a warp: each has the copy engine bring a row tile of W, unit by unit. Nothing that runs
+// writes weights, so this does not wait for earlier kernels.
+__device__ __forceinline__ void bring_w(const Rings& rings, const Matrices& matrices, int m, int units, int row_tiles) {
+    int lane = threadIdx.x % 32;
     RingPosition<RAW_STAGES> raw;
-    const uint8_t* source[kBlockTiles];
-    int size[kBlockTiles];  // 0 where there is no such tile
-
-    __device__ RawCopies(const Rings& rings, const Matrices& matrices, Walk walk, int units)
-        : rings(rings), matrices(matrices), walk(walk), units(units) {}
-
-    __device__ void issue() {  // the next unit, if there is one; waits until its slot is free
-        if (!walk.more()) return;
-        if (unit == 0) {
-            bytes = 0;
-#pragma unroll
-            for (int t = 0; t < kBlockTiles; ++t) {
-                RowTile tile = row_tile(matrices, walk.first_row_tile() + t, units);
-                source[t] = tile.raw;
-                size[t] = tile.raw != nullptr ? Formats::tile_bytes(tile.format) : 0;
-                bytes += size[t];
-            }
-        }
-        uint32_t full = rings.raw_full + 8 * raw.stage;
-        barrier_wait(rings.raw_empty + 8 * raw.stage, raw.phase ^ 1);
-        barrier_arrive_expect(full, bytes);
-#pragma unroll
-        for (int t = 0; t < kBlockTiles; ++t) {
-            if (size[t]) bulk_copy(rings.base + kRawOffset + raw.stage * kRawBytes + t * Formats::kTileBytes, source[t], size[t], full);
-            source[t] += size[t];
-        }
-        raw.advance();
-        if (++unit == units) {
-            unit = 0;
-            walk.next();
+    for (Walk walk(row_tiles, m); walk.more(); walk.next()) {
+        RowTile tile = row_tile(matrices, walk.first_row_tile() + lane, units);
+        int bytes = tile.raw != nullptr ? Formats::tile_bytes(tile.format) : 0;
+#pragma unroll 1  // few registers are left
+        for (int unit = 0; unit < units; ++unit, raw.advance()) {
+            uint32_t full = rings.raw_full + 8 * raw.stage, to = rings.base + kRawOffset + raw.stage * kRawBytes + lane * Formats::kTileBytes;
+            barrier_wait(rings.raw_empty + 8 * raw.stage, raw.phase ^ 1);
+            barrier_arrive_expect(full, bytes);
+            if (bytes) bulk_copy(to, tile.raw, bytes, full);
+            tile.raw += bytes;
         }
     }
-};
+}
 
-// One thread's work: to have both operands brought.
-__device__ __forceinline__ void produce(const Rings& rings, const Matrices& matrices, const void* x_map, int m, int units, int row_tiles) {
+// One thread's: to have it bring x, stage by stage.
+__device__ __forceinline__ void bring_x(const Rings& rings, const void* x_map, int m, int units, int row_tiles) {
     RingPosition<STAGES> stage;
-    RawCopies copies(rings, matrices, Walk(row_tiles, m), units);
-    for (int i = 0; i < kLead; ++i) copies.issue();
     for (Walk walk(row_tiles, m); walk.more(); walk.next()) {
         int token = walk.first_token();
-        for (int unit = 0; unit < units; ++unit) {
-            copies.issue();
+#pragma unroll 1
+        for (int step = 0; step < units * kUnitSteps; step += kSub, stage.advance()) {
+            uint32_t full = rings.full + 8 * stage.stage;
+            barrier_wait(rings.empty + 8 * stage.stage, stage.phase ^ 1);
+            barrier_arrive_expect(full, kXBytes);
 #pragma unroll
-            for (int part = 0; part < kUnitSteps; part += kSub, stage.advance()) {
-                uint32_t full = rings.full + 8 * stage.stage;
-                barrier_wait(rings.empty + 8 * stage.stage, stage.phase ^ 1);
-                barrier_arrive_expect(full, kXBytes);
-#pragma unroll
-                for (int sub = 0; sub < kSub; ++sub)
-                    tensor_copy(rings.base + stage.stage * kXBytes + sub * kXStep, x_map, unit * Formats::kElements + (part + sub) * kStep, token, full);
-            }
+            for (int sub = 0; sub < kSub; ++sub)
+                tensor_copy(rings.base + stage.stage * kXBytes + sub * kXStep, x_map, (step + sub) * kStep, token, full);
         }
     }
 }
@@ -193,48 +166,35 @@ __device__ __forceinline__ int row_of_thread() {
     return GATED ? slot / 2 % 2 * 16 + warp * 4 + slot / 4 * 2 + slot % 2 : warp * 8 + slot;
 }
 
-// Multiplies this block's tiles; calls write(accumulators, row tiles, row, first token) after each: accumulators 4j + 2i and
-// 4j + 2i + 1 of a thread are row `row` of row tile i, tokens 8j + lane%4*2 and the next.
-template <class Write>
-__device__ __forceinline__ void consume(const Rings& rings, const Matrices& matrices, int m, int units, int row_tiles, float scale, Write write) {
-    int first = threadIdx.x / 128 * TILES, row = row_of_thread(), column = threadIdx.x % 4 * 16;
+struct Consumer {
+    const Rings& rings;
+    int units, first, row, column;  // first: this warpgroup's row tile, of the block's; row, column: this thread's, of a tile and a step
+    float scale;
     RingPosition<STAGES> stage;
     RingPosition<RAW_STAGES> raw;
-    // Weights come in two steps: what is multiplied in step i was decoded in step i - 1, and loaded in step i - 2.
-    RowTile tile[TILES];  // of what is loaded
-    Fields loaded[TILES];
-    int format[TILES];    // of what has been loaded
-    uint32_t w[2][2][8] = {};
-    auto take_tiles = [&](const Walk& walk) {
+
+    // acc = W · Xᵀ for this warpgroup's row tiles, of one format. Weights come in two steps: what is multiplied in step i was
+    // decoded in step i - 1, and loaded in step i - 2.
+    template <class Format>
+    __device__ __forceinline__ void multiply_tile(Accumulators& acc) {
+        Fields loaded[TILES];
+        uint32_t w[2][2][8] = {};
+        auto load = [&](int step) {
+            const uint8_t* from = rings.generic + kRawOffset + raw.stage * kRawBytes + first * Formats::kTileBytes;
 #pragma unroll
-        for (int i = 0; i < TILES; ++i) tile[i] = row_tile(matrices, walk.first_row_tile() + first + i, units);
-    };
-    auto load = [&](int step) {
-#pragma unroll
-        for (int i = 0; i < TILES; ++i) {
-            const uint8_t* from = rings.generic + kRawOffset + raw.stage * kRawBytes + (first + i) * Formats::kTileBytes;
-            loaded[i] = Formats::load(tile[i].format, from, row, step * kStep + column);
-            format[i] = tile[i].format;
-        }
-    };
-    auto decode = [&](int i, int step, uint32_t (&to)[2][8]) {
-        if (i < TILES) Formats::decode(format[i], loaded[i], step * kStep + column, scale, to[i]);
-    };
-    Walk walk(row_tiles, m);
-    take_tiles(walk);
-    barrier_wait(rings.raw_full + 8 * raw.stage, raw.phase);
-    load(0);
-    decode(0, 0, w[0]);
-    decode(1, 0, w[0]);
-    load(1);
-    while (walk.more()) {
-        Accumulators acc;
-        RowTile written[TILES];
-#pragma unroll
-        for (int i = 0; i < TILES; ++i) written[i] = tile[i];
-        int token = walk.first_token(), previous = 0;
-        walk.next();
+            for (int i = 0; i < TILES; ++i) loaded[i] = load_fields<Format>(from + i * Formats::kTileBytes, row, step * kStep + column);
+        };
+        auto decode = [&](int i, int step, uint32_t (&to)[2][8]) {
+            if (i < TILES) decode_halves<Format>(loaded[i], step * kStep + column, scale, to[i]);
+        };
+        barrier_wait(rings.raw_full + 8 * raw.stage, raw.phase);
+        load(0);
+        decode(0, 0, w[0]);
+        decode(1, 0, w[0]);
+        load(1);
+        int previous = 0;
         for (int unit = 0; unit < units; ++unit) {
+            bool more = unit + 1 < units;
 #pragma unroll
             for (int step = 0; step < kUnitSteps; ++step) {
                 if (step % kSub == 0) barrier_wait(rings.full + 8 * stage.stage, stage.phase);
@@ -254,30 +214,45 @@ __device__ __forceinline__ void consume(const Rings& rings, const Matrices& matr
                     if (unit > 0 || step > 0) release(rings.empty + 8 * previous);
                     previous = stage.stage;
                 }
-                decode(0, (step + 1) % kUnitSteps, next);
+                if (step < kUnitSteps - 1 || more) decode(0, (step + 1) % kUnitSteps, next);
                 wgmma_begin();
                 multiply(2);
                 multiply(3);
                 wgmma_commit();
-                decode(1, (step + 1) % kUnitSteps, next);
-                if (step == kUnitSteps - 2) {  // what is loaded next is the next unit's, perhaps the next tile's
+                if (step < kUnitSteps - 1 || more) decode(1, (step + 1) % kUnitSteps, next);
+                if (step == kUnitSteps - 2) {  // the unit has been loaded; the next follows
                     barrier_arrive(rings.raw_empty + 8 * raw.stage);
                     raw.advance();
-                    if (unit + 1 == units) take_tiles(walk);
-                    if (unit + 1 < units || walk.more()) barrier_wait(rings.raw_full + 8 * raw.stage, raw.phase);
+                    if (more) barrier_wait(rings.raw_full + 8 * raw.stage, raw.phase);
                 }
-                load((step + 2) % kUnitSteps);
+                if (step < kUnitSteps - 2 || more) load((step + 2) % kUnitSteps);
                 if (step % kSub == kSub - 1) stage.advance();
             }
         }
         wgmma_wait<0>();
         release(rings.empty + 8 * previous);
-        write(acc, written, row, token);
+    }
+};
+
+// Multiplies this block's tiles; calls write(accumulators, alpha, row tiles, row, first token) after each: accumulators 4j + 2i
+// and 4j + 2i + 1 of a thread are row `row` of row tile i, tokens 8j + lane%4*2 and the next.
+template <class Write>
+__device__ __forceinline__ void consume(const Rings& rings, const Matrices& matrices, int m, int units, int row_tiles, float alpha, float scale, Write write) {
+    Consumer consumer = {rings, units, static_cast<int>(threadIdx.x) / 128 * TILES, row_of_thread(), static_cast<int>(threadIdx.x) % 4 * 16, scale};
+    for (Walk walk(row_tiles, m); walk.more(); walk.next()) {
+        auto tile = [&](int i) { return row_tile(matrices, walk.first_row_tile() + consumer.first + i, units); };
+        Accumulators acc;
+        Formats::multiply_tile(tile(0).format, consumer, acc);
+        RowTile tiles[TILES];
+#pragma unroll
+        for (int i = 0; i < TILES; ++i) tiles[i] = tile(i);
+        write(acc, alpha, tiles, consumer.row, walk.first_token());
     }
 }
 
 template <class Write>
-__device__ __forceinline__ void run(const Matrices& matrices, const void* x_map, int m, int k, const float* w_scale, int row_tiles, Write write) {
+__device__ __forceinline__ void run(const Matrices& matrices, const void* x_map, int m, int k, const float* x_scale, const float* w_scale,
+                                    int row_tiles, Write write) {
     extern __shared__ __align__(1024) uint8_t shared[];
     uint32_t base = shared_address(shared), barriers = base + kBarrierOffset;
     Rings rings = {base, barriers, barriers + 8 * STAGES, barriers + 16 * STAGES, barriers + 16 * STAGES + 8 * RAW_STAGES, shared};
@@ -287,7 +262,7 @@ __device__ __forceinline__ void run(const Matrices& matrices, const void* x_map,
             barrier_init(rings.empty + 8 * i, 4 * WARPGROUPS);
         }
         for (int i = 0; i < RAW_STAGES; ++i) {
-            barrier_init(rings.raw_full + 8 * i, 1);
+            barrier_init(rings.raw_full + 8 * i, kBlockTiles);
             barrier_init(rings.raw_empty + 8 * i, kConsumers);  // each thread for itself: what it read, it has read
         }
         fence_barrier_init();
@@ -296,10 +271,15 @@ __device__ __forceinline__ void run(const Matrices& matrices, const void* x_map,
     int units = ceil_div(k, Formats::kElements);
     if (threadIdx.x < kConsumers) {
         take_registers<CONSUMER_REGISTERS>();
-        consume(rings, matrices, m, units, row_tiles, *w_scale, write);
+        begin_kernel();
+        consume(rings, matrices, m, units, row_tiles, 1.0f / *x_scale / *w_scale, *w_scale, write);
     } else {
         give_up_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x == kConsumers) produce(rings, matrices, x_map, m, units, row_tiles);
+        if (threadIdx.x < kConsumers + kBlockTiles) bring_w(rings, matrices, m, units, row_tiles);
+        if (threadIdx.x == kConsumers + 32) {
+            begin_kernel();
+            bring_x(rings, x_map, m, units, row_tiles);
+        }
     }
 }
 
@@ -312,9 +292,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
                 int rows2, int format2, const void* x_map, int m, int k, float* out, int ldo, const float* x_scale,
                 const float* w_scale, const float* bias, int add) {
     Matrices matrices = {{w0, w1, w2}, {rows0, rows1, rows2}, {format0, format1, format2}};
-    int row_tiles = ceil_div(rows0, kTileRows) + ceil_div(rows1, kTileRows) + ceil_div(rows2, kTileRows);
-    float alpha = 1.0f / *x_scale / *w_scale;
-    run(matrices, x_map, m, k, w_scale, row_tiles, [&](Accumulators& acc, const RowTile (&tiles)[TILES], int row, int token) {
+    int row_tiles = whole_tiles(rows0) + whole_tiles(rows1) + whole_tiles(rows2);
+    run(matrices, x_map, m, k, x_scale, w_scale, row_tiles, [&](Accumulators& acc, float alpha, const RowTile (&tiles)[TILES], int row, int token) {
         token += threadIdx.x % 4 * 2;
 #pragma unroll
         for (int i = 0; i < TILES; ++i) {
@@ -339,15 +318,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
 // out[m, f] = half(*out_scale * act(gate) * up), rows `ldo` apart, in operand order; gate_bias and up_bias [features] may be
 // null. Columns from `features` to the next multiple of 64 become zero.
 extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
-    gemm_gated(const uint8_t* gate, int gate_format, const uint8_t* up, int up_format, int features, const void* x_map, int m,
+    gemm_gated(const uint8_t* gate, const uint8_t* up, int features, const void* x_map, int m,
                int k, half_t* out, int ldo, const float* x_scale, const float* w_scale, const float* gate_bias,
                const float* up_bias, const float* out_scale, int activation) {
-    Matrices matrices = {{gate, up, nullptr}, {features, features, 0}, {gate_format, up_format, 0}};
+    Matrices matrices = {{gate, up, nullptr}, {features, features, 0}, {0, 0, 0}};
     int row_tiles = 2 * ceil_div(features, kOperandGroup) * (kOperandGroup / kTileRows);
-    float alpha = 1.0f / *x_scale / *w_scale, scale = *out_scale;
-    run(matrices, x_map, m, k, w_scale, row_tiles, [&](Accumulators& acc, const RowTile (&tiles)[TILES], int row, int token) {
+    run(matrices, x_map, m, k, x_scale, w_scale, row_tiles, [&](Accumulators& acc, float alpha, const RowTile (&tiles)[TILES], int row, int token) {
         token += threadIdx.x % 4 * 2;
         int f = tiles[0].column + row;
+        float scale = *out_scale;
         bool inside = f < ceil_div(features, kOperandGroup) * kOperandGroup;
         float gate_b = gate_bias != nullptr && f < features ? gate_bias[f] : 0.0f;
         float up_b = up_bias != nullptr && f < features ? up_bias[f] : 0.0f;

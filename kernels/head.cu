@@ -11,6 +11,7 @@ struct Summary {
 constexpr int kThreads = 1024;
 
 extern "C" __global__ void __launch_bounds__(kThreads) summarise(const float* logits, int n, Summary* out) {
+    begin_kernel();
     __shared__ float best_value[kThreads / 32];
     __shared__ int best_index[kThreads / 32];
     __shared__ int any_nan;

@@ -13,23 +13,44 @@ __device__ __forceinline__ float inverse_rms(const float* x, int columns, float 
 }
 
 // out[t, :] = half(*scale * rms_norm(x[t, :]) * weight) in operand order, rows `stride` halves apart, zeros from `columns` to
-// there.
+// there. A thread has four columns of each 1024; those of the first kKept are read once.
+constexpr int kKept = 4;
 extern "C" __global__ void __launch_bounds__(kThreads)
     rms_norm(const float* x, const float* weight, half_t* out, int columns, int stride, float epsilon,
              const float* scale) {
+    begin_kernel();
     x += static_cast<uint64_t>(blockIdx.x) * columns;
     out += static_cast<uint64_t>(blockIdx.x) * stride;
-    float r = inverse_rms(x, columns, epsilon), s = *scale;
-    for (int i = 2 * threadIdx.x; i < stride; i += 2 * kThreads) {
-        float low = i < columns ? x[i] * r * weight[i] * s : 0.0f;
-        float high = i + 1 < columns ? x[i + 1] * r * weight[i + 1] * s : 0.0f;
-        *reinterpret_cast<uint32_t*>(out + operand_position(i)) = pack_half2(low, high);
-    }
+    bool aligned = columns % 4 == 0;
+    auto load = [&](const float* from, int i) {
+        if (aligned) return i < columns ? *reinterpret_cast<const float4*>(from + i) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        return make_float4(i < columns ? from[i] : 0.0f, i + 1 < columns ? from[i + 1] : 0.0f, i + 2 < columns ? from[i + 2] : 0.0f,
+                           i + 3 < columns ? from[i + 3] : 0.0f);
+    };
+    auto add_squares = [](float sum, const float4& v) { return fmaf(v.x, v.x, fmaf(v.y, v.y, fmaf(v.z, v.z, fmaf(v.w, v.w, sum)))); };
+    float4 kept[kKept];
+    float sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kKept; ++j) kept[j] = load(x, 4 * (threadIdx.x + j * kThreads));
+#pragma unroll
+    for (int j = 0; j < kKept; ++j) sum = add_squares(sum, kept[j]);
+    for (int i = 4 * (threadIdx.x + kKept * kThreads); i < columns; i += 4 * kThreads) sum = add_squares(sum, load(x, i));
+    float r = *scale / sqrtf(block_sum<kThreads>(sum) / static_cast<float>(columns) + epsilon);
+    auto write = [&](const float4& v, int i) {
+        if (i >= stride) return;
+        float4 w = load(weight, i);
+        *reinterpret_cast<uint32_t*>(out + operand_position(i)) = pack_half2(v.x * r * w.x, v.y * r * w.y);
+        *reinterpret_cast<uint32_t*>(out + operand_position(i + 2)) = pack_half2(v.z * r * w.z, v.w * r * w.w);
+    };
+#pragma unroll
+    for (int j = 0; j < kKept; ++j) write(kept[j], 4 * (threadIdx.x + j * kThreads));
+    for (int i = 4 * (threadIdx.x + kKept * kThreads); i < stride; i += 4 * kThreads) write(load(x, i), i);
 }
 
 // x[t, :] += rms_norm(y[t, :]) * weight
 extern "C" __global__ void __launch_bounds__(kThreads)
     add_rms_norm(float* x, const float* y, const float* weight, int columns, float epsilon) {
+    begin_kernel();
     x += static_cast<uint64_t>(blockIdx.x) * columns;
     y += static_cast<uint64_t>(blockIdx.x) * columns;
     float r = inverse_rms(y, columns, epsilon);

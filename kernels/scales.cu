@@ -17,6 +17,7 @@ __device__ __forceinline__ float scale_for(float bound, int top) {
 
 // *scale for a matrix whose largest magnitude has these bits.
 extern "C" __global__ void weight_scale(const uint32_t* absmax, float* scale) {
+    begin_kernel();
     *scale = scale_for(bits_to_float(*absmax), kWeightTop);
 }
 
@@ -25,6 +26,7 @@ extern "C" __global__ void weight_scale(const uint32_t* absmax, float* scale) {
 extern "C" __global__ void __launch_bounds__(256)
     output_scale(const float* a, const float* bias_a, const float* b, const float* bias_b, int n, float gain,
                  float* scale) {
+    begin_kernel();
     __shared__ float partial[8];
     float largest = 0.0f;
     for (int i = threadIdx.x; i < n; i += 256) {

@@ -20,6 +20,7 @@ __device__ __forceinline__ void decode_at(const uint8_t* weights, int row, int c
 // is one row of tiles.
 extern "C" __global__ void __launch_bounds__(256)
     repack(const uint8_t* source, uint64_t row_bytes, int rows, uint8_t* tiles, int units) {
+    begin_kernel();
     uint32_t index = (blockIdx.x * 256u + threadIdx.x) * 2u;
     int unit = index / kTileBytes, within = index % kTileBytes;
     if (unit >= units) return;
@@ -48,6 +49,7 @@ extern "C" __global__ void __launch_bounds__(256)
 extern "C" __global__ void __launch_bounds__(256)
     dequantize(const uint8_t* weights, int units, int first, int rows, half_t* out, int stride, int first_out, int gated,
                const float* scale) {
+    begin_kernel();
     uint32_t index = blockIdx.x * 256u + threadIdx.x;
     int row = index / (stride / 16), column = index % (stride / 16) * 16;
     if (row >= rows) return;
@@ -62,6 +64,7 @@ extern "C" __global__ void __launch_bounds__(256)
 // out[t, :] = factor * w[tokens[t], :] in float32: the embedding.
 extern "C" __global__ void __launch_bounds__(256)
     embed(const uint8_t* weights, int units, int columns, const int* tokens, float factor, float* out) {
+    begin_kernel();
     int row = tokens[blockIdx.x];
     for (int column = threadIdx.x * 16; column < columns; column += 256 * 16) {
         float w[16];
@@ -78,6 +81,7 @@ extern "C" __global__ void __launch_bounds__(256)
 extern "C" __global__ void __launch_bounds__(8 * kTileRows)
     measure(const uint8_t* weights, int units, int rows, int columns, const float* input, float* row_norm,
             uint32_t* absmax) {
+    begin_kernel();
     __shared__ float partial[8][kTileRows];
     int row = threadIdx.x % kTileRows, slice = threadIdx.x / kTileRows;
     float sum = 0.0f;

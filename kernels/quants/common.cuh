@@ -46,18 +46,13 @@ __device__ __forceinline__ uint32_t word_of(const uint4& v, int i) { return i ==
 // 2 are then neighbouring weights, and bytes 1 and 3 the two after them.
 __host__ __device__ constexpr int paired(int to) { return (to & ~3) | (to & 1) << 1 | (to >> 1 & 1); }
 
-// Integers 0 .. 255 in bits 0-7 and 16-23 (all else 0), less kOffset: 0x6400 | i is the half 1024 + i, and the difference
-// is exact.
-template <int kOffset>
-__device__ __forceinline__ uint32_t halves_less(uint32_t integers) {
-    return half2_add(integers | 0x64006400u, half2_constant(-(1024 + kOffset)));
-}
-
-// The two pairs of q that a word of paired bytes holds, less kOffset.
+// The two pairs of q that a word of paired bytes holds, less kOffset: 0x6400 | i is the half 1024 + i, and the difference is
+// exact.
 template <int kOffset>
 __device__ __forceinline__ void bytes_to_pairs(uint32_t word, uint32_t* q) {
-    q[0] = halves_less<kOffset>(word & 0x00ff00ffu);
-    q[1] = halves_less<kOffset>(word >> 8 & 0x00ff00ffu);
+    constexpr uint32_t kLess = half2_constant(-(1024 + kOffset));
+    q[0] = half2_add(__byte_perm(word, 0x64646464u, 0x4240), kLess);
+    q[1] = half2_add(__byte_perm(word, 0x64646464u, 0x4341), kLess);
 }
 __device__ __forceinline__ void signed_bytes_to_pairs(uint32_t word, uint32_t* q) { bytes_to_pairs<128>(word ^ 0x80808080u, q); }
 

@@ -50,9 +50,10 @@ class Gemms:
         self._portable = PortableGemm(gpu, kernels, workspace)
         self._hopper = HopperGemm(gpu, kernels, maps) if maps else None
 
-    def choose(self, matrices):
-        """The GEMM for these matrices side by side. One launch of Hopper's wants units of one length."""
-        mixed = len({unit_size(matrix.type)[0] for matrix in matrices}) > 1
+    def choose(self, matrices, gated=False):
+        """The GEMM for these matrices side by side, or for gate and up. One launch of Hopper's wants units of one length,
+        and gate and up of one type."""
+        mixed = len({matrix.type if gated else unit_size(matrix.type)[0] for matrix in matrices}) > 1
         return self._portable if self._hopper is None or mixed else self._hopper
 
 
@@ -139,11 +140,11 @@ class HopperGemm:
         )  # fmt: skip
 
     def gated(self, a, gate, up, act, m, w_scale, biases, activation):
-        types, row_tiles = _types((gate, up)), gate.row_tiles + up.row_tiles
+        types, row_tiles = (gate.type,), gate.row_tiles + up.row_tiles
         tile = self._tile(m, row_tiles, gated=True)
         self._launch(
             "gemm_gated", tile, types, m, row_tiles,
-            gate.address, i32(types.index(gate.type)), up.address, i32(types.index(up.type)), i32(gate.rows),
+            gate.address, up.address, i32(gate.rows),
             self._maps.of(a.address, a.columns, a.rows, tile.tokens), i32(m), i32(a.columns), act.address, i32(padded(act.columns)), a.scale, w_scale,
             *biases, act.scale, i32(activation),
         )  # fmt: skip

@@ -102,7 +102,7 @@ class HopperTile:
         return max(1, min(4, 128 // self.tokens))
 
     def _consumer_registers(self, blocks):
-        """All that the blocks of a multiprocessor may have, less the producers'."""
+        """Of each thread: all that the blocks of a multiprocessor may have, less the producers'."""
         launched = 65536 // (self.threads * blocks) // 8 * 8
         return (launched * (self.warpgroups + 1) - _PRODUCER_REGISTERS) // self.warpgroups // 8 * 8
 
@@ -122,9 +122,9 @@ class HopperTile:
         return blocks, stages, raw_stages, stages * x + raw_stages * raw + _BARRIERS
 
 
+_PRODUCER_REGISTERS = 24  # the fewest there can be
 _BARRIERS = 512  # bytes: more than the stages' barriers take
 _SHARED_MEMORY = 228 << 10  # of a multiprocessor of compute capability 9.0; each block takes 1 KB of it besides its own
-_PRODUCER_REGISTERS = 24
 
 HOPPER_TILES = [
     #          gated, tokens, warpgroups, tiles, blocks, alone, shared
@@ -292,7 +292,12 @@ class Kernels:
         kernel = self._launchers.get(key) or self._get(key)
         config = self._configs.get((grid, threads, shared_bytes))
         if config is None:
-            config = self._gpu.core.LaunchConfig(grid=grid, block=threads, shmem_size=shared_bytes)
+            config = self._gpu.core.LaunchConfig(
+                grid=grid,
+                block=threads,
+                shmem_size=shared_bytes,
+                programmatic_stream_serialization=self._gpu.capability >= (9, 0),  # types.cuh: begin_kernel
+            )
             self._configs[grid, threads, shared_bytes] = config
         self._gpu.core.launch(self._gpu.stream, config, kernel, *args)
 

@@ -55,7 +55,7 @@ class CudaOps(Ops):
         for weights, gated in family.products():
             matrices = [self.weights.matrix(w) for w in weights]
             m = self.n if weights[0] is not family.output else self._head_rows(matrices[0].rows, logits)
-            programs.update(dict.fromkeys(self.gemms.choose(matrices).programs(m, matrices, gated)))
+            programs.update(dict.fromkeys(self.gemms.choose(matrices, gated).programs(m, matrices, gated)))
         self.kernels.prepare(programs, progress)
 
     # the residual stream ----------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ class CudaOps(Ops):
         for t in range(0, self.n, _MLP_TOKENS):
             m = min(_MLP_TOKENS, self.n - t)
             act = Operand(self.work.get("activated", 2 * m * padded(g.rows)), g.rows, act_scale, m)
-            gemm = self.gemms.choose([g, u])
+            gemm = self.gemms.choose([g, u], gated=True)
             gemm.gated(h.rows_from(t), g, u, act, m, w_scale, biases, _ACTIVATIONS[activation])
             at = 4 * t * d.rows
             self._multiply(act, [d], out + at, m, self._bias(down), residual and residual + at)
