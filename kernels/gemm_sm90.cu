@@ -101,19 +101,19 @@ struct Rings {
     const uint8_t* generic;
 };
 
-// The tiles of this block, one after another.
+// The tiles of this block, one after another. The blocks of a cluster take the same tokens and neighbouring rows of W.
 struct Walk {
     int row_tiles, m, tile;
 
-    __device__ Walk(int row_tiles, int m) : row_tiles(row_tiles), m(m), tile(blockIdx.x) {}
-    __device__ int tiles_n() const { return ceil_div(row_tiles, kBlockTiles); }
+    __device__ Walk(int row_tiles, int m) : row_tiles(row_tiles), m(m), tile(blockIdx.x / CLUSTER) {}
+    __device__ int tiles_n() const { return ceil_div(row_tiles, kBlockTiles * CLUSTER); }
     __device__ int tiles_m() const { return ceil_div(m, TOKENS); }
     __device__ bool more() const { return tile < tiles_n() * tiles_m(); }
-    __device__ void next() { tile += gridDim.x; }
+    __device__ void next() { tile += gridDim.x / CLUSTER; }
     __device__ int group() const { return tile / (kTokenGroup * tiles_n()); }
     __device__ int within() const { return tile % (kTokenGroup * tiles_n()); }
     __device__ int width() const { return min(kTokenGroup, tiles_m() - group() * kTokenGroup); }
-    __device__ int first_row_tile() const { return within() / width() * kBlockTiles; }
+    __device__ int first_row_tile() const { return (within() / width() * CLUSTER + blockIdx.x % CLUSTER) * kBlockTiles; }
     __device__ int first_token() const { return (group() * kTokenGroup + within() % width()) * TOKENS; }
 };
 
@@ -136,6 +136,13 @@ __device__ __forceinline__ void bring_w(const Rings& rings, const Matrices& matr
     }
 }
 
+// A step of x: each block of a cluster brings its share of the tokens, for all.
+__device__ __forceinline__ void bring_share(uint32_t to, const void* x_map, int column, int token, uint32_t full) {
+    int rank = blockIdx.x % CLUSTER;
+    if (CLUSTER == 1) tensor_copy(to, x_map, column, token, full);
+    else tensor_copy(to + rank * (kXStep / CLUSTER), x_map, column, token + rank * (TOKENS / CLUSTER), full, (1 << CLUSTER) - 1);
+}
+
 // One thread's: to have it bring x, stage by stage.
 __device__ __forceinline__ void bring_x(const Rings& rings, const void* x_map, int m, int units, int row_tiles) {
     RingPosition<STAGES> stage;
@@ -148,14 +155,16 @@ __device__ __forceinline__ void bring_x(const Rings& rings, const void* x_map, i
             barrier_arrive_expect(full, kXBytes);
 #pragma unroll
             for (int sub = 0; sub < kSub; ++sub)
-                tensor_copy(rings.base + stage.stage * kXBytes + sub * kXStep, x_map, (step + sub) * kStep, token, full);
+                bring_share(rings.base + stage.stage * kXBytes + sub * kXStep, x_map, (step + sub) * kStep, token, full);
         }
     }
 }
 
-// A warp is done with a stage of x.
+// A warp is done with a stage of x: each block that brings a share of it must know.
 __device__ __forceinline__ void release(uint32_t empty) {
-    if (threadIdx.x % 32 == 0) barrier_arrive(empty);
+    int lane = threadIdx.x % 32;
+    if (CLUSTER == 1 && lane == 0) barrier_arrive(empty);
+    if (CLUSTER > 1 && lane < CLUSTER) barrier_arrive_at(empty, lane);
 }
 
 using Accumulators = float[TOKENS / 2];
@@ -250,6 +259,11 @@ __device__ __forceinline__ void consume(const Rings& rings, const Matrices& matr
     }
 }
 
+__device__ __forceinline__ void sync_cluster() {
+    if (CLUSTER == 1) __syncthreads();
+    else cluster_sync();
+}
+
 template <class Write>
 __device__ __forceinline__ void run(const Matrices& matrices, const void* x_map, int m, int k, const float* x_scale, const float* w_scale,
                                     int row_tiles, Write write) {
@@ -259,7 +273,7 @@ __device__ __forceinline__ void run(const Matrices& matrices, const void* x_map,
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(rings.full + 8 * i, 1);
-            barrier_init(rings.empty + 8 * i, 4 * WARPGROUPS);
+            barrier_init(rings.empty + 8 * i, 4 * WARPGROUPS * CLUSTER);
         }
         for (int i = 0; i < RAW_STAGES; ++i) {
             barrier_init(rings.raw_full + 8 * i, kBlockTiles);
@@ -267,7 +281,7 @@ __device__ __forceinline__ void run(const Matrices& matrices, const void* x_map,
         }
         fence_barrier_init();
     }
-    __syncthreads();
+    sync_cluster();
     int units = ceil_div(k, Formats::kElements);
     if (threadIdx.x < kConsumers) {
         take_registers<CONSUMER_REGISTERS>();
@@ -280,14 +294,16 @@ __device__ __forceinline__ void run(const Matrices& matrices, const void* x_map,
             begin_kernel();
             bring_x(rings, x_map, m, units, row_tiles);
         }
+        __syncwarp();
     }
+    if (CLUSTER > 1) cluster_sync();  // until then others may write to this block's shared memory and arrive at its barriers
 }
 
 #if !GATED
 
 // out = acc / (*x_scale * *w_scale) + bias (+ out, if `add`), float32, rows `ldo` apart: the matrices' outputs side by side.
 // bias may be null. x_map: x's tensor map, boxes of 64 halves by TOKENS.
-extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(kThreads, BLOCKS)
     gemm_linear(const uint8_t* w0, int rows0, int format0, const uint8_t* w1, int rows1, int format1, const uint8_t* w2,
                 int rows2, int format2, const void* x_map, int m, int k, float* out, int ldo, const float* x_scale,
                 const float* w_scale, const float* bias, int add) {
@@ -317,7 +333,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
 
 // out[m, f] = half(*out_scale * act(gate) * up), rows `ldo` apart, in operand order; gate_bias and up_bias [features] may be
 // null. Columns from `features` to the next multiple of 64 become zero.
-extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(kThreads, BLOCKS)
     gemm_gated(const uint8_t* gate, const uint8_t* up, int features, const void* x_map, int m,
                int k, half_t* out, int ldo, const float* x_scale, const float* w_scale, const float* gate_bias,
                const float* up_bias, const float* out_scale, int activation) {

@@ -144,6 +144,8 @@ def test_graphs_wait_for_steady_buffers():
 
     assert [run(5), run(5), run(5), run(5)] == [True, True, False, False]
     assert [run(6), run(5)] == [True, False]
-    workspace.get("anything", 100)
+    workspace.get("anything", 100)  # more memory moves nothing, but growing does
+    assert run(5) is False
+    workspace.get("anything", 1000)
     assert [run(5), run(5), run(5)] == [True, True, False]
     assert [run(3000) for _ in range(4)] == [True] * 4

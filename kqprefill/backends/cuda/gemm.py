@@ -135,7 +135,7 @@ class HopperGemm:
         described += (0, i32(0), i32(0)) * (3 - len(matrices))
         self._launch(
             "gemm_linear", tile, types, m, row_tiles,
-            *described, self._maps.of(a.address, a.columns, a.rows, tile.tokens), i32(m), i32(a.columns), out, i32(sum(w.rows for w in matrices)), a.scale,
+            *described, self._maps.of(a.address, a.columns, a.rows, tile.tokens // tile.cluster), i32(m), i32(a.columns), out, i32(sum(w.rows for w in matrices)), a.scale,
             w_scale, bias, i32(residual != 0),
         )  # fmt: skip
 
@@ -145,7 +145,7 @@ class HopperGemm:
         self._launch(
             "gemm_gated", tile, types, m, row_tiles,
             gate.address, up.address, i32(gate.rows),
-            self._maps.of(a.address, a.columns, a.rows, tile.tokens), i32(m), i32(a.columns), act.address, i32(padded(act.columns)), a.scale, w_scale,
+            self._maps.of(a.address, a.columns, a.rows, tile.tokens // tile.cluster), i32(m), i32(a.columns), act.address, i32(padded(act.columns)), a.scale, w_scale,
             *biases, act.scale, i32(activation),
         )  # fmt: skip
 

@@ -54,7 +54,7 @@ class HopperTile:
     """The constants of gemm_sm90.cu, and what a step of 64 columns costs.
 
     A block has `warpgroups` that multiply `tiles` row tiles of 32 rows each (gated: of gate and of up) by `tokens` tokens;
-    `blocks` of them share a multiprocessor. alone, shared: nanoseconds of a step of a block by itself, and those that each
+    `blocks` of them share a multiprocessor; a `cluster` of them shares the tokens that it brings. alone, shared: nanoseconds of a step of a block by itself, and those that each
     block adds where several share a multiprocessor (measured on an H100 with Q4_K).
     """
 
@@ -63,6 +63,7 @@ class HopperTile:
     warpgroups: int
     tiles: int
     blocks: int
+    cluster: int
     alone: int
     shared: int
 
@@ -72,7 +73,7 @@ class HopperTile:
         blocks, stages, raw_stages, _ = self._layout(types)
         constants = {
             "GATED": self.gated, "TOKENS": self.tokens, "WARPGROUPS": self.warpgroups, "TILES": self.tiles,
-            "BLOCKS": blocks, "STEPS": self._steps(), "STAGES": stages, "RAW_STAGES": raw_stages,
+            "BLOCKS": blocks, "CLUSTER": self.cluster, "STEPS": self._steps(), "STAGES": stages, "RAW_STAGES": raw_stages,
             "PRODUCER_REGISTERS": _PRODUCER_REGISTERS, "CONSUMER_REGISTERS": self._consumer_registers(blocks),
             "FORMATS": ",".join(t.name for t in types),
         }  # fmt: skip
@@ -87,7 +88,7 @@ class HopperTile:
 
     def grid(self, m, row_tiles, multiprocessors):
         """Blocks to launch: as many as run at once, or fewer where there are fewer tiles."""
-        return min(multiprocessors * self.blocks, self._count(m, row_tiles))
+        return min(multiprocessors * self.blocks // self.cluster * self.cluster, self._count(m, row_tiles))
 
     def cost(self, m, row_tiles, multiprocessors):
         """Nanoseconds of a step of all tiles."""
@@ -95,7 +96,8 @@ class HopperTile:
         return max(-(-rounds // self.blocks) * self.alone, rounds * self.shared)
 
     def _count(self, m, row_tiles):
-        return -(-m // self.tokens) * -(-row_tiles // (self.warpgroups * self.tiles))
+        """Blocks' tiles, in whole clusters."""
+        return -(-m // self.tokens) * -(-row_tiles // (self.warpgroups * self.tiles * self.cluster)) * self.cluster
 
     def _steps(self):
         """Steps in a stage of x: a whole unit's where they are small, so that there is less waiting."""
@@ -127,23 +129,23 @@ _BARRIERS = 512  # bytes: more than the stages' barriers take
 _SHARED_MEMORY = 228 << 10  # of a multiprocessor of compute capability 9.0; each block takes 1 KB of it besides its own
 
 HOPPER_TILES = [
-    #          gated, tokens, warpgroups, tiles, blocks, alone, shared
-    HopperTile(0, 16, 1, 1, 4, 146, 105),
-    HopperTile(0, 16, 1, 2, 3, 178, 160),
-    HopperTile(0, 32, 1, 1, 3, 157, 135),
-    HopperTile(0, 32, 1, 2, 3, 200, 180),
-    HopperTile(0, 64, 1, 1, 3, 181, 165),
-    HopperTile(0, 64, 1, 2, 2, 215, 180),
-    HopperTile(0, 128, 1, 1, 2, 223, 205),
-    HopperTile(0, 128, 1, 2, 2, 320, 285),
-    HopperTile(0, 128, 2, 2, 1, 455, 455),
-    HopperTile(0, 256, 2, 2, 1, 700, 700),
-    HopperTile(1, 16, 1, 2, 3, 178, 154),
-    HopperTile(1, 32, 1, 2, 3, 200, 160),
-    HopperTile(1, 64, 1, 2, 3, 215, 185),
-    HopperTile(1, 128, 1, 2, 2, 330, 320),
-    HopperTile(1, 128, 2, 2, 1, 470, 470),
-    HopperTile(1, 256, 2, 2, 1, 740, 740),
+    #          gated, tokens, warpgroups, tiles, blocks, cluster, alone, shared
+    HopperTile(0, 16, 1, 1, 4, 1, 146, 105),
+    HopperTile(0, 16, 1, 2, 3, 1, 178, 160),
+    HopperTile(0, 32, 1, 1, 3, 1, 157, 135),
+    HopperTile(0, 32, 1, 2, 3, 1, 200, 180),
+    HopperTile(0, 64, 1, 1, 3, 1, 181, 165),
+    HopperTile(0, 64, 1, 2, 2, 1, 215, 180),
+    HopperTile(0, 128, 1, 1, 2, 1, 223, 205),
+    HopperTile(0, 128, 1, 2, 2, 1, 320, 285),
+    HopperTile(0, 128, 2, 2, 1, 1, 455, 455),
+    HopperTile(0, 256, 2, 2, 1, 2, 700, 700),
+    HopperTile(1, 16, 1, 2, 3, 1, 178, 154),
+    HopperTile(1, 32, 1, 2, 3, 1, 200, 160),
+    HopperTile(1, 64, 1, 2, 3, 1, 215, 185),
+    HopperTile(1, 128, 1, 2, 2, 1, 330, 320),
+    HopperTile(1, 128, 2, 2, 1, 1, 470, 470),
+    HopperTile(1, 256, 2, 2, 1, 2, 740, 740),
 ]
 
 
@@ -269,6 +271,7 @@ class Kernels:
         self._gpu = gpu
         self._cache = cache or KernelCache()
         self._modules, self._launchers, self._configs = {}, {}, {}
+        self.overlap = False  # whether a launch may begin before the one before it has ended (types.cuh: begin_kernel)
 
     def prepare(self, programs, progress):
         """Compile (in parallel) or fetch the programs and load them; progress("compile", done, total)."""
@@ -290,15 +293,16 @@ class Kernels:
         arguments must be ctypes' c_int32 and c_float."""
         key = program, name, shared_bytes
         kernel = self._launchers.get(key) or self._get(key)
-        config = self._configs.get((grid, threads, shared_bytes))
+        config_key = grid, threads, shared_bytes, self.overlap
+        config = self._configs.get(config_key)
         if config is None:
             config = self._gpu.core.LaunchConfig(
                 grid=grid,
                 block=threads,
                 shmem_size=shared_bytes,
-                programmatic_stream_serialization=self._gpu.capability >= (9, 0),  # types.cuh: begin_kernel
+                programmatic_stream_serialization=self.overlap,
             )
-            self._configs[grid, threads, shared_bytes] = config
+            self._configs[config_key] = config
         self._gpu.core.launch(self._gpu.stream, config, kernel, *args)
 
     def _get(self, key):

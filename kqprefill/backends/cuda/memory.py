@@ -19,7 +19,7 @@ def aligned(nbytes):
 class Workspace:
     """Named work buffers. Each grows to the largest size asked for and is then reused; new memory is zeroed.
 
-    generation: changes whenever a buffer moves, so that whoever keeps addresses can tell.
+    generation: changes whenever a buffer has moved, so that whoever keeps addresses can tell.
     """
 
     def __init__(self, gpu):
@@ -32,7 +32,7 @@ class Workspace:
             if buffer is not None:
                 buffer.close(self._gpu.stream)
                 del self._buffers[name]
-            self.generation += 1
+                self.generation += 1
             buffer = self._buffers[name] = self._gpu.allocate(nbytes, f"work buffer {name!r}")
             self._gpu.zero(int(buffer.handle), buffer.size)
         return int(buffer.handle)
