@@ -17,6 +17,84 @@ extern "C" __global__ void __launch_bounds__(256)
 
 constexpr int kWarps = 8, kMaxHead = 256;
 
+struct Rotation {
+    const float* source;  // a head's sums
+    half_t* out;
+    const float* norm;     // or null
+    const float2* angles;  // null for v
+    int head_dim, padded, pairs;
+    float epsilon, scale;
+
+    __device__ float inverse_rms(float sum) const {
+        return norm != nullptr ? 1.0f / sqrtf(warp_sum(sum) / static_cast<float>(head_dim) + epsilon) : 1.0f;
+    }
+
+    // Halves of a head, pairs half a head apart, all in fours: every load is on its way before the first is waited for.
+    __device__ __forceinline__ void rotate_fours(int lane) const {
+        constexpr int kFours = kMaxHead / 128;
+        float4 own[kFours], other[kFours], weight[kFours], other_weight[kFours], angle[kFours][2];
+        auto load = [](const float* from) { return *reinterpret_cast<const float4*>(from); };
+        const float4 ones = make_float4(1.0f, 1.0f, 1.0f, 1.0f);
+        float sum = 0.0f;
+#pragma unroll
+        for (int j = 0; j < kFours; ++j) {
+            int i = 4 * lane + 128 * j;
+            own[j] = other[j] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            weight[j] = other_weight[j] = ones;
+            angle[j][0] = angle[j][1] = make_float4(1.0f, 0.0f, 1.0f, 0.0f);
+            if (i >= head_dim) continue;
+            own[j] = load(source + i);
+            if (norm != nullptr) weight[j] = load(norm + i);
+            if (angles == nullptr || i >= 2 * pairs) continue;
+            int pair = i < pairs ? i : i - pairs, partner = i < pairs ? i + pairs : pair;
+            other[j] = load(source + partner);
+            if (norm != nullptr) other_weight[j] = load(norm + partner);
+            angle[j][0] = load(reinterpret_cast<const float*>(angles + pair));
+            angle[j][1] = load(reinterpret_cast<const float*>(angles + pair + 2));
+        }
+#pragma unroll
+        for (int j = 0; j < kFours; ++j)
+            sum = fmaf(own[j].x, own[j].x, fmaf(own[j].y, own[j].y, fmaf(own[j].z, own[j].z, fmaf(own[j].w, own[j].w, sum))));
+        float r = inverse_rms(sum);
+#pragma unroll
+        for (int j = 0; j < kFours; ++j) {
+            int i = 4 * lane + 128 * j;
+            if (i >= padded) continue;
+            float sign = i < pairs ? -r : r;
+            auto turn = [&](float a, float wa, float b, float wb, float cosine, float sine) {
+                return fmaf(a * r * wa, cosine, b * sign * wb * sine) * scale;
+            };
+            const float4 &a = own[j], &b = other[j], &wa = weight[j], &wb = other_weight[j], &low = angle[j][0], &high = angle[j][1];
+            *reinterpret_cast<uint2*>(out + i) =
+                make_uint2(pack_half2(turn(a.x, wa.x, b.x, wb.x, low.x, low.y), turn(a.y, wa.y, b.y, wb.y, low.z, low.w)),
+                           pack_half2(turn(a.z, wa.z, b.z, wb.z, high.x, high.y), turn(a.w, wa.w, b.w, wb.w, high.z, high.w)));
+        }
+    }
+
+    // The same for any shape, a value at a time. x: shared memory for a head.
+    __device__ __forceinline__ void rotate(int lane, float* x, bool interleaved) const {
+        float sum = 0.0f;
+        for (int i = lane; i < head_dim; i += 32) {
+            x[i] = source[i];
+            sum = fmaf(x[i], x[i], sum);
+        }
+        float r = inverse_rms(sum);
+        if (norm != nullptr)
+            for (int i = lane; i < head_dim; i += 32) x[i] *= r * norm[i];
+        __syncwarp();
+        for (int i = lane; i < padded; i += 32) {
+            float y = i < head_dim ? x[i] : 0.0f;
+            if (angles != nullptr && i < 2 * pairs) {
+                int pair = interleaved ? i / 2 : i % pairs;
+                bool second = interleaved ? i & 1 : i >= pairs;
+                float turned = x[interleaved ? i ^ 1 : second ? i - pairs : i + pairs] * angles[pair].y;
+                y = fmaf(y, angles[pair].x, second ? turned : -turned);
+            }
+            out[i] = float_to_half(y * scale);
+        }
+    }
+};
+
 // qkv: float32 [T, (nq + 2 nkv) * head_dim]. q, k, v: halves, heads `padded` apart (zeros from head_dim to there), tokens
 // q_stride and kv_stride apart. A warp a head; blockIdx.x is the token. norms may be null.
 extern "C" __global__ void __launch_bounds__(32 * kWarps)
@@ -24,64 +102,19 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps)
                const float* q_norm, const float* k_norm, float epsilon, const float2* table, int pairs, int interleaved,
                const float* q_scale, const float* k_scale, const float* v_scale) {
     begin_kernel();
-    __shared__ __align__(16) float heads[kWarps][kMaxHead];
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = blockIdx.y * kWarps + warp, token = blockIdx.x;
+    __shared__ float heads[kWarps][kMaxHead];
+    int warp = threadIdx.x / 32, head = blockIdx.y * kWarps + warp, token = blockIdx.x;
     if (head >= nq + 2 * nkv) return;
-    const float* source = qkv + (static_cast<uint64_t>(token) * (nq + 2 * nkv) + head) * head_dim;
-    float* x = heads[warp];
     bool is_q = head < nq, is_v = head >= nq + nkv;
     int slot = is_q ? head : is_v ? head - nq - nkv : head - nq;
-    half_t* out = (is_q ? q + static_cast<uint64_t>(token) * nq * padded
-                        : (is_v ? v : k) + static_cast<uint64_t>(token) * nkv * padded) + slot * padded;
-    float scale = is_q ? *q_scale : is_v ? *v_scale : *k_scale;
-    const float* norm = is_q ? q_norm : is_v ? nullptr : k_norm;
-
-    // Four values at a time, where that is aligned.
-    bool fours = head_dim % 4 == 0;
-    float sum = 0.0f;
-    for (int i = fours ? 4 * lane : lane; i < head_dim; i += fours ? 128 : 32) {
-        if (fours) {
-            float4 v = *reinterpret_cast<const float4*>(source + i);
-            *reinterpret_cast<float4*>(x + i) = v;
-            sum = fmaf(v.x, v.x, fmaf(v.y, v.y, fmaf(v.z, v.z, fmaf(v.w, v.w, sum))));
-        } else {
-            x[i] = source[i];
-            sum = fmaf(x[i], x[i], sum);
-        }
-    }
-    float r = norm != nullptr ? 1.0f / sqrtf(warp_sum(sum) / static_cast<float>(head_dim) + epsilon) : 1.0f;
-    __syncwarp();
-    const float2* angles = table + static_cast<uint64_t>(token) * pairs;
-    auto normed = [&](float v, int i) { return norm != nullptr ? v * r * norm[i] : v; };
-    for (int i = 4 * lane; i < padded; i += 128) {
-        float y[4];
-        bool rotated = !is_v && i < 2 * pairs;
-        if (fours && rotated && !interleaved && pairs % 4 == 0) {
-            bool second = i >= pairs;
-            int partner = second ? i - pairs : i + pairs, pair = second ? partner : i;
-            float4 own = *reinterpret_cast<const float4*>(x + i), other = *reinterpret_cast<const float4*>(x + partner);
-            float4 low = *reinterpret_cast<const float4*>(angles + pair), high = *reinterpret_cast<const float4*>(angles + pair + 2);
-            float a[4] = {own.x, own.y, own.z, own.w}, b[4] = {other.x, other.y, other.z, other.w};
-            float cosines[4] = {low.x, low.z, high.x, high.z}, sines[4] = {low.y, low.w, high.y, high.w};
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                float turned = normed(b[e], partner + e) * sines[e];
-                y[e] = fmaf(normed(a[e], i + e), cosines[e], second ? turned : -turned);
-            }
-        } else {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                int at = i + e;
-                y[e] = at < head_dim ? normed(x[at], at) : 0.0f;
-                if (!is_v && at < 2 * pairs) {
-                    int pair = interleaved ? at / 2 : at % pairs;
-                    bool second = interleaved ? at & 1 : at >= pairs;
-                    int partner = interleaved ? at ^ 1 : second ? at - pairs : at + pairs;
-                    float turned = normed(x[partner], partner) * angles[pair].y;
-                    y[e] = fmaf(y[e], angles[pair].x, second ? turned : -turned);
-                }
-            }
-        }
-        *reinterpret_cast<uint2*>(out + i) = make_uint2(pack_half2(y[0] * scale, y[1] * scale), pack_half2(y[2] * scale, y[3] * scale));
-    }
+    Rotation rotation = {
+        qkv + (static_cast<uint64_t>(token) * (nq + 2 * nkv) + head) * head_dim,
+        (is_q ? q + static_cast<uint64_t>(token) * nq * padded : (is_v ? v : k) + static_cast<uint64_t>(token) * nkv * padded) + slot * padded,
+        is_q ? q_norm : is_v ? nullptr : k_norm,
+        is_v ? nullptr : table + static_cast<uint64_t>(token) * pairs,
+        head_dim, padded, pairs, epsilon,
+        is_q ? *q_scale : is_v ? *v_scale : *k_scale,
+    };
+    if (head_dim % 4 == 0 && pairs % 4 == 0 && !interleaved) rotation.rotate_fours(threadIdx.x % 32);
+    else rotation.rotate(threadIdx.x % 32, heads[warp], interleaved);
 }

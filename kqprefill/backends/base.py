@@ -36,9 +36,25 @@ class HeadResult:
 
 
 class Ops(ABC):
-    """The operations of one batch. `layer` says which layer is running; it chooses the cache's slice."""
+    """The operations of one batch. `layer` says which layer is running; it chooses the cache's slice.
+
+    timeline: a Timeline that hears which stage each op belongs to, or None.
+    """
 
     layer = 0
+    timeline = None
+
+    def enter(self, stage, matrices=(), rows=0, flops=0):
+        """What follows belongs to this stage: `rows` rows through these matrices (Weights), and other operations."""
+        if self.timeline is not None:
+            flops += sum(2 * rows * w.shape[0] * w.shape[1] for w in matrices)
+            self.timeline.enter(stage, flops, sum(w.tensor.nbytes for w in matrices))
+
+    def attention_flops(self, window):
+        """Multiplications and additions of a layer's attention over this batch."""
+        seen = self.batch.positions.astype(np.int64) + 1
+        seen = seen if window is None else np.minimum(seen, window)
+        return 4 * self.config.q_width * int(seen.sum())
 
     @abstractmethod
     def embed(self, weight, tokens, scale=1.0):
@@ -113,8 +129,10 @@ class Backend(ABC):
         """A Cache for `capacity` tokens."""
 
     @abstractmethod
-    def run(self, model, batch, cache, logits, forward, progress):
-        """Run one batch: x = forward(ops), then the head, asked for `logits` (see Ops.head). Returns HeadResult.
+    def run(self, model, batch, cache, logits, forward, progress, timed=False):
+        """Run one batch: x = forward(ops), then the head, asked for `logits` (see Ops.head).
+
+        Returns HeadResult, and {name: Stage} if timed, else None.
 
         forward(ops) calls each layer's ops, the same calls for the same batch length; progress(stage, done, total) hears
         of what a backend does before (compiling).

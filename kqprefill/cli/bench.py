@@ -20,9 +20,10 @@ _WARM_UP = 2  # runs; on a GPU the first compiles, and the second makes the CUDA
 @click.option("-p", "--prompt", "lengths", default="512", show_default=True, metavar="T,T,…", help="Prompt lengths.")
 @click.option("-r", "--repetitions", default=5, show_default=True, type=click.IntRange(1))
 @click.option("-o", "--output", type=click.Choice(["md", "json", "jsonl", "csv"]), default="md", show_default=True)
+@click.option("--detail", is_flag=True, help="Also time by stage, with TFLOP/s and the GB/s of reading each weight once.")
 @device_options
 @volume_options
-def bench(model, lengths, repetitions, output, backend, device, kernels, quiet, verbose):
+def bench(model, lengths, repetitions, output, detail, backend, device, kernels, quiet, verbose):
     """Measure prefill speed: mean and standard deviation of tokens/s, warm-up excluded.
 
     MODEL is a GGUF file, or a SHAPE:RECIPE such as qwen3-8b:Q4_K_M, which is made in memory with random weights.
@@ -69,7 +70,21 @@ def bench(model, lengths, repetitions, output, backend, device, kernels, quiet, 
                     "tokens_per_second_stddev": statistics.stdev(rates) if repetitions > 1 else 0.0,
                 }
             )
+            if detail:
+                rows[-1]["stages"] = _stages(loaded.prefill(tokens, timed=True).stages)
     click.echo(_FORMATS[output](rows))
+
+
+def _stages(stages):
+    """For each stage: milliseconds and, where it means something, TFLOP/s and GB/s."""
+    return {
+        name: {
+            "ms": 1e3 * stage.seconds,
+            "tflops": stage.flops / stage.seconds / 1e12 if stage.flops else None,
+            "gb_per_s": stage.weight_bytes / stage.seconds / 1e9 if stage.weight_bytes else None,
+        }
+        for name, stage in stages.items()
+    }
 
 
 def _markdown(rows):
@@ -82,12 +97,30 @@ def _markdown(rows):
         ]
         for row in rows
     ]  # fmt: skip
+    table = _table(head, lines)
+    if "stages" not in rows[0]:
+        return table
+    head = ["test", "stage", "ms", "share", "TFLOP/s", "GB/s of weights"]
+    lines = []
+    for row in rows:
+        total = sum(stage["ms"] for stage in row["stages"].values())
+        for name, stage in row["stages"].items():
+            rates = ["" if stage[key] is None else f"{stage[key]:.{0 if stage[key] >= 100 else 2}f}" for key in ("tflops", "gb_per_s")]
+            share = f"{100 * stage['ms'] / total:.1f}%"
+            lines.append([f"pp{row['prompt_tokens']}", name, f"{stage['ms']:.2f}", share, *rates])
+    return table + "\n\n" + _table(head, lines)
+
+
+def _table(head, lines):
     widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
     cells = [head, ["-" * width for width in widths], *lines]
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in cells)
 
 
 def _csv(rows):
+    for row in rows:
+        for name, stage in row.pop("stages", {}).items():
+            row.update({f"{name}_{key}": value for key, value in stage.items()})
     out = io.StringIO()
     writer = csv.DictWriter(out, rows[0], lineterminator="\n")
     writer.writeheader()

@@ -21,7 +21,8 @@ class Prefill:
     """What a prefill gives.
 
     token: the greedy next token's id, None for an empty prompt; logit and logprob (natural logarithm) are its own.
-    logits: float32 [V] for "last", [T, V] for "all", else None. timings: seconds by stage.
+    logits: float32 [V] for "last", [T, V] for "all", else None. timings: {"prefill": seconds}. stages: {name: Stage}
+    (kqprefill.backends.timeline) where asked for, else None.
     """
 
     token: int | None
@@ -30,6 +31,7 @@ class Prefill:
     logits: np.ndarray | None
     prompt_tokens: int
     timings: dict = field(default_factory=dict)
+    stages: dict | None = None
 
 
 class Model:
@@ -44,12 +46,13 @@ class Model:
         """Sizes and constants (kqprefill.models.config.Config)."""
         return self.family.config
 
-    def prefill(self, tokens, logits=None, cache=None, progress=None):
+    def prefill(self, tokens, logits=None, cache=None, progress=None, timed=False):
         """Run the prompt and give its greedy next token (Prefill).
 
         tokens: ids, any integer sequence [T]; an empty one is a no-op. logits: which to return, None, "last" or "all".
         cache: a cache of this model's `new_cache`; the prompt continues at cache.length, which grows by T.
-        progress(stage, done, total) hears of compiling and of each layer. Raises InputError for bad ids, a prompt past
+        progress(stage, done, total) hears of compiling and of each layer. timed: also measure each stage, which costs a
+        little and, on a GPU, launches kernels one by one. Raises InputError for bad ids, a prompt past
         the context length or past the cache's room; BackendError where the device fails or a logit is NaN.
         """
         start_time = time.perf_counter()
@@ -72,11 +75,12 @@ class Model:
                 progress("prefill", index + 1, len(family.blocks))
             return x
 
-        head = self.backend.run(family, Batch(tokens, start), cache, logits, forward, progress)
+        head, stages = self.backend.run(family, Batch(tokens, start), cache, logits, forward, progress, timed)
         if cache is not None:
             cache.length = start + len(tokens)
         elapsed = time.perf_counter() - start_time
-        return Prefill(head.token, head.logit, head.logprob, head.logits, len(tokens), {"prefill": elapsed})
+        timings = {"prefill": elapsed}
+        return Prefill(head.token, head.logit, head.logprob, head.logits, len(tokens), timings, stages)
 
     def token_text(self, token):
         """What a token stands for, from the file's vocabulary; None where it has none."""

@@ -1,10 +1,12 @@
 """The reference backend: NumPy float32, one BLAS call a matrix, nothing clever."""
 
 import platform
+import time
 
 import numpy as np
 
 from ..base import Backend, Cache
+from ..timeline import Timeline
 from .ops import CpuOps
 
 
@@ -30,9 +32,12 @@ class CpuBackend(Backend):
     def new_cache(self, model, capacity):
         return CpuCache(model.config, capacity)
 
-    def run(self, model, batch, cache, logits, forward, progress):
+    def run(self, model, batch, cache, logits, forward, progress, timed=False):
         ops = CpuOps(model.config, batch, cache)
-        return ops.head(forward(ops), model.output_norm, model.output, logits)
+        if timed:
+            ops.timeline = Timeline(time.perf_counter, lambda start, end: end - start)
+        head = ops.head(forward(ops), model.output_norm, model.output, logits)
+        return head, ops.timeline.stages() if timed else None
 
 
 def _processor_name():

@@ -18,9 +18,11 @@ class CpuOps(Ops):
         self._rotations = {}
 
     def embed(self, weight, tokens, scale=1.0):
+        self.enter("rest")
         return dequantize(weight.tensor.data[tokens], weight.tensor.type) * np.float32(scale)
 
     def rms_norm(self, x, weight):
+        self.enter("rest")
         mean_square = np.mean(np.square(x), axis=-1, keepdims=True)
         return x / np.sqrt(mean_square + np.float32(self.config.rms_epsilon)) * _vector(weight.tensor)
 
@@ -36,6 +38,7 @@ class CpuOps(Ops):
         return self._rotate(q, rope), self._rotate(k, rope), v
 
     def _rotate(self, x, rope):
+        self.enter("rest")
         if id(rope) not in self._rotations:
             angle = self.batch.positions[:, None] * rope.inv_freq  # float64: positions can be large
             cos_sin = np.cos(angle) * rope.magnitude, np.sin(angle) * rope.magnitude
@@ -54,6 +57,7 @@ class CpuOps(Ops):
         return out
 
     def attention(self, q, k, v, *, scale, window=None, softcap=None):
+        self.enter("attention", flops=self.attention_flops(window))
         start, n = self.batch.start, len(q)
         if self.cache is not None:
             keys, values = self.cache.k[self.layer], self.cache.v[self.layer]
@@ -79,6 +83,7 @@ class CpuOps(Ops):
         return out.reshape(n, -1)
 
     def linear(self, a, weight, residual=None):
+        self.enter("linear", [weight], len(a))
         tensor, (rows, columns) = weight.tensor, weight.shape
         out = np.empty((len(a), rows), np.float32)
         step = max(1, _MATRIX_PIECE // columns)
@@ -96,6 +101,7 @@ class CpuOps(Ops):
         return self.linear(gated, down, residual=residual)
 
     def head(self, x, norm, output, logits):
+        self.enter("head", [output], len(x) if logits == "all" else 1)
         scores = self.linear(self.rms_norm(x if logits == "all" else x[-1:], norm), output)
         last = scores[-1]
         if np.isnan(last).any():

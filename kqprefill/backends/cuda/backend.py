@@ -1,6 +1,7 @@
 """The CUDA backend: opens a GPU, uploads a model once, runs batches."""
 
 from ..base import Backend, Cache
+from ..timeline import Timeline
 from .device import Gpu, cuda_errors
 from .graphs import Graphs
 from .kernels import Kernels, padded_head, programs_for
@@ -52,15 +53,29 @@ class CudaBackend(Backend):
     def new_cache(self, model, capacity):
         return CudaCache(self.gpu, model.config, capacity)
 
-    def run(self, model, batch, cache, logits, forward, progress):
+    def run(self, model, batch, cache, logits, forward, progress, timed=False):
         with cuda_errors("prefill"):
             self.gpu.device.set_current()
             ops = CudaOps(self, model.config, batch, cache)
             if (ops.n, logits) not in self._prepared:
                 ops.prepare(model, logits, progress)
                 self._prepared.add((ops.n, logits))
-            x = self._graphs.run(ops, forward) if cache is None else forward(ops)
-            return ops.head(x, model.output_norm, model.output, logits)
+            if timed:
+                ops.timeline = self._timeline()
+            x = forward(ops) if timed or cache is not None else self._graphs.run(ops, forward)
+            head = ops.head(x, model.output_norm, model.output, logits)
+            return head, ops.timeline.stages() if timed else None
+
+    def _timeline(self):
+        """Marks are events on the stream: what happens between two of them is the GPU's time."""
+        self.kernels.overlap = False
+        options = self.gpu.core.EventOptions(timing_enabled=True)
+
+        def between(start, end):
+            end.sync()
+            return (end - start) / 1e3
+
+        return Timeline(lambda: self.gpu.stream.record(options=options), between)
 
     def memory_used(self):
         return self.gpu.memory_peak()

@@ -65,6 +65,7 @@ class CudaOps(Ops):
     # the residual stream ----------------------------------------------------------------------------------------------
 
     def embed(self, weight, tokens, scale=1.0):
+        self.enter("rest")
         matrix = self.weights.matrix(weight)
         x = self.work.get("residual", 4 * self.n * matrix.columns)
         self.kernels.launch(
@@ -74,6 +75,7 @@ class CudaOps(Ops):
         return x
 
     def rms_norm(self, x, weight, rows=None):
+        self.enter("rest")
         vector, host = self.weights.vector(weight.tensor)
         columns = len(host)
         rows = self.n if rows is None else rows
@@ -86,6 +88,7 @@ class CudaOps(Ops):
         return Operand(out, columns, scale, rows, vector)
 
     def add_rms_norm(self, x, y, weight):
+        self.enter("rest")
         vector, host = self.weights.vector(weight.tensor)
         self.kernels.launch(
             NORM, "add_rms_norm", self.n, 256, x, y, vector, i32(len(host)), f32(self.config.rms_epsilon)
@@ -102,8 +105,10 @@ class CudaOps(Ops):
         if any(biases):
             bias, _ = self.weights.vector(*(b or m.rows for b, m in zip(biases, matrices)))
         sums = self.work.get("qkv", 4 * n * width)
+        self.enter("linear", [wq, wk, wv], n)
         self._multiply(h, matrices, sums, n, bias)
 
+        self.enter("rest")
         scales = [
             self._rotated_scale(h, m, b, norm, rope) for m, b, norm in zip(matrices, biases, (q_norm, k_norm, None))
         ]
@@ -121,6 +126,7 @@ class CudaOps(Ops):
         return Heads(q, scales[0]), Heads(k, scales[1]), Heads(v, scales[2])
 
     def attention(self, q, k, v, *, scale, window=None, softcap=None):
+        self.enter("attention", flops=self.attention_flops(window))
         c, tile = self.config, self.attention_tile
         out = self.work.get("attended", 2 * self.n * padded(c.q_width))
         inputs = q.address, k.address, v.address
@@ -174,12 +180,14 @@ class CudaOps(Ops):
     # matrices ---------------------------------------------------------------------------------------------------------
 
     def linear(self, a, weight, residual=None):
+        self.enter("linear", [weight], self.n)
         matrix = self.weights.matrix(weight)
         out = residual if residual is not None else self.work.get("linear", 4 * self.n * matrix.rows)
         self._multiply(a, [matrix], out, self.n, self._bias(weight), residual)
         return out
 
     def mlp(self, h, gate, up, down, *, activation, residual=None):
+        self.enter("linear", [gate, up, down], self.n)
         g, u, d = (self.weights.matrix(w) for w in (gate, up, down))
         biases = self._bias(gate), self._bias(up)
         out = residual if residual is not None else self.work.get("linear", 4 * self.n * d.rows)
@@ -235,6 +243,7 @@ class CudaOps(Ops):
     # the end ----------------------------------------------------------------------------------------------------------
 
     def head(self, x, norm, output, logits):
+        self.enter("head", [output], self.n if logits == "all" else 1)
         matrix, n, hidden = self.weights.matrix(output), self.n, self.config.embedding_length
         vocab = matrix.rows
         rows_at_once = self._head_rows(vocab, logits)
