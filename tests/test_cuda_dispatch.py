@@ -75,9 +75,7 @@ class Recorder:
 
 def kernel_parameters(source):
     text = re.sub(r"//[^\n]*", "", text_of(source))
-    found = re.findall(
-        r'extern "C" __global__ void (?:__\w+__\([^)]*\)\s*)*(\w+)\(([^)]*)\)', text
-    )
+    found = re.findall(r'extern "C" __global__ void (?:__\w+__\([^)]*\)\s*)*(\w+)\(([^)]*)\)', text)
     return {name: [" ".join(p.split()) for p in parameters.split(",")] for name, parameters in found}
 
 
@@ -101,7 +99,10 @@ def test_launches(model, capability, portable):
     gpu, kernels = FakeGpu(capability), Recorder()
     workspace = Workspace(gpu)
     backend = SimpleNamespace(
-        gpu=gpu, kernels=kernels, weights=fake_weights(gpu, family), workspace=workspace,
+        gpu=gpu,
+        kernels=kernels,
+        weights=fake_weights(gpu, family),
+        workspace=workspace,
         hopper=capability == (9, 0) and not portable,
     )
     for n in (1, 16, 17, 64, 100, 129, 2048, 4000):

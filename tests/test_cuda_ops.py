@@ -170,6 +170,59 @@ def test_ops(cuda, name, n):
         cuda.weights = None
 
 
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("qwen")])
+def test_soft_capped_attention(cuda, name, window):
+    from kqprefill.backends.cuda.ops import CudaOps
+
+    description, kind = MODELS[name]
+    family = read_model(SyntheticFile(description, lambda *_: kind, name)) if not callable(kind) else None
+    if family is None:
+        pytest.skip("formats make no difference here")
+    cuda.load(family, lambda *_: None)
+    try:
+        tokens = np.random.default_rng().integers(0, description.vocab, 300).astype(np.int32)
+        batch, w = Batch(tokens), family.blocks[0]
+        both = BothOps(CpuOps(family.config, batch, None), CudaOps(cuda, family.config, batch, None))
+        h = both.rms_norm(both.embed(family.token_embd, tokens), w.attn_norm)
+        q, k, v = both.qkv(h, w.attn_q, w.attn_k, w.attn_v, rope=family.rope)
+        free = both.cpu.attention(q[0], k[0], v[0], scale=1.0, window=window)
+        capped = both.attention(q, k, v, scale=1.0, window=window, softcap=0.5)
+        assert relative_error(capped[0], free) > 10 * TOLERANCE  # the cap does something
+    finally:
+        cuda.weights.close()
+        cuda.weights = None
+
+
+def test_every_tile_gives_the_same_bits(monkeypatch):
+    """Whichever shape of tile multiplies, and however few tokens or rows of weights fill it."""
+    from kqprefill.backends.cuda import gemm, kernels
+    from kqprefill.engine.model import open_model
+
+    description = shape("qwen3", 768, 8, 2, 64, 1280, 161)
+    tokens = np.random.default_rng().integers(0, description.vocab, 300)
+
+    def kind(name, _):
+        return GGML.Q6_K if "attn_v" in name or "down" in name else GGML.Q4_K
+
+    def logits(tile, n):
+        choose = kernels.choose_hopper_tile
+        monkeypatch.setattr(
+            gemm,
+            "choose_hopper_tile",
+            lambda m, rows, gated, *more: tile if tile and tile.gated == gated else choose(m, rows, gated, *more),
+        )
+        with open_model(SyntheticFile(description, kind, "tiles"), "cuda") as model:
+            if model.backend.gpu.capability != (9, 0):
+                pytest.skip("tiles of Hopper's GEMM")
+            return model.prefill(tokens[:n], logits="all").logits
+
+    for n in (5, 300):
+        expected = logits(None, n)
+        for tile in kernels.HOPPER_TILES:
+            assert np.array_equal(logits(tile, n), expected), tile
+
+
 @pytest.mark.parametrize("factor", [1e3, 1e-6])
 def test_activations_far_outside_half_precision(factor, tmp_path):
     """Gate and up scaled so that their product is far beyond 65504, or far below 2^-24: no inf, and no loss either."""

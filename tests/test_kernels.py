@@ -25,7 +25,7 @@ def test_all_compile_without_spills(arch):
             assert code[:4] == b"\x7fELF", program
             spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
             assert spills and not any(map(int, spills)), f"{program} for {arch}:\n{log}"
-            assert "warning" not in log, f"{program} for {arch}:\n{log}"
+            assert "warning" not in log and "serialized" not in log, f"{program} for {arch}:\n{log}"
 
 
 def test_tiles_fit_every_gpu():

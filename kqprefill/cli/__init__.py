@@ -54,4 +54,7 @@ def main():
             click.echo(f"kqprefill: {error.filename or 'stdout'}: {error.strerror or error}", err=True)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more on its way out
         status = 1
-    sys.exit(status or 0)
+    sys.stderr.flush()
+    os._exit(
+        status or 0
+    )  # all is written: taking Python and the driver apart piece by piece takes as long as a short prompt

@@ -8,6 +8,7 @@ import statistics
 
 import click
 
+from ..backends.wake import wake_gpu
 from ..errors import InputError
 from .common import device_options, progress_bars, size, volume_options, warner
 
@@ -20,7 +21,9 @@ _WARM_UP = 2  # runs; on a GPU the first compiles, and the second makes the CUDA
 @click.option("-p", "--prompt", "lengths", default="512", show_default=True, metavar="T,T,…", help="Prompt lengths.")
 @click.option("-r", "--repetitions", default=5, show_default=True, type=click.IntRange(1))
 @click.option("-o", "--output", type=click.Choice(["md", "json", "jsonl", "csv"]), default="md", show_default=True)
-@click.option("--detail", is_flag=True, help="Also time by stage, with TFLOP/s and the GB/s of reading each weight once.")
+@click.option(
+    "--detail", is_flag=True, help="Also time by stage, with TFLOP/s and the GB/s of reading each weight once."
+)
 @device_options
 @volume_options
 def bench(model, lengths, repetitions, output, detail, backend, device, kernels, quiet, verbose):
@@ -35,6 +38,7 @@ def bench(model, lengths, repetitions, output, detail, backend, device, kernels,
         lengths = [int(word) for word in lengths.split(",")]
     except ValueError:
         raise click.BadParameter(f"{lengths!r} is no list of lengths such as 128,512,2048", param_hint="-p") from None
+    wake_gpu(backend, device)
     import numpy as np
 
     from ..engine.model import open_model
@@ -105,7 +109,10 @@ def _markdown(rows):
     for row in rows:
         total = sum(stage["ms"] for stage in row["stages"].values())
         for name, stage in row["stages"].items():
-            rates = ["" if stage[key] is None else f"{stage[key]:.{0 if stage[key] >= 100 else 2}f}" for key in ("tflops", "gb_per_s")]
+            rates = [
+                "" if stage[key] is None else f"{stage[key]:.{0 if stage[key] >= 100 else 2}f}"
+                for key in ("tflops", "gb_per_s")
+            ]
             share = f"{100 * stage['ms'] / total:.1f}%"
             lines.append([f"pp{row['prompt_tokens']}", name, f"{stage['ms']:.2f}", share, *rates])
     return table + "\n\n" + _table(head, lines)

@@ -6,6 +6,7 @@ import sys
 
 import click
 
+from ..backends.wake import wake_gpu
 from ..errors import InputError
 from .common import STDIO, device_options, output_file, progress_bars, read_tokens, size, volume_options, warner
 
@@ -31,6 +32,7 @@ def run(model, tokens, as_json, logits, all_positions, backend, device, kernels,
     ids = read_tokens(tokens)
     if logits == "":
         raise InputError("--logits: the file name is empty")
+    wake_gpu(backend, device)
     from ..engine.model import load
 
     with ExitStack() as stack:

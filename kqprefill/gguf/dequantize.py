@@ -5,8 +5,8 @@ from functools import cache
 import os
 
 import numpy as np
-from gguf import quants
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType as GGML
+
+from .types import GGML, GGML_QUANT_SIZES
 
 # What both backends can multiply by. Other ggml types are refused when the model is opened.
 SUPPORTED = frozenset(
@@ -55,6 +55,8 @@ def _decode_slice(raw, ggml_type, block_elements, block_bytes, out):
         d = np.ascontiguousarray(blocks[:, :4]).view(np.float32)
         np.multiply(d, blocks[:, 4:260].view(np.int8), out=out.reshape(-1, block_elements))
         return
+    from gguf import quants  # late: a CUDA run decodes nothing but F32 vectors
+
     row_blocks = _ROW_ELEMENTS // block_elements
     whole = out.size // _ROW_ELEMENTS * _ROW_ELEMENTS
     split = whole // block_elements * block_bytes

@@ -11,9 +11,9 @@ import os
 import struct
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from ..errors import GGUFError
+from .types import GGML, GGML_QUANT_SIZES
 
 _MAGIC = b"GGUF"
 _DEFAULT_ALIGNMENT = 32
@@ -39,7 +39,7 @@ class Tensor:
 
     name: str
     shape: tuple[int, ...]
-    type: GGMLQuantizationType
+    type: GGML
     offset: int  # from the start of the file
     nbytes: int
     _file: "GGUFFile"
@@ -131,7 +131,7 @@ class GGUFFile:
         if 0 in ne:
             raise self._error(f"tensor {name} has a dimension of 0")
         try:
-            ggml_type = GGMLQuantizationType(type_id)
+            ggml_type = GGML(type_id)
         except ValueError:
             raise self._error(f"tensor {name} has the unknown ggml type {type_id}") from None
         block_elements, block_bytes = GGML_QUANT_SIZES[ggml_type]

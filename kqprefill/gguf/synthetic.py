@@ -9,10 +9,10 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType as GGML
 
 from ..errors import InputError
 from .dequantize import SUPPORTED
+from .types import GGML, GGML_QUANT_SIZES
 from .vocabulary import byte_pieces
 
 

@@ -5,10 +5,9 @@ from dataclasses import dataclass, fields
 from functools import cache, cached_property
 import os
 
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType as GGML
-
 from ...errors import ModelError
 from ...gguf.dequantize import SUPPORTED
+from ...gguf.types import GGML, GGML_QUANT_SIZES
 from .compiler import KernelCache, Program, target_of
 from .device import check, cuda_errors
 
@@ -153,7 +152,8 @@ HOPPER_TILES = [
 def choose_hopper_tile(m, row_tiles, gated, multiprocessors):
     """The cheapest tile for m tokens by that many row tiles of W."""
     return min(
-        (tile for tile in HOPPER_TILES if tile.gated == gated), key=lambda tile: tile.cost(m, row_tiles, multiprocessors)
+        (tile for tile in HOPPER_TILES if tile.gated == gated),
+        key=lambda tile: tile.cost(m, row_tiles, multiprocessors),
     )
 
 

@@ -50,14 +50,16 @@ class Uploader:
     the host's copying must be spread over threads to keep up. Copies and other work reach the stream in the order asked.
     """
 
-    SLOT_BYTES, SLOTS, THREADS = 8 << 20, 16, 8
+    SLOT_BYTES, MOST_SLOTS, THREADS = 4 << 20, 16, 8  # page-locking takes 0.4 ms a megabyte
 
-    def __init__(self, gpu):
+    def __init__(self, gpu, nbytes):
+        """nbytes: of all that will be copied; a small model needs no large ring."""
         self._gpu, driver = gpu, gpu.driver
+        count = max(2, min(self.MOST_SLOTS, -(-nbytes // self.SLOT_BYTES)))
         with cuda_errors("allocating page-locked staging memory"):
-            self._base = check(driver.cuMemHostAlloc(self.SLOT_BYTES * self.SLOTS, 0))
-        ring = np.ctypeslib.as_array((ctypes.c_uint8 * (self.SLOT_BYTES * self.SLOTS)).from_address(int(self._base)))
-        self._slots = list(ring.reshape(self.SLOTS, self.SLOT_BYTES))
+            self._base = check(driver.cuMemHostAlloc(self.SLOT_BYTES * count, 0))
+        ring = np.ctypeslib.as_array((ctypes.c_uint8 * (self.SLOT_BYTES * count)).from_address(int(self._base)))
+        self._slots = list(ring.reshape(count, self.SLOT_BYTES))
         self._events = [gpu.device.create_event() for _ in self._slots]
         self._pool = ThreadPoolExecutor(self.THREADS, thread_name_prefix="upload")
         self._pending, self._pieces = deque(), 0
@@ -66,7 +68,7 @@ class Uploader:
         """Copy a host array, left alone until `close`, to a device address."""
         flat = np.ascontiguousarray(source).reshape(-1)
         for at in range(0, flat.size, self.SLOT_BYTES):
-            piece, slot = flat[at : at + self.SLOT_BYTES], self._pieces % self.SLOTS
+            piece, slot = flat[at : at + self.SLOT_BYTES], self._pieces % len(self._slots)
             self._pieces += 1
             self._events[slot].sync()  # what was here before has been copied
             filled = self._pool.submit(np.copyto, self._slots[slot][: piece.size], piece)
@@ -78,7 +80,9 @@ class Uploader:
 
     def _push(self, filled, action):
         self._pending.append((filled, action))
-        if len(self._pending) > self.SLOTS // 2:  # fewer than the slots, so that a slot asked for again has been sent
+        if (
+            len(self._pending) > len(self._slots) // 2
+        ):  # fewer than the slots, so that a slot asked for again has been sent
             self._pop()
 
     def _pop(self):

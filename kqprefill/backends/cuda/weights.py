@@ -56,7 +56,7 @@ class DeviceWeights:
         total = sum(tensor.nbytes for group in matrices for tensor in group)
         done = 0
         raw = gpu.allocate(_RAW_BYTES, "upload")
-        uploader = Uploader(gpu)
+        uploader = Uploader(gpu, total)
         try:
             for tensors in matrices:
                 placed = [Matrix(t.name, t.type, 0, *t.shape) for t in tensors]
