@@ -52,13 +52,32 @@ extern "C" __global__ void __launch_bounds__(256)
     begin_kernel();
     uint32_t index = blockIdx.x * 256u + threadIdx.x;
     int row = index / (stride / 16), column = index % (stride / 16) * 16;
-    if (row >= rows) return;
+    bool inside = row < rows;
+    if (!inside) row = column = 0;  // its lane is still needed below
     uint32_t w[8];
     Fields fields = load_fields<Format>(tile_at(weights, first + row, column, units), (first + row) % kTileRows, column % Format::kElements);
     decode_halves<Format>(fields, column % Format::kElements, *scale, w);
-    half_t* to = out + static_cast<uint64_t>(first_out + (gated ? row + row / 8 * 8 : row)) * stride;
+    // Four lanes have the 64 weights of an operand's group, and the words of each 16 bytes of it: they trade, first with the
+    // lane two away, then with the next, so that each can write 32 bytes in a run.
 #pragma unroll
-    for (int i = 0; i < 8; ++i) *reinterpret_cast<uint32_t*>(to + operand_position(column + 2 * i)) = w[i];
+    for (int distance = 2; distance; distance /= 2) {
+        bool upper = threadIdx.x & distance;
+#pragma unroll
+        for (int pair = 0; pair < 4; ++pair) {
+            if (pair & distance) continue;
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                uint32_t &low = w[2 * pair + i], &high = w[2 * (pair + distance) + i];
+                uint32_t given = __shfl_xor_sync(0xffffffffu, upper ? low : high, distance);
+                (upper ? low : high) = given;
+            }
+        }
+    }
+    if (!inside) return;
+    half_t* to = out + static_cast<uint64_t>(first_out + (gated ? row + row / 8 * 8 : row)) * stride;
+    uint4* chunks = reinterpret_cast<uint4*>(to + column);
+    chunks[0] = make_uint4(w[0], w[2], w[4], w[6]);
+    chunks[1] = make_uint4(w[1], w[3], w[5], w[7]);
 }
 
 // out[t, :] = factor * w[tokens[t], :] in float32: the embedding.

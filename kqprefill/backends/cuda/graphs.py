@@ -27,8 +27,14 @@ class Graphs:
             self._generation = self._workspace.generation
         if n not in self._graphs:
             if n not in self._seen:
+                x = forward(ops)
+                if (
+                    self._generation != self._workspace.generation
+                ):  # buffers have grown: later graphs hold their new addresses
+                    self.clear()
+                    self._generation = self._workspace.generation
                 self._seen.add(n)
-                return forward(ops)
+                return x
             if len(self._graphs) == KEPT:
                 self._drop(next(iter(self._graphs)))
             self._graphs[n] = self._capture(ops, forward)

@@ -43,7 +43,7 @@ class CudaOps(Ops):
         self.config, self.batch, self.cache = config, batch, cache
         self.work = backend.workspace
         self.n = len(batch.tokens)
-        self.kernels.overlap = backend.hopper and self.n >= _OVERLAP_FROM
+        self.kernels.overlap = self.gpu.capability >= (9, 0) and self.n >= _OVERLAP_FROM
         self.maps = TensorMaps(self.gpu, self.weights) if backend.hopper else None
         self.gemms = Gemms(self.gpu, self.kernels, self.work, self.maps)
         self.attention_tile = attention_tile(config.head_dim, backend.hopper)
@@ -56,10 +56,11 @@ class CudaOps(Ops):
     def prepare(self, family, logits, progress):
         """Compile what this batch's matrix products need, all at once, before the first of them is launched."""
         programs = {}
+        lengths = {self.n, min(self.n, _MLP_TOKENS), self.n % _MLP_TOKENS} - {0}
         for weights, gated in family.products():
             matrices = [self.weights.matrix(w) for w in weights]
-            m = self.n if weights[0] is not family.output else self._head_rows(matrices[0].rows, logits)
-            programs.update(dict.fromkeys(self.gemms.choose(matrices, gated).programs(m, matrices, gated)))
+            for m in lengths if weights[0] is not family.output else {self._head_rows(matrices[0].rows, logits)}:
+                programs.update(dict.fromkeys(self.gemms.choose(matrices, gated).programs(m, matrices, gated)))
         self.kernels.prepare(programs, progress)
 
     # the residual stream ----------------------------------------------------------------------------------------------
