@@ -8,6 +8,7 @@ import kqprefill
 from conftest import ROOT, kl_divergence, relative_error
 from kqprefill.backends.base import Batch
 from kqprefill.backends.cpu.ops import CpuOps
+from kqprefill.backends.cuda.kernels import HOPPER_TILES
 from kqprefill.gguf import GGUFFile
 from kqprefill.gguf.synthetic import Shape, SyntheticFile
 from kqprefill.models import read_model
@@ -194,33 +195,48 @@ def test_soft_capped_attention(cuda, name, window):
         cuda.weights = None
 
 
-def test_every_tile_gives_the_same_bits(monkeypatch):
+class TileModel:
+    """A small model whose products are multiplied by a tile of our choice."""
+
+    SHAPE = shape("qwen3", 768, 8, 2, 64, 1280, 161)
+
+    def __init__(self):
+        self.tokens = np.random.default_rng().integers(0, self.SHAPE.vocab, 300)
+        self.expected = self.logits(None)
+
+    def logits(self, tile):
+        """Of 5 and of 300 tokens."""
+        from kqprefill.backends.cuda import gemm, kernels
+        from kqprefill.engine.model import open_model
+
+        def kind(name, _):
+            return GGML.Q6_K if "attn_v" in name or "down" in name else GGML.Q4_K
+
+        def choose(m, row_tiles, gated, multiprocessors):
+            if tile is not None and tile.gated == gated:
+                return tile
+            return kernels.choose_hopper_tile(m, row_tiles, gated, multiprocessors)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gemm, "choose_hopper_tile", choose)
+            with open_model(SyntheticFile(self.SHAPE, kind, "tiles"), "cuda") as model:
+                if model.backend.gpu.capability != (9, 0):
+                    pytest.skip("tiles of Hopper's GEMM")
+                return [model.prefill(self.tokens[:n], logits="all").logits for n in (5, 300)]
+
+
+@pytest.fixture(scope="module")
+def tile_model():
+    return TileModel()
+
+
+@pytest.mark.parametrize(
+    "tile", HOPPER_TILES, ids=lambda t: f"{'gated' if t.gated else 'linear'} {t.tokens}x{t.warpgroups}x{t.tiles}"
+)
+def test_every_tile_gives_the_same_bits(tile_model, tile):
     """Whichever shape of tile multiplies, and however few tokens or rows of weights fill it."""
-    from kqprefill.backends.cuda import gemm, kernels
-    from kqprefill.engine.model import open_model
-
-    description = shape("qwen3", 768, 8, 2, 64, 1280, 161)
-    tokens = np.random.default_rng().integers(0, description.vocab, 300)
-
-    def kind(name, _):
-        return GGML.Q6_K if "attn_v" in name or "down" in name else GGML.Q4_K
-
-    def logits(tile, n):
-        choose = kernels.choose_hopper_tile
-        monkeypatch.setattr(
-            gemm,
-            "choose_hopper_tile",
-            lambda m, rows, gated, *more: tile if tile and tile.gated == gated else choose(m, rows, gated, *more),
-        )
-        with open_model(SyntheticFile(description, kind, "tiles"), "cuda") as model:
-            if model.backend.gpu.capability != (9, 0):
-                pytest.skip("tiles of Hopper's GEMM")
-            return model.prefill(tokens[:n], logits="all").logits
-
-    for n in (5, 300):
-        expected = logits(None, n)
-        for tile in kernels.HOPPER_TILES:
-            assert np.array_equal(logits(tile, n), expected), tile
+    for got, expected in zip(tile_model.logits(tile), tile_model.expected):
+        assert np.array_equal(got, expected)
 
 
 @pytest.mark.parametrize("factor", [1e3, 1e-6])
