@@ -201,7 +201,6 @@ struct Consumer {
         decode(0, 0, w[0]);
         decode(1, 0, w[0]);
         load(1);
-        int previous = 0;
         for (int unit = 0; unit < units; ++unit) {
             bool more = unit + 1 < units;
 #pragma unroll
@@ -219,10 +218,7 @@ struct Consumer {
                 multiply(1);
                 wgmma_commit();
                 wgmma_wait<1>();  // the step before this is done with: its registers may be used again, and its stage
-                if (step % kSub == 0) {
-                    if (unit > 0 || step > 0) release(rings.empty + 8 * previous);
-                    previous = stage.stage;
-                }
+                if (step % kSub == 0 && (unit > 0 || step > 0)) release(rings.empty + 8 * stage.previous());
                 if (step < kUnitSteps - 1 || more) decode(0, (step + 1) % kUnitSteps, next);
                 wgmma_begin();
                 multiply(2);
@@ -239,7 +235,7 @@ struct Consumer {
             }
         }
         wgmma_wait<0>();
-        release(rings.empty + 8 * previous);
+        release(rings.empty + 8 * stage.previous());
     }
 };
 

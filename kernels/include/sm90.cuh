@@ -51,6 +51,7 @@ struct RingPosition {
     __device__ void advance() {
         if (++stage == kStages) stage = 0, phase ^= 1;
     }
+    __device__ int previous() const { return stage == 0 ? kStages - 1 : stage - 1; }
 };
 
 // Copies that the copy engine makes, completing on an mbarrier -------------------------------------------------------------
