@@ -12,6 +12,8 @@ import pytest
 
 import kqprefill
 from conftest import EXAMPLE, log_softmax
+from kqprefill.gguf.synthetic import SyntheticFile
+from kqprefill.models import read_model
 
 COMMAND = Path(sys.executable).with_name("kqprefill")
 ENTRY = [str(COMMAND)] if COMMAND.exists() else [sys.executable, "-m", "kqprefill"]
@@ -168,6 +170,34 @@ def test_bench(output):
     }[output]()
     assert [int(row["prompt_tokens"]) for row in rows] == [16, 32]
     assert all(float(row["tokens_per_second"]) > 0 for row in rows)
+
+
+def test_bench_detail_accounts_for_the_work():
+    """Stages in every format; the operations are those of the shape: 2 a weight and token, 4 a width and pair of tokens."""
+    flags = "-p", "32", "-r", "1", "--detail", "--backend", "cpu", "-o"
+    row = json.loads(kq("bench", "tiny:Q4_K", *flags, "jsonl").stdout)
+    stages = row["stages"]
+    assert list(stages) == ["linear", "attention", "rest", "head"] and all(s["ms"] > 0 for s in stages.values())
+    family = read_model(SyntheticFile.named("tiny:Q4_K"))
+    weights = [w for block in family.blocks for w in block if len(w.shape) == 2]
+    done = {name: s["tflops"] * 1e12 * s["ms"] / 1e3 for name, s in stages.items() if s["tflops"]}
+    assert done["linear"] == pytest.approx(2 * 32 * sum(w.shape[0] * w.shape[1] for w in weights))
+    assert done["head"] == pytest.approx(2 * family.config.vocab_size * family.config.embedding_length)
+    pairs = 32 * 33 // 2
+    assert done["attention"] == pytest.approx(4 * pairs * family.config.q_width * len(family.blocks))
+    read = stages["linear"]["gb_per_s"] * 1e9 * stages["linear"]["ms"] / 1e3
+    assert read == pytest.approx(sum(w.tensor.nbytes for w in weights))
+    assert "linear_tflops" in kq("bench", "tiny:Q4_K", *flags, "csv").stdout.decode().splitlines()[0]
+    table = kq("bench", "tiny:Q4_K", *flags, "md").stdout.decode()
+    assert all(f"| {stage} " in table for stage in stages)
+
+
+def test_starting_imports_no_more_than_it_needs():
+    """The whole gguf package and rich take longer to import than a small model takes to run."""
+    code = (
+        "import sys, kqprefill.engine.model, kqprefill.backends.cuda.backend; print({'gguf', 'rich'} & {*sys.modules})"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).stdout == b"set()\n"
 
 
 def test_bench_refuses():

@@ -2,6 +2,8 @@
 
 from ctypes import c_float, c_int32
 import struct
+import subprocess
+import sys
 
 from gguf import quants
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType as GGML
@@ -65,6 +67,18 @@ def gpu():
     gpu = Gpu(0)
     yield gpu
     gpu.close()
+
+
+def test_types_are_those_of_the_gguf_package():
+    """They are read from its constants without importing it; both must work as each other's keys."""
+    code = """
+from kqprefill.gguf.types import GGML, GGML_QUANT_SIZES
+import gguf.constants as theirs
+assert GGML is not theirs.GGMLQuantizationType
+assert [(t.name, int(t)) for t in GGML] == [(t.name, int(t)) for t in theirs.GGMLQuantizationType]
+assert all(GGML_QUANT_SIZES[t] == theirs.GGML_QUANT_SIZES[own] for own, t in zip(GGML, theirs.GGMLQuantizationType) if own in GGML_QUANT_SIZES)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.gpu
