@@ -8,7 +8,7 @@ import kqprefill
 from conftest import ROOT, kl_divergence, relative_error
 from kqprefill.backends.base import Batch
 from kqprefill.backends.cpu.ops import CpuOps
-from kqprefill.backends.cuda.kernels import HOPPER_TILES
+from kqprefill.backends.cuda.tiles import HOPPER_TILES
 from kqprefill.gguf import GGUFFile
 from kqprefill.gguf.synthetic import Shape, SyntheticFile
 from kqprefill.models import read_model
@@ -206,7 +206,7 @@ class TileModel:
 
     def logits(self, tile):
         """Of 5 and of 300 tokens."""
-        from kqprefill.backends.cuda import gemm, kernels
+        from kqprefill.backends.cuda import gemm, tiles
         from kqprefill.engine.model import open_model
 
         def kind(name, _):
@@ -215,7 +215,7 @@ class TileModel:
         def choose(m, row_tiles, gated, multiprocessors):
             if tile is not None and tile.gated == gated:
                 return tile
-            return kernels.choose_hopper_tile(m, row_tiles, gated, multiprocessors)
+            return tiles.choose_hopper_tile(m, row_tiles, gated, multiprocessors)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(gemm, "choose_hopper_tile", choose)

@@ -9,7 +9,8 @@ import re
 import pytest
 
 from kqprefill.backends.cuda.compiler import KernelCache, Program, compile_program
-from kqprefill.backends.cuda.kernels import ARCHITECTURES, attention_tile, every_program, LARGE_TILE, SMALL_TILE
+from kqprefill.backends.cuda.kernels import ARCHITECTURES, every_program
+from kqprefill.backends.cuda.tiles import LARGE_TILE, SMALL_TILE, attention_tile
 
 SMALLEST_SHARED_MEMORY = 99 << 10  # a block's, on sm_86, sm_89 and sm_120
 

@@ -4,9 +4,10 @@ from ..base import Backend, Cache
 from ..timeline import Timeline
 from .device import Gpu, cuda_errors
 from .graphs import Graphs
-from .kernels import Kernels, padded_head, programs_for
+from .kernels import Kernels, programs_for
 from .memory import Workspace
 from .ops import CudaOps
+from .tiles import padded_head
 from .weights import DeviceWeights
 
 

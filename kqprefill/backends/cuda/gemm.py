@@ -6,16 +6,8 @@ Each gives linear (out = a · Wᵀ + bias + residual, float32) and gated (halves
 from ctypes import c_int32 as i32
 from dataclasses import dataclass, replace
 
-from .kernels import (
-    K_MULTIPLE,
-    LARGE_TILE,
-    SMALL_TILE,
-    choose_gemm_tile,
-    choose_hopper_tile,
-    unit_size,
-    weight_program,
-)
-from .weights import TILE_ROWS
+from .kernels import weight_program
+from .tiles import K_MULTIPLE, LARGE_TILE, SMALL_TILE, choose_gemm_tile, choose_hopper_tile, unit_size
 
 _SCRATCH_BYTES = 256 << 20  # of dequantised weights at a time
 

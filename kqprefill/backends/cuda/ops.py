@@ -13,8 +13,9 @@ import numpy as np
 from ...errors import BackendError
 from ..base import HeadResult, Ops
 from .gemm import Gemms, Operand, padded
-from .kernels import COMMON, HopperAttentionTile, attention_tile, weight_program
+from .kernels import COMMON, weight_program
 from .tensor_maps import TensorMaps
+from .tiles import HopperAttentionTile, attention_tile
 from .weights import TILE_ROWS
 
 NORM, ROPE, SCALES, HEAD = COMMON

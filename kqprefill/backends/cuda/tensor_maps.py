@@ -3,7 +3,7 @@
 import numpy as np
 
 from .device import check
-from .kernels import K_MULTIPLE
+from .tiles import K_MULTIPLE
 
 
 class TensorMaps:

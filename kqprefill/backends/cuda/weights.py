@@ -9,8 +9,9 @@ import numpy as np
 
 from ...errors import BackendError
 from ...gguf import dequantize
-from .kernels import unit_size, weight_program
+from .kernels import weight_program
 from .memory import Uploader, aligned
+from .tiles import unit_size
 
 TILE_ROWS = 32  # kernels/quants/common.cuh
 _RAW_BYTES = 64 << 20  # of a matrix as the file has it, on the device at a time while it is repacked

@@ -1,0 +1,234 @@
+"""The shapes that GEMM and attention blocks may take, and which one serves a product: the one place where that is chosen."""
+
+from dataclasses import dataclass, fields
+from functools import cache, cached_property
+
+from ...errors import ModelError
+from ...gguf.types import GGML_QUANT_SIZES
+from .compiler import Program
+
+LARGEST_HEAD = 256  # rope.cu and the attention kernels
+
+
+@dataclass(frozen=True)
+class GemmTile:
+    """The constants of gemm_sm80.cu. All fit in the 99 KB of shared memory that an sm_86 block may have."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    stages: int
+    warps_m: int
+    warps_n: int
+
+    @cached_property
+    def program(self):
+        return Program("gemm_sm80.cu", tuple((f.name.upper(), str(getattr(self, f.name))) for f in fields(self)))
+
+    @property
+    def threads(self):
+        return 32 * self.warps_m * self.warps_n
+
+    @property
+    def shared_bytes(self):
+        return self.stages * (self.block_m + self.block_n) * self.block_k * 2
+
+    def blocks(self, m, n):
+        return -(-m // self.block_m) * -(-n // self.block_n)
+
+
+#                    M    N    K  stages warps
+LARGE_TILE = GemmTile(128, 256, 32, 4, 2, 4)
+SMALL_TILE = GemmTile(64, 64, 64, 5, 2, 2)
+K_MULTIPLE = 64  # operands are zero-padded to this many columns: every tile's K divides it
+
+
+@dataclass(frozen=True)
+class HopperTile:
+    """The constants of gemm_sm90.cu, and what a step of 64 columns costs.
+
+    A block has `warpgroups` that multiply `tiles` row tiles of 32 rows each (gated: of gate and of up) by `tokens` tokens;
+    `blocks` of them share a multiprocessor; a `cluster` of them shares the tokens that it brings. alone, shared: nanoseconds of a step of a block by itself, and those that each
+    block adds where several share a multiprocessor (measured on an H100 with Q4_K).
+    """
+
+    gated: int
+    tokens: int
+    warpgroups: int
+    tiles: int
+    blocks: int
+    cluster: int
+    alone: int
+    shared: int
+
+    @cache
+    def program(self, types):
+        """The program for launches over matrices of these ggml types (distinct, in the order of their format numbers)."""
+        blocks, stages, raw_stages, _ = self._layout(types)
+        constants = {
+            "GATED": self.gated, "TOKENS": self.tokens, "WARPGROUPS": self.warpgroups, "TILES": self.tiles,
+            "BLOCKS": blocks, "CLUSTER": self.cluster, "STEPS": self._steps(), "STAGES": stages, "RAW_STAGES": raw_stages,
+            "PRODUCER_REGISTERS": _PRODUCER_REGISTERS, "CONSUMER_REGISTERS": self._consumer_registers(blocks),
+            "FORMATS": ",".join(t.name for t in types),
+        }  # fmt: skip
+        return Program("gemm_sm90.cu", tuple((name, str(value)) for name, value in constants.items()))
+
+    @property
+    def threads(self):
+        return 128 * (self.warpgroups + 1)
+
+    def shared_bytes(self, types):
+        return self._layout(types)[-1]
+
+    def grid(self, m, row_tiles, multiprocessors):
+        """Blocks to launch: as many as run at once, or fewer where there are fewer tiles."""
+        return min(multiprocessors * self.blocks // self.cluster * self.cluster, self._count(m, row_tiles))
+
+    def cost(self, m, row_tiles, multiprocessors):
+        """Nanoseconds of a step of all tiles."""
+        rounds = -(-self._count(m, row_tiles) // multiprocessors)  # of one tile for each multiprocessor
+        return max(-(-rounds // self.blocks) * self.alone, rounds * self.shared)
+
+    def _count(self, m, row_tiles):
+        """Blocks' tiles, in whole clusters."""
+        return -(-m // self.tokens) * -(-row_tiles // (self.warpgroups * self.tiles * self.cluster)) * self.cluster
+
+    def _steps(self):
+        """Steps in a stage of x: a whole unit's where they are small, so that there is less waiting."""
+        return max(1, min(4, 128 // self.tokens))
+
+    def _consumer_registers(self, blocks):
+        """Of each thread: all that the blocks of a multiprocessor may have, less the producers'."""
+        launched = 65536 // (self.threads * blocks) // 8 * 8
+        return (launched * (self.warpgroups + 1) - _PRODUCER_REGISTERS) // self.warpgroups // 8 * 8
+
+    @cache
+    def _layout(self, types):
+        """(blocks on a multiprocessor, stages of x, raw stages, bytes of shared memory): as many as fit."""
+        unit = unit_size(types[0])[0]
+        raw = self.warpgroups * self.tiles * 32 * max(unit_size(t)[1] for t in types)
+        steps = min(self._steps(), unit // 64)
+        x, stages_of_unit = steps * self.tokens * 128, unit // 64 // steps
+        for blocks in range(self.blocks, 0, -1):  # fewer where units are large
+            room = (_SHARED_MEMORY >> 10) // blocks * 1024 - 1024 - _BARRIERS
+            raw_stages = max(2, min(8, room // (raw + stages_of_unit * x)))
+            stages = min(raw_stages * stages_of_unit, (room - raw_stages * raw) // x)
+            if stages >= 2:
+                break
+        return blocks, stages, raw_stages, stages * x + raw_stages * raw + _BARRIERS
+
+
+_PRODUCER_REGISTERS = 24  # the fewest there can be
+_BARRIERS = 512  # bytes: more than the stages' barriers take
+_SHARED_MEMORY = 228 << 10  # of a multiprocessor of compute capability 9.0; each block takes 1 KB of it besides its own
+
+HOPPER_TILES = [
+    #          gated, tokens, warpgroups, tiles, blocks, cluster, alone, shared
+    HopperTile(0, 16, 1, 1, 4, 1, 146, 105),
+    HopperTile(0, 16, 1, 2, 3, 1, 178, 160),
+    HopperTile(0, 32, 1, 1, 3, 1, 157, 135),
+    HopperTile(0, 32, 1, 2, 3, 1, 200, 180),
+    HopperTile(0, 64, 1, 1, 3, 1, 185, 149),
+    HopperTile(0, 64, 1, 2, 2, 1, 215, 195),
+    HopperTile(0, 128, 1, 1, 2, 1, 236, 199),
+    HopperTile(0, 128, 1, 2, 2, 1, 266, 259),
+    HopperTile(0, 128, 2, 2, 1, 1, 473, 473),
+    HopperTile(0, 256, 2, 2, 1, 2, 700, 700),
+    HopperTile(1, 16, 1, 2, 3, 1, 178, 154),
+    HopperTile(1, 32, 1, 2, 3, 1, 200, 160),
+    HopperTile(1, 64, 1, 2, 3, 1, 215, 181),
+    HopperTile(1, 128, 1, 2, 2, 1, 330, 253),
+    HopperTile(1, 128, 2, 2, 1, 1, 469, 469),
+    HopperTile(1, 256, 2, 2, 1, 2, 740, 740),
+]
+
+
+@cache
+def choose_hopper_tile(m, row_tiles, gated, multiprocessors):
+    """The cheapest tile for m tokens by that many row tiles of W."""
+    return min(
+        (tile for tile in HOPPER_TILES if tile.gated == gated),
+        key=lambda tile: tile.cost(m, row_tiles, multiprocessors),
+    )
+
+
+def unit_size(ggml_type):
+    """(weights, bytes) of a unit of kernels/quants/: what a row's columns are padded to in device memory."""
+    elements, nbytes = GGML_QUANT_SIZES[ggml_type]
+    unit = 128 if elements == 1 else 256
+    return unit, unit // elements * nbytes
+
+
+def choose_gemm_tile(m, n, multiprocessors):
+    """The large tile does twice the work for each byte it loads; the small one where large ones leave GPU idle."""
+    return LARGE_TILE if LARGE_TILE.blocks(m, n) >= multiprocessors * 3 // 4 else SMALL_TILE
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """The constants of attention_sm80.cu for one head dimension (padded to a multiple of 16)."""
+
+    head_dim: int
+    block_kv: int
+    warps: int
+    q_in_registers: int
+
+    @cached_property
+    def program(self):
+        return Program("attention_sm80.cu", tuple((f.name.upper(), str(getattr(self, f.name))) for f in fields(self)))
+
+    @property
+    def threads(self):
+        return 32 * self.warps
+
+    @property
+    def block_q(self):
+        return 16 * self.warps
+
+    @property
+    def shared_bytes(self):
+        rows = 4 * self.block_kv + (0 if self.q_in_registers else self.block_q)
+        return rows * (2 * self.head_dim + 16)
+
+
+@dataclass(frozen=True)
+class HopperAttentionTile:
+    """The constants of attention_sm90.cu for one head dimension."""
+
+    head_dim: int
+    block_kv: int
+    stages: int
+    block_q = 128
+    threads = 384
+
+    @cached_property
+    def program(self):
+        return Program("attention_sm90.cu", tuple((f.name.upper(), str(getattr(self, f.name))) for f in fields(self)))
+
+    @property
+    def shared_bytes(self):
+        return (self.block_q + 2 * self.stages * self.block_kv) * 2 * self.head_dim + 8 * (1 + 4 * self.stages)
+
+
+HOPPER_ATTENTION_TILES = {
+    64: HopperAttentionTile(64, 128, 4),
+    128: HopperAttentionTile(128, 128, 2),
+    256: HopperAttentionTile(256, 64, 2),
+}
+
+
+def padded_head(head_dim):
+    """Values from one head of q, k and v to the next. Raises ModelError for heads that are too wide."""
+    padded = -(-head_dim // 16) * 16
+    if padded > LARGEST_HEAD:
+        raise ModelError(f"heads of {head_dim} are not supported on CUDA (at most {LARGEST_HEAD}); use --backend cpu")
+    return padded
+
+
+@cache
+def attention_tile(head_dim, hopper):
+    """The kernel for such heads: Hopper's own where it knows them."""
+    padded = padded_head(head_dim)
+    if hopper and padded in HOPPER_ATTENTION_TILES:
+        return HOPPER_ATTENTION_TILES[padded]
+    return AttentionTile(padded, 64, 8, 1) if padded <= 128 else AttentionTile(padded, 32, 4, 0)
