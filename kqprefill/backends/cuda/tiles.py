@@ -50,7 +50,7 @@ class HopperTile:
     A block has `warpgroups` that multiply `tiles` row tiles of 32 rows each (gated: of gate and of up) by `tokens` tokens;
     `blocks` of them share a multiprocessor; a `cluster` of them shares the tokens that it brings. alone, shared:
     nanoseconds of a step of a block by itself, and those that each block adds where several share a multiprocessor
-    (measured on an H100 with Q4_K).
+    (an H100, Q4_K: .ci/tile_costs.py).
     """
 
     gated: int
