@@ -27,7 +27,6 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         return make_float4(i < columns ? from[i] : 0.0f, i + 1 < columns ? from[i + 1] : 0.0f, i + 2 < columns ? from[i + 2] : 0.0f,
                            i + 3 < columns ? from[i + 3] : 0.0f);
     };
-    auto add_squares = [](float sum, const float4& v) { return fmaf(v.x, v.x, fmaf(v.y, v.y, fmaf(v.z, v.z, fmaf(v.w, v.w, sum)))); };
     float4 kept[kKept];
     float sum = 0.0f;
 #pragma unroll

@@ -53,8 +53,7 @@ struct Rotation {
             angle[j][1] = load(reinterpret_cast<const float*>(angles + pair + 2));
         }
 #pragma unroll
-        for (int j = 0; j < kFours; ++j)
-            sum = fmaf(own[j].x, own[j].x, fmaf(own[j].y, own[j].y, fmaf(own[j].z, own[j].z, fmaf(own[j].w, own[j].w, sum))));
+        for (int j = 0; j < kFours; ++j) sum = add_squares(sum, own[j]);
         float r = inverse_rms(sum);
 #pragma unroll
         for (int j = 0; j < kFours; ++j) {
@@ -95,8 +94,8 @@ struct Rotation {
     }
 };
 
-// qkv: float32 [T, (nq + 2 nkv) * head_dim]. q, k, v: halves, heads `padded` apart (zeros from head_dim to there), tokens
-// q_stride and kv_stride apart. A warp a head; blockIdx.x is the token. norms may be null.
+// qkv: float32 [T, (nq + 2 nkv) * head_dim]. q, k, v: halves [T, heads, padded], zeros from head_dim to there. A warp a head;
+// blockIdx.x is the token. norms may be null.
 extern "C" __global__ void __launch_bounds__(32 * kWarps)
     rotate_qkv(const float* qkv, half_t* q, half_t* k, half_t* v, int nq, int nkv, int head_dim, int padded,
                const float* q_norm, const float* k_norm, float epsilon, const float2* table, int pairs, int interleaved,

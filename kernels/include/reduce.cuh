@@ -2,6 +2,11 @@
 #pragma once
 #include "types.cuh"
 
+// sum + |v|²
+__device__ __forceinline__ float add_squares(float sum, const float4& v) {
+    return fmaf(v.x, v.x, fmaf(v.y, v.y, fmaf(v.z, v.z, fmaf(v.w, v.w, sum))));
+}
+
 __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll
     for (int offset = 16; offset; offset >>= 1) v += __shfl_xor_sync(0xffffffffu, v, offset);

@@ -51,21 +51,13 @@ __host__ __device__ constexpr uint32_t half2_constant(int minus_1024_to_2047) {
 }
 
 // A launch may begin before the kernel before it has ended (programmatic dependent launch, sm_90 and later). So every kernel
-// calls this before it reads or writes what another may write or read: it returns when all earlier kernels have ended.
-__device__ __forceinline__ void wait_for_earlier_kernels() {
+// calls this before it reads or writes what another may write or read: it returns when all earlier kernels have ended, and lets
+// the next one's blocks take the room that this one's leave.
+__device__ __forceinline__ void begin_kernel() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-// From here on the next kernel's blocks may take the room that this one's leave.
-__device__ __forceinline__ void let_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
-}
-__device__ __forceinline__ void begin_kernel() {
-    wait_for_earlier_kernels();
-    let_next_kernel_start();
 }
 
 __device__ __forceinline__ float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }

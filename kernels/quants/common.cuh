@@ -73,27 +73,17 @@ struct Fields {
     uint4 pieces[4];
     uint32_t values[4];
 };
-template <class Format>
-struct Loading {
-    Unit<Format::kBytes> unit;
-    Fields& to;
+template <class Format, bool kLoads>
+struct Reader {
+    Fields& fields;
+    Unit<Format::kBytes> unit;  // where kLoads
     mutable int pieces = 0, values = 0;
 
-    __device__ uint4 load16(int offset) const { return to.pieces[pieces++] = unit.load16(offset); }
-    __device__ uint32_t u32(int offset) const { return to.values[values++] = unit.u32(offset); }
-    __device__ uint32_t u16(int offset) const { return to.values[values++] = unit.u16(offset); }
-    __device__ uint32_t u8(int offset) const { return to.values[values++] = unit.u8(offset); }
+    __device__ uint4 load16(int offset) const { return kLoads ? fields.pieces[pieces++] = unit.load16(offset) : fields.pieces[pieces++]; }
+    __device__ uint32_t u32(int offset) const { return kLoads ? fields.values[values++] = unit.u32(offset) : fields.values[values++]; }
+    __device__ uint32_t u16(int offset) const { return kLoads ? fields.values[values++] = unit.u16(offset) : fields.values[values++]; }
+    __device__ uint32_t u8(int offset) const { return kLoads ? fields.values[values++] = unit.u8(offset) : fields.values[values++]; }
     __device__ float half(int offset) const { return half_to_float(static_cast<half_t>(u16(offset))); }
-};
-struct Loaded {
-    const Fields& from;
-    mutable int pieces = 0, values = 0;
-
-    __device__ uint4 load16(int) const { return from.pieces[pieces++]; }
-    __device__ uint32_t u32(int) const { return from.values[values++]; }
-    __device__ uint32_t u16(int) const { return from.values[values++]; }
-    __device__ uint32_t u8(int) const { return from.values[values++]; }
-    __device__ float half(int) const { return half_to_float(static_cast<half_t>(from.values[values++])); }
 };
 
 // Weights ---------------------------------------------------------------------------------------------------------------------
@@ -101,7 +91,7 @@ struct Loaded {
 template <class Format>
 __device__ __forceinline__ Fields load_fields(const uint8_t* tile, int row, int at) {
     Fields fields;
-    Loading<Format> unit{{tile, row}, fields};
+    Reader<Format, true> unit{fields, {tile, row}};
     if constexpr (Format::kUnquantised) {
         float w[16];
         Format::floats(unit, at, w);
@@ -134,11 +124,11 @@ __device__ __forceinline__ void decode_floats(const uint8_t* tile, int row, int 
     }
 }
 
-// Sixteen weights, at `at` of their unit, times `scale`, a power of two, as pairs of halves. d and d * kCenter - m are rounded to halves first: to
-// half a unit in the last place of the weight each, as the result is.
+// Sixteen weights, at `at` of their unit, times `scale`, a power of two, as pairs of halves. d and d * kCenter - m are rounded
+// to halves first: to half a unit in the last place of the weight each, as the result is.
 template <class Format>
-__device__ __forceinline__ void decode_halves(const Fields& fields, int at, float scale, uint32_t (&out)[8]) {
-    Loaded unit{fields};
+__device__ __forceinline__ void decode_halves(Fields& fields, int at, float scale, uint32_t (&out)[8]) {
+    Reader<Format, false> unit{fields, {}};
     if constexpr (Format::kUnquantised) {
         float w[16];
         Format::floats(unit, at, w);
