@@ -1,6 +1,7 @@
 """Measures what a step of each of Hopper's GEMM tiles costs, on the matrices of Qwen3-8B's shape in Q4_K: the last two columns of
 HOPPER_TILES in kqprefill/backends/cuda/tiles.py, printed as that table. usage: python3 .ci/tile_costs.py"""
 
+from dataclasses import astuple, replace
 import statistics
 
 import numpy as np
@@ -8,8 +9,9 @@ import numpy as np
 from kqprefill.backends.cuda.backend import CudaBackend
 from kqprefill.backends.cuda.device import check
 from kqprefill.backends.cuda.gemm import HopperGemm, Operand
+from kqprefill.backends.cuda.graphs import capture
 from kqprefill.backends.cuda.tensor_maps import TensorMaps
-from kqprefill.backends.cuda.tiles import HOPPER_TILES
+from kqprefill.backends.cuda.tiles import HOPPER_TILES, K_MULTIPLE
 from kqprefill.gguf.synthetic import Shape, SyntheticFile
 from kqprefill.gguf.types import GGML
 from kqprefill.models import read_model
@@ -29,10 +31,7 @@ def microseconds(gpu, launch):
     driver, stream, timing = gpu.driver, gpu.stream.handle, gpu.core.EventOptions(timing_enabled=True)
     launch(0)
     gpu.stream.sync()
-    check(driver.cuStreamBeginCapture(stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL))
-    for i in range(LAUNCHES):
-        launch(i % LAYERS)
-    graph = check(driver.cuGraphInstantiate(check(driver.cuStreamEndCapture(stream)), 0))
+    graph, _ = capture(gpu, lambda: [launch(i % LAYERS) for i in range(LAUNCHES)])
     times = []
     for _ in range(3):
         start = gpu.stream.record(options=timing)
@@ -48,10 +47,8 @@ def main():
     backend = CudaBackend(0)
     gpu, work = backend.gpu, backend.workspace
     backend.load(read_model(SyntheticFile(SHAPE, lambda *_: GGML.Q4_K, "tiles")), lambda *_: None)
-    gemm, scale = (
-        HopperGemm(gpu, backend.kernels, TensorMaps(gpu, backend.weights)),
-        backend.weights.constant_scale(1.0),
-    )
+    gemm = HopperGemm(gpu, backend.kernels, TensorMaps(gpu, backend.weights))
+    scale = backend.weights.constant_scale(1.0)
     backend.kernels.prepare([tile.program((GGML.Q4_K,)) for tile in HOPPER_TILES], lambda *_: None)
     rng, costs = np.random.default_rng(0), {tile: {} for tile in HOPPER_TILES}
     for tile in HOPPER_TILES:
@@ -73,26 +70,17 @@ def main():
                     if tile.gated:
                         gemm.gated(x, *matrices[layer], act, tokens, scale, (0, 0), 0)
                     else:
-                        gemm.linear(x, matrices[layer], out, tokens, scale, 0, 0)
+                        gemm.linear(x, matrices[layer], out, tokens, scale, 0, add=False)
 
                 blocks = tile._count(tokens, sum(m.row_tiles for m in matrices[0]))
                 rounds = -(-blocks // gpu.multiprocessors)
-                step = microseconds(gpu, launch) * 1e3 / (columns / 64)
+                step = microseconds(gpu, launch) * 1e3 / (columns / K_MULTIPLE)
                 costs[tile].setdefault(rounds == 1, []).append(step / rounds)
     for tile, measured in costs.items():
         shared = statistics.mean(measured.get(False) or measured[True])
         alone = min(measured.get(True) or [shared]) if tile.blocks > 1 else shared
-        values = (
-            tile.gated,
-            tile.tokens,
-            tile.warpgroups,
-            tile.tiles,
-            tile.blocks,
-            tile.cluster,
-            alone,
-            min(alone, shared),
-        )
-        print(f"    HopperTile({', '.join(f'{value:.0f}' for value in values)}),")
+        row = astuple(replace(tile, alone=round(alone), shared=round(min(alone, shared))))
+        print(f"    HopperTile({', '.join(map(str, row))}),")
 
 
 main()

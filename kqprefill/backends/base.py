@@ -44,17 +44,18 @@ class Ops(ABC):
     layer = 0
     timeline = None
 
-    def enter(self, stage, matrices=(), rows=0, flops=0):
-        """What follows belongs to this stage: `rows` rows through these matrices (Weights), and other operations."""
+    def enter(self, stage, matrices=(), rows=0):
+        """What follows belongs to this stage: `rows` rows through these matrices (Weights), if any."""
         if self.timeline is not None:
-            flops += sum(2 * rows * w.shape[0] * w.shape[1] for w in matrices)
+            flops = sum(2 * rows * w.shape[0] * w.shape[1] for w in matrices)
             self.timeline.enter(stage, flops, sum(w.tensor.nbytes for w in matrices))
 
-    def attention_flops(self, window):
-        """Multiplications and additions of a layer's attention over this batch."""
-        seen = self.batch.positions.astype(np.int64) + 1
-        seen = seen if window is None else np.minimum(seen, window)
-        return 4 * self.config.q_width * int(seen.sum())
+    def enter_attention(self, window):
+        """What follows is a layer's attention over this batch."""
+        if self.timeline is not None:
+            seen = self.batch.positions.astype(np.int64) + 1
+            seen = seen if window is None else np.minimum(seen, window)
+            self.timeline.enter("attention", 4 * self.config.q_width * int(seen.sum()))
 
     @abstractmethod
     def embed(self, weight, tokens, scale=1.0):

@@ -55,6 +55,5 @@ def main():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more on its way out
         status = 1
     sys.stderr.flush()
-    os._exit(
-        status or 0
-    )  # all is written: taking Python and the driver apart piece by piece takes as long as a short prompt
+    # All is written: taking Python and the driver apart piece by piece takes as long as a short prompt.
+    os._exit(status or 0)

@@ -57,7 +57,7 @@ class CpuOps(Ops):
         return out
 
     def attention(self, q, k, v, *, scale, window=None, softcap=None):
-        self.enter("attention", flops=self.attention_flops(window))
+        self.enter_attention(window)
         start, n = self.batch.start, len(q)
         if self.cache is not None:
             keys, values = self.cache.k[self.layer], self.cache.v[self.layer]

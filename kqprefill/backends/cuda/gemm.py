@@ -1,20 +1,15 @@
 """Matrix products on the GPU: operands, and the two ways to multiply one by quantised weights.
 
-Each gives linear (out = a · Wᵀ + bias + residual, float32) and gated (halves of act(gate) * up); Gemms chooses.
+Each gives linear (out = a · Wᵀ + bias, and + out if `add`; float32) and gated (halves of act(gate) * up); Gemms chooses.
 """
 
 from ctypes import c_int32 as i32
 from dataclasses import dataclass, replace
 
 from .kernels import weight_program
-from .tiles import K_MULTIPLE, LARGE_TILE, SMALL_TILE, choose_gemm_tile, choose_hopper_tile, unit_size
+from .tiles import LARGE_TILE, SMALL_TILE, choose_gemm_tile, choose_hopper_tile, padded, unit_size
 
 _SCRATCH_BYTES = 256 << 20  # of dequantised weights at a time
-
-
-def padded(columns):
-    """Halves from one operand row to the next."""
-    return -(-columns // K_MULTIPLE) * K_MULTIPLE
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ class PortableGemm:
         """What multiplying m tokens by these matrices may launch (all the classes have this)."""
         return [LARGE_TILE.program, SMALL_TILE.program, *(weight_program(matrix.type) for matrix in matrices)]
 
-    def linear(self, a, matrices, out, m, w_scale, bias, residual):
+    def linear(self, a, matrices, out, m, w_scale, bias, add):
         k, total = padded(a.columns), sum(matrix.rows for matrix in matrices)
         slice_rows = min(total, _SCRATCH_BYTES // (2 * k) // 256 * 256)
         scratch = self._work.get("dequantised", 2 * slice_rows * k)
@@ -74,7 +69,7 @@ class PortableGemm:
             self._kernels.launch(
                 tile.program, "gemm_linear", tile.blocks(m, end - begin), tile.threads,
                 a.address, scratch, i32(m), i32(end - begin), i32(k), out + 4 * begin, i32(total), a.scale, w_scale,
-                bias and bias + 4 * begin, residual and residual + 4 * begin, shared_bytes=tile.shared_bytes,
+                bias and bias + 4 * begin, out + 4 * begin if add else 0, shared_bytes=tile.shared_bytes,
             )  # fmt: skip
 
     def gated(self, a, gate, up, act, m, w_scale, biases, activation):
@@ -119,16 +114,15 @@ class HopperGemm:
         tiles = sum(matrix.row_tiles for matrix in matrices)
         return [self._tile(m, tiles, gated).program(_types(matrices))]
 
-    def linear(self, a, matrices, out, m, w_scale, bias, residual):
+    def linear(self, a, matrices, out, m, w_scale, bias, add):
         types, row_tiles = _types(matrices), sum(matrix.row_tiles for matrix in matrices)
         tile = self._tile(m, row_tiles, gated=False)
-        assert residual in (0, out), "gemm_sm90.cu adds in place"
         described = [v for w in matrices for v in (w.address, i32(w.rows), i32(types.index(w.type)))]
         described += (0, i32(0), i32(0)) * (3 - len(matrices))
         self._launch(
             "gemm_linear", tile, types, m, row_tiles,
             *described, self._maps.of(a.address, a.columns, a.rows, tile.tokens // tile.cluster), i32(m), i32(a.columns), out, i32(sum(w.rows for w in matrices)), a.scale,
-            w_scale, bias, i32(residual != 0),
+            w_scale, bias, i32(add),
         )  # fmt: skip
 
     def gated(self, a, gate, up, act, m, w_scale, biases, activation):

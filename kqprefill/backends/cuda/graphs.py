@@ -6,6 +6,20 @@ LONGEST = 2048  # tokens; beyond, the GPU is busy for longer than the launches t
 KEPT = 16  # prompt lengths
 
 
+def capture(gpu, launch):
+    """(an executable graph of what launch() launches, launch()'s result)"""
+    driver, stream = gpu.driver, gpu.stream.handle
+    check(driver.cuStreamBeginCapture(stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL))
+    try:
+        result = launch()
+    finally:
+        captured = check(driver.cuStreamEndCapture(stream))
+    try:
+        return check(driver.cuGraphInstantiate(captured, 0)), result
+    finally:
+        check(driver.cuGraphDestroy(captured))
+
+
 class Graphs:
     """Runs forward(ops): the second time that a prompt length comes it is captured, and is one graph launch from then on.
 
@@ -22,37 +36,24 @@ class Graphs:
         n = ops.n
         if n > LONGEST:
             return forward(ops)
-        if self._generation != self._workspace.generation:
-            self.clear()
-            self._generation = self._workspace.generation
+        self._forget_if_moved()
         if n not in self._graphs:
             if n not in self._seen:
                 x = forward(ops)
-                if (
-                    self._generation != self._workspace.generation
-                ):  # buffers have grown: later graphs hold their new addresses
-                    self.clear()
-                    self._generation = self._workspace.generation
+                self._forget_if_moved()  # buffers have grown: later graphs hold their new addresses
                 self._seen.add(n)
                 return x
             if len(self._graphs) == KEPT:
                 self._drop(next(iter(self._graphs)))
-            self._graphs[n] = self._capture(ops, forward)
+            self._graphs[n] = capture(self._gpu, lambda: forward(ops))
         graph, x = self._graphs[n]
         check(self._gpu.driver.cuGraphLaunch(graph, self._gpu.stream.handle))
         return x
 
-    def _capture(self, ops, forward):
-        driver, stream = self._gpu.driver, self._gpu.stream.handle
-        check(driver.cuStreamBeginCapture(stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL))
-        try:
-            x = forward(ops)
-        finally:
-            captured = check(driver.cuStreamEndCapture(stream))
-        try:
-            return check(driver.cuGraphInstantiate(captured, 0)), x
-        finally:
-            check(driver.cuGraphDestroy(captured))
+    def _forget_if_moved(self):
+        if self._generation != self._workspace.generation:
+            self.clear()
+            self._generation = self._workspace.generation
 
     def _drop(self, n):
         graph, _ = self._graphs.pop(n)

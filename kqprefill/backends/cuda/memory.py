@@ -80,9 +80,8 @@ class Uploader:
 
     def _push(self, filled, action):
         self._pending.append((filled, action))
-        if (
-            len(self._pending) > len(self._slots) // 2
-        ):  # fewer than the slots, so that a slot asked for again has been sent
+        # Fewer than the slots, so that a slot asked for again has been sent.
+        if len(self._pending) > len(self._slots) // 2:
             self._pop()
 
     def _pop(self):
@@ -104,8 +103,7 @@ class Uploader:
     def close(self):
         """Free the ring, once nothing reads it any more."""
         self._pool.shutdown()
-        self._gpu.driver.cuStreamSynchronize(
-            self._gpu.stream.handle
-        )  # an error was, or will be, someone else's to tell
+        # An error was, or will be, someone else's to tell.
+        self._gpu.driver.cuStreamSynchronize(self._gpu.stream.handle)
         self._slots = None
         self._gpu.driver.cuMemFreeHost(self._base)

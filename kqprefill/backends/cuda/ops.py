@@ -12,11 +12,10 @@ import numpy as np
 
 from ...errors import BackendError
 from ..base import HeadResult, Ops
-from .gemm import Gemms, Operand, padded
+from .gemm import Gemms, Operand
 from .kernels import COMMON, weight_program
 from .tensor_maps import TensorMaps
-from .tiles import HopperAttentionTile, attention_tile
-from .weights import TILE_ROWS
+from .tiles import TILE_ROWS, HopperAttentionTile, attention_tile, padded
 
 NORM, ROPE, SCALES, HEAD = COMMON
 
@@ -128,7 +127,7 @@ class CudaOps(Ops):
         return Heads(q, scales[0]), Heads(k, scales[1]), Heads(v, scales[2])
 
     def attention(self, q, k, v, *, scale, window=None, softcap=None):
-        self.enter("attention", flops=self.attention_flops(window))
+        self.enter_attention(window)
         c, tile = self.config, self.attention_tile
         out = self.work.get("attended", 2 * self.n * padded(c.q_width))
         inputs = q.address, k.address, v.address
@@ -185,7 +184,7 @@ class CudaOps(Ops):
         self.enter("linear", [weight], self.n)
         matrix = self.weights.matrix(weight)
         out = residual if residual is not None else self.work.get("linear", 4 * self.n * matrix.rows)
-        self._multiply(a, [matrix], out, self.n, self._bias(weight), residual)
+        self._multiply(a, [matrix], out, self.n, self._bias(weight), add=residual is not None)
         return out
 
     def mlp(self, h, gate, up, down, *, activation, residual=None):
@@ -201,13 +200,13 @@ class CudaOps(Ops):
             gemm = self.gemms.choose([g, u], gated=True)
             gemm.gated(h.rows_from(t), g, u, act, m, w_scale, biases, _ACTIVATIONS[activation])
             at = 4 * t * d.rows
-            self._multiply(act, [d], out + at, m, self._bias(down), residual and residual + at)
+            self._multiply(act, [d], out + at, m, self._bias(down), add=residual is not None)
         return out
 
-    def _multiply(self, a, matrices, out, m, bias=0, residual=None):
-        """out[:m] = a · [matrices, one under another]ᵀ + bias + residual."""
+    def _multiply(self, a, matrices, out, m, bias=0, add=False):
+        """out[:m] = a · [matrices, one under another]ᵀ + bias (+ out[:m], if add)."""
         gemm = self.gemms.choose(matrices)
-        gemm.linear(a, matrices, out, m, self._weight_scale(matrices, a), bias, residual or 0)
+        gemm.linear(a, matrices, out, m, self._weight_scale(matrices, a), bias, add)
 
     def _bias(self, weight):
         return self.weights.vector(weight.bias)[0] if weight.bias is not None else 0

@@ -3,7 +3,7 @@
 import numpy as np
 
 from .device import check
-from .tiles import K_MULTIPLE
+from .tiles import padded
 
 
 class TensorMaps:
@@ -13,12 +13,12 @@ class TensorMaps:
         self._gpu, self._weights = gpu, weights
 
     def of(self, address, columns, rows, box_rows):
-        """Device address of the descriptor of a matrix whose rows are `columns` halves, padded to a multiple of 64, apart:
+        """Device address of the descriptor of a matrix whose rows are padded(columns) halves apart:
         boxes of box_rows rows by 64 columns, 128-byte swizzle, zeros outside."""
 
         def encode(to):
             d = self._gpu.driver
-            stride = -(-columns // K_MULTIPLE) * K_MULTIPLE
+            stride = padded(columns)
             descriptor = check(
                 d.cuTensorMapEncodeTiled(
                     d.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, address,

@@ -8,10 +8,25 @@ from ...gguf.types import GGML_QUANT_SIZES
 from .compiler import Program
 
 LARGEST_HEAD = 256  # rope.cu and the attention kernels
+TILE_ROWS = 32  # kernels/quants/common.cuh
+K_MULTIPLE = 64  # operands are zero-padded to this many columns, a GEMM's step: every tile's K divides it
+
+
+def padded(columns):
+    """Halves from one operand row to the next."""
+    return -(-columns // K_MULTIPLE) * K_MULTIPLE
+
+
+class _Constants:
+    """A tile whose fields are the constants that its kernel is compiled with."""
+
+    @cached_property
+    def program(self):
+        return Program(self.source, tuple((f.name.upper(), str(getattr(self, f.name))) for f in fields(self)))
 
 
 @dataclass(frozen=True)
-class GemmTile:
+class GemmTile(_Constants):
     """The constants of gemm_sm80.cu. All fit in the 99 KB of shared memory that an sm_86 block may have."""
 
     block_m: int
@@ -20,10 +35,7 @@ class GemmTile:
     stages: int
     warps_m: int
     warps_n: int
-
-    @cached_property
-    def program(self):
-        return Program("gemm_sm80.cu", tuple((f.name.upper(), str(getattr(self, f.name))) for f in fields(self)))
+    source = "gemm_sm80.cu"
 
     @property
     def threads(self):
@@ -40,15 +52,14 @@ class GemmTile:
 #                    M    N    K  stages warps
 LARGE_TILE = GemmTile(128, 256, 32, 4, 2, 4)
 SMALL_TILE = GemmTile(64, 64, 64, 5, 2, 2)
-K_MULTIPLE = 64  # operands are zero-padded to this many columns: every tile's K divides it
 
 
 @dataclass(frozen=True)
 class HopperTile:
     """The constants of gemm_sm90.cu, and what a step of 64 columns costs.
 
-    A block has `warpgroups` that multiply `tiles` row tiles of 32 rows each (gated: of gate and of up) by `tokens` tokens;
-    `blocks` of them share a multiprocessor; a `cluster` of them shares the tokens that it brings. alone, shared:
+    A block has `warpgroups` that multiply `tiles` row tiles of TILE_ROWS rows each (gated: of gate and of up) by `tokens`
+    tokens; `blocks` of them share a multiprocessor; a `cluster` of them shares the tokens that it brings. alone, shared:
     nanoseconds of a step of a block by itself, and those that each block adds where several share a multiprocessor
     (an H100, Q4_K: .ci/tile_costs.py).
     """
@@ -107,9 +118,9 @@ class HopperTile:
     def _layout(self, types):
         """(blocks on a multiprocessor, stages of x, raw stages, bytes of shared memory): as many as fit."""
         unit = unit_size(types[0])[0]
-        raw = self.warpgroups * self.tiles * 32 * max(unit_size(t)[1] for t in types)
-        steps = min(self._steps(), unit // 64)
-        x, stages_of_unit = steps * self.tokens * 128, unit // 64 // steps
+        raw = self.warpgroups * self.tiles * TILE_ROWS * max(unit_size(t)[1] for t in types)
+        steps = min(self._steps(), unit // K_MULTIPLE)
+        x, stages_of_unit = steps * self.tokens * 2 * K_MULTIPLE, unit // K_MULTIPLE // steps
         for blocks in range(self.blocks, 0, -1):  # fewer where units are large
             room = (_SHARED_MEMORY >> 10) // blocks * 1024 - 1024 - _BARRIERS
             raw_stages = max(2, min(8, room // (raw + stages_of_unit * x)))
@@ -166,17 +177,14 @@ def choose_gemm_tile(m, n, multiprocessors):
 
 
 @dataclass(frozen=True)
-class AttentionTile:
+class AttentionTile(_Constants):
     """The constants of attention_sm80.cu for one head dimension (padded to a multiple of 16)."""
 
     head_dim: int
     block_kv: int
     warps: int
     q_in_registers: int
-
-    @cached_property
-    def program(self):
-        return Program("attention_sm80.cu", tuple((f.name.upper(), str(getattr(self, f.name))) for f in fields(self)))
+    source = "attention_sm80.cu"
 
     @property
     def threads(self):
@@ -193,18 +201,15 @@ class AttentionTile:
 
 
 @dataclass(frozen=True)
-class HopperAttentionTile:
+class HopperAttentionTile(_Constants):
     """The constants of attention_sm90.cu for one head dimension."""
 
     head_dim: int
     block_kv: int
     stages: int
+    source = "attention_sm90.cu"
     block_q = 128
     threads = 384
-
-    @cached_property
-    def program(self):
-        return Program("attention_sm90.cu", tuple((f.name.upper(), str(getattr(self, f.name))) for f in fields(self)))
 
     @property
     def shared_bytes(self):

@@ -11,9 +11,8 @@ from ...errors import BackendError
 from ...gguf import dequantize
 from .kernels import weight_program
 from .memory import Uploader, aligned
-from .tiles import unit_size
+from .tiles import TILE_ROWS, unit_size
 
-TILE_ROWS = 32  # kernels/quants/common.cuh
 _RAW_BYTES = 64 << 20  # of a matrix as the file has it, on the device at a time while it is repacked
 _MOST_COLUMNS = 1 << 19  # a tile of rows must fit the upload and scratch buffers
 
