@@ -18,7 +18,7 @@ from kqprefill.backends.cuda.weights import DeviceWeights, Matrix, aligned
 from kqprefill.gguf.synthetic import SyntheticFile
 from kqprefill.models import read_model
 
-HOPPER_SHARED_MEMORY = 227 << 10
+SHARED_MEMORY = {(8, 0): 163 << 10, (9, 0): 227 << 10, (12, 0): 99 << 10}  # of a block, by capability
 OK = CUresult.CUDA_SUCCESS
 
 
@@ -27,6 +27,7 @@ class FakeGpu:
 
     def __init__(self, capability):
         self.capability, self.multiprocessors, self.stream = capability, 132, None
+        self.shared_memory = SHARED_MEMORY[capability]
         self._next = itertools.count(1)
         self.driver = SimpleNamespace(
             cuTensorMapEncodeTiled=lambda *_: (OK, SimpleNamespace(opaque=[0] * 16)),
@@ -50,8 +51,8 @@ class FakeGpu:
 class Recorder:
     """In place of Kernels: checks each launch against the source."""
 
-    def __init__(self):
-        self.prepared, self.launched = set(), []
+    def __init__(self, gpu):
+        self.gpu, self.prepared, self.launched = gpu, set(), []
 
     def prepare(self, programs, progress):
         self.prepared.update(programs)
@@ -69,7 +70,7 @@ class Recorder:
             )
             assert type(value) is wanted, f"{name}: {parameter} got {value!r}"
         assert all(g > 0 for g in np.atleast_1d(grid)) and 0 < threads <= 1024
-        assert shared_bytes <= (HOPPER_SHARED_MEMORY if "sm90" in program.source else 99 << 10)
+        assert shared_bytes <= self.gpu.shared_memory
         self.launched.append((program, name))
 
 
@@ -96,7 +97,8 @@ def fake_weights(gpu, family):
 def test_launches(model, capability, portable):
     family = read_model(SyntheticFile.named(model))
     family.blocks = family.blocks[:2]
-    gpu, kernels = FakeGpu(capability), Recorder()
+    gpu = FakeGpu(capability)
+    kernels = Recorder(gpu)
     workspace = Workspace(gpu)
     backend = SimpleNamespace(
         gpu=gpu,

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import statistics
+import time
 
 import click
 
@@ -20,13 +21,17 @@ _WARM_UP = 2  # runs; on a GPU the first compiles, and the second makes the CUDA
 @click.argument("model", metavar="MODEL|SHAPE:RECIPE")
 @click.option("-p", "--prompt", "lengths", default="512", show_default=True, metavar="T,T,…", help="Prompt lengths.")
 @click.option("-r", "--repetitions", default=5, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--delay", default=0.0, metavar="SECONDS", type=click.FloatRange(0, 3600),
+    help="Pause before each repetition: what one prompt takes on a rested GPU, where its power limit slows one after another.",
+)
 @click.option("-o", "--output", type=click.Choice(["md", "json", "jsonl", "csv"]), default="md", show_default=True)
 @click.option(
     "--detail", is_flag=True, help="Also time by stage, with TFLOP/s and the GB/s of reading each weight once."
 )
 @device_options
 @volume_options
-def bench(model, lengths, repetitions, output, detail, backend, device, kernels, quiet, verbose):
+def bench(model, lengths, repetitions, delay, output, detail, backend, device, kernels, quiet, verbose):
     """Measure prefill speed: mean and standard deviation of tokens/s, warm-up excluded.
 
     MODEL is a GGUF file, or a SHAPE:RECIPE such as qwen3-8b:Q4_K_M, which is made in memory with random weights.
@@ -60,7 +65,10 @@ def bench(model, lengths, repetitions, output, detail, backend, device, kernels,
             tokens = np.random.default_rng(length).integers(0, config.vocab_size, length)
             for _ in range(_WARM_UP):
                 loaded.prefill(tokens)
-            rates = [length / loaded.prefill(tokens).timings["prefill"] for _ in range(repetitions)]
+            rates = []
+            for _ in range(repetitions):
+                time.sleep(delay)
+                rates.append(length / loaded.prefill(tokens).timings["prefill"])
             rows.append(
                 {
                     "model": str(loaded.file.metadata.get("general.name") or os.path.basename(model)),

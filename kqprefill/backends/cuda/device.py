@@ -73,6 +73,7 @@ class Gpu:
                 f"{self.name} has compute capability {capability.major}.{capability.minor}; 8.0 or later is needed"
             )
         self.multiprocessors = device.properties.multiprocessor_count
+        self.shared_memory = device.properties.max_shared_memory_per_block_optin  # bytes
         with cuda_errors(f"opening {self.name}"):
             self.stream = device.create_stream()
             self.pool = core.DeviceMemoryResource(device)

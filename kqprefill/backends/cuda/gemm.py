@@ -7,7 +7,7 @@ from ctypes import c_int32 as i32
 from dataclasses import dataclass, replace
 
 from .kernels import weight_program
-from .tiles import LARGE_TILE, SMALL_TILE, choose_gemm_tile, choose_hopper_tile, padded, unit_size
+from .tiles import SMALL_TILE, choose_gemm_tile, choose_hopper_tile, large_tile, padded, unit_size
 
 _SCRATCH_BYTES = 256 << 20  # of dequantised weights at a time
 
@@ -52,7 +52,8 @@ class PortableGemm:
 
     def programs(self, m, matrices, gated):
         """What multiplying m tokens by these matrices may launch (all the classes have this)."""
-        return [LARGE_TILE.program, SMALL_TILE.program, *(weight_program(matrix.type) for matrix in matrices)]
+        large = large_tile(self._gpu.shared_memory)
+        return [large.program, SMALL_TILE.program, *(weight_program(matrix.type) for matrix in matrices)]
 
     def linear(self, a, matrices, out, m, w_scale, bias, add):
         k, total = padded(a.columns), sum(matrix.rows for matrix in matrices)
@@ -65,7 +66,7 @@ class PortableGemm:
                 if low < high:
                     dequantise(self._kernels, matrix, low - first, high - low, scratch, k, w_scale, low - begin)
                 first += matrix.rows
-            tile = choose_gemm_tile(m, end - begin, self._gpu.multiprocessors)
+            tile = choose_gemm_tile(m, end - begin, self._gpu)
             self._kernels.launch(
                 tile.program, "gemm_linear", tile.blocks(m, end - begin), tile.threads,
                 a.address, scratch, i32(m), i32(end - begin), i32(k), out + 4 * begin, i32(total), a.scale, w_scale,
@@ -81,7 +82,7 @@ class PortableGemm:
             scratch = self._work.get("dequantised", 4 * rows_at_once * k)
             for matrix, first in ((gate, 0), (up, 8)):
                 dequantise(self._kernels, matrix, at, features, scratch, k, w_scale, first, gated=True)
-            tile = choose_gemm_tile(m, 2 * width, self._gpu.multiprocessors)
+            tile = choose_gemm_tile(m, 2 * width, self._gpu)
             self._kernels.launch(
                 tile.program, "gemm_gated", tile.blocks(m, 2 * width), tile.threads,
                 a.address, scratch, i32(m), i32(features), i32(width), i32(k), act.address + 2 * at, i32(stride),

@@ -8,7 +8,7 @@ from ...gguf.dequantize import SUPPORTED
 from ...gguf.types import GGML
 from .compiler import KernelCache, Program, target_of
 from .device import check, cuda_errors
-from .tiles import HOPPER_TILES, LARGE_TILE, SMALL_TILE, attention_tile
+from .tiles import HOPPER_TILES, LARGE_TILES, SMALL_TILE, attention_tile
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")  # what we claim to compile for
 
@@ -28,7 +28,7 @@ def programs_for(head_dim, ggml_types, hopper):
 
 def every_program(arch):
     """All programs for an architecture, over the head dimensions in use: what the tests compile."""
-    programs = dict.fromkeys(tile.program for tile in (LARGE_TILE, SMALL_TILE))
+    programs = dict.fromkeys(tile.program for tile in (*LARGE_TILES, SMALL_TILE))
     for head_dim in (64, 80, 96, 112, 128, 192, 256):
         for hopper in {False, arch == "sm_90a"}:
             programs.update(dict.fromkeys(programs_for(head_dim, SUPPORTED, hopper)))

