@@ -16,31 +16,50 @@ __device__ __forceinline__ void decode_at(const uint8_t* weights, int row, int c
     decode_floats<Format>(tile_at(weights, row, column, units), row % kTileRows, column % Format::kElements, out);
 }
 
-// From rows as GGUF stores them (`rows` of `row_bytes`) to tiles. A thread makes two bytes; one block row of the grid
-// is one row of tiles.
+// From rows as GGUF stores them (`rows` of `row_bytes`; up to 3 bytes before and after them are read too) to tiles. A block
+// takes REPACK_UNITS units of a tile row through shared memory, so that whole lines are read and written.
 extern "C" __global__ void __launch_bounds__(256)
     repack(const uint8_t* source, uint64_t row_bytes, int rows, uint8_t* tiles, int units) {
+    constexpr int kSpan = REPACK_UNITS * Format::kBytes, kStride = ((kSpan + 7) / 4 | 1) * 4;  // odd words: no bank conflicts
+    constexpr int kPieces = Format::kBytes / 16, kTail = Format::kBytes % 16, kTailAt = kPieces * 16;
+    __shared__ __align__(4) uint8_t staged[kTileRows * kStride];
     begin_kernel();
-    uint32_t index = (blockIdx.x * 256u + threadIdx.x) * 2u;
-    int unit = index / kTileBytes, within = index % kTileBytes;
-    if (unit >= units) return;
-    constexpr int kWhole = Format::kBytes / 16 * 16, kTail = Format::kBytes % 16;
-    int row, to;
-    if (within < kWhole * kTileRows) {
-        int piece = within / (16 * kTileRows);
-        row = within / 16 % kTileRows ^ Unit<Format::kBytes>::swizzle(piece);
-        to = piece * 16 + within % 16;
-    } else {
-        row = (within - kWhole * kTileRows) / (kTail ? kTail : 1);
-        to = kWhole + (within - kWhole * kTileRows) % (kTail ? kTail : 1);
+    int first = blockIdx.x * REPACK_UNITS, count = min(REPACK_UNITS, units - first);
+    int valid = static_cast<int>(min(static_cast<uint64_t>(kSpan), row_bytes - static_cast<uint64_t>(first) * Format::kBytes));
+    auto start_of = [&](int row) { return source + (blockIdx.y * static_cast<uint64_t>(kTileRows) + row) * row_bytes + static_cast<uint64_t>(first) * Format::kBytes; };
+    auto skew_of = [&](int row) { return static_cast<int>(reinterpret_cast<uint64_t>(start_of(row)) & 3); };
+    for (int row = threadIdx.x / 32; row < kTileRows; row += 8) {
+        bool inside = static_cast<int>(blockIdx.y) * kTileRows + row < rows;
+        int skew = skew_of(row);
+        const uint32_t* from = reinterpret_cast<const uint32_t*>(start_of(row) - skew);
+        uint32_t* to = reinterpret_cast<uint32_t*>(staged + row * kStride);
+        for (int word = threadIdx.x % 32; 4 * word < kSpan + skew; word += 32) {
+            int left = inside ? valid + skew - 4 * word : 0;
+            uint32_t bytes = left > 0 ? from[word] : 0;
+            to[word] = left > 0 && left < 4 ? bytes & ((1u << 8 * left) - 1) : bytes;
+        }
     }
-    int source_row = blockIdx.y * kTileRows + row;
-    auto byte = [&](int offset) -> uint32_t {
-        uint64_t from = static_cast<uint64_t>(unit) * Format::kBytes + Format::source_of(offset);
-        return source_row < rows && from < row_bytes ? source[source_row * row_bytes + from] : 0;
-    };
-    *reinterpret_cast<uint16_t*>(tiles + static_cast<uint64_t>(blockIdx.y) * units * kTileBytes + index) =
-        static_cast<uint16_t>(byte(to) | byte(to + 1) << 8);
+    __syncthreads();
+    uint8_t* to = tiles + (static_cast<uint64_t>(blockIdx.y) * units + first) * kTileBytes;
+    for (int i = threadIdx.x; i < count * kPieces * kTileRows; i += 256) {
+        int unit = i / (kPieces * kTileRows), piece = i / kTileRows % kPieces, slot = i % kTileRows;
+        int row = slot ^ Unit<Format::kBytes>::swizzle(piece);
+        const uint8_t* from = staged + row * kStride + skew_of(row) + unit * Format::kBytes;
+        uint32_t words[4];
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+            uint32_t bytes[4];
+#pragma unroll
+            for (int b = 0; b < 4; ++b) bytes[b] = from[Format::source_of(16 * piece + 4 * w + b)];
+            words[w] = bytes[0] | bytes[1] << 8 | bytes[2] << 16 | bytes[3] << 24;
+        }
+        *reinterpret_cast<uint4*>(to + static_cast<uint64_t>(unit) * kTileBytes + (piece * kTileRows + slot) * 16) = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+    for (int i = threadIdx.x; i < count * kTail * kTileRows; i += 256) {
+        int unit = i / (kTileRows * (kTail ? kTail : 1)), row = i / (kTail ? kTail : 1) % kTileRows, at = i % (kTail ? kTail : 1);
+        to[static_cast<uint64_t>(unit) * kTileBytes + kTailAt * kTileRows + row * kTail + at] =
+            staged[row * kStride + skew_of(row) + unit * Format::kBytes + Format::source_of(kTailAt + at)];
+    }
 }
 
 // Halves of *scale * w for `rows` rows from `first`, zeros from the matrix's columns to `stride`: gemm_sm80.cu's operand, in

@@ -11,8 +11,8 @@ __version__ = "0.1.0"
 __all__ = ["load", "KqprefillError", "GGUFError", "ModelError", "InputError", "BackendError", "__version__"]
 
 
-def load(path, backend="auto", device=0, kernels="auto", progress=None, warn=None):
-    """Open a GGUF model and make it ready to prefill; see `kqprefill.engine.model.load`."""
+def load(path, **options):
+    """Open a GGUF model and make it ready to prefill; `kqprefill.engine.model.load` says which options there are."""
     from .engine.model import load  # NumPy and the backends are only imported once a model is asked for
 
-    return load(path, backend=backend, device=device, kernels=kernels, progress=progress, warn=warn)
+    return load(path, **options)

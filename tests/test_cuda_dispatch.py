@@ -14,7 +14,7 @@ from kqprefill.backends.cuda.compiler import text_of
 from kqprefill.backends.cuda.graphs import Graphs
 from kqprefill.backends.cuda.memory import Workspace
 from kqprefill.backends.cuda.ops import CudaOps
-from kqprefill.backends.cuda.weights import DeviceWeights, Matrix, aligned
+from kqprefill.backends.cuda.rehearsal import stand_in
 from kqprefill.gguf.synthetic import SyntheticFile
 from kqprefill.models import read_model
 
@@ -22,37 +22,19 @@ SHARED_MEMORY = {(8, 0): 163 << 10, (9, 0): 227 << 10, (12, 0): 99 << 10}  # of 
 OK = CUresult.CUDA_SUCCESS
 
 
-class FakeGpu:
-    """Hands out addresses; remembers nothing, computes nothing."""
-
-    def __init__(self, capability):
-        self.capability, self.multiprocessors, self.stream = capability, 132, None
-        self.shared_memory = SHARED_MEMORY[capability]
-        self._next = itertools.count(1)
-        self.driver = SimpleNamespace(
-            cuTensorMapEncodeTiled=lambda *_: (OK, SimpleNamespace(opaque=[0] * 16)),
-            cuuint64_t=int, cuuint32_t=int,
-            CUtensorMapDataType=SimpleNamespace(CU_TENSOR_MAP_DATA_TYPE_FLOAT16=0),
-            CUtensorMapInterleave=SimpleNamespace(CU_TENSOR_MAP_INTERLEAVE_NONE=0),
-            CUtensorMapSwizzle=SimpleNamespace(CU_TENSOR_MAP_SWIZZLE_128B=0),
-            CUtensorMapL2promotion=SimpleNamespace(CU_TENSOR_MAP_L2_PROMOTION_L2_256B=0),
-            CUtensorMapFloatOOBfill=SimpleNamespace(CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE=0),
-        )  # fmt: skip
-
-    def allocate(self, nbytes, what):
-        return SimpleNamespace(handle=next(self._next) << 40, size=max(nbytes, 256), close=lambda stream: None)
-
-    def upload(self, address, array):
-        pass
-
-    zero = download = upload
+def facts(capability):
+    """What a stand-in for such a GPU must know."""
+    return SimpleNamespace(capability=capability, multiprocessors=132, shared_memory=SHARED_MEMORY[capability])
 
 
 class Recorder:
     """In place of Kernels: checks each launch against the source."""
 
-    def __init__(self, gpu):
-        self.gpu, self.prepared, self.launched = gpu, set(), []
+    def __init__(self, shared_memory):
+        self.shared_memory, self.prepared, self.launched = shared_memory, set(), []
+
+    def fence(self):
+        pass
 
     def prepare(self, programs, progress):
         self.prepared.update(programs)
@@ -70,7 +52,7 @@ class Recorder:
             )
             assert type(value) is wanted, f"{name}: {parameter} got {value!r}"
         assert all(g > 0 for g in np.atleast_1d(grid)) and 0 < threads <= 1024
-        assert shared_bytes <= self.gpu.shared_memory
+        assert shared_bytes <= self.shared_memory
         self.launched.append((program, name))
 
 
@@ -80,16 +62,6 @@ def kernel_parameters(source):
     return {name: [" ".join(p.split()) for p in parameters.split(",")] for name, parameters in found}
 
 
-def fake_weights(gpu, family):
-    weights = DeviceWeights.__new__(DeviceWeights)
-    weights._gpu, weights._buffers, weights._vectors, weights._made, weights._spans = gpu, [], {}, {}, []
-    weights._matrices = {
-        w.name: Matrix(w.name, w.tensor.type, i << 32, *w.shape) for i, w in enumerate(family.matrices(), 1)
-    }
-    assert all(aligned(m.nbytes) >= w.tensor.nbytes for m, w in zip(weights._matrices.values(), family.matrices()))
-    return weights
-
-
 @pytest.mark.parametrize("capability,portable", [((8, 0), False), ((12, 0), False), ((9, 0), False), ((9, 0), True)])
 @pytest.mark.parametrize(
     "model", ["tiny:Q4_K_M", "qwen3-8b:Q4_K_M", "qwen3-32b:Q8_K", "llama3-70b:F32", "llama3-8b:Q3_K"]
@@ -97,17 +69,10 @@ def fake_weights(gpu, family):
 def test_launches(model, capability, portable):
     family = read_model(SyntheticFile.named(model))
     family.blocks = family.blocks[:2]
-    gpu = FakeGpu(capability)
-    kernels = Recorder(gpu)
-    workspace = Workspace(gpu)
-    backend = SimpleNamespace(
-        gpu=gpu,
-        kernels=kernels,
-        weights=fake_weights(gpu, family),
-        workspace=workspace,
-        hopper=capability == (9, 0) and not portable,
-    )
-    for n in (1, 16, 17, 64, 100, 129, 2048, 4000):
+    kernels = Recorder(SHARED_MEMORY[capability])
+    hopper = capability == (9, 0) and not portable
+    for n in (1, 16, 17, 64, 100, 129, 2048, 4000, 20000):
+        backend = stand_in(facts(capability), hopper, kernels, host_embedding=n in (129, 20000))
         for logits in (None, "last", "all"):
             kernels.launched.clear(), kernels.prepared.clear()
             tokens = np.zeros(n, np.int32)
@@ -122,16 +87,20 @@ def test_launches(model, capability, portable):
             launched = {p for p, _ in kernels.launched if p.source.startswith("gemm")}
             assert launched <= kernels.prepared
             assert any(
-                p.source == ("gemm_sm90.cu" if capability == (9, 0) and not portable else "gemm_sm80.cu")
-                for p in launched
+                p.source == ("gemm_sm90.cu" if hopper else "gemm_sm80.cu") for p in launched
             )
 
 
 def test_graphs_wait_for_steady_buffers():
     """First launches, then captures; and starts over when a work buffer has moved."""
-    gpu = FakeGpu((9, 0))
-    captured = itertools.count()
-    gpu.stream = SimpleNamespace(handle=0, sync=lambda: None)
+    captured, addresses = itertools.count(), itertools.count(1)
+    gpu = SimpleNamespace(
+        stream=SimpleNamespace(handle=0, sync=lambda: None),
+        zero=lambda *_: None,
+        allocate=lambda nbytes, _: SimpleNamespace(
+            handle=next(addresses) << 40, size=max(nbytes, 256), close=lambda stream: None
+        ),
+    )
     gpu.driver = SimpleNamespace(
         CUstreamCaptureMode=SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1),
         cuStreamBeginCapture=lambda *_: (OK,), cuStreamEndCapture=lambda *_: (OK, 7), cuGraphDestroy=lambda *_: (OK,),

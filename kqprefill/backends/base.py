@@ -44,6 +44,10 @@ class Ops(ABC):
     layer = 0
     timeline = None
 
+    def begin_layer(self, index):
+        """The ops that follow are this layer's."""
+        self.layer = index
+
     def enter(self, stage, matrices=(), rows=0):
         """What follows belongs to this stage: `rows` rows through these matrices (Weights), if any."""
         if self.timeline is not None:
@@ -117,13 +121,19 @@ class Cache(ABC):
 
 
 class Backend(ABC):
-    """A device that can run a model. `name` is "cpu" or "cuda"; `device_name` is for people."""
+    """A device that can run a model. `name` is "cpu" or "cuda"; `device_name` is for people; `plan` says what of the model
+    stays in the device's memory (kqprefill.backends.cuda.residency.Plan), None where that means nothing."""
 
     name = device_name = ""
+    plan = None
 
     @abstractmethod
-    def load(self, model, progress):
-        """Make the model's weights ready (a no-op on the CPU); progress(stage, done, total) hears how far it is."""
+    def load(self, model, progress, vram=None, tokens=None):
+        """Make the model's weights ready (a no-op on the CPU); progress(stage, done, total) hears how far it is.
+
+        vram: a Budget (kqprefill.backends.budget) of device memory, None for all that is free; tokens: of the longest
+        prompt to plan for. Raises BackendError where the model cannot run within it.
+        """
 
     @abstractmethod
     def new_cache(self, model, capacity):

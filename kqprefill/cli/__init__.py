@@ -8,6 +8,7 @@ import click
 from .. import __version__
 from ..errors import InputError, KqprefillError
 from .bench import bench
+from .plan import plan
 from .run import run
 from .synth import synth
 
@@ -20,10 +21,11 @@ def cli():
     \b
     kqprefill run model.gguf --tokens 1,2,3     the greedy next token
     kqprefill bench qwen3-8b:Q4_K_M             tokens/s by prompt length
+    kqprefill plan model.gguf --vram 8G         what stays in GPU memory, what is streamed
     """
 
 
-for command in (run, bench, synth):
+for command in (run, bench, plan, synth):
     cli.add_command(command)
 
 

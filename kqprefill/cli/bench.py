@@ -11,7 +11,7 @@ import click
 
 from ..backends.wake import wake_gpu
 from ..errors import InputError
-from .common import device_options, progress_bars, size, volume_options, warner
+from .common import device_options, memory_option, open_file, plan_lines, progress_bars, size, volume_options, warner
 
 
 _WARM_UP = 2  # runs; on a GPU the first compiles, and the second makes the CUDA graph of a short prompt
@@ -30,8 +30,9 @@ _WARM_UP = 2  # runs; on a GPU the first compiles, and the second makes the CUDA
     "--detail", is_flag=True, help="Also time by stage, with TFLOP/s and the GB/s of reading each weight once."
 )
 @device_options
+@memory_option
 @volume_options
-def bench(model, lengths, repetitions, delay, output, detail, backend, device, kernels, quiet, verbose):
+def bench(model, lengths, repetitions, delay, output, detail, backend, device, kernels, vram, quiet, verbose):
     """Measure prefill speed: mean and standard deviation of tokens/s, warm-up excluded.
 
     MODEL is a GGUF file, or a SHAPE:RECIPE such as qwen3-8b:Q4_K_M, which is made in memory with random weights.
@@ -47,20 +48,20 @@ def bench(model, lengths, repetitions, delay, output, detail, backend, device, k
     import numpy as np
 
     from ..engine.model import open_model
-    from ..gguf import GGUFFile
-    from ..gguf.synthetic import SyntheticFile
 
-    file = GGUFFile(model) if os.path.exists(model) else SyntheticFile.named(model)
     rows = []
     with (
         progress_bars(not quiet) as progress,
-        open_model(file, backend, device, kernels, progress, warner(quiet)) as loaded,
+        open_model(open_file(model), backend, device, kernels, progress, warner(quiet), vram, max(lengths)) as loaded,
     ):
         config = loaded.config
         for length in lengths:
             if not 0 < length <= config.context_length:
                 raise InputError(f"-p {length}: the model's context is 1 to {config.context_length} tokens")
         matrices = loaded.family.matrices()
+        if verbose:
+            loading = f"loaded in {loaded.timings['load']:.2f} s"
+            click.echo("\n".join([loading, *(plan_lines(loaded.backend.plan, loaded.family) if loaded.backend.plan else [])]), err=True)
         for length in lengths:
             tokens = np.random.default_rng(length).integers(0, config.vocab_size, length)
             for _ in range(_WARM_UP):

@@ -28,10 +28,37 @@ def device_options(command):
     )(command)  # fmt: skip
 
 
+def memory_option(command):
+    """--vram."""
+    return click.option(
+        "--vram", metavar="SIZE", envvar="KQPREFILL_VRAM",
+        help="GPU memory to take at most, such as 8G or 75%; layers beyond it are streamed.  [default: all that is free]",
+    )(command)  # fmt: skip
+
+
 def volume_options(command):
     """--quiet, --verbose."""
     command = click.option("-v", "--verbose", is_flag=True, help="Say what is done, and show tracebacks.")(command)
     return click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")(command)
+
+
+def open_file(name):
+    """A GGUFFile, or the SyntheticFile of a SHAPE:RECIPE. Raises GGUFError, InputError."""
+    from ..gguf import GGUFFile
+    from ..gguf.synthetic import SyntheticFile
+
+    return GGUFFile(name) if os.path.exists(name) else SyntheticFile.named(name)
+
+
+def plan_lines(plan, family):
+    """A residency Plan for people."""
+    yield f"GPU memory: {size(plan.nbytes)} of {size(plan.budget)} that may be taken"
+    width = max(map(len, plan.parts))
+    for name, nbytes in plan.parts.items():
+        yield f"  {name:{width}}  {size(nbytes):>10}"
+    yield f"layers: {len(plan.resident)} of {len(family.blocks)} stay, {len(plan.streamed)} are streamed" + (
+        ", and the embedding's rows" if plan.streamed and family.output is not family.token_embd else ""
+    )
 
 
 def read_tokens(text):

@@ -8,7 +8,9 @@ import click
 
 from ..backends.wake import wake_gpu
 from ..errors import InputError
-from .common import STDIO, device_options, output_file, progress_bars, read_tokens, size, volume_options, warner
+from .common import (
+    STDIO, device_options, memory_option, output_file, plan_lines, progress_bars, read_tokens, size, volume_options, warner,
+)  # fmt: skip
 
 
 @click.command()
@@ -18,8 +20,9 @@ from .common import STDIO, device_options, output_file, progress_bars, read_toke
 @click.option("--logits", metavar="FILE", help="Write the last position's logits, float32 [V], as .npy; `-` is stdout.")
 @click.option("--all-positions", is_flag=True, help="With --logits: every position's, float32 [T, V].")
 @device_options
+@memory_option
 @volume_options
-def run(model, tokens, as_json, logits, all_positions, backend, device, kernels, quiet, verbose):
+def run(model, tokens, as_json, logits, all_positions, backend, device, kernels, vram, quiet, verbose):
     """Print the greedy next token after a prompt.
 
     \b
@@ -39,7 +42,7 @@ def run(model, tokens, as_json, logits, all_positions, backend, device, kernels,
         # The output is opened before the work, so that a path that can't be written costs no time.
         output = stack.enter_context(output_file(logits)) if logits is not None else None
         progress = stack.enter_context(progress_bars(not quiet))
-        loaded = stack.enter_context(load(model, backend, device, kernels, progress, warner(quiet)))
+        loaded = stack.enter_context(load(model, backend, device, kernels, progress, warner(quiet), vram, len(ids)))
         wanted = None if output is None else "all" if all_positions else "last"
         result = loaded.prefill(ids, logits=wanted, progress=progress)
         if output is not None:
@@ -65,6 +68,8 @@ def run(model, tokens, as_json, logits, all_positions, backend, device, kernels,
             "device": loaded.backend.device_name,
             "timings": {stage: round(seconds, 6) for stage, seconds in timings.items()},
         }
+        if verbose and (plan := loaded.backend.plan) is not None:
+            click.echo("\n".join(plan_lines(plan, loaded.family)), err=True)
     if verbose or (sys.stderr.isatty() and not quiet):
         click.echo(summary, err=True)
     if as_json:

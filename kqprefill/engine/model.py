@@ -8,6 +8,7 @@ import numpy as np
 
 from ..backends import open_backend
 from ..backends.base import Batch
+from ..backends.budget import Budget
 from ..errors import InputError
 from ..gguf import GGUFFile
 from ..gguf.vocabulary import token_text
@@ -70,7 +71,7 @@ class Model:
         def forward(ops):  # layer by layer over the whole batch: each weight is visited once
             x = family.embed(ops, tokens)
             for index, weights in enumerate(family.blocks):
-                ops.layer = index
+                ops.begin_layer(index)
                 x = family.layer(ops, weights, x, index)
                 progress("prefill", index + 1, len(family.blocks))
             return x
@@ -139,28 +140,33 @@ class Model:
             raise InputError(f"the cache has room for {cache.capacity - start} more tokens, but the prompt has {n}")
 
 
-def load(path, backend="auto", device=0, kernels="auto", progress=None, warn=None):
+def load(path, backend="auto", device=0, kernels="auto", progress=None, warn=None, vram=None, max_tokens=None):
     """Open the GGUF model at path.
 
     backend: "auto" (CUDA where usable, else the CPU, said in one line on stderr), "cuda" or "cpu". device: the CUDA
     device's number. kernels: "auto", or "portable" for the kernels of every GPU on one that has its own.
-    progress(stage, done, total) hears of loading; warn(line) hears why "auto" took the CPU (stderr unless given).
+    vram: the GPU memory that may be taken, all told: bytes, "8G" or "75%"; None for all that is free. Layers that have no
+    room in it are streamed from the file for each prompt, with the same results. max_tokens: the longest prompt to keep
+    room for (a longer one makes layers leave). progress(stage, done, total) hears of loading; warn(line) hears why "auto" took the CPU (stderr unless given).
     Raises GGUFError (a bad file), ModelError (a model that is not supported), BackendError (no usable GPU, or not
     enough memory), InputError (a bad argument).
     """
-    return open_model(GGUFFile(path), backend, device, kernels, progress, warn)
+    return open_model(GGUFFile(path), backend, device, kernels, progress, warn, vram, max_tokens)
 
 
-def open_model(file, backend="auto", device=0, kernels="auto", progress=None, warn=None):
+def open_model(
+    file, backend="auto", device=0, kernels="auto", progress=None, warn=None, vram=None, max_tokens=None
+):
     """`load`, for a file that is open already (a GGUFFile or a SyntheticFile); closes it on failure."""
     start = time.perf_counter()
     opened = None
     try:
+        budget = None if vram is None else Budget.parse(vram)
         family = read_model(file)
         opened = open_backend(
             backend, device, kernels, warn or (lambda line: print(f"kqprefill: {line}", file=sys.stderr))
         )
-        opened.load(family, progress or (lambda *_: None))
+        opened.load(family, progress or (lambda *_: None), budget, max_tokens)
     except BaseException:
         if opened is not None:
             opened.close()

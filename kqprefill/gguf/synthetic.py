@@ -32,12 +32,14 @@ class Shape:
     rope_base: float
     tied: bool = False
     window: int = 0
+    yarn: float = 0  # what YaRN stretches the context by, to `context`
 
 
 SHAPES = {
     "tiny": Shape("qwen3", 2, 256, 4, 2, 64, 512, 256, 4096, 1e6),  # examples/tiny-qwen3.gguf
     "qwen3-0.6b": Shape("qwen3", 28, 1024, 16, 8, 128, 3072, 151936, 40960, 1e6, tied=True),
     "qwen3-8b": Shape("qwen3", 36, 4096, 32, 8, 128, 12288, 151936, 40960, 1e6),
+    "qwen3-8b-yarn": Shape("qwen3", 36, 4096, 32, 8, 128, 12288, 151936, 131072, 1e6, yarn=4.0),
     "qwen3-32b": Shape("qwen3", 64, 5120, 64, 8, 128, 25600, 151936, 40960, 1e6),
     "llama3-8b": Shape("llama", 32, 4096, 32, 8, 128, 14336, 128256, 131072, 5e5),
     "llama3-70b": Shape("llama", 80, 8192, 64, 8, 128, 28672, 128256, 131072, 5e5),
@@ -88,6 +90,11 @@ class SyntheticFile:
         }  # fmt: skip
         if s.window:
             values["attention.sliding_window"] = s.window
+        if s.yarn:
+            values |= {
+                "rope.scaling.type": "yarn", "rope.scaling.factor": s.yarn,
+                "rope.scaling.original_context_length": int(s.context / s.yarn),
+            }  # fmt: skip
         self.metadata = {"general.architecture": s.architecture, "general.name": self.path}
         self.metadata.update({f"{s.architecture}.{key}": value for key, value in values.items()})
         if s.vocab == 256:  # a token is a byte, written as GPT-2's vocabularies do
@@ -139,6 +146,12 @@ class SyntheticFile:
 
     def close(self):
         _random_weights.cache_clear()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
 
 
 @cache

@@ -1,36 +1,17 @@
-"""The CUDA backend: opens a GPU, uploads a model once, runs batches."""
+"""The CUDA backend: opens a GPU, decides what of a model stays on it, runs batches."""
 
-from ..base import Backend, Cache
+from ..base import Backend
 from ..timeline import Timeline
+from .cache import DeviceCache, HostCache
 from .device import Gpu, cuda_errors
 from .graphs import Graphs
 from .kernels import Kernels, programs_for
 from .memory import Workspace
 from .ops import CudaOps
-from .tiles import padded_head
+from .residency import budget_of, make_plan
 from .weights import DeviceWeights
 
-
-class CudaCache(Cache):
-    """Halves [layer, k or v, tokens, head_count_kv, head_dim padded to 16] in device memory."""
-
-    def __init__(self, gpu, config, capacity):
-        super().__init__(capacity)
-        self._gpu = gpu
-        self._half = 2 * capacity * config.head_count_kv * padded_head(config.head_dim)
-        self._buffer = gpu.allocate(2 * self._half * config.block_count, f"a cache of {capacity} tokens")
-        # Attention multiplies what lies past a sequence's end by zero, which must not be NaN.
-        gpu.zero(int(self._buffer.handle), self._buffer.size)
-
-    def addresses(self, layer):
-        """Device addresses of the layer's keys and values of token 0."""
-        k = int(self._buffer.handle) + 2 * self._half * layer
-        return k, k + self._half
-
-    def close(self):
-        if self._buffer is not None:
-            self._buffer.close(self._gpu.stream)
-            self._buffer = None
+PLANNED_TOKENS = 4096  # of the longest prompt, where the caller does not say; a longer one makes room for itself
 
 
 class CudaBackend(Backend):
@@ -43,29 +24,55 @@ class CudaBackend(Backend):
         self.hopper = self.gpu.capability == (9, 0) and not portable  # whether Hopper's own kernels run
         self.device_name = self.gpu.name
         self.kernels, self.workspace, self.weights = Kernels(self.gpu), Workspace(self.gpu), None
-        self._graphs, self._prepared = Graphs(self.gpu, self.workspace), set()
+        self._graphs, self._prepared, self._caches = Graphs(self.gpu, self.workspace), set(), []
 
-    def load(self, model, progress):
+    def load(self, model, progress, vram=None, tokens=None):
         types = {weight.tensor.type for weight in model.matrices()}
+        tokens = min(tokens or PLANNED_TOKENS, model.config.context_length)
         with cuda_errors("loading the model"):
+            self._budget = budget_of(self.gpu, vram)
+            plan = make_plan(model, self.gpu, self.hopper, self._budget, tokens)
             self.kernels.prepare(programs_for(model.config.head_dim, types, self.hopper), progress)
-            self.weights = DeviceWeights(self.gpu, self.kernels, model, progress)
+            self.weights = DeviceWeights(self.gpu, self.kernels, model)
+            self.weights.place(plan, progress)
+            self.plan = plan
 
     def new_cache(self, model, capacity):
-        return CudaCache(self.gpu, model.config, capacity)
+        with cuda_errors("making a cache"):
+            kind = DeviceCache
+            if self.plan.nbytes + self._cache_bytes() + kind.bytes_needed(model.config, capacity) > self._budget:
+                kind = HostCache
+                self._make_room(model, self.plan.tokens, kind.bytes_needed(model.config, capacity), lambda *_: None)
+            cache = kind(self.gpu, model.config, capacity)
+        self._caches.append(cache)
+        return cache
 
     def run(self, model, batch, cache, logits, forward, progress, timed=False):
         with cuda_errors("prefill"):
             self.gpu.device.set_current()
+            if len(batch.tokens) > self.plan.tokens:
+                self._make_room(model, len(batch.tokens), 0, progress)
             ops = CudaOps(self, model.config, batch, cache)
             if (ops.n, logits) not in self._prepared:
                 ops.prepare(model, logits, progress)
                 self._prepared.add((ops.n, logits))
             if timed:
                 ops.timeline = self._timeline()
-            x = forward(ops) if timed or cache is not None else self._graphs.run(ops, forward)
+            one_by_one = timed or cache is not None or self.plan.streamed
+            x = forward(ops) if one_by_one else self._graphs.run(ops, forward)
             head = ops.head(x, model.output_norm, model.output, logits)
             return head, ops.timeline.stages() if timed else None
+
+    def _cache_bytes(self):
+        return sum(cache.device_bytes for cache in self._caches)
+
+    def _make_room(self, model, tokens, more, progress):
+        """Let layers leave the device where a batch of so many tokens, or `more` bytes for a cache, need their room."""
+        plan = make_plan(model, self.gpu, self.hopper, self._budget, tokens, self._cache_bytes() + more)
+        if (plan.resident, plan.slot_bytes, plan.tile_bytes) != (self.plan.resident, self.plan.slot_bytes, self.plan.tile_bytes):
+            self._graphs.clear()
+            self.weights.place(plan, progress)
+        self.plan = plan
 
     def _timeline(self):
         """Marks are events on the stream: what happens between two of them is the GPU's time."""

@@ -73,6 +73,7 @@ class Gpu:
                 f"{self.name} has compute capability {capability.major}.{capability.minor}; 8.0 or later is needed"
             )
         self.multiprocessors = device.properties.multiprocessor_count
+        self.clock = device.properties.clock_rate * 1e3  # Hz, the highest
         self.shared_memory = device.properties.max_shared_memory_per_block_optin  # bytes
         with cuda_errors(f"opening {self.name}"):
             self.stream = device.create_stream()
@@ -87,9 +88,10 @@ class Gpu:
             except MemoryError:  # elsewhere it is the host's, and says so
                 raise BackendError(f"{doing}: the GPU is out of memory") from None
 
-    def upload(self, address, array):
-        """Copy a host array to a device address, in stream order. The array may be changed once this returns."""
-        check(self.driver.cuMemcpyHtoDAsync(address, array.ctypes.data, array.nbytes, self.stream.handle))
+    def upload(self, address, array, stream=None):
+        """Copy a host array to a device address, in the order of the stream (this GPU's own unless given). An array in
+        pageable memory may be changed once this returns; one in page-locked memory when the stream has got there."""
+        check(self.driver.cuMemcpyHtoDAsync(address, array.ctypes.data, array.nbytes, (stream or self.stream).handle))
 
     def download(self, array, address):
         """Copy from a device address into a host array; waits for all that was launched before it."""
@@ -98,6 +100,24 @@ class Gpu:
 
     def zero(self, address, nbytes):
         check(self.driver.cuMemsetD8Async(address, 0, nbytes, self.stream.handle))
+
+    def memory(self):
+        """(free, all) bytes of the device's memory, whoever holds the rest."""
+        return check(self.driver.cuMemGetInfo())
+
+    def bus_rate(self):
+        """Bytes a second from page-locked host memory, measured."""
+        nbytes, timing = 32 << 20, self.core.EventOptions(timing_enabled=True)
+        host, buffer = check(self.driver.cuMemHostAlloc(nbytes, 0)), self.allocate(nbytes, "measuring the bus")
+        marks = []
+        for _ in range(3):  # the first wakes the bus
+            marks.append(self.stream.record(options=timing))
+            check(self.driver.cuMemcpyHtoDAsync(int(buffer.handle), host, nbytes, self.stream.handle))
+        marks.append(self.stream.record(options=timing))
+        marks[-1].sync()
+        buffer.close(self.stream)
+        self.driver.cuMemFreeHost(host)
+        return nbytes / ((marks[-1] - marks[-2]) / 1e3)
 
     def memory_peak(self):
         """The most bytes that this process's pool ever held."""

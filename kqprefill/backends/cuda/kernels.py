@@ -8,14 +8,14 @@ from ...gguf.dequantize import SUPPORTED
 from ...gguf.types import GGML
 from .compiler import KernelCache, Program, target_of
 from .device import check, cuda_errors
-from .tiles import HOPPER_TILES, LARGE_TILES, SMALL_TILE, attention_tile
+from .tiles import HOPPER_TILES, LARGE_TILES, SMALL_TILE, attention_tile, repack_units
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")  # what we claim to compile for
 
 
 @cache
 def weight_program(ggml_type):
-    return Program("weights.cu", (("FORMAT", ggml_type.name),))
+    return Program("weights.cu", (("FORMAT", ggml_type.name), ("REPACK_UNITS", str(repack_units(ggml_type)))))
 
 
 COMMON = tuple(Program(f"{name}.cu") for name in ("norm", "rope", "scales", "head"))
@@ -47,6 +47,7 @@ class Kernels:
         self._cache = cache or KernelCache()
         self._modules, self._launchers, self._configs = {}, {}, {}
         self.overlap = False  # whether a launch may begin before the one before it has ended (types.cuh: begin_kernel)
+        self._fenced = False
 
     def prepare(self, programs, progress):
         """Compile (in parallel) or fetch the programs and load them; progress("compile", done, total)."""
@@ -63,19 +64,25 @@ class Kernels:
                 self._modules[program] = load(code)
                 progress("compile", done, len(missing))
 
+    def fence(self):
+        """The next launch begins when all before it has ended, whatever `overlap` says."""
+        self._fenced = True
+
     def launch(self, program, name, grid, threads, *args, shared_bytes=0):
         """Launch kernel `name` of a prepared program. Python ints are passed as 64-bit values (addresses), so 32-bit
         arguments must be ctypes' c_int32 and c_float."""
         key = program, name, shared_bytes
         kernel = self._launchers.get(key) or self._get(key)
-        config_key = grid, threads, shared_bytes, self.overlap
+        overlap = self.overlap and not self._fenced
+        self._fenced = False
+        config_key = grid, threads, shared_bytes, overlap
         config = self._configs.get(config_key)
         if config is None:
             config = self._gpu.core.LaunchConfig(
                 grid=grid,
                 block=threads,
                 shmem_size=shared_bytes,
-                programmatic_stream_serialization=self.overlap,
+                programmatic_stream_serialization=overlap,
             )
             self._configs[config_key] = config
         self._gpu.core.launch(self._gpu.stream, config, kernel, *args)

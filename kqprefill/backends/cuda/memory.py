@@ -1,9 +1,9 @@
-"""Device memory: work buffers that are reused from call to call, and uploads through page-locked staging."""
+"""Device memory that is reused from call to call, and copies from host memory at the bus's rate."""
 
-from collections import deque
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 import ctypes
-from functools import partial
+import mmap
 
 import numpy as np
 
@@ -37,73 +37,164 @@ class Workspace:
             self._gpu.zero(int(buffer.handle), buffer.size)
         return int(buffer.handle)
 
+    @property
+    def nbytes(self):
+        return sum(buffer.size for buffer in self._buffers.values())
+
     def close(self):
+        """Free all buffers; they come anew when asked for."""
+        self.generation += 1
         for buffer in self._buffers.values():
             buffer.close(self._gpu.stream)
         self._buffers.clear()
 
 
-class Uploader:
-    """Copies host arrays to the device through a ring of page-locked buffers that several threads fill.
+class HostPages:
+    """Locks host memory where it lies, a window at a time, so that the copy engine reads it at the bus's rate.
 
-    A page-locked copy runs at the bus's rate, a pageable one at a tenth of it (measured: 55 and 6 GB/s on an H100), so
-    the host's copying must be spread over threads to keep up. Copies and other work reach the stream in the order asked.
+    Locking runs at 39 GB/s for a file in the page cache and makes no copy; a copy from pages that are not locked runs at a
+    tenth of the bus's 55 GB/s (an H100). At most `keep` bytes stay locked: those used last.
     """
 
-    SLOT_BYTES, MOST_SLOTS, THREADS = 4 << 20, 16, 8  # page-locking takes 0.4 ms a megabyte
+    WINDOW = 64 << 20
+    AHEAD, THREADS = 16, 4  # windows read ahead of their use, and threads that do it
 
-    def __init__(self, gpu, nbytes):
-        """nbytes: of all that will be copied; a small model needs no large ring."""
-        self._gpu, driver = gpu, gpu.driver
-        count = max(2, min(self.MOST_SLOTS, -(-nbytes // self.SLOT_BYTES)))
-        with cuda_errors("allocating page-locked staging memory"):
-            self._base = check(driver.cuMemHostAlloc(self.SLOT_BYTES * count, 0))
-        ring = np.ctypeslib.as_array((ctypes.c_uint8 * (self.SLOT_BYTES * count)).from_address(int(self._base)))
-        self._slots = list(ring.reshape(count, self.SLOT_BYTES))
-        self._events = [gpu.device.create_event() for _ in self._slots]
-        self._pool = ThreadPoolExecutor(self.THREADS, thread_name_prefix="upload")
-        self._pending, self._pieces = deque(), 0
+    def __init__(self, gpu, keep):
+        self._gpu, self._most = gpu, max(2, keep // self.WINDOW)
+        self._windows = OrderedDict()  # window: (address, event of its last use), or None where it cannot be locked
+        self._readers = ThreadPoolExecutor(self.THREADS, thread_name_prefix="read")
+        self._read = OrderedDict()  # window: future
 
-    def copy(self, source, address):
-        """Copy a host array, left alone until `close`, to a device address."""
-        flat = np.ascontiguousarray(source).reshape(-1)
-        for at in range(0, flat.size, self.SLOT_BYTES):
-            piece, slot = flat[at : at + self.SLOT_BYTES], self._pieces % len(self._slots)
-            self._pieces += 1
-            self._events[slot].sync()  # what was here before has been copied
-            filled = self._pool.submit(np.copyto, self._slots[slot][: piece.size], piece)
-            self._push(filled, partial(self._send, slot, piece.size, address + at))
+    def pieces(self, array):
+        """(window, uint8 array) one after another: a contiguous array's bytes, cut where windows end."""
+        flat, start = array.reshape(-1).view(np.uint8), array.ctypes.data
+        at = 0
+        while at < flat.size:
+            end = min(flat.size, self.WINDOW - (start + at) % self.WINDOW + at)
+            yield _Window(flat, (start + at) // self.WINDOW * self.WINDOW, self.WINDOW), flat[at:end]
+            at = end
 
-    def then(self, action):
-        """Call `action`, which launches something, after the copies asked for so far."""
-        self._push(None, action)
+    def read_ahead(self, array):
+        """Have threads bring a mapped file's pages from disk. Returns False once enough is under way."""
+        for window, _ in self.pieces(array):
+            if window in self._windows or window in self._read:
+                continue
+            if len(self._read) >= self.AHEAD:
+                return False
+            self._read[window] = self._readers.submit(_populate, window.begin, window.end - window.begin)
+        return True
 
-    def _push(self, filled, action):
-        self._pending.append((filled, action))
-        # Fewer than the slots, so that a slot asked for again has been sent.
-        if len(self._pending) > len(self._slots) // 2:
-            self._pop()
+    def lock(self, window):
+        """Whether the window is locked now. It stays so until `used`, and a while longer."""
+        if window not in self._windows:
+            if window in self._read:
+                self._read.pop(window).result()
+            while len(self._windows) >= self._most:
+                self._unlock(*self._windows.popitem(last=False))
+            flags = 0 if window.writeable else self._gpu.driver.CU_MEMHOSTREGISTER_READ_ONLY
+            (status,) = self._gpu.driver.cuMemHostRegister(window.begin, window.end - window.begin, flags)
+            self._windows[window] = self._gpu.device.create_event() if status == 0 else None
+        self._windows.move_to_end(window)
+        return self._windows[window] is not None
 
-    def _pop(self):
-        filled, action = self._pending.popleft()
-        if filled is not None:
-            filled.result()
-        action()
+    def used(self, window, stream):
+        """What was launched on the stream so far is what reads the window."""
+        stream.record(self._windows[window])
 
-    def _send(self, slot, nbytes, address):
-        self._gpu.upload(address, self._slots[slot][:nbytes])
-        self._gpu.stream.record(self._events[slot])
-
-    def finish(self):
-        """Send all that is pending, and wait until it has been copied."""
-        while self._pending:
-            self._pop()
-        self._gpu.stream.sync()
+    def _unlock(self, window, event):
+        if event is not None:
+            event.sync()
+            self._gpu.driver.cuMemHostUnregister(window.begin)
 
     def close(self):
-        """Free the ring, once nothing reads it any more."""
-        self._pool.shutdown()
-        # An error was, or will be, someone else's to tell.
-        self._gpu.driver.cuStreamSynchronize(self._gpu.stream.handle)
-        self._slots = None
-        self._gpu.driver.cuMemFreeHost(self._base)
+        """Unlock everything, once nothing reads it any more. Errors were, or will be, someone else's to tell."""
+        self._readers.shutdown(cancel_futures=True)
+        while self._windows:
+            self._unlock(*self._windows.popitem())
+
+
+class _Window:
+    """The part of a window of addresses that an array's allocation or mapping covers, in whole pages."""
+
+    def __init__(self, array, address, length):
+        while isinstance(array.base, np.ndarray):
+            array = array.base
+        first, page = array.ctypes.data, mmap.PAGESIZE
+        self.begin = max(address, first // page * page)
+        self.end = min(address + length, -(-(first + array.nbytes) // page) * page)
+        self.writeable = array.flags.writeable
+
+    def __eq__(self, other):
+        return self.begin == other.begin
+
+    def __hash__(self):
+        return hash(self.begin)
+
+
+_MADV_POPULATE_READ = 22  # Linux 5.14
+
+
+def _populate(address, nbytes):
+    """Read pages in and map them; where the kernel cannot, locking does it, one after another."""
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), _MADV_POPULATE_READ)
+
+
+class Uploader:
+    """Copies host arrays to the device on `stream`: from pages locked in place or, where that cannot be, through a ring of
+    page-locked buffers that several threads fill."""
+
+    SLOT_BYTES, SLOTS, THREADS = 4 << 20, 16, 8  # page-locking takes 0.6 ms a megabyte of new memory
+
+    def __init__(self, gpu, stream, keep):
+        """keep: bytes of host memory that may stay locked."""
+        self._gpu, self._stream, self._pages = gpu, stream, HostPages(gpu, keep)
+        self._base = None  # of the ring, made when first needed
+
+    def read_ahead(self, array):
+        return self._pages.read_ahead(array)
+
+    def copy(self, source, address):
+        """Copy a contiguous host array, left alone until the stream has got there, to a device address."""
+        for window, piece in self._pages.pieces(source):
+            if self._pages.lock(window):
+                self._gpu.upload(address, piece, self._stream)
+                self._pages.used(window, self._stream)
+            else:
+                self._copy_through_ring(piece, address)
+            address += piece.size
+
+    def _copy_through_ring(self, source, address):
+        if self._base is None:
+            self._make_ring()
+        pieces = [source[at : at + self.SLOT_BYTES] for at in range(0, source.size, self.SLOT_BYTES)]
+        for first in range(0, len(pieces), self.SLOTS):
+            filled = [self._pool.submit(self._fill, i, piece) for i, piece in enumerate(pieces[first : first + self.SLOTS])]
+            for slot, future in enumerate(filled):
+                self._gpu.upload(address, future.result(), self._stream)
+                self._stream.record(self._events[slot])
+                address += future.result().size
+
+    def _fill(self, slot, piece):
+        self._events[slot].sync()  # what was here before has been copied
+        part = self._slots[slot][: piece.size]
+        np.copyto(part, piece)
+        return part
+
+    def _make_ring(self):
+        nbytes = self.SLOT_BYTES * self.SLOTS
+        with cuda_errors("allocating page-locked staging memory"):
+            self._base = check(self._gpu.driver.cuMemHostAlloc(nbytes, 0))
+        ring = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(int(self._base)))
+        self._slots = list(ring.reshape(self.SLOTS, self.SLOT_BYTES))
+        self._events = [self._gpu.device.create_event() for _ in self._slots]
+        self._pool = ThreadPoolExecutor(self.THREADS, thread_name_prefix="upload")
+
+    def close(self):
+        """Free the ring and unlock the pages, once nothing reads them any more."""
+        self._gpu.driver.cuStreamSynchronize(self._stream.handle)
+        self._pages.close()
+        if self._base is not None:
+            self._pool.shutdown()
+            self._slots = None
+            self._gpu.driver.cuMemFreeHost(self._base)
+            self._base = None

@@ -5,7 +5,7 @@ residual stream and all sums are float32.
 """
 
 from ctypes import c_float as f32, c_int32 as i32
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import math
 
 import numpy as np
@@ -14,12 +14,14 @@ from ...errors import BackendError
 from ..base import HeadResult, Ops
 from .gemm import Gemms, Operand
 from .kernels import COMMON, weight_program
+from .staging import repack
 from .tensor_maps import TensorMaps
 from .tiles import TILE_ROWS, HopperAttentionTile, attention_tile, padded
+from .weights import Matrix
 
 NORM, ROPE, SCALES, HEAD = COMMON
 
-_MLP_TOKENS = 16384  # tokens whose gate and up exist at a time
+_TILE_TOKENS = 16384  # tokens whose q/k/v sums, or gate and up, exist at a time
 # Tokens. Blocks that start early gather on the first multiprocessors that have room: no matter where there are many more than
 # these, but a small launch should spread over all (an H100 at 16 tokens: 3.6 ms without, 5.0 ms with).
 _OVERLAP_FROM = 257
@@ -53,10 +55,17 @@ class CudaOps(Ops):
         self.tiles, self.n_tiles = self._make_tiles()
         self._tables = {}
 
+    def begin_layer(self, index):
+        super().begin_layer(index)
+        self.weights.begin_layer(index)
+        if self.cache is not None:
+            self.cache.begin_layer(index, self.batch.start, self.n)
+            self.kernels.fence()
+
     def prepare(self, family, logits, progress):
         """Compile what this batch's matrix products need, all at once, before the first of them is launched."""
         programs = {}
-        lengths = {self.n, min(self.n, _MLP_TOKENS), self.n % _MLP_TOKENS} - {0}
+        lengths = {self.n, min(self.n, _TILE_TOKENS), self.n % _TILE_TOKENS} - {0}
         for weights, gated in family.products():
             matrices = [self.weights.matrix(w) for w in weights]
             for m in lengths if weights[0] is not family.output else {self._head_rows(matrices[0].rows, logits)}:
@@ -67,13 +76,28 @@ class CudaOps(Ops):
 
     def embed(self, weight, tokens, scale=1.0):
         self.enter("rest")
-        matrix = self.weights.matrix(weight)
-        x = self.work.get("residual", 4 * self.n * matrix.columns)
-        self.kernels.launch(
-            weight_program(matrix.type), "embed", self.n, 256,
-            matrix.address, i32(matrix.units), i32(matrix.columns), self.tokens, f32(scale), x,
-        )  # fmt: skip
+        columns = weight.shape[1]
+        x = self.work.get("residual", 4 * self.n * columns)
+        if not self.weights.on_host(weight):
+            self._embed(self.weights.matrix(weight), self.tokens, self.n, scale, x)
+            return x
+        # The rows of this prompt's tokens alone, as a matrix of their own.
+        most = min(self.n, _TILE_TOKENS)
+        numbers = self._upload("row numbers", np.arange(most, dtype=np.int32))
+        for t in range(0, self.n, most):
+            m = min(most, self.n - t)
+            matrix = Matrix(weight.name, weight.tensor.type, 0, m, columns)
+            matrix = replace(matrix, address=self.work.get("embedding", matrix.nbytes))
+            rows = self.weights.host_rows(weight, self.batch.tokens[t : t + m])
+            repack(self.kernels, matrix, 0, m, rows.shape[1], self._upload("embedding rows", rows))
+            self._embed(matrix, numbers, m, scale, x + 4 * t * columns)
         return x
+
+    def _embed(self, matrix, tokens, n, scale, out):
+        self.kernels.launch(
+            weight_program(matrix.type), "embed", n, 256,
+            matrix.address, i32(matrix.units), i32(matrix.columns), tokens, f32(scale), out,
+        )  # fmt: skip
 
     def rms_norm(self, x, weight, rows=None):
         self.enter("rest")
@@ -105,25 +129,29 @@ class CudaOps(Ops):
         bias = 0
         if any(biases):
             bias, _ = self.weights.vector(*(b or m.rows for b, m in zip(biases, matrices)))
-        sums = self.work.get("qkv", 4 * n * width)
-        self.enter("linear", [wq, wk, wv], n)
-        self._multiply(h, matrices, sums, n, bias)
-
-        self.enter("rest")
-        scales = [
-            self._rotated_scale(h, m, b, norm, rope) for m, b, norm in zip(matrices, biases, (q_norm, k_norm, None))
-        ]
+        sums = self.work.get("qkv", 4 * min(n, _TILE_TOKENS) * width)
         padded_dim = self.attention_tile.head_dim
-        q = self.work.get("q", 2 * n * c.head_count * padded_dim)
+        q_row, kv_row = (2 * heads * padded_dim for heads in (c.head_count, c.head_count_kv))
+        q = self.work.get("q", n * q_row)
         k, v = self._kv_addresses()
-        at = self.batch.start * c.head_count_kv * padded_dim * 2 if self.cache is not None else 0
+        start = self.batch.start if self.cache is not None else 0
         norms = [self.weights.vector(w.tensor)[0] if w is not None else 0 for w in (q_norm, k_norm)]
         heads = c.head_count + 2 * c.head_count_kv
-        self.kernels.launch(
-            ROPE, "rotate_qkv", (n, -(-heads // 8)), 256,
-            sums, q, k + at, v + at, i32(c.head_count), i32(c.head_count_kv), i32(c.head_dim), i32(padded_dim), *norms,
-            f32(c.rms_epsilon), self._rope_table(rope), i32(rope.width // 2), i32(rope.interleaved), *scales,
-        )  # fmt: skip
+        for t in range(0, n, _TILE_TOKENS):
+            m = min(_TILE_TOKENS, n - t)
+            self.enter("linear", [wq, wk, wv], m)
+            self._multiply(h.rows_from(t), matrices, sums, m, bias)
+            self.enter("rest")
+            scales = [
+                self._rotated_scale(h, w, b, norm, rope) for w, b, norm in zip(matrices, biases, (q_norm, k_norm, None))
+            ]
+            to = q + t * q_row, k + (start + t) * kv_row, v + (start + t) * kv_row
+            self.kernels.launch(
+                ROPE, "rotate_qkv", (m, -(-heads // 8)), 256,
+                sums, *to, i32(c.head_count), i32(c.head_count_kv), i32(c.head_dim), i32(padded_dim), *norms,
+                f32(c.rms_epsilon), self._rope_table(rope) + 4 * t * rope.width, i32(rope.width // 2),
+                i32(rope.interleaved), *scales,
+            )  # fmt: skip
         return Heads(q, scales[0]), Heads(k, scales[1]), Heads(v, scales[2])
 
     def attention(self, q, k, v, *, scale, window=None, softcap=None):
@@ -194,8 +222,8 @@ class CudaOps(Ops):
         out = residual if residual is not None else self.work.get("linear", 4 * self.n * d.rows)
         w_scale = self._weight_scale([g, u], h)
         act_scale = self._output_scale(g.name, g.rows, math.sqrt(h.columns), g, biases[0], u, biases[1])
-        for t in range(0, self.n, _MLP_TOKENS):
-            m = min(_MLP_TOKENS, self.n - t)
+        for t in range(0, self.n, _TILE_TOKENS):
+            m = min(_TILE_TOKENS, self.n - t)
             act = Operand(self.work.get("activated", 2 * m * padded(g.rows)), g.rows, act_scale, m)
             gemm = self.gemms.choose([g, u], gated=True)
             gemm.gated(h.rows_from(t), g, u, act, m, w_scale, biases, _ACTIVATIONS[activation])
@@ -261,7 +289,10 @@ class CudaOps(Ops):
                 self.kernels.launch(HEAD, "summarise", 1, 1024, last, i32(vocab), summary_address)
             if host is not None:
                 self.gpu.download(host[at - first : at - first + m], device)
+        self.weights.prefetch()
         self.gpu.download(summary, summary_address)
+        if self.cache is not None:
+            self.cache.end_batch(self.batch.start, self.n)
         token, logit, log_sum_exp = summary[0].item()
         if token < 0:
             raise BackendError("the last position's logits hold NaN: the file's weights are damaged or out of range")

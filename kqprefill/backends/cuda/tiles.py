@@ -174,6 +174,11 @@ def unit_size(ggml_type):
     return unit, unit // elements * nbytes
 
 
+def repack_units(ggml_type):
+    """Units of each row that a block of weights.cu's repack takes: within 48 KB of shared memory."""
+    return {0: 4, 1: 2}.get((unit_size(ggml_type)[1] - 1) // 256, 1)
+
+
 def large_tile(shared_memory):
     """The first of LARGE_TILES that a block which may have this much shared memory (bytes) can run."""
     return next(tile for tile in LARGE_TILES if tile.shared_bytes <= shared_memory)

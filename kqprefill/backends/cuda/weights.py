@@ -1,19 +1,17 @@
 """A model's weights on the device: matrices as the file has them, vectors in float32, and the scales of half precision."""
 
-from ctypes import c_int32 as i32
+from collections import deque
 from dataclasses import dataclass, replace
-from functools import partial
 import math
 
 import numpy as np
 
 from ...errors import BackendError
 from ...gguf import dequantize
-from .kernels import weight_program
-from .memory import Uploader, aligned
+from .memory import aligned
+from .staging import STAGING_BYTES, STAGING_SLOTS, Piece, Staging, pieces_of
 from .tiles import TILE_ROWS, unit_size
 
-_RAW_BYTES = 64 << 20  # of a matrix as the file has it, on the device at a time while it is repacked
 _MOST_COLUMNS = 1 << 19  # a tile of rows must fit the upload and scratch buffers
 
 
@@ -45,51 +43,143 @@ class Matrix:
         return self.row_tiles * self.row_tile_bytes
 
 
+def _matrix(tensor):
+    """Not placed yet."""
+    return Matrix(tensor.name, tensor.type, 0, *tensor.shape)
+
+
+def layer_tensors(family):
+    """The matrices' tensors of each layer."""
+    return [[w.tensor for w in block if len(w.shape) == 2] for block in family.blocks]
+
+
+def tile_bytes(tensors):
+    """What they take in device memory together."""
+    return sum(aligned(_matrix(tensor).nbytes) for tensor in tensors)
+
+
 class DeviceWeights:
-    """Every tensor of a model, uploaded once, each block's in one allocation."""
+    """A model's tensors on the device: those of a Plan's resident layers, and of the layer that is computed."""
 
-    def __init__(self, gpu, kernels, family, progress):
-        self._gpu, self._buffers, self._matrices, self._vectors = gpu, [], {}, {}
-        self._made, self._spans = {}, []
-        groups = [[family.token_embd, family.output_norm, family.output], *family.blocks]
-        matrices = [{w.name: w.tensor for w in group if len(w.shape) == 2}.values() for group in groups]
-        total = sum(tensor.nbytes for group in matrices for tensor in group)
-        done = 0
-        raw = gpu.allocate(_RAW_BYTES, "upload")
-        uploader = Uploader(gpu, total)
-        try:
-            for tensors in matrices:
-                placed = [Matrix(t.name, t.type, 0, *t.shape) for t in tensors]
-                room = sum(aligned(m.nbytes) for m in placed)
-                buffer = gpu.allocate(room, f"weights ({total / 2**30:.2f} GiB in all)")
-                self._buffers.append(buffer)
-                address = int(buffer.handle)
-                for tensor, matrix in zip(tensors, placed):
-                    matrix = self._matrices[tensor.name] = replace(matrix, address=address)
-                    address += aligned(matrix.nbytes)
-                    self._upload(uploader, kernels, tensor, matrix, int(raw.handle))
-                    done += tensor.nbytes
-                    progress("load", done, total)
-            uploader.finish()
-        finally:
-            uploader.close()
-            raw.close(gpu.stream)
+    def __init__(self, gpu, kernels, family):
+        self._gpu, self._kernels, self._family = gpu, kernels, family
+        self._buffers = {}  # "output", "embedding", a layer or "streamed": device memory
+        self._matrices, self._vectors, self._made, self._spans = {}, {}, {}, []
+        self._staging, self._plan, self._coming = None, None, deque()
+        self._pieces = {}  # streamed layer: its Pieces
+        for weight in family.matrices():
+            row_bytes = weight.tensor.nbytes // weight.shape[0]
+            if TILE_ROWS * row_bytes > STAGING_BYTES or weight.shape[1] > _MOST_COLUMNS:
+                raise BackendError(
+                    f"tensor {weight.name}: rows of {weight.shape[1]} are too long for CUDA; use --backend cpu"
+                )
 
-    def _upload(self, uploader, kernels, tensor, matrix, raw):
-        """Copy a tensor's rows, as many at a time as there is room for, and repack them into tiles."""
-        row_bytes, data = tensor.nbytes // matrix.rows, tensor.data
-        step = _RAW_BYTES // row_bytes // TILE_ROWS * TILE_ROWS
-        if step == 0 or matrix.columns > _MOST_COLUMNS:
-            raise BackendError(
-                f"tensor {tensor.name}: rows of {matrix.columns} are too long for CUDA; use --backend cpu"
-            )
-        for first in range(0, matrix.rows, step):
-            rows = min(step, matrix.rows - first)
-            tiles = matrix.address + first // TILE_ROWS * matrix.row_tile_bytes
-            grid = (-(-matrix.row_tile_bytes // 512), -(-rows // TILE_ROWS))
-            arguments = raw, row_bytes, i32(rows), tiles, i32(matrix.units)
-            uploader.copy(data[first : first + rows], raw)
-            uploader.then(partial(kernels.launch, weight_program(matrix.type), "repack", grid, 256, *arguments))
+    def place(self, plan, progress):
+        """Make the device hold what the plan says; progress("load", done, total) hears of what is uploaded."""
+        self._stop_streaming()
+        for layer in plan.streamed:
+            if layer in self._buffers:
+                self._buffers.pop(layer).close(self._gpu.stream)
+        family, layers = self._family, layer_tensors(self._family)
+        groups = {"output": [family.output.tensor], "embedding": [family.token_embd.tensor], **dict(enumerate(layers))}
+        if plan.streamed or family.output is family.token_embd:
+            del groups["embedding"]
+            if plan.streamed and family.output is not family.token_embd:
+                self._matrices.pop(family.token_embd.name, None)
+            if buffer := self._buffers.pop("embedding", None):
+                buffer.close(self._gpu.stream)
+        missing = [key for key in groups if key not in self._buffers and key not in plan.streamed]
+        self._staging = Staging(self._gpu, self._kernels, STAGING_SLOTS, plan.slot_bytes, plan.host_bytes)
+        self._load([(key, groups[key]) for key in missing], plan.slot_bytes, progress)
+        self._plan = plan
+        if not plan.streamed:
+            self._staging.close()
+            self._staging = None
+            return
+        self._buffers["streamed"] = buffer = self._gpu.allocate(plan.tile_bytes, "a streamed layer")
+        for layer in plan.streamed:
+            matrices = self._lay_out(layers[layer], int(buffer.handle))
+            self._pieces[layer] = [Piece(m, 0, t.data) for t, m in zip(layers[layer], matrices)]
+
+    def _load(self, groups, room, progress):
+        """Upload tensors that stay, each group's into one allocation."""
+        total, done, batch, filled = sum(t.nbytes for _, tensors in groups for t in tensors), 0, [], 0
+        to_read = deque(t.data for _, tensors in groups for t in tensors)
+
+        def send():
+            nonlocal done
+            while to_read and self._staging.read_ahead(to_read[0]):
+                to_read.popleft()
+            self._staging.unpack(self._staging.bring(batch))
+            done += sum(piece.data.nbytes for piece in batch)
+            progress("load", done, total)
+
+        for key, tensors in groups:
+            self._buffers[key] = buffer = self._gpu.allocate(tile_bytes(tensors), f"weights ({total / 2**30:.2f} GiB in all)")
+            for tensor, matrix in zip(tensors, self._lay_out(tensors, int(buffer.handle))):
+                for piece in pieces_of(matrix, tensor.data, min(room, STAGING_BYTES)):
+                    if filled + aligned(piece.data.nbytes) > room:
+                        send()
+                        batch, filled = [], 0
+                    batch.append(piece)
+                    filled += aligned(piece.data.nbytes)
+        if batch:
+            send()
+
+    def _lay_out(self, tensors, address):
+        """The Matrix of each, one after another from `address`; known from then on."""
+        for tensor in tensors:
+            matrix = self._matrices[tensor.name] = replace(_matrix(tensor), address=address)
+            address += aligned(matrix.nbytes)
+        return [self._matrices[tensor.name] for tensor in tensors]
+
+    # streaming --------------------------------------------------------------------------------------------------------
+
+    @property
+    def streaming(self):
+        return self._plan is not None and bool(self._plan.streamed)
+
+    def on_host(self, weight):
+        """Whether a matrix (the embedding) is not on the device at all."""
+        return weight.name not in self._matrices
+
+    def host_rows(self, weight, rows):
+        """Those rows of a matrix as GGUF stores them, on the host: uint8 [rows, row bytes]."""
+        return weight.tensor.data[rows]
+
+    def begin_layer(self, index):
+        """Launch what has a layer's matrices ready, if it is streamed."""
+        self.prefetch()
+        if index not in self._pieces:
+            return
+        if self._coming[0][0] != index:  # an earlier batch broke off
+            self._coming.clear()
+            self._next = self._plan.streamed.index(index)
+            self.prefetch()
+        self._staging.unpack(self._coming.popleft()[1])
+
+    def prefetch(self):
+        """Launch the copies of the next layers that are streamed, as many as there is room for. To be called once all that
+        is to run before them has been launched."""
+        while self._pieces and len(self._coming) < STAGING_SLOTS:
+            layer = self._plan.streamed[self._next]
+            self._next = (self._next + 1) % len(self._plan.streamed)
+            following = self._plan.streamed[(self._next + 1) % len(self._plan.streamed)]
+            for piece in self._pieces[following]:
+                self._staging.read_ahead(piece.data)
+            self._coming.append((layer, self._staging.bring(self._pieces[layer])))
+
+    def _stop_streaming(self):
+        self._coming.clear()
+        self._pieces.clear()
+        self._next = 0
+        if self._staging is not None:
+            self._staging.close()
+            self._staging = None
+        if buffer := self._buffers.pop("streamed", None):
+            buffer.close(self._gpu.stream)
+
+    # what the ops ask for ---------------------------------------------------------------------------------------------
 
     def matrix(self, weight):
         return self._matrices[weight.name]
@@ -142,7 +232,7 @@ class DeviceWeights:
         nbytes = aligned(nbytes)
         if not self._spans or self._spans[-1][1] < nbytes:
             buffer = self._gpu.allocate(max(nbytes, 1 << 20), "norms, biases and scales")
-            self._buffers.append(buffer)
+            self._buffers[f"span {len(self._spans)}"] = buffer
             self._spans.append([int(buffer.handle), buffer.size])
         span = self._spans[-1]
         address = span[0]
@@ -150,6 +240,7 @@ class DeviceWeights:
         return address
 
     def close(self):
-        for buffer in self._buffers:
+        self._stop_streaming()
+        for buffer in self._buffers.values():
             buffer.close(self._gpu.stream)
         self._buffers.clear()

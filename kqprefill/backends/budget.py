@@ -1,0 +1,33 @@
+"""How much device memory may be taken, as people say it: `8G`, `512M`, `75%`."""
+
+from dataclasses import dataclass
+import re
+
+from ..errors import InputError
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A number of bytes, or a share of the device's memory."""
+
+    amount: float
+    is_share: bool = False
+
+    @classmethod
+    def parse(cls, value):
+        """From bytes (an integer) or text: digits and K, M, G or T (powers of 1024; `GB` and `GiB` are the same), or `N%`.
+        Raises InputError."""
+        if isinstance(value, cls):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[KMGT]?)(?:I?B)?", str(value).strip().upper())
+        if not match or float(match[1]) <= 0 or (match[2] == "%" and float(match[1]) > 100):
+            raise InputError(f"a memory budget of {value!r}: give a size such as 8G or 512M, or a share such as 75%")
+        if match[2] == "%":
+            return cls(float(match[1]) / 100, True)
+        return cls(float(match[1]) * _UNITS[match[2]])
+
+    def of(self, total):
+        """Bytes, on a device that has `total`."""
+        return int(self.amount * total if self.is_share else self.amount)

@@ -1,0 +1,103 @@
+"""How much work memory a batch takes: its ops are gone through without a GPU, and the buffers that they ask for are counted."""
+
+from types import SimpleNamespace
+
+import numpy as np
+
+from ..base import Batch
+from .memory import aligned
+from .ops import CudaOps
+from .weights import Matrix
+
+
+class Sizes:
+    """In place of a Workspace: the largest size asked for under each name."""
+
+    def __init__(self):
+        self.sizes, self.generation = {}, 0
+
+    def get(self, name, nbytes):
+        self.sizes[name] = max(self.sizes.get(name, 0), aligned(nbytes))
+        return 1 << 40
+
+
+class NoWeights:
+    """In place of DeviceWeights: the matrices' shapes, and norms of ones."""
+
+    def __init__(self, host_embedding):
+        self._host_embedding = host_embedding
+
+    def begin_layer(self, index):
+        pass
+
+    def prefetch(self):
+        pass
+
+    def matrix(self, weight):
+        return Matrix(weight.name, weight.tensor.type, 1 << 40, *weight.shape)
+
+    def on_host(self, weight):
+        return self._host_embedding
+
+    def host_rows(self, weight, rows):
+        return np.empty((len(rows), weight.tensor.nbytes // weight.shape[0]), np.uint8)
+
+    def vector(self, *tensors):
+        return 1 << 40, np.ones(sum(t if isinstance(t, int) else t.shape[0] for t in tensors), np.float32)
+
+    def scale(self, key, make):
+        make(1 << 40)
+        return 1 << 40
+
+    def constant(self, array):
+        return 1 << 40
+
+    constant_scale = constant
+
+    def descriptor(self, key, make):
+        return 1 << 40
+
+
+class NoKernels:
+    """In place of Kernels: launches nothing."""
+
+    overlap = False
+
+    def prepare(self, programs, progress):
+        pass
+
+    def launch(self, *args, **kwargs):
+        pass
+
+    def fence(self):
+        pass
+
+
+def stand_in(facts, hopper, kernels=None, host_embedding=False):
+    """What CudaOps takes for a backend, without a GPU.
+
+    facts: has capability, multiprocessors and shared_memory (bytes a block may have), as a Gpu does.
+    """
+
+    def nothing(*_, **__):
+        pass
+
+    gpu = SimpleNamespace(
+        capability=facts.capability, multiprocessors=facts.multiprocessors, shared_memory=facts.shared_memory,
+        upload=nothing, zero=nothing,
+    )  # fmt: skip
+    return SimpleNamespace(
+        gpu=gpu, hopper=hopper, kernels=kernels or NoKernels(), workspace=Sizes(), weights=NoWeights(host_embedding)
+    )
+
+
+def rehearse(family, facts, hopper, tokens, cache=None, host_embedding=False):
+    """Bytes of work buffers of a prompt of that many tokens, the logits of all positions apart."""
+    backend = stand_in(facts, hopper, host_embedding=host_embedding)
+    ops = CudaOps(backend, family.config, Batch(np.zeros(tokens, np.int32)), cache)
+    x = family.embed(ops, ops.batch.tokens)
+    for index, weights in enumerate(family.blocks):
+        ops.begin_layer(index)
+        x = family.layer(ops, weights, x, index)
+    backend.workspace.get("logits", 4 * family.config.vocab_size)
+    return sum(backend.workspace.sizes.values())

@@ -1,0 +1,129 @@
+"""Which weights stay in GPU memory and which are streamed through it for each prompt: decided before anything is allocated.
+
+Weights stay where all fit. Else as many layers as fit stay, spread evenly, so that the copies of those between have their
+time too; the others' weights come through staging buffers while earlier layers compute (staging.py), and the embedding's
+rows from the host, for the prompt's tokens only.
+"""
+
+from dataclasses import dataclass
+import os
+from types import SimpleNamespace
+
+from ...errors import BackendError
+from .memory import aligned
+from .rehearsal import rehearse
+from .staging import STAGING_BYTES, STAGING_SLOTS
+from .weights import layer_tensors, tile_bytes
+
+CONTEXT_BYTES = 600 << 20  # that the driver takes for a context and our kernels (an H100: 510 to 580 MiB)
+SPARE_BYTES = 128 << 20  # left free where no budget is given
+LOCKED_FOR_LOADING = 1 << 30  # host memory that stays locked where it is read once
+
+# Operations in half precision that a multiprocessor does in a cycle, sums in float32 (NVIDIA's architecture papers), by
+# compute capability; and the share of it that whole prompts have reached: wgmma, and mma.sync (docs/performance.md).
+_OPERATIONS = {(8, 0): 2048, (9, 0): 4096, (10, 0): 8192, (10, 3): 8192}
+_OTHERS_OPERATIONS = 512  # GeForce and its like
+_HOPPER_SHARE, _PORTABLE_SHARE = 0.6, 0.35
+
+H100 = SimpleNamespace(
+    capability=(9, 0), multiprocessors=132, shared_memory=227 << 10, clock=1.98e9, bus_rate=lambda: 55e9
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """budget: bytes of GPU memory that may be taken; tokens: of the longest prompt planned for; resident, streamed: layers;
+    parts: bytes by what takes them; streamed_bytes: over the bus for each prompt."""
+
+    budget: int
+    tokens: int
+    resident: tuple
+    streamed: tuple
+    parts: dict
+    streamed_bytes: int
+    slot_bytes: int
+    tile_bytes: int
+
+    @property
+    def nbytes(self):
+        return sum(self.parts.values())
+
+    @property
+    def host_bytes(self):
+        """Host memory that may stay locked: all that is streamed, where it is the lesser part of the machine's."""
+        if not self.streamed:
+            return LOCKED_FOR_LOADING
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return self.streamed_bytes * 9 // 8 if self.streamed_bytes < memory // 2 else LOCKED_FOR_LOADING
+
+
+def budget_of(gpu, vram):
+    """Bytes that may be taken on an open Gpu, its context included: a Budget's, or all that is free."""
+    free, total = gpu.memory()
+    return free + CONTEXT_BYTES - SPARE_BYTES if vram is None else vram.of(total)
+
+
+def make_plan(family, facts, hopper, budget, tokens, cache_bytes=0):
+    """A Plan for a model on a GPU (facts: what Rehearsal asks for) that may take `budget` bytes.
+
+    cache_bytes: device memory that caches hold. Raises BackendError where even streaming every layer takes more.
+    """
+    layers = layer_tensors(family)
+    tiles = [tile_bytes(tensors) for tensors in layers]
+    raw = [sum(aligned(t.nbytes) for t in tensors) for tensors in layers]
+    output, embedding = tile_bytes([family.output.tensor]), tile_bytes([family.token_embd.tensor])
+    tied = family.output is family.token_embd
+    parts = {"CUDA context": CONTEXT_BYTES, "output": output}
+    if cache_bytes:
+        parts["caches"] = cache_bytes
+
+    def plan(resident, work):
+        streamed = tuple(i for i in range(len(layers)) if i not in resident)
+        slot, tile = max((raw[i] for i in streamed), default=STAGING_BYTES), max((tiles[i] for i in streamed), default=0)
+        chosen = {
+            **parts,
+            "embedding": 0 if tied or streamed else embedding,
+            "layers that stay": sum(tiles[i] for i in resident),
+            "streaming buffers": STAGING_SLOTS * slot + tile if streamed else 0,
+            "activations, K, V": work if streamed else max(work, STAGING_SLOTS * STAGING_BYTES),  # loading came first
+        }
+        sizes = {name: nbytes for name, nbytes in chosen.items() if nbytes}
+        return Plan(budget, tokens, tuple(resident), streamed, sizes, sum(raw[i] for i in streamed), slot, tile)
+
+    everything = plan(range(len(layers)), rehearse(family, facts, hopper, tokens))
+    if everything.nbytes <= budget:
+        return everything
+    work = rehearse(family, facts, hopper, tokens, host_embedding=not tied)
+    for count in range(len(layers) - 1, -1, -1):
+        spread = [i for i in range(len(layers)) if (i + 1) * count // len(layers) > i * count // len(layers)]
+        found = plan(spread, work)
+        if found.nbytes <= budget:
+            return found
+    takes = ", ".join(f"{name} {_gib(nbytes)}" for name, nbytes in found.parts.items())
+    way_out = "a shorter prompt" if work > found.nbytes // 2 else f"a budget of {_gib(found.nbytes)}"
+    raise BackendError(
+        f"{tokens} tokens need at least {_gib(found.nbytes)} of GPU memory ({takes}), but {_gib(budget)} may be taken "
+        f"(--vram, or what is free); {way_out} would do, or --backend cpu"
+    )
+
+
+def estimate(plan, family, facts):
+    """What bounds a prompt of plan.tokens: {"compute_seconds", "tflops"}, and where layers are streamed "bus_seconds",
+    "bus_gb_per_s" and "free_from_tokens", the prompt length at which the copies take no longer than the arithmetic."""
+    c, share = family.config, _HOPPER_SHARE if facts.capability == (9, 0) else _PORTABLE_SHARE
+    rate = _OPERATIONS.get(facts.capability, _OTHERS_OPERATIONS) * facts.multiprocessors * facts.clock * share
+    weights = sum(t.shape[0] * t.shape[1] for tensors in layer_tensors(family) for t in tensors)
+
+    def seconds(tokens):
+        return (2 * tokens * weights + 2 * tokens**2 * c.q_width * c.block_count) / rate
+
+    found = {"compute_seconds": seconds(plan.tokens), "tflops": rate / 1e12}
+    if plan.streamed:
+        bus = facts.bus_rate()
+        longest = next((n for n in range(64, 1 << 20, 64) if seconds(n) >= plan.streamed_bytes / bus), 1 << 20)
+        found |= {"bus_seconds": plan.streamed_bytes / bus, "bus_gb_per_s": bus / 1e9, "free_from_tokens": longest}
+    return found
+
+
+def _gib(nbytes):
+    return f"{nbytes / 2**30:.2f} GiB"

@@ -1,0 +1,218 @@
+"""What stays on the GPU and what is streamed: the plan, that results do not depend on it, and what is said where nothing fits."""
+
+import numpy as np
+import pytest
+
+import kqprefill
+from conftest import EXAMPLE, ROOT
+from kqprefill.backends.budget import Budget
+from kqprefill.backends.cuda.cache import DeviceCache, HostCache
+from kqprefill.backends.cuda.residency import CONTEXT_BYTES, H100, estimate, make_plan
+from kqprefill.engine.model import open_model
+from kqprefill.gguf.synthetic import SyntheticFile
+from kqprefill.models import read_model
+
+GIB = 1 << 30
+MODELS = [EXAMPLE, *(ROOT / "tests/data" / f"{name}.gguf" for name in ("gemma3-q4_k_m",))]
+
+
+def plan_of(name, budget, tokens, **more):
+    return make_plan(read_model(SyntheticFile.named(name)), H100, True, budget, tokens, **more)
+
+
+@pytest.mark.parametrize("text,nbytes", [("8G", 8 * GIB), ("512M", GIB // 2), ("1.5GiB", 3 * GIB // 2), ("75%", 60 * GIB), (4096, 4096), (" 2 gb", 2 * GIB)])  # fmt: skip
+def test_budgets(text, nbytes):
+    assert Budget.parse(text).of(80 * GIB) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "8Q", "-1G", "0", "101%", "0%", "G", "1e9", "nan"])
+def test_bad_budgets(text):
+    with pytest.raises(kqprefill.InputError, match="memory budget"):
+        Budget.parse(text)
+
+
+def test_all_stays_where_it_fits():
+    plan = plan_of("qwen3-8b:Q4_K_M", 80 * GIB, 2048)
+    assert plan.resident == tuple(range(36)) and not plan.streamed and plan.streamed_bytes == 0
+    assert set(plan.parts) == {"CUDA context", "output", "embedding", "layers that stay", "activations, K, V"}
+
+
+@pytest.mark.parametrize("name,gib,tokens", [("qwen3-32b:Q4_K_M", 8, 8192), ("llama3-70b:Q4_K_M", 12, 8192), ("qwen3-8b:Q8_0", 6, 40000)])  # fmt: skip
+def test_as_many_as_fit_stay_and_are_spread(name, gib, tokens):
+    plan = plan_of(name, gib * GIB, tokens)
+    layers = sorted(plan.resident + plan.streamed)
+    assert layers == list(range(len(layers))) and plan.resident and plan.streamed
+    assert plan.nbytes <= gib * GIB < plan.nbytes + 3 * plan.slot_bytes  # not a layer less than there is room for
+    gaps = np.diff([-1, *plan.resident])
+    assert gaps.max() - gaps.min() <= 1
+    tensors = [t for t in SyntheticFile.named(name).tensors.values() if t.name.startswith("blk.") and len(t.shape) == 2]
+    streamed = sum(t.nbytes for t in tensors if int(t.name.split(".")[1]) in plan.streamed)
+    assert streamed <= plan.streamed_bytes <= 1.001 * streamed
+
+
+def test_long_prompts_take_room_from_layers():
+    short, long = (plan_of("qwen3-8b:Q4_K_M", 5 * GIB, n) for n in (2048, 30000))
+    assert len(long.resident) < len(short.resident)
+    assert plan_of("qwen3-8b-yarn:Q4_K_M", int(16e9), 131072).nbytes <= 16e9
+
+
+def test_caches_are_counted():
+    with_cache = plan_of("qwen3-8b:Q4_K_M", 8 * GIB, 2048, cache_bytes=4 * GIB)
+    assert with_cache.parts["caches"] == 4 * GIB and with_cache.streamed
+
+
+@pytest.mark.parametrize("gib,tokens,way_out", [(1, 2048, "a budget of"), (4, 40000, "a shorter prompt")])
+def test_too_small_is_one_line_with_a_way_out(gib, tokens, way_out):
+    with pytest.raises(kqprefill.BackendError) as error:
+        plan_of("qwen3-32b:Q4_K_M", gib * GIB, tokens)
+    line = str(error.value)
+    assert "\n" not in line and f"{tokens} tokens need at least" in line and way_out in line and f"{gib}.00 GiB" in line
+    assert "activations" in line and "--vram" in line
+
+
+def test_the_estimate_knows_which_bound_holds():
+    family = read_model(SyntheticFile.named("qwen3-32b:Q4_K_M"))
+    short, long = (estimate(make_plan(family, H100, True, 8 * GIB, n), family, H100) for n in (128, 16384))
+    assert short["bus_seconds"] > short["compute_seconds"] and long["bus_seconds"] < long["compute_seconds"]
+    assert 128 < short["free_from_tokens"] < 16384
+    everything = estimate(make_plan(family, H100, True, 80 * GIB, 128), family, H100)
+    assert set(everything) == {"compute_seconds", "tflops"}
+
+
+# On a GPU ------------------------------------------------------------------------------------------------------------
+
+
+class Forced:
+    """A budget with a plan of our choice: small models would always fit."""
+
+    def __init__(self, monkeypatch, resident):
+        from kqprefill.backends.cuda import backend, residency
+
+        def make(family, facts, hopper, budget, tokens, cache_bytes=0):
+            full = residency.make_plan(family, facts, hopper, 1 << 60, tokens, cache_bytes)
+            layers = residency.layer_tensors(family)
+            streamed = tuple(i for i in range(len(layers)) if i not in resident)
+            largest = max(sum(residency.aligned(t.nbytes) for t in layers[i]) for i in streamed)
+            tiles = max(residency.tile_bytes(layers[i]) for i in streamed)
+            return residency.Plan(1 << 60, tokens, tuple(resident), streamed, full.parts, 1 << 30, largest, tiles)
+
+        monkeypatch.setattr(backend, "make_plan", make)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernels", ["auto", "portable"])
+@pytest.mark.parametrize("path", MODELS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("n", [5, 700])
+def test_streamed_and_resident_give_the_same_bits(monkeypatch, path, kernels, n):
+    rng = np.random.default_rng()
+    with kqprefill.load(path, backend="cuda", kernels=kernels) as model:
+        assert not model.backend.plan.streamed
+        prompts = [rng.integers(0, model.config.vocab_size, n) for _ in range(3)]
+        expected = [model.prefill(tokens, logits="all").logits for tokens in prompts]
+        count = model.config.block_count
+    for resident in ([], [0], [count - 1], list(range(1, count))):
+        Forced(monkeypatch, resident)
+        with kqprefill.load(path, backend="cuda", kernels=kernels) as model:
+            assert len(model.backend.plan.streamed) == count - len(resident)
+            for tokens, logits in zip(prompts, expected):
+                assert np.array_equal(model.prefill(tokens, logits="all").logits, logits), f"resident: {resident}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lock", [True, False], ids=["locked in place", "through the ring"])
+def test_every_way_from_the_host_gives_the_same_weights(monkeypatch, lock):
+    """Locked pages, and the ring of staging buffers where locking fails; several layers, formats and windows."""
+    from kqprefill.backends.cuda import memory
+
+    monkeypatch.setattr(memory.HostPages, "WINDOW", 1 << 20)
+    file = SyntheticFile.named("qwen3-0.6b:Q4_K_M")
+    tokens = np.random.default_rng().integers(0, 1000, 300)
+    with open_model(file, "cuda") as model:
+        expected = model.prefill(tokens, logits="last").logits
+    if not lock:
+        monkeypatch.setattr(memory.HostPages, "lock", lambda self, window: False)
+    with open_model(SyntheticFile.named("qwen3-0.6b:Q4_K_M"), "cuda") as model:
+        assert np.array_equal(model.prefill(tokens, logits="last").logits, expected)
+    Forced(monkeypatch, [3, 9])
+    with open_model(SyntheticFile.named("qwen3-0.6b:Q4_K_M"), "cuda") as model:
+        for _ in range(2):
+            assert np.array_equal(model.prefill(tokens, logits="last").logits, expected)
+
+
+@pytest.mark.gpu
+def test_a_budget_is_kept():
+    tokens = np.random.default_rng().integers(0, 1000, 4000)
+    used = []
+    for vram in (None, "1.05G"):
+        with open_model(SyntheticFile.named("qwen3-0.6b:Q4_K_M"), "cuda", vram=vram, max_tokens=4000) as model:
+            token = model.prefill(tokens).token
+            plan = model.backend.plan
+            assert bool(plan.streamed) == (vram is not None)
+            assert model.backend.memory_used() <= plan.nbytes - CONTEXT_BYTES + (8 << 20)
+            used.append((model.backend.memory_used(), token))
+    assert used[1][0] < used[0][0] and used[0][1] == used[1][1]
+
+
+@pytest.mark.gpu
+def test_a_longer_prompt_than_planned_makes_layers_leave():
+    tokens = np.random.default_rng().integers(0, 1000, 6000)
+    with open_model(SyntheticFile.named("qwen3-0.6b:Q4_K_M"), "cuda") as model:
+        expected = [model.prefill(tokens[:n], logits="last").logits for n in (100, 6000)]
+    with open_model(SyntheticFile.named("qwen3-0.6b:Q4_K_M"), "cuda", vram="1.1G", max_tokens=100) as model:
+        assert not model.backend.plan.streamed
+        for n, logits in ((100, expected[0]), (6000, expected[1]), (100, expected[0])):
+            assert np.array_equal(model.prefill(tokens[:n], logits="last").logits, logits)
+        assert model.backend.plan.streamed
+        with pytest.raises(kqprefill.BackendError, match="40000 tokens need at least"):
+            model.prefill(np.zeros(40000, np.int64))
+        assert np.array_equal(model.prefill(tokens[:100], logits="last").logits, expected[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("path", MODELS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_cache_in_host_memory_changes_nothing(monkeypatch, path, streamed):
+    if streamed:
+        Forced(monkeypatch, [0])
+    with kqprefill.load(path, backend="cuda") as model:
+        tokens = np.random.default_rng().integers(0, model.config.vocab_size, 300)
+        whole = model.prefill(tokens, logits="all").logits
+        cache = model.new_cache(300)
+        assert type(cache) is DeviceCache
+        monkeypatch.setattr(model.backend, "_budget", 0)
+        monkeypatch.setattr(model.backend, "_make_room", lambda *_: None)
+        cache = model.new_cache(300)
+        assert type(cache) is HostCache and cache.device_bytes < DeviceCache.bytes_needed(model.config, 300) or model.config.block_count == 2  # fmt: skip
+        for _ in range(2):
+            parts, at = [], 0
+            for n in (1, 128, 171):
+                parts.append(model.prefill(tokens[at : at + n], logits="all", cache=cache).logits)
+                at += n
+            assert np.array_equal(np.concatenate(parts), whole)
+            cache.reset()
+
+
+@pytest.mark.gpu
+def test_an_allocation_that_fails_on_the_way_frees_everything(monkeypatch):
+    from kqprefill.backends.cuda.device import Gpu, check
+
+    gpu = Gpu(0)
+
+    def free():
+        gpu.stream.sync()
+        return check(gpu.driver.cuMemGetInfo())[0]
+
+    with open_model(SyntheticFile.named("qwen3-0.6b:Q4_K_M"), "cuda"):
+        pass
+    before, allocate = free(), Gpu.allocate
+
+    def failing(self, nbytes, what):
+        failing.left -= 1
+        return allocate(self, nbytes if failing.left else 1 << 50, what)
+
+    monkeypatch.setattr(Gpu, "allocate", failing)
+    for failing.left in (2, 10, 25):
+        with pytest.raises(kqprefill.BackendError, match="out of memory"):
+            open_model(SyntheticFile.named("qwen3-0.6b:Q4_K_M"), "cuda")
+        assert before - free() < 32 << 20
+    gpu.close()
