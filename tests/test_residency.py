@@ -34,7 +34,7 @@ def test_bad_budgets(text):
 def test_all_stays_where_it_fits():
     plan = plan_of("qwen3-8b:Q4_K_M", 80 * GIB, 2048)
     assert plan.resident == tuple(range(36)) and not plan.streamed and plan.streamed_bytes == 0
-    assert set(plan.parts) == {"CUDA context", "output", "embedding", "layers that stay", "activations, K, V"}
+    assert set(plan.parts) == {"CUDA context", "output", "embedding", "layers that stay", "activations, K, V", "allocator's slack"}
 
 
 @pytest.mark.parametrize("name,gib,tokens", [("qwen3-32b:Q4_K_M", 8, 8192), ("llama3-70b:Q4_K_M", 12, 8192), ("qwen3-8b:Q8_0", 6, 40000)])  # fmt: skip
@@ -124,7 +124,7 @@ def test_every_way_from_the_host_gives_the_same_weights(monkeypatch, lock):
     """Locked pages, and the ring of staging buffers where locking fails; several layers, formats and windows."""
     from kqprefill.backends.cuda import memory
 
-    monkeypatch.setattr(memory.HostPages, "WINDOW", 1 << 20)
+    monkeypatch.setattr(memory, "WINDOW", 1 << 20)
     file = SyntheticFile.named("qwen3-0.6b:Q4_K_M")
     tokens = np.random.default_rng().integers(0, 1000, 300)
     with open_model(file, "cuda") as model:
@@ -143,7 +143,7 @@ def test_every_way_from_the_host_gives_the_same_weights(monkeypatch, lock):
 def test_a_budget_is_kept():
     tokens = np.random.default_rng().integers(0, 1000, 4000)
     used = []
-    for vram in (None, "1.05G"):
+    for vram in (None, "1.08G"):
         with open_model(SyntheticFile.named("qwen3-0.6b:Q4_K_M"), "cuda", vram=vram, max_tokens=4000) as model:
             token = model.prefill(tokens).token
             plan = model.backend.plan
@@ -158,7 +158,7 @@ def test_a_longer_prompt_than_planned_makes_layers_leave():
     tokens = np.random.default_rng().integers(0, 1000, 6000)
     with open_model(SyntheticFile.named("qwen3-0.6b:Q4_K_M"), "cuda") as model:
         expected = [model.prefill(tokens[:n], logits="last").logits for n in (100, 6000)]
-    with open_model(SyntheticFile.named("qwen3-0.6b:Q4_K_M"), "cuda", vram="1.1G", max_tokens=100) as model:
+    with open_model(SyntheticFile.named("qwen3-0.6b:Q4_K_M"), "cuda", vram="1.13G", max_tokens=100) as model:
         assert not model.backend.plan.streamed
         for n, logits in ((100, expected[0]), (6000, expected[1]), (100, expected[0])):
             assert np.array_equal(model.prefill(tokens[:n], logits="last").logits, logits)

@@ -11,7 +11,7 @@ import click
 
 from ..backends.wake import wake_gpu
 from ..errors import InputError
-from .common import device_options, memory_option, open_file, plan_lines, progress_bars, size, volume_options, warner
+from .common import device_options, load_lines, memory_option, open_file, progress_bars, size, volume_options, warner
 
 
 _WARM_UP = 2  # runs; on a GPU the first compiles, and the second makes the CUDA graph of a short prompt
@@ -60,8 +60,8 @@ def bench(model, lengths, repetitions, delay, output, detail, backend, device, k
                 raise InputError(f"-p {length}: the model's context is 1 to {config.context_length} tokens")
         matrices = loaded.family.matrices()
         if verbose:
-            loading = f"loaded in {loaded.timings['load']:.2f} s"
-            click.echo("\n".join([loading, *(plan_lines(loaded.backend.plan, loaded.family) if loaded.backend.plan else [])]), err=True)
+            for line in load_lines(loaded):
+                click.echo(line, err=True)
         for length in lengths:
             tokens = np.random.default_rng(length).integers(0, config.vocab_size, length)
             for _ in range(_WARM_UP):

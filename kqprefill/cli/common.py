@@ -61,6 +61,15 @@ def plan_lines(plan, family):
     )
 
 
+def load_lines(model):
+    """What an open Model's backend has loaded, and where, for people."""
+    if model.backend.plan is None:
+        return
+    nbytes, seconds = model.backend.weights.loaded
+    yield f"weights that stay: {size(nbytes)} in {seconds:.3f} s, {nbytes / seconds / 1e9:.1f} GB/s"
+    yield from plan_lines(model.backend.plan, model.family)
+
+
 def read_tokens(text):
     """IDs from `1,2,3` or `1 2 3`, from stdin (`-`) or from a file (`@FILE`). Raises InputError."""
     if text == STDIO:

@@ -9,7 +9,7 @@ import click
 from ..backends.wake import wake_gpu
 from ..errors import InputError
 from .common import (
-    STDIO, device_options, memory_option, output_file, plan_lines, progress_bars, read_tokens, size, volume_options, warner,
+    STDIO, device_options, load_lines, memory_option, output_file, progress_bars, read_tokens, size, volume_options, warner,
 )  # fmt: skip
 
 
@@ -68,8 +68,9 @@ def run(model, tokens, as_json, logits, all_positions, backend, device, kernels,
             "device": loaded.backend.device_name,
             "timings": {stage: round(seconds, 6) for stage, seconds in timings.items()},
         }
-        if verbose and (plan := loaded.backend.plan) is not None:
-            click.echo("\n".join(plan_lines(plan, loaded.family)), err=True)
+        if verbose:
+            for line in load_lines(loaded):
+                click.echo(line, err=True)
     if verbose or (sys.stderr.isatty() and not quiet):
         click.echo(summary, err=True)
     if as_json:

@@ -6,6 +6,7 @@ constant weights would run faster than real ones do.
 
 from dataclasses import dataclass
 from functools import cache
+import mmap
 from pathlib import Path
 
 import numpy as np
@@ -164,7 +165,10 @@ def _random_weights(shape, kind, name):
     row_bytes = shape[-1] // block_elements * block_bytes
     blocks = pool(kind)
     index = rng.integers(0, len(blocks), int(np.prod(shape)) // block_elements, dtype=np.uint32)
-    return blocks[index].reshape(*shape[:-1], row_bytes)
+    # Memory of its own pages, as a mapped file's, which a backend may lock.
+    out = np.frombuffer(mmap.mmap(-1, int(np.prod(shape[:-1])) * row_bytes), np.uint8)
+    np.take(blocks, index, axis=0, out=out.reshape(-1, blocks.shape[1]))
+    return out.reshape(*shape[:-1], row_bytes)
 
 
 @cache

@@ -78,6 +78,8 @@ class Gpu:
         with cuda_errors(f"opening {self.name}"):
             self.stream = device.create_stream()
             self.pool = core.DeviceMemoryResource(device)
+            high = self.driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_USED_MEM_HIGH
+            check(self.driver.cuMemPoolSetAttribute(self.pool.handle, high, self.driver.cuuint64_t(0)))
 
     def allocate(self, nbytes, what):
         """Device memory (cuda.core.Buffer), for `what` if it fails. Raises BackendError."""
@@ -120,7 +122,7 @@ class Gpu:
         return nbytes / ((marks[-1] - marks[-2]) / 1e3)
 
     def memory_peak(self):
-        """The most bytes that this process's pool ever held."""
+        """The most bytes held since this was opened."""
         return self.pool.attributes.used_mem_high
 
     def close(self):

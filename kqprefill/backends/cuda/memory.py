@@ -10,6 +10,7 @@ import numpy as np
 from .device import check, cuda_errors
 
 ALIGNMENT = 256  # of every tensor in device memory
+WINDOW = 64 << 20  # bytes of host memory that are locked at a time
 
 
 def aligned(nbytes):
@@ -53,44 +54,47 @@ class HostPages:
     """Locks host memory where it lies, a window at a time, so that the copy engine reads it at the bus's rate.
 
     Locking runs at 39 GB/s for a file in the page cache and makes no copy; a copy from pages that are not locked runs at a
-    tenth of the bus's 55 GB/s (an H100). At most `keep` bytes stay locked: those used last.
+    tenth of the bus's 55 GB/s (an H100). About `keep` bytes stay locked: those used last.
     """
 
-    WINDOW = 64 << 20
     AHEAD, THREADS = 16, 4  # windows read ahead of their use, and threads that do it
 
     def __init__(self, gpu, keep):
-        self._gpu, self._most = gpu, max(2, keep // self.WINDOW)
-        self._windows = OrderedDict()  # window: (address, event of its last use), or None where it cannot be locked
-        self._readers = ThreadPoolExecutor(self.THREADS, thread_name_prefix="read")
-        self._read = OrderedDict()  # window: future
+        self._gpu, self._most = gpu, max(2, keep // WINDOW)
+        self._windows = OrderedDict()  # window: event of its last use, or None where it cannot be locked
+        self._read, self._leaving = {}, {}  # window: future of its being read, and unlocked
+        self._threads = ThreadPoolExecutor(self.THREADS, "pages", initializer=gpu.device.set_current)
 
     def pieces(self, array):
         """(window, uint8 array) one after another: a contiguous array's bytes, cut where windows end."""
         flat, start = array.reshape(-1).view(np.uint8), array.ctypes.data
         at = 0
         while at < flat.size:
-            end = min(flat.size, self.WINDOW - (start + at) % self.WINDOW + at)
-            yield _Window(flat, (start + at) // self.WINDOW * self.WINDOW, self.WINDOW), flat[at:end]
+            end = min(flat.size, WINDOW - (start + at) % WINDOW + at)
+            yield _Window(flat, (start + at) // WINDOW * WINDOW, WINDOW), flat[at:end]
             at = end
 
     def read_ahead(self, array):
         """Have threads bring a mapped file's pages from disk. Returns False once enough is under way."""
         for window, _ in self.pieces(array):
-            if window in self._windows or window in self._read:
+            if not window.lockable or window in self._windows or window in self._read:
                 continue
             if len(self._read) >= self.AHEAD:
                 return False
-            self._read[window] = self._readers.submit(_populate, window.begin, window.end - window.begin)
+            self._read[window] = self._threads.submit(_populate, window.begin, window.end - window.begin)
         return True
 
     def lock(self, window):
         """Whether the window is locked now. It stays so until `used`, and a while longer."""
+        if not window.lockable:
+            return False
         if window not in self._windows:
-            if window in self._read:
-                self._read.pop(window).result()
-            while len(self._windows) >= self._most:
-                self._unlock(*self._windows.popitem(last=False))
+            for under_way in (self._read, self._leaving):
+                if window in under_way:
+                    under_way.pop(window).result()
+            if len(self._windows) >= self._most:
+                oldest, event = self._windows.popitem(last=False)
+                self._leaving[oldest] = self._threads.submit(self._unlock, oldest, event)
             flags = 0 if window.writeable else self._gpu.driver.CU_MEMHOSTREGISTER_READ_ONLY
             (status,) = self._gpu.driver.cuMemHostRegister(window.begin, window.end - window.begin, flags)
             self._windows[window] = self._gpu.device.create_event() if status == 0 else None
@@ -108,24 +112,29 @@ class HostPages:
 
     def close(self):
         """Unlock everything, once nothing reads it any more. Errors were, or will be, someone else's to tell."""
-        self._readers.shutdown(cancel_futures=True)
-        while self._windows:
-            self._unlock(*self._windows.popitem())
+        for future in self._read.values():
+            future.cancel()
+        for window, event in self._windows.items():
+            self._threads.submit(self._unlock, window, event)
+        self._threads.shutdown()
+        self._windows.clear()
 
 
 class _Window:
-    """The part of a window of addresses that an array's allocation or mapping covers, in whole pages."""
+    """The part of a window of addresses that an array's mapping covers. Other memory shares pages with who knows what, and
+    is not `lockable`."""
 
     def __init__(self, array, address, length):
         while isinstance(array.base, np.ndarray):
             array = array.base
-        first, page = array.ctypes.data, mmap.PAGESIZE
-        self.begin = max(address, first // page * page)
-        self.end = min(address + length, -(-(first + array.nbytes) // page) * page)
-        self.writeable = array.flags.writeable
+        first, owner = array.ctypes.data, array.base
+        owner = owner.obj if isinstance(owner, memoryview) else owner
+        self.lockable, self.writeable = isinstance(owner, mmap.mmap), array.flags.writeable
+        self.begin = max(address, first)
+        self.end = min(address + length, -(-(first + array.nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE)
 
     def __eq__(self, other):
-        return self.begin == other.begin
+        return (self.begin, self.end) == (other.begin, other.end)
 
     def __hash__(self):
         return hash(self.begin)

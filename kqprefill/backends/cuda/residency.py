@@ -10,12 +10,14 @@ import os
 from types import SimpleNamespace
 
 from ...errors import BackendError
-from .memory import aligned
+from .memory import WINDOW, aligned
 from .rehearsal import rehearse
 from .staging import STAGING_BYTES, STAGING_SLOTS
+from .tiles import TILE_ROWS
 from .weights import layer_tensors, tile_bytes
 
-CONTEXT_BYTES = 600 << 20  # that the driver takes for a context and our kernels (an H100: 510 to 580 MiB)
+CONTEXT_BYTES = 560 << 20  # that the driver takes for a context and our kernels (an H100: 540 MiB)
+_SLACK_BYTES, _SLACK_SHARE = 64 << 20, 0.012  # that its allocator takes beyond what is asked for (an H100: 20 to 230 MiB)
 SPARE_BYTES = 128 << 20  # left free where no budget is given
 LOCKED_FOR_LOADING = 1 << 30  # host memory that stays locked where it is read once
 
@@ -51,10 +53,9 @@ class Plan:
     @property
     def host_bytes(self):
         """Host memory that may stay locked: all that is streamed, where it is the lesser part of the machine's."""
-        if not self.streamed:
-            return LOCKED_FOR_LOADING
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return self.streamed_bytes * 9 // 8 if self.streamed_bytes < memory // 2 else LOCKED_FOR_LOADING
+        wanted = self.streamed_bytes + 4 * WINDOW * len(self.streamed)  # a layer's first and last windows are not all its own
+        return wanted if LOCKED_FOR_LOADING < wanted < memory // 2 else LOCKED_FOR_LOADING
 
 
 def budget_of(gpu, vram):
@@ -73,13 +74,15 @@ def make_plan(family, facts, hopper, budget, tokens, cache_bytes=0):
     raw = [sum(aligned(t.nbytes) for t in tensors) for tensors in layers]
     output, embedding = tile_bytes([family.output.tensor]), tile_bytes([family.token_embd.tensor])
     tied = family.output is family.token_embd
+    least_slot = aligned(max(TILE_ROWS * w.tensor.nbytes // w.shape[0] for w in family.matrices()))
     parts = {"CUDA context": CONTEXT_BYTES, "output": output}
     if cache_bytes:
         parts["caches"] = cache_bytes
 
     def plan(resident, work):
         streamed = tuple(i for i in range(len(layers)) if i not in resident)
-        slot, tile = max((raw[i] for i in streamed), default=STAGING_BYTES), max((tiles[i] for i in streamed), default=0)
+        slot = max(least_slot, *(raw[i] for i in streamed)) if streamed else STAGING_BYTES
+        tile = max((tiles[i] for i in streamed), default=0)
         chosen = {
             **parts,
             "embedding": 0 if tied or streamed else embedding,
@@ -87,6 +90,7 @@ def make_plan(family, facts, hopper, budget, tokens, cache_bytes=0):
             "streaming buffers": STAGING_SLOTS * slot + tile if streamed else 0,
             "activations, K, V": work if streamed else max(work, STAGING_SLOTS * STAGING_BYTES),  # loading came first
         }
+        chosen["allocator's slack"] = _SLACK_BYTES + int(_SLACK_SHARE * sum(chosen.values()))
         sizes = {name: nbytes for name, nbytes in chosen.items() if nbytes}
         return Plan(budget, tokens, tuple(resident), streamed, sizes, sum(raw[i] for i in streamed), slot, tile)
 

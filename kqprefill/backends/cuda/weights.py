@@ -3,6 +3,7 @@
 from collections import deque
 from dataclasses import dataclass, replace
 import math
+import time
 
 import numpy as np
 
@@ -59,7 +60,10 @@ def tile_bytes(tensors):
 
 
 class DeviceWeights:
-    """A model's tensors on the device: those of a Plan's resident layers, and of the layer that is computed."""
+    """A model's tensors on the device: those of a Plan's resident layers, and of the layer that is computed.
+
+    loaded: (bytes, seconds) of the last upload of weights that stay.
+    """
 
     def __init__(self, gpu, kernels, family):
         self._gpu, self._kernels, self._family = gpu, kernels, family
@@ -89,14 +93,17 @@ class DeviceWeights:
             if buffer := self._buffers.pop("embedding", None):
                 buffer.close(self._gpu.stream)
         missing = [key for key in groups if key not in self._buffers and key not in plan.streamed]
+        begin = time.perf_counter()
         self._staging = Staging(self._gpu, self._kernels, STAGING_SLOTS, plan.slot_bytes, plan.host_bytes)
         self._load([(key, groups[key]) for key in missing], plan.slot_bytes, progress)
         self._plan = plan
         if not plan.streamed:
             self._staging.close()
             self._staging = None
-            return
-        self._buffers["streamed"] = buffer = self._gpu.allocate(plan.tile_bytes, "a streamed layer")
+        self._gpu.stream.sync()
+        self.loaded = sum(t.nbytes for key in missing for t in groups[key]), time.perf_counter() - begin
+        if plan.streamed:
+            self._buffers["streamed"] = buffer = self._gpu.allocate(plan.tile_bytes, "a streamed layer")
         for layer in plan.streamed:
             matrices = self._lay_out(layers[layer], int(buffer.handle))
             self._pieces[layer] = [Piece(m, 0, t.data) for t, m in zip(layers[layer], matrices)]
