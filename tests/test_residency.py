@@ -7,7 +7,7 @@ import kqprefill
 from conftest import EXAMPLE, ROOT
 from kqprefill.backends.budget import Budget
 from kqprefill.backends.cuda.cache import DeviceCache, HostCache
-from kqprefill.backends.cuda.residency import CONTEXT_BYTES, H100, estimate, make_plan
+from kqprefill.backends.cuda.residency import CONTEXT_BYTES, H100, estimate, host_memory, make_plan
 from kqprefill.engine.model import open_model
 from kqprefill.gguf.synthetic import SyntheticFile
 from kqprefill.models import read_model
@@ -77,6 +77,17 @@ def test_the_estimate_knows_which_bound_holds():
     assert 128 < short["free_from_tokens"] < 16384
     everything = estimate(make_plan(family, H100, True, 80 * GIB, 128), family, H100)
     assert set(everything) == {"compute_seconds", "tflops"}
+
+
+def test_host_memory_knows_control_groups(tmp_path):
+    everything = host_memory(tmp_path, tmp_path / "none")
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "cgroup").write_text("0::/a/b\n")
+    assert host_memory(tmp_path, tmp_path / "cgroup") == everything > 1 << 20
+    (tmp_path / "a" / "memory.max").write_text("1048576\n")
+    assert host_memory(tmp_path, tmp_path / "cgroup") == 1 << 20
+    (tmp_path / "a" / "b" / "memory.max").write_text("max\n")
+    assert host_memory(tmp_path, tmp_path / "cgroup") == 1 << 20
 
 
 # On a GPU ------------------------------------------------------------------------------------------------------------
@@ -190,6 +201,28 @@ def test_a_cache_in_host_memory_changes_nothing(monkeypatch, path, streamed):
                 at += n
             assert np.array_equal(np.concatenate(parts), whole)
             cache.reset()
+
+
+@pytest.mark.gpu
+def test_other_tenants_leave_less_room():
+    from kqprefill.backends.cuda.device import Gpu
+
+    tokens = np.random.default_rng().integers(0, 1000, 4000)
+    with open_model(SyntheticFile.named("qwen3-0.6b:Q4_K_M"), "cuda", max_tokens=4000) as model:
+        expected = model.prefill(tokens, logits="last").logits
+    tenant = Gpu(0)
+    held = tenant.allocate(tenant.memory()[0] - (620 << 20), "a tenant")
+    tenant.stream.sync()
+    with open_model(SyntheticFile.named("qwen3-0.6b:Q4_K_M"), "cuda", max_tokens=4000) as model:
+        assert model.backend.plan.streamed
+        assert np.array_equal(model.prefill(tokens, logits="last").logits, expected)
+    more = tenant.allocate(tenant.memory()[0] - (100 << 20), "a tenant")
+    tenant.stream.sync()
+    with pytest.raises(kqprefill.BackendError, match="tokens need at least .* may be taken"):
+        open_model(SyntheticFile.named("qwen3-0.6b:Q4_K_M"), "cuda", max_tokens=4000)
+    for buffer in (held, more):
+        buffer.close(tenant.stream)
+    tenant.close()
 
 
 @pytest.mark.gpu

@@ -110,14 +110,18 @@ class HostPages:
             event.sync()
             self._gpu.driver.cuMemHostUnregister(window.begin)
 
-    def close(self):
-        """Unlock everything, once nothing reads it any more. Errors were, or will be, someone else's to tell."""
+    def release(self):
+        """Have threads unlock everything, once nothing launched so far reads it."""
         for future in self._read.values():
             future.cancel()
         for window, event in self._windows.items():
             self._threads.submit(self._unlock, window, event)
-        self._threads.shutdown()
         self._windows.clear()
+
+    def close(self):
+        """Wait until everything is unlocked."""
+        self.release()
+        self._threads.shutdown()
 
 
 class _Window:
@@ -198,9 +202,13 @@ class Uploader:
         self._events = [self._gpu.device.create_event() for _ in self._slots]
         self._pool = ThreadPoolExecutor(self.THREADS, thread_name_prefix="upload")
 
+    def release(self):
+        """Give back what was locked, in the background: nothing more will be copied."""
+        self._pages.release()
+
     def close(self):
         """Free the ring and unlock the pages, once nothing reads them any more."""
-        self._gpu.driver.cuStreamSynchronize(self._stream.handle)
+        self._gpu.driver.cuStreamSynchronize(self._stream.handle)  # its errors were, or will be, someone else's to tell
         self._pages.close()
         if self._base is not None:
             self._pool.shutdown()

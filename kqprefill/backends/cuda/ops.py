@@ -57,7 +57,9 @@ class CudaOps(Ops):
 
     def begin_layer(self, index):
         super().begin_layer(index)
-        self.weights.begin_layer(index)
+        if self.weights.streaming:
+            self.enter("streaming")
+            self.weights.begin_layer(index)
         if self.cache is not None:
             self.cache.begin_layer(index, self.batch.start, self.n)
             self.kernels.fence()
@@ -289,7 +291,8 @@ class CudaOps(Ops):
                 self.kernels.launch(HEAD, "summarise", 1, 1024, last, i32(vocab), summary_address)
             if host is not None:
                 self.gpu.download(host[at - first : at - first + m], device)
-        self.weights.prefetch()
+        if self.weights.streaming:
+            self.weights.prefetch()  # the next batch's first layers
         self.gpu.download(summary, summary_address)
         if self.cache is not None:
             self.cache.end_batch(self.batch.start, self.n)

@@ -24,14 +24,10 @@ class Sizes:
 class NoWeights:
     """In place of DeviceWeights: the matrices' shapes, and norms of ones."""
 
+    streaming = False
+
     def __init__(self, host_embedding):
         self._host_embedding = host_embedding
-
-    def begin_layer(self, index):
-        pass
-
-    def prefetch(self):
-        pass
 
     def matrix(self, weight):
         return Matrix(weight.name, weight.tensor.type, 1 << 40, *weight.shape)

@@ -87,9 +87,15 @@ class Staging:
         self._gpu.stream.record(slot.free)
         self._kernels.fence()  # GEMMs read weights without waiting for the kernel before them
 
-    def close(self):
-        self._uploader.close()
+    def release(self):
+        """Free the buffers, once what was launched has read them: nothing more will be brought."""
         for slot in self._slots:
             slot.buffer.close(self._gpu.stream)
         self._slots.clear()
+        self._uploader.release()
+
+    def close(self):
+        """Free everything; waits."""
+        self.release()
+        self._uploader.close()
         self._stream.close()

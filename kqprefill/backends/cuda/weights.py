@@ -98,8 +98,7 @@ class DeviceWeights:
         self._load([(key, groups[key]) for key in missing], plan.slot_bytes, progress)
         self._plan = plan
         if not plan.streamed:
-            self._staging.close()
-            self._staging = None
+            self._staging.release()
         self._gpu.stream.sync()
         self.loaded = sum(t.nbytes for key in missing for t in groups[key]), time.perf_counter() - begin
         if plan.streamed:
