@@ -205,23 +205,26 @@ def test_a_cache_in_host_memory_changes_nothing(monkeypatch, path, streamed):
 
 @pytest.mark.gpu
 def test_other_tenants_leave_less_room():
-    from kqprefill.backends.cuda.device import Gpu
+    from kqprefill.backends.cuda.device import Gpu, check
 
     tokens = np.random.default_rng().integers(0, 1000, 4000)
     with open_model(SyntheticFile.named("qwen3-0.6b:Q4_K_M"), "cuda", max_tokens=4000) as model:
         expected = model.prefill(tokens, logits="last").logits
-    tenant = Gpu(0)
-    held = tenant.allocate(tenant.memory()[0] - (620 << 20), "a tenant")
-    tenant.stream.sync()
+    tenant, held = Gpu(0), []
+
+    def leave(nbytes):
+        tenant.stream.sync()
+        held.append(check(tenant.driver.cuMemAlloc(tenant.memory()[0] - nbytes)))
+
+    leave(700 << 20)
     with open_model(SyntheticFile.named("qwen3-0.6b:Q4_K_M"), "cuda", max_tokens=4000) as model:
         assert model.backend.plan.streamed
         assert np.array_equal(model.prefill(tokens, logits="last").logits, expected)
-    more = tenant.allocate(tenant.memory()[0] - (100 << 20), "a tenant")
-    tenant.stream.sync()
+    leave(100 << 20)
     with pytest.raises(kqprefill.BackendError, match="tokens need at least .* may be taken"):
         open_model(SyntheticFile.named("qwen3-0.6b:Q4_K_M"), "cuda", max_tokens=4000)
-    for buffer in (held, more):
-        buffer.close(tenant.stream)
+    for address in held:
+        check(tenant.driver.cuMemFree(address))
     tenant.close()
 
 

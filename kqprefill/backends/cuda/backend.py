@@ -61,6 +61,7 @@ class CudaBackend(Backend):
             one_by_one = timed or cache is not None or self.plan.streamed
             x = forward(ops) if one_by_one else self._graphs.run(ops, forward)
             head = ops.head(x, model.output_norm, model.output, logits)
+            self.weights.settle()
             return head, ops.timeline.stages() if timed else None
 
     def _cache_bytes(self):

@@ -110,7 +110,7 @@ class HostPages:
             event.sync()
             self._gpu.driver.cuMemHostUnregister(window.begin)
 
-    def release(self):
+    def unlock(self):
         """Have threads unlock everything, once nothing launched so far reads it."""
         for future in self._read.values():
             future.cancel()
@@ -120,7 +120,7 @@ class HostPages:
 
     def close(self):
         """Wait until everything is unlocked."""
-        self.release()
+        self.unlock()
         self._threads.shutdown()
 
 
@@ -202,9 +202,9 @@ class Uploader:
         self._events = [self._gpu.device.create_event() for _ in self._slots]
         self._pool = ThreadPoolExecutor(self.THREADS, thread_name_prefix="upload")
 
-    def release(self):
+    def unlock(self):
         """Give back what was locked, in the background: nothing more will be copied."""
-        self._pages.release()
+        self._pages.unlock()
 
     def close(self):
         """Free the ring and unlock the pages, once nothing reads them any more."""

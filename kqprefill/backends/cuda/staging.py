@@ -87,15 +87,18 @@ class Staging:
         self._gpu.stream.record(slot.free)
         self._kernels.fence()  # GEMMs read weights without waiting for the kernel before them
 
-    def release(self):
+    def end(self):
         """Free the buffers, once what was launched has read them: nothing more will be brought."""
         for slot in self._slots:
             slot.buffer.close(self._gpu.stream)
         self._slots.clear()
-        self._uploader.release()
+
+    def unlock(self):
+        """After `end`: give the host's pages back, in the background."""
+        self._uploader.unlock()
 
     def close(self):
         """Free everything; waits."""
-        self.release()
+        self.end()
         self._uploader.close()
         self._stream.close()

@@ -98,7 +98,7 @@ class DeviceWeights:
         self._load([(key, groups[key]) for key in missing], plan.slot_bytes, progress)
         self._plan = plan
         if not plan.streamed:
-            self._staging.release()
+            self._staging.end()
         self._gpu.stream.sync()
         self.loaded = sum(t.nbytes for key in missing for t in groups[key]), time.perf_counter() - begin
         if plan.streamed:
@@ -106,6 +106,11 @@ class DeviceWeights:
         for layer in plan.streamed:
             matrices = self._lay_out(layers[layer], int(buffer.handle))
             self._pieces[layer] = [Piece(m, 0, t.data) for t, m in zip(layers[layer], matrices)]
+
+    def settle(self):
+        """The first batch is through: host pages that only loading read may be unlocked, which would have slowed it."""
+        if self._staging is not None and not self.streaming:
+            self._staging.unlock()
 
     def _load(self, groups, room, progress):
         """Upload tensors that stay, each group's into one allocation."""
