@@ -41,24 +41,23 @@ template <int kRows>
 struct Loader {
     static constexpr int kCopies = kRows * kChunks / kThreads, kRowStep = kThreads / kChunks;
     static_assert(kRows * kChunks % kThreads == 0 && kThreads % kChunks == 0, "whole copies for each thread");
+    static_assert(kRowStep % 8 == 0, "the swizzle is the same for all of a thread's rows");
     const half_t* source;
-    uint64_t row_step;
-    int rows_left, row;
-    uint32_t destination[kCopies];
+    int row_step, rows_left, row;
+    uint32_t destination;
 
     __device__ Loader(const half_t* base, int first_row, int rows, int k) {
         row = threadIdx.x / kChunks;
         int chunk = threadIdx.x % kChunks;
         source = base + static_cast<uint64_t>(first_row + row) * k + chunk * 8;
-        row_step = static_cast<uint64_t>(kRowStep) * k;
+        row_step = kRowStep * k;
         rows_left = rows - first_row;
-#pragma unroll
-        for (int i = 0; i < kCopies; ++i) destination[i] = chunk_offset(row + i * kRowStep, chunk);
+        destination = chunk_offset(row, chunk);
     }
     __device__ void load(uint32_t stage, int k_step) const {
 #pragma unroll
         for (int i = 0; i < kCopies; ++i)
-            cp_async16(stage + destination[i], source + i * row_step + k_step * BLOCK_K, row + i * kRowStep < rows_left);
+            cp_async16(stage + destination + i * kRowStep * BLOCK_K * 2, source + (i * row_step + k_step * BLOCK_K), row + i * kRowStep < rows_left);
     }
 };
 

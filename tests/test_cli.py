@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -210,6 +211,56 @@ def test_bench_refuses():
     ):
         done = kq("bench", *args, "--backend", "cpu")
         assert done.returncode == 2 and done.stdout == b"" and b"Traceback" not in done.stderr
+
+
+def test_bench_can_pause():
+    """A pause before each of two repetitions, and none in what is measured."""
+    args = ["bench", "tiny", "-p", "64", "-r", "2", "--backend", "cpu", "-o", "json"]
+    start = time.perf_counter()
+    (row,) = json.loads(kq(*args, "--delay", "0.7").stdout)
+    assert time.perf_counter() - start > 1.4 and row["tokens_per_second"] > 64 / 0.7
+    assert kq(*args, "--delay", "-1").returncode == 2
+
+
+def test_plan():
+    done = kq("plan", "qwen3-32b:Q4_K_M", "--vram", "8G", "-p", "8192")
+    text = done.stdout.decode()
+    assert done.returncode == 0 and done.stderr == b""
+    assert "of 8.00 GiB that may be taken" in text and "layers that stay" in text
+    assert "are streamed, and the embedding's rows" in text
+    assert "bound by arithmetic" in text and "streaming is free from about" in text
+    plan = json.loads(kq("plan", "qwen3-32b:Q4_K_M", "--vram", "8G", "-p", "8192", "--json").stdout)
+    assert sorted(plan["resident_layers"] + plan["streamed_layers"]) == list(range(64))
+    assert plan["planned_bytes"] == sum(plan["parts"].values()) <= plan["budget_bytes"] == 8 << 30
+    assert 0 < plan["streamed_bytes"] < 20e9 and plan["bus_seconds"] < plan["compute_seconds"]
+
+
+@pytest.mark.parametrize(
+    "args,status,complaint",
+    [
+        (["qwen3-32b", "--vram", "1G"], 1, b"tokens need at least 2."),
+        (["qwen3-32b", "--vram", "lots"], 2, b"memory budget"),
+        (["qwen3-32b", "--vram", "8G", "-p", "50000"], 2, b"context"),
+        (["no-such-model", "--vram", "8G"], 2, b"neither a file nor"),
+    ],
+)
+def test_plan_refuses(args, status, complaint):
+    done = kq("plan", *args)
+    assert done.returncode == status and complaint in done.stderr and done.stderr.count(b"\n") == 1
+    assert done.stdout == b""
+
+
+@pytest.mark.gpu
+def test_a_budget_on_the_command_line(tmp_path):
+    """Streamed or resident, the same token; too little is one line."""
+    path = tmp_path / "model.gguf"
+    kq("synth", "qwen3-0.6b:Q4_K_M", path)
+    tokens = ",".join(map(str, range(1000)))
+    answers = [kq("run", path, "--tokens", tokens, "-v", *args) for args in ([], ["--vram", "930M"])]
+    assert answers[0].stdout == answers[1].stdout != b""
+    assert b" 0 are streamed" in answers[0].stderr and b" 0 are streamed" not in answers[1].stderr
+    done = kq("run", path, "--tokens", tokens, "--vram", "100M")
+    assert done.returncode == 1 and done.stderr.count(b"\n") == 1 and b"1000 tokens need at least" in done.stderr
 
 
 @pytest.mark.parametrize("recipe", ["Q4_K_M", "Q3_K", "Q8_K", "BF16"])

@@ -7,7 +7,8 @@ import kqprefill
 from conftest import EXAMPLE, ROOT
 from kqprefill.backends.budget import Budget
 from kqprefill.backends.cuda.cache import DeviceCache, HostCache
-from kqprefill.backends.cuda.residency import CONTEXT_BYTES, H100, estimate, host_memory, make_plan
+from kqprefill.backends.cuda.memory import host_memory
+from kqprefill.backends.cuda.residency import CONTEXT_BYTES, H100, estimate, make_plan
 from kqprefill.engine.model import open_model
 from kqprefill.gguf.synthetic import SyntheticFile
 from kqprefill.models import read_model
@@ -201,6 +202,9 @@ def test_a_cache_in_host_memory_changes_nothing(monkeypatch, path, streamed):
                 at += n
             assert np.array_equal(np.concatenate(parts), whole)
             cache.reset()
+        monkeypatch.setattr("kqprefill.backends.cuda.cache.host_memory", lambda: 1 << 20)
+        with pytest.raises(kqprefill.BackendError, match="4096 tokens needs .* of host memory"):
+            model.new_cache(4096)
 
 
 @pytest.mark.gpu

@@ -25,6 +25,7 @@ class CudaBackend(Backend):
         self.device_name = self.gpu.name
         self.kernels, self.workspace, self.weights = Kernels(self.gpu), Workspace(self.gpu), None
         self._graphs, self._prepared, self._caches = Graphs(self.gpu, self.workspace), set(), []
+        self._ran = False  # whether a batch has been through
 
     def load(self, model, progress, vram=None, tokens=None):
         types = {weight.tensor.type for weight in model.matrices()}
@@ -50,6 +51,8 @@ class CudaBackend(Backend):
     def run(self, model, batch, cache, logits, forward, progress, timed=False):
         with cuda_errors("prefill"):
             self.gpu.device.set_current()
+            if self._ran:
+                self.weights.settle()
             if len(batch.tokens) > self.plan.tokens:
                 self._make_room(model, len(batch.tokens), 0, progress)
             ops = CudaOps(self, model.config, batch, cache)
@@ -61,7 +64,7 @@ class CudaBackend(Backend):
             one_by_one = timed or cache is not None or self.plan.streamed
             x = forward(ops) if one_by_one else self._graphs.run(ops, forward)
             head = ops.head(x, model.output_norm, model.output, logits)
-            self.weights.settle()
+            self._ran = True
             return head, ops.timeline.stages() if timed else None
 
     def _cache_bytes(self):

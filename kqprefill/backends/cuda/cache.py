@@ -1,12 +1,17 @@
 """Where the keys and values of a kept cache live: on the device, or in host memory, a layer at a time on the device."""
 
+from concurrent.futures import ThreadPoolExecutor
 import mmap
 
 import numpy as np
 
+from ...errors import BackendError
 from ..base import Cache
 from .device import check, cuda_errors
+from .memory import WINDOW, host_memory, populate
 from .tiles import padded_head
+
+_THREADS = 8
 
 
 def layer_bytes(config, capacity):
@@ -55,15 +60,25 @@ class HostCache(DeviceCache):
     copied out and the next comes in."""
 
     def __init__(self, gpu, config, capacity):
+        nbytes, most = DeviceCache.bytes_needed(config, capacity), host_memory() * 3 // 4
+        if nbytes > most:
+            raise BackendError(
+                f"a cache of {capacity} tokens needs {nbytes / 2**30:.2f} GiB of host memory, as the GPU has no room for it; "
+                f"at most {most / 2**30:.2f} GiB can be locked"
+            )
         super().__init__(gpu, config, capacity)
         self._row = self._half // capacity
         self._layers = config.block_count
         self._stream = gpu.device.create_stream()
         self._ready = [gpu.device.create_event() for _ in range(2)]
-        self._host = mmap.mmap(-1, 2 * self._half * self._layers)
+        self._host = mmap.mmap(-1, nbytes)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._host.madvise(mmap.MADV_HUGEPAGE)  # locked four times as fast
         self._array = np.frombuffer(self._host, np.uint8).reshape(self._layers, 2, capacity, self._row)
+        with ThreadPoolExecutor(_THREADS) as pool:  # page-locking would zero the pages alone
+            for begin in range(0, len(self._host), WINDOW):
+                address = self._array.ctypes.data + begin
+                pool.submit(populate, address, min(WINDOW, len(self._host) - begin), write=True)
         with cuda_errors(f"page-locking {self._array.nbytes / 2**30:.2f} GiB of host memory for a cache of {capacity} tokens"):
             check(gpu.driver.cuMemHostRegister(self._array.ctypes.data, self._array.nbytes, 0))
 

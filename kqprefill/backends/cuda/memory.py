@@ -4,6 +4,8 @@ from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 import ctypes
 import mmap
+import os
+from pathlib import Path
 
 import numpy as np
 
@@ -15,6 +17,19 @@ WINDOW = 64 << 20  # bytes of host memory that are locked at a time
 
 def aligned(nbytes):
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def host_memory(cgroups="/sys/fs/cgroup", membership="/proc/self/cgroup"):
+    """Bytes of main memory that this process may use: the machine's, or what its control groups (v2) allow."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    try:
+        group = Path(cgroups, Path(membership).read_text(encoding="utf-8").rpartition("0::/")[2].strip())
+        files = [folder / "memory.max" for folder in (group, *group.parents)]
+        found = [file.read_text().strip() for file in files if file.exists()]
+        limits += [int(text) for text in found if text.isdigit()]  # else "max"
+    except OSError:  # none
+        pass
+    return min(limits)
 
 
 class Workspace:
@@ -38,13 +53,7 @@ class Workspace:
             self._gpu.zero(int(buffer.handle), buffer.size)
         return int(buffer.handle)
 
-    @property
-    def nbytes(self):
-        return sum(buffer.size for buffer in self._buffers.values())
-
     def close(self):
-        """Free all buffers; they come anew when asked for."""
-        self.generation += 1
         for buffer in self._buffers.values():
             buffer.close(self._gpu.stream)
         self._buffers.clear()
@@ -81,7 +90,7 @@ class HostPages:
                 continue
             if len(self._read) >= self.AHEAD:
                 return False
-            self._read[window] = self._threads.submit(_populate, window.begin, window.end - window.begin)
+            self._read[window] = self._threads.submit(populate, window.begin, window.end - window.begin)
         return True
 
     def lock(self, window):
@@ -110,18 +119,14 @@ class HostPages:
             event.sync()
             self._gpu.driver.cuMemHostUnregister(window.begin)
 
-    def unlock(self):
-        """Have threads unlock everything, once nothing launched so far reads it."""
+    def close(self):
+        """Unlock everything, once nothing launched so far reads it."""
         for future in self._read.values():
             future.cancel()
         for window, event in self._windows.items():
             self._threads.submit(self._unlock, window, event)
-        self._windows.clear()
-
-    def close(self):
-        """Wait until everything is unlocked."""
-        self.unlock()
         self._threads.shutdown()
+        self._windows.clear()
 
 
 class _Window:
@@ -144,12 +149,13 @@ class _Window:
         return hash(self.begin)
 
 
-_MADV_POPULATE_READ = 22  # Linux 5.14
+_MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23  # Linux 5.14
 
 
-def _populate(address, nbytes):
-    """Read pages in and map them; where the kernel cannot, locking does it, one after another."""
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), _MADV_POPULATE_READ)
+def populate(address, nbytes, write=False):
+    """Map pages, reading or zeroing them first; where the kernel cannot, locking does it, one after another."""
+    advice = _MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), advice)
 
 
 class Uploader:
@@ -201,10 +207,6 @@ class Uploader:
         self._slots = list(ring.reshape(self.SLOTS, self.SLOT_BYTES))
         self._events = [self._gpu.device.create_event() for _ in self._slots]
         self._pool = ThreadPoolExecutor(self.THREADS, thread_name_prefix="upload")
-
-    def unlock(self):
-        """Give back what was locked, in the background: nothing more will be copied."""
-        self._pages.unlock()
 
     def close(self):
         """Free the ring and unlock the pages, once nothing reads them any more."""

@@ -6,12 +6,10 @@ rows from the host, for the prompt's tokens only.
 """
 
 from dataclasses import dataclass
-import os
-from pathlib import Path
 from types import SimpleNamespace
 
 from ...errors import BackendError
-from .memory import WINDOW, aligned
+from .memory import WINDOW, aligned, host_memory
 from .rehearsal import rehearse
 from .staging import STAGING_BYTES, STAGING_SLOTS
 from .tiles import TILE_ROWS
@@ -20,7 +18,7 @@ from .weights import layer_tensors, tile_bytes
 CONTEXT_BYTES = 560 << 20  # that the driver takes for a context and our kernels (an H100: 540 MiB)
 _SLACK_BYTES, _SLACK_SHARE = 64 << 20, 0.012  # that its allocator takes beyond what is asked for (an H100: 20 to 230 MiB)
 SPARE_BYTES = 128 << 20  # left free where no budget is given
-_LOCKED_IN_PASSING = 8 << 30  # host memory that is locked at a time where it is read once: unlocking can wait
+_LOCKED_IN_PASSING = 32 << 30  # host memory that is locked at a time where it is read once: unlocking can wait
 
 # Operations in half precision that a multiprocessor does in a cycle, sums in float32 (NVIDIA's architecture papers), by
 # compute capability; and the share of it that whole prompts have reached: wgmma, and mma.sync (docs/performance.md).
@@ -58,18 +56,6 @@ class Plan:
         memory = host_memory()
         wanted = self.streamed_bytes + 4 * WINDOW * len(self.streamed)  # a layer's first and last windows are not all its own
         return wanted if self.streamed and wanted < memory // 2 else min(_LOCKED_IN_PASSING, memory // 4)
-
-
-def host_memory(cgroups="/sys/fs/cgroup", membership="/proc/self/cgroup"):
-    """Bytes of main memory that this process may use: the machine's, or what its control groups (v2) allow."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    try:
-        group = Path(cgroups, Path(membership).read_text(encoding="utf-8").rpartition("0::/")[2].strip())
-        found = [(folder / "memory.max").read_text().strip() for folder in (group, *group.parents) if (folder / "memory.max").exists()]
-        limits += [int(text) for text in found if text.isdigit()]  # else "max"
-    except OSError:  # none
-        pass
-    return min(limits)
 
 
 def budget_of(gpu, vram):

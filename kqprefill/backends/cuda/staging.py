@@ -93,10 +93,6 @@ class Staging:
             slot.buffer.close(self._gpu.stream)
         self._slots.clear()
 
-    def unlock(self):
-        """After `end`: give the host's pages back, in the background."""
-        self._uploader.unlock()
-
     def close(self):
         """Free everything; waits."""
         self.end()
