@@ -1,5 +1,7 @@
 """The CUDA backend: opens a GPU, decides what of a model stays on it, runs batches."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 from ..base import Backend
 from ..timeline import Timeline
 from .cache import DeviceCache, HostCache
@@ -8,6 +10,7 @@ from .graphs import Graphs
 from .kernels import Kernels, programs_for
 from .memory import Workspace
 from .ops import CudaOps
+from .rehearsal import products_of
 from .residency import budget_of, make_plan
 from .weights import DeviceWeights
 
@@ -35,7 +38,11 @@ class CudaBackend(Backend):
             plan = make_plan(model, self.gpu, self.hopper, self._budget, tokens)
             self.kernels.prepare(programs_for(model.config.head_dim, types, self.hopper), progress)
             self.weights = DeviceWeights(self.gpu, self.kernels, model)
-            self.weights.place(plan, progress)
+            products = products_of(model, self.gpu, self.hopper, tokens)
+            with ThreadPoolExecutor(1, initializer=self.gpu.device.set_current) as pool:
+                compiled = pool.submit(self.kernels.prepare, products, progress)
+                self.weights.place(plan, progress)
+                compiled.result()
             self.plan = plan
 
     def new_cache(self, model, capacity):

@@ -55,12 +55,12 @@ class NoWeights:
 
 
 class NoKernels:
-    """In place of Kernels: launches nothing."""
+    """In place of Kernels: launches nothing; programs: those that were to be prepared."""
 
-    overlap = False
+    overlap, programs = False, ()
 
     def prepare(self, programs, progress):
-        pass
+        self.programs = list(programs)
 
     def launch(self, *args, **kwargs):
         pass
@@ -97,3 +97,10 @@ def rehearse(family, facts, hopper, tokens, cache=None, host_embedding=False):
         x = family.layer(ops, weights, x, index)
     backend.workspace.get("logits", 4 * family.config.vocab_size)
     return sum(backend.workspace.sizes.values())
+
+
+def products_of(family, facts, hopper, tokens):
+    """The programs that multiply, for a prompt of that many tokens."""
+    backend = stand_in(facts, hopper)
+    CudaOps(backend, family.config, Batch(np.zeros(tokens, np.int32)), None).prepare(family, None, None)
+    return backend.kernels.programs
