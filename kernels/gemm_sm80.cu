@@ -1,6 +1,6 @@
 // out[m, n] = sum over k of x[m, k] * w[n, k]: halves into float32, with mma.sync and cp.async (sm_80 and later).
 //
-// A block makes a BLOCK_M x BLOCK_N tile in BLOCK_K steps through a ring of STAGES shared-memory buffers; its
+// A block makes BLOCK_M x BLOCK_N tiles in BLOCK_K steps through a ring of STAGES shared-memory buffers; its
 // WARPS_M x WARPS_N warps hold their accumulators in registers and load the fragments of the next k16 step while the
 // current one multiplies. Each output is one chain of sums over k in order, whatever the tile: a row's bits depend
 // neither on the other rows nor on the configuration.
@@ -46,7 +46,7 @@ struct Loader {
     int row_step, rows_left, row;
     uint32_t destination;
 
-    __device__ Loader(const half_t* base, int first_row, int rows, int k) {
+    __device__ void begin(const half_t* base, int first_row, int rows, int k) {
         row = threadIdx.x / kChunks;
         int chunk = threadIdx.x % kChunks;
         source = base + static_cast<uint64_t>(first_row + row) * k + chunk * 8;
@@ -78,13 +78,16 @@ struct Fragments {
 
 using Accumulators = float[kFragsM][kFragsN][4];
 
-__device__ __forceinline__ void multiply(const half_t* x, const half_t* w, int m, int n, int k, Tile tile, Accumulators& acc) {
+// Multiplies this block's tiles, gridDim.x apart; calls write(tile, accumulators) after each, while the next one's first
+// stages are on their way.
+template <class Write>
+__device__ __forceinline__ void multiply_tiles(const half_t* x, const half_t* w, int m, int n, int k, Write write) {
     extern __shared__ __align__(128) uint8_t shared[];
     uint32_t ring = shared_address(shared);
     int warp = threadIdx.x / 32, warp_m = warp / WARPS_N, warp_n = warp % WARPS_N;
-    Loader<BLOCK_M> load_x(x, tile.m0, m, k);
-    Loader<BLOCK_N> load_w(w, tile.n0, n, k);
-    int k_steps = k / BLOCK_K;
+    int k_steps = k / BLOCK_K, tiles = ceil_div(m, BLOCK_M) * ceil_div(n, BLOCK_N);
+    Loader<BLOCK_M> load_x;
+    Loader<BLOCK_N> load_w;
     auto load_stage = [&](int step) {
         if (step < k_steps) {
             uint32_t stage = ring + step % STAGES * kStage;
@@ -93,39 +96,54 @@ __device__ __forceinline__ void multiply(const half_t* x, const half_t* w, int m
         }
         cp_async_commit();
     };
+    auto begin = [&](Tile tile) {
+        load_x.begin(x, tile.m0, m, k);
+        load_w.begin(w, tile.n0, n, k);
 #pragma unroll
-    for (int step = 0; step < STAGES - 1; ++step) load_stage(step);
+        for (int step = 0; step < STAGES - 1; ++step) load_stage(step);
+    };
+    int index = blockIdx.x;
+    begin(tile_of(index, m, n));
+    while (true) {
+        Accumulators acc;
 #pragma unroll
-    for (int i = 0; i < kFragsM; ++i)
+        for (int i = 0; i < kFragsM; ++i)
 #pragma unroll
-        for (int j = 0; j < kFragsN; ++j)
+            for (int j = 0; j < kFragsN; ++j)
 #pragma unroll
-            for (int c = 0; c < 4; ++c) acc[i][j][c] = 0.0f;
+                for (int c = 0; c < 4; ++c) acc[i][j][c] = 0.0f;
 
-    Fragments fragments[2];
-    cp_async_wait<STAGES - 2>();
-    __syncthreads();
-    fragments[0].load(ring, warp_m, warp_n, 0);
-    for (int step = 0; step < k_steps; ++step) {
-        constexpr int kSub = BLOCK_K / 16;
-        uint32_t stage = ring + step % STAGES * kStage;
+        Fragments fragments[2];
+        cp_async_wait<STAGES - 2>();
+        __syncthreads();
+        fragments[0].load(ring, warp_m, warp_n, 0);
+        for (int step = 0; step < k_steps; ++step) {
+            constexpr int kSub = BLOCK_K / 16;
+            uint32_t stage = ring + step % STAGES * kStage;
 #pragma unroll
-        for (int sub = 0; sub < kSub; ++sub) {
-            if (sub == kSub - 1) {  // the next stage must have come, and everyone be done with the one before this
-                cp_async_wait<STAGES - 2>();
-                __syncthreads();
-                stage = ring + (step + 1) % STAGES * kStage;
+            for (int sub = 0; sub < kSub; ++sub) {
+                if (sub == kSub - 1) {  // the next stage must have come, and everyone be done with the one before this
+                    cp_async_wait<STAGES - 2>();
+                    __syncthreads();
+                    stage = ring + (step + 1) % STAGES * kStage;
+                }
+                fragments[(sub + 1) % 2].load(stage, warp_m, warp_n, (sub + 1) % kSub);
+                if (sub == 0) load_stage(step + STAGES - 1);
+                const Fragments& f = fragments[sub % 2];
+#pragma unroll
+                for (int i = 0; i < kFragsM; ++i)
+#pragma unroll
+                    for (int j = 0; j < kFragsN; ++j) mma_m16n8k16(acc[i][j], f.x[i], f.w[j / 2][j % 2 * 2], f.w[j / 2][j % 2 * 2 + 1]);
             }
-            fragments[(sub + 1) % 2].load(stage, warp_m, warp_n, (sub + 1) % kSub);
-            if (sub == 0) load_stage(step + STAGES - 1);
-            const Fragments& f = fragments[sub % 2];
-#pragma unroll
-            for (int i = 0; i < kFragsM; ++i)
-#pragma unroll
-                for (int j = 0; j < kFragsN; ++j) mma_m16n8k16(acc[i][j], f.x[i], f.w[j / 2][j % 2 * 2], f.w[j / 2][j % 2 * 2 + 1]);
         }
+        cp_async_wait<0>();
+        __syncthreads();  // everyone is done with the ring
+        Tile tile = tile_of(index, m, n);
+        index += gridDim.x;
+        if (index < tiles) begin(tile_of(index, m, n));
+        write(tile, acc);
+        if (index >= tiles) return;
     }
-    cp_async_wait<0>();
 }
 
 // Calls write(row, column, a, b) for each pair of neighbouring outputs that this thread holds, rows below m only.
@@ -150,30 +168,28 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     gemm_linear(const half_t* x, const half_t* w, int m, int n, int k, float* out, int ldo, const float* x_scale,
                 const float* w_scale, const float* bias, const float* residual) {
     begin_kernel();
-    Tile tile = tile_of(blockIdx.x, m, n);
-    Accumulators acc;
-    multiply(x, w, m, n, k, tile, acc);
-    float alpha = 1.0f / *x_scale / *w_scale;
-    bool paired = ldo % 2 == 0;  // both of a pair's addresses are then 8-byte aligned
-    for_each_pair(tile, m, 0, 1, [&](int row, int column, int i, int j, int half) {
-        if (column >= n) return;
-        bool both = column + 1 < n;
-        uint64_t at = static_cast<uint64_t>(row) * ldo + column;
-        float a = acc[i][j][2 * half] * alpha, b = acc[i][j][2 * half + 1] * alpha;
-        if (bias != nullptr) {
-            a += bias[column];
-            if (both) b += bias[column + 1];
-        }
-        if (both && paired) {
-            float2 r = residual != nullptr ? *reinterpret_cast<const float2*>(residual + at) : make_float2(0.0f, 0.0f);
-            *reinterpret_cast<float2*>(out + at) = make_float2(a + r.x, b + r.y);
-        } else {
-            out[at] = residual != nullptr ? a + residual[at] : a;
-            if (both) out[at + 1] = residual != nullptr ? b + residual[at + 1] : b;
-        }
+    multiply_tiles(x, w, m, n, k, [&](Tile tile, const Accumulators& acc) {
+        float alpha = 1.0f / *x_scale / *w_scale;
+        bool paired = ldo % 2 == 0;  // both of a pair's addresses are then 8-byte aligned
+        for_each_pair(tile, m, 0, 1, [&](int row, int column, int i, int j, int half) {
+            if (column >= n) return;
+            bool both = column + 1 < n;
+            uint64_t at = static_cast<uint64_t>(row) * ldo + column;
+            float a = acc[i][j][2 * half] * alpha, b = acc[i][j][2 * half + 1] * alpha;
+            if (bias != nullptr) {
+                a += bias[column];
+                if (both) b += bias[column + 1];
+            }
+            if (both && paired) {
+                float2 r = residual != nullptr ? *reinterpret_cast<const float2*>(residual + at) : make_float2(0.0f, 0.0f);
+                *reinterpret_cast<float2*>(out + at) = make_float2(a + r.x, b + r.y);
+            } else {
+                out[at] = residual != nullptr ? a + residual[at] : a;
+                if (both) out[at + 1] = residual != nullptr ? b + residual[at + 1] : b;
+            }
+        });
     });
 }
-
 
 // out[m, f] = half(*out_scale * act(gate) * up), rows `ldo` apart, in operand order: w's rows are gate and up, 8 and 8 in turn
 // (dequantize's `gated`), with room for `width` of each; gate_bias and up_bias [features] may be null. Columns from
@@ -183,23 +199,21 @@ extern "C" __global__ void __launch_bounds__(kThreads)
                const float* x_scale, const float* w_scale, const float* gate_bias, const float* up_bias,
                const float* out_scale, int activation) {
     begin_kernel();
-    int n = 2 * width;
-    Tile tile = tile_of(blockIdx.x, m, n);
-    Accumulators acc;
-    multiply(x, w, m, n, k, tile, acc);
-    float alpha = 1.0f / *x_scale / *w_scale, scale = *out_scale;
-    for_each_pair(tile, m, 0, 2, [&](int row, int column, int i, int j, int half) {
-        int f = column / 16 * 8 + column % 8;
-        if (f >= width) return;
-        float y[2];
+    multiply_tiles(x, w, m, 2 * width, k, [&](Tile tile, const Accumulators& acc) {
+        float alpha = 1.0f / *x_scale / *w_scale, scale = *out_scale;
+        for_each_pair(tile, m, 0, 2, [&](int row, int column, int i, int j, int half) {
+            int f = column / 16 * 8 + column % 8;
+            if (f >= width) return;
+            float y[2];
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-            bool inside = f + c < features;
-            float gate = acc[i][j][2 * half + c] * alpha, up = acc[i][j + 1][2 * half + c] * alpha;
-            if (gate_bias != nullptr && inside) gate += gate_bias[f + c];
-            if (up_bias != nullptr && inside) up += up_bias[f + c];
-            y[c] = inside ? activate(gate, activation) * up * scale : 0.0f;
-        }
-        *reinterpret_cast<uint32_t*>(out + static_cast<uint64_t>(row) * ldo + operand_position(f)) = pack_half2(y[0], y[1]);
+            for (int c = 0; c < 2; ++c) {
+                bool inside = f + c < features;
+                float gate = acc[i][j][2 * half + c] * alpha, up = acc[i][j + 1][2 * half + c] * alpha;
+                if (gate_bias != nullptr && inside) gate += gate_bias[f + c];
+                if (up_bias != nullptr && inside) up += up_bias[f + c];
+                y[c] = inside ? activate(gate, activation) * up * scale : 0.0f;
+            }
+            *reinterpret_cast<uint32_t*>(out + static_cast<uint64_t>(row) * ldo + operand_position(f)) = pack_half2(y[0], y[1]);
+        });
     });
 }

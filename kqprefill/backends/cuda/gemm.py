@@ -68,7 +68,7 @@ class PortableGemm:
                 first += matrix.rows
             tile = choose_gemm_tile(m, end - begin, self._gpu)
             self._kernels.launch(
-                tile.program, "gemm_linear", tile.blocks(m, end - begin), tile.threads,
+                tile.program, "gemm_linear", tile.grid(m, end - begin, self._gpu.multiprocessors), tile.threads,
                 a.address, scratch, i32(m), i32(end - begin), i32(k), out + 4 * begin, i32(total), a.scale, w_scale,
                 bias and bias + 4 * begin, out + 4 * begin if add else 0, shared_bytes=tile.shared_bytes,
             )  # fmt: skip
@@ -84,7 +84,7 @@ class PortableGemm:
                 dequantise(self._kernels, matrix, at, features, scratch, k, w_scale, first, gated=True)
             tile = choose_gemm_tile(m, 2 * width, self._gpu)
             self._kernels.launch(
-                tile.program, "gemm_gated", tile.blocks(m, 2 * width), tile.threads,
+                tile.program, "gemm_gated", tile.grid(m, 2 * width, self._gpu.multiprocessors), tile.threads,
                 a.address, scratch, i32(m), i32(features), i32(width), i32(k), act.address + 2 * at, i32(stride),
                 a.scale, w_scale, *(bias and bias + 4 * at for bias in biases), act.scale, i32(activation),
                 shared_bytes=tile.shared_bytes,

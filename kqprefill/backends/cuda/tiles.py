@@ -45,8 +45,12 @@ class GemmTile(_Constants):
     def shared_bytes(self):
         return self.stages * (self.block_m + self.block_n) * self.block_k * 2
 
-    def blocks(self, m, n):
+    def tiles(self, m, n):
         return -(-m // self.block_m) * -(-n // self.block_n)
+
+    def grid(self, m, n, multiprocessors):
+        """Blocks to launch: of the large tiles as many as run at once, each of which makes several."""
+        return self.tiles(m, n) if self is SMALL_TILE else min(self.tiles(m, n), multiprocessors)
 
 
 #                     M    N    K  stages warps
@@ -187,7 +191,7 @@ def large_tile(shared_memory):
 def choose_gemm_tile(m, n, gpu):
     """The large tile does twice the work for each byte it loads; the small one where large ones leave the GPU idle."""
     large = large_tile(gpu.shared_memory)
-    return large if large.blocks(m, n) >= gpu.multiprocessors * 3 // 4 else SMALL_TILE
+    return large if large.tiles(m, n) >= gpu.multiprocessors * 3 // 4 else SMALL_TILE
 
 
 @dataclass(frozen=True)
