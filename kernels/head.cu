@@ -10,6 +10,15 @@ struct Summary {
 
 constexpr int kThreads = 1024;
 
+// logits = cap(scale * logits), cap(y) = softcap * tanh(y / softcap) where softcap > 0 (arXiv 2408.00118).
+extern "C" __global__ void __launch_bounds__(kThreads) finish_logits(float* logits, uint64_t n, float scale, float softcap) {
+    begin_kernel();
+    uint64_t i = blockIdx.x * static_cast<uint64_t>(kThreads) + threadIdx.x;
+    if (i >= n) return;
+    float y = scale * logits[i];
+    logits[i] = softcap > 0.0f ? softcap * tanhf(y / softcap) : y;
+}
+
 extern "C" __global__ void __launch_bounds__(kThreads) summarise(const float* logits, int n, Summary* out) {
     begin_kernel();
     __shared__ float best_value[kThreads / 32];

@@ -46,6 +46,26 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     for (int i = 4 * (threadIdx.x + kKept * kThreads); i < stride; i += 4 * kThreads) write(load(x, i), i);
 }
 
+// x[t, :] = rms_norm(x[t, :]) * weight, rows `stride` floats apart.
+extern "C" __global__ void __launch_bounds__(kThreads)
+    rms_norm_in_place(float* x, const float* weight, int columns, int stride, float epsilon) {
+    begin_kernel();
+    x += static_cast<uint64_t>(blockIdx.x) * stride;
+    float r = inverse_rms(x, columns, epsilon);
+    for (int i = threadIdx.x; i < columns; i += kThreads) x[i] *= r * weight[i];
+}
+
+// out[t, :] = half(*scale * x[t, :]) in operand order, rows `stride` halves apart, zeros from `columns` to there.
+extern "C" __global__ void __launch_bounds__(kThreads)
+    cast(const float* x, half_t* out, int columns, int stride, const float* scale) {
+    begin_kernel();
+    x += static_cast<uint64_t>(blockIdx.x) * columns;
+    out += static_cast<uint64_t>(blockIdx.x) * stride;
+    auto value = [&](int i) { return i < columns ? x[i] * *scale : 0.0f; };
+    for (int i = 2 * threadIdx.x; i < stride; i += 2 * kThreads)
+        *reinterpret_cast<uint32_t*>(out + operand_position(i)) = pack_half2(value(i), value(i + 1));
+}
+
 // x[t, :] += rms_norm(y[t, :]) * weight
 extern "C" __global__ void __launch_bounds__(kThreads)
     add_rms_norm(float* x, const float* y, const float* weight, int columns, float epsilon) {

@@ -21,6 +21,12 @@ extern "C" __global__ void weight_scale(const uint32_t* absmax, float* scale) {
     *scale = scale_for(bits_to_float(*absmax), kWeightTop);
 }
 
+// *to = *from / factor: by which a product's operand is said to be scaled so that the product comes out times `factor`.
+extern "C" __global__ void divide_scale(const float* from, float factor, float* to) {
+    begin_kernel();
+    *to = *from / factor;
+}
+
 // *scale for outputs bounded by gain * a[i] + |bias_a[i]|, or by that times gain * b[i] + |bias_b[i]| where b is given;
 // the biases may be null. One block of 256.
 extern "C" __global__ void __launch_bounds__(256)

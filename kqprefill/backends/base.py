@@ -70,13 +70,18 @@ class Ops(ABC):
         """x / sqrt(mean(x²) + eps) * weight over each row (arXiv 1910.07467), as the input of a matrix: [T, H]."""
 
     @abstractmethod
+    def cast(self, x):
+        """The residual stream as it is, as the input of a matrix: for families that normalise only what is added to it
+        (`add_rms_norm`)."""
+
+    @abstractmethod
     def add_rms_norm(self, x, y, weight):
         """x + rms_norm(y, weight), float32 [T, H]; x's storage may be reused."""
 
     @abstractmethod
     def qkv(self, h, wq, wk, wv, *, rope, q_norm=None, k_norm=None):
-        """h through three matrices and their biases, q and k RMS-normalised head by head where a norm is given, then
-        rotated (arXiv 2104.09864): q [T, nq, D], k and v [T, nkv, D]."""
+        """h through three matrices and their biases, q and k RMS-normalised where a norm is given (head by head, or over all
+        heads: its length says which), then rotated unless rope is None (arXiv 2104.09864): q [T, nq, D], k and v [T, nkv, D]."""
 
     @abstractmethod
     def attention(self, q, k, v, *, scale, window=None, softcap=None):
@@ -87,19 +92,21 @@ class Ops(ABC):
         """
 
     @abstractmethod
-    def linear(self, a, weight, residual=None):
-        """a · Wᵀ + bias (+ residual), float32 [T, rows]; residual's storage may be reused."""
+    def linear(self, a, weight, residual=None, scale=1.0):
+        """scale * (a · Wᵀ + bias) (+ residual), float32 [T, rows]; residual's storage may be reused. A scale other than 1 is
+        for matrices without a bias."""
 
     @abstractmethod
-    def mlp(self, h, gate, up, down, *, activation, residual=None):
-        """down(act(gate(h)) * up(h)) (+ residual), float32 [T, H] (arXiv 2002.05202).
+    def mlp(self, h, gate, up, down, *, activation, residual=None, scale=1.0):
+        """scale * down(act(gate(h)) * up(h)) (+ residual), float32 [T, H] (arXiv 2002.05202); scale as in `linear`.
 
         activation: "silu" or "gelu_tanh" (ggml_silu, ggml_gelu).
         """
 
     @abstractmethod
-    def head(self, x, norm, output, logits):
-        """rms_norm, the output matrix, the greedy token (ties to the lowest id). logits: None, "last" or "all".
+    def head(self, x, norm, output, logits, scale=1.0, softcap=None):
+        """rms_norm, the output matrix, the greedy token (ties to the lowest id). logits: None, "last" or "all"; they are
+        multiplied by scale, and y becomes softcap * tanh(y / softcap).
 
         Returns HeadResult, on the host. Raises BackendError if a logit that decides the token is NaN.
         """

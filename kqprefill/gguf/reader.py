@@ -5,7 +5,7 @@ held against the file's size before it is used, so no claim in it can cause a re
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import mmap
 import os
 import struct
@@ -50,6 +50,12 @@ class Tensor:
         block_elements, block_bytes = GGML_QUANT_SIZES[self.type]
         row = self.shape[-1] // block_elements * block_bytes
         return self._file.bytes[self.offset : self.offset + self.nbytes].reshape(*self.shape[:-1], row)
+
+    def rows(self, begin, end):
+        """Those rows of a matrix, as a tensor of their own."""
+        row = self.nbytes // self.shape[0]
+        name, shape = f"{self.name}[{begin}:{end}]", (end - begin, *self.shape[1:])
+        return replace(self, name=name, shape=shape, offset=self.offset + begin * row, nbytes=(end - begin) * row)
 
 
 class GGUFFile:

@@ -1,12 +1,20 @@
 """Model families, one a page, and the registry that finds the page for a file's general.architecture."""
 
 from ..errors import ModelError
+from .gemma import Gemma
+from .gemma2 import Gemma2
 from .gemma3 import Gemma3
+from .granite import Granite
 from .llama import Llama
+from .mistral3 import Mistral3
+from .olmo2 import Olmo2
+from .phi3 import Phi3
 from .qwen2 import Qwen2
 from .qwen3 import Qwen3
+from .smollm3 import SmolLM3
 
-FAMILIES = {family.architecture: family for family in (Qwen3, Llama, Qwen2, Gemma3)}
+_PAGES = (Qwen3, Llama, Qwen2, Gemma, Gemma2, Gemma3, Mistral3, Phi3, Olmo2, Granite, SmolLM3)
+FAMILIES = {family.architecture: family for family in _PAGES}
 
 
 def read_model(file):

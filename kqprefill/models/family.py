@@ -38,13 +38,15 @@ class Family:
             "output_norm": (c.embedding_length,),
             "output?": matrix,
             "rope_freqs?": (pairs,),
+            **self.more_shapes(pairs),
         }
         shared = Weights(file, "", shapes)
         self.token_embd, self.output_norm = Weight(shared.token_embd.tensor), shared.output_norm  # a row has no bias
+        self.shared = shared
         self.output, self.rope_freqs = shared.get("output") or self.token_embd, shared.get("rope_freqs")
-        shapes = self.block_shapes()
-        self.blocks = [Weights(file, f"blk.{i}.", shapes) for i in range(c.block_count)]
-        self._refuse_unknown_tensors()
+        shapes, parts = self.block_shapes(), self.block_parts()
+        self.blocks = [Weights(file, f"blk.{i}.", shapes, parts) for i in range(c.block_count)]
+        self._refuse_unknown_tensors(shared)
         self.read_hyper_parameters()
 
     # What a family overrides -----------------------------------------------------------------------------------------
@@ -64,6 +66,14 @@ class Family:
             "ffn_down": (c.embedding_length, c.feed_forward_length),
         }
 
+    def more_shapes(self, pairs):
+        """Tensors beside the blocks' that only this family has, like block_shapes; pairs: that rotary embedding turns."""
+        return {}
+
+    def block_parts(self):
+        """Matrices that this family keeps one under another: GGUF tensor name -> {name of the part: rows}."""
+        return {}
+
     def read_hyper_parameters(self):
         """Read what the layers need beyond Config; here, the rotary embedding."""
         self.rope = self.read_rope()
@@ -71,6 +81,10 @@ class Family:
 
     def embed(self, ops, tokens):
         return ops.embed(self.token_embd, tokens)
+
+    def head(self, ops, x, logits):
+        """The last op: HeadResult (see Ops.head)."""
+        return ops.head(x, self.output_norm, self.output, logits)
 
     def layer(self, ops, w, x, index):
         """One layer: w its Weights, x the residual stream. Returns the new residual stream."""
@@ -93,14 +107,17 @@ class Family:
         return [w for w in found.values() if len(w.shape) == 2]
 
     def read_rope(self, **options):
-        factors = self.rope_freqs and dequantize(self.rope_freqs.tensor.data, self.rope_freqs.tensor.type)
-        return read_rope(self.meta, self.config.head_dim, interleaved=self.rope_interleaved, factors=factors, **options)
+        interleaved, factors = self.rope_interleaved, self.rope_factors()
+        return read_rope(self.meta, self.config.head_dim, interleaved=interleaved, factors=factors, **options)
 
-    def _refuse_unknown_tensors(self):
+    def rope_factors(self):
+        """What the rotary frequencies are divided by, float32 [pairs], or None."""
+        return self.rope_freqs and dequantize(self.rope_freqs.tensor.data, self.rope_freqs.tensor.type)
+
+    def _refuse_unknown_tensors(self, shared):
         """A tensor that the formula has no place for means another model than the one we would compute."""
-        shared = [w for w in (self.token_embd, self.output_norm, self.output, self.rope_freqs) if w]
-        weights = [*shared, *(w for block in self.blocks for w in block)]
-        known = {tensor.name for w in weights for tensor in (w.tensor, w.bias) if tensor is not None}
+        known = set().union(*(weights.tensor_names for weights in (shared, *self.blocks)))
+        known.discard("token_embd.bias")  # a row has none
         unknown = [name for name in self.file.tensors if name not in known]
         if unknown:
             more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""

@@ -26,8 +26,10 @@ class Weight:
 class Weights:
     """Weights by their GGUF names (without `.weight`), as attributes. Raises ModelError where one is missing."""
 
-    def __init__(self, file, prefix, shapes):
-        self._path, self._prefix, self._by_name = file.path, prefix, {}
+    def __init__(self, file, prefix, shapes, parts=None):
+        """shapes: name -> shape; a trailing `?` marks one that may be absent. parts: name -> {name: rows}: matrices that the
+        file has one under another, which become weights of their own."""
+        self._path, self._prefix, self._by_name, self.tensor_names = file.path, prefix, {}, set()
         for name, shape in shapes.items():
             optional = name.endswith("?")
             name = name.rstrip("?")
@@ -40,7 +42,14 @@ class Weights:
             _check(file, tensor, shape)
             if bias is not None:
                 _check(file, bias, shape[:1])
-            self._by_name[name] = Weight(tensor, bias)
+            self.tensor_names |= {t.name for t in (tensor, bias) if t is not None}
+            at = 0
+            for part, rows in (parts or {}).get(name, {}).items():
+                end = at + rows
+                self._by_name[part] = Weight(tensor.rows(at, end), bias and bias.rows(at, end))
+                at = end
+            if not at:
+                self._by_name[name] = Weight(tensor, bias)
 
     def __getattr__(self, name):
         try:

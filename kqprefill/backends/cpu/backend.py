@@ -36,7 +36,7 @@ class CpuBackend(Backend):
         ops = CpuOps(model.config, batch, cache)
         if timed:
             ops.timeline = Timeline(time.perf_counter, lambda start, end: end - start)
-        head = ops.head(forward(ops), model.output_norm, model.output, logits)
+        head = model.head(ops, forward(ops), logits)
         return head, ops.timeline.stages() if timed else None
 
 

@@ -26,16 +26,17 @@ class CpuOps(Ops):
         mean_square = np.mean(np.square(x), axis=-1, keepdims=True)
         return x / np.sqrt(mean_square + np.float32(self.config.rms_epsilon)) * _vector(weight.tensor)
 
+    def cast(self, x):
+        return x
+
     def add_rms_norm(self, x, y, weight):
         return x + self.rms_norm(y, weight)
 
     def qkv(self, h, wq, wk, wv, *, rope, q_norm=None, k_norm=None):
-        q, k, v = (self.linear(h, w).reshape(len(h), -1, self.config.head_dim) for w in (wq, wk, wv))
-        if q_norm is not None:
-            q = self.rms_norm(q, q_norm)
-        if k_norm is not None:
-            k = self.rms_norm(k, k_norm)
-        return self._rotate(q, rope), self._rotate(k, rope), v
+        q, k, v = (self.linear(h, w) for w in (wq, wk, wv))
+        q, k = (x if n is None else self.rms_norm(x.reshape(len(h), -1, *n.shape), n) for x, n in ((q, q_norm), (k, k_norm)))
+        q, k, v = (x.reshape(len(h), -1, self.config.head_dim) for x in (q, k, v))
+        return (q, k, v) if rope is None else (self._rotate(q, rope), self._rotate(k, rope), v)
 
     def _rotate(self, x, rope):
         self.enter("rest")
@@ -82,7 +83,7 @@ class CpuOps(Ops):
             out[rows] = (_softmax(scores) @ v[:, :, seen]).transpose(2, 0, 1, 3)
         return out.reshape(n, -1)
 
-    def linear(self, a, weight, residual=None):
+    def linear(self, a, weight, residual=None, scale=1.0):
         self.enter("linear", [weight], len(a))
         tensor, (rows, columns) = weight.tensor, weight.shape
         out = np.empty((len(a), rows), np.float32)
@@ -91,18 +92,22 @@ class CpuOps(Ops):
             np.matmul(a, dequantize(tensor.data[at : at + step], tensor.type).T, out=out[:, at : at + step])
         if weight.bias is not None:
             out += _vector(weight.bias)
+        if scale != 1.0:
+            out *= np.float32(scale)
         if residual is not None:
             out += residual
         return out
 
-    def mlp(self, h, gate, up, down, *, activation, residual=None):
+    def mlp(self, h, gate, up, down, *, activation, residual=None, scale=1.0):
         gated = _ACTIVATIONS[activation](self.linear(h, gate))
         gated *= self.linear(h, up)
-        return self.linear(gated, down, residual=residual)
+        return self.linear(gated, down, residual=residual, scale=scale)
 
-    def head(self, x, norm, output, logits):
+    def head(self, x, norm, output, logits, scale=1.0, softcap=None):
         self.enter("head", [output], len(x) if logits == "all" else 1)
-        scores = self.linear(self.rms_norm(x if logits == "all" else x[-1:], norm), output)
+        scores = self.linear(self.rms_norm(x if logits == "all" else x[-1:], norm), output, scale=scale)
+        if softcap is not None:
+            scores = np.float32(softcap) * np.tanh(scores / np.float32(softcap))
         last = scores[-1]
         if np.isnan(last).any():
             raise BackendError("the last position's logits hold NaN: the file's weights are damaged or out of range")

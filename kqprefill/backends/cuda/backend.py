@@ -70,7 +70,7 @@ class CudaBackend(Backend):
                 ops.timeline = self._timeline()
             one_by_one = timed or cache is not None or self.plan.streamed
             x = forward(ops) if one_by_one else self._graphs.run(ops, forward)
-            head = ops.head(x, model.output_norm, model.output, logits)
+            head = model.head(ops, x, logits)
             self._ran = True
             return head, ops.timeline.stages() if timed else None
 

@@ -16,7 +16,8 @@ _SCRATCH_BYTES = 256 << 20  # of dequantised weights at a time
 class Operand:
     """A matrix of halves that a GEMM reads: rows padded(columns) apart, holding values times *scale.
 
-    norm: the RMSNorm weight (address) whose output this is, or None; it bounds what a matrix makes of it.
+    norm: the RMSNorm weight (address) whose output this is, or None. gain: |a row, divided by norm|₂ is at most that, where it is
+    known; together they bound what a matrix makes of it.
     """
 
     address: int
@@ -24,6 +25,7 @@ class Operand:
     scale: int
     rows: int
     norm: int | None = None
+    gain: float | None = None
 
     def rows_from(self, first):
         return replace(self, address=self.address + 2 * first * padded(self.columns), rows=self.rows - first)

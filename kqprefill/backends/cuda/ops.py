@@ -80,6 +80,7 @@ class CudaOps(Ops):
         self.enter("rest")
         columns = weight.shape[1]
         x = self.work.get("residual", 4 * self.n * columns)
+        self._embedding, self._added = (weight, scale), 0.0
         if not self.weights.on_host(weight):
             self._embed(self.weights.matrix(weight), self.tokens, self.n, scale, x)
             return x
@@ -112,11 +113,20 @@ class CudaOps(Ops):
             NORM, "rms_norm", rows, 256,
             x, vector, out, i32(columns), i32(padded(columns)), f32(self.config.rms_epsilon), scale,
         )  # fmt: skip
-        return Operand(out, columns, scale, rows, vector)
+        return Operand(out, columns, scale, rows, vector, math.sqrt(columns))
+
+    def cast(self, x):
+        self.enter("rest")
+        columns = self.config.embedding_length
+        out = self.work.get("normed", 2 * self.n * padded(columns))
+        scale = self.weights.constant_scale(self._largest)
+        self.kernels.launch(NORM, "cast", self.n, 256, x, out, i32(columns), i32(padded(columns)), scale)
+        return Operand(out, columns, scale, self.n, None, math.sqrt(columns) * self._largest)
 
     def add_rms_norm(self, x, y, weight):
         self.enter("rest")
         vector, host = self.weights.vector(weight.tensor)
+        self._added += math.sqrt(len(host)) * float(np.abs(host).max())
         self.kernels.launch(
             NORM, "add_rms_norm", self.n, 256, x, y, vector, i32(len(host)), f32(self.config.rms_epsilon)
         )
@@ -137,13 +147,20 @@ class CudaOps(Ops):
         q = self.work.get("q", n * q_row)
         k, v = self._kv_addresses()
         start = self.batch.start if self.cache is not None else 0
-        norms = [self.weights.vector(w.tensor)[0] if w is not None else 0 for w in (q_norm, k_norm)]
+        norms = [self.weights.vector(w.tensor)[0] if w is not None and w.shape == (c.head_dim,) else 0 for w in (q_norm, k_norm)]
+        pairs = rope.width // 2 if rope is not None else 0
         heads = c.head_count + 2 * c.head_count_kv
         for t in range(0, n, _TILE_TOKENS):
             m = min(_TILE_TOKENS, n - t)
             self.enter("linear", [wq, wk, wv], m)
             self._multiply(h.rows_from(t), matrices, sums, m, bias)
             self.enter("rest")
+            for norm, at in ((q_norm, 0), (k_norm, 4 * c.q_width)):  # over all heads
+                if norm is not None and norm.shape != (c.head_dim,):
+                    self.kernels.launch(
+                        NORM, "rms_norm_in_place", m, 256,
+                        sums + at, self.weights.vector(norm.tensor)[0], i32(norm.shape[0]), i32(width), f32(c.rms_epsilon),
+                    )  # fmt: skip
             scales = [
                 self._rotated_scale(h, w, b, norm, rope) for w, b, norm in zip(matrices, biases, (q_norm, k_norm, None))
             ]
@@ -151,8 +168,8 @@ class CudaOps(Ops):
             self.kernels.launch(
                 ROPE, "rotate_qkv", (m, -(-heads // 8)), 256,
                 sums, *to, i32(c.head_count), i32(c.head_count_kv), i32(c.head_dim), i32(padded_dim), *norms,
-                f32(c.rms_epsilon), self._rope_table(rope) + 4 * t * rope.width, i32(rope.width // 2),
-                i32(rope.interleaved), *scales,
+                f32(c.rms_epsilon), self._rope_table(rope) + 8 * t * pairs if pairs else 0, i32(pairs),
+                i32(pairs > 0 and rope.interleaved), *scales,
             )  # fmt: skip
         return Heads(q, scales[0]), Heads(k, scales[1]), Heads(v, scales[2])
 
@@ -176,12 +193,12 @@ class CudaOps(Ops):
 
     def _rotated_scale(self, h, matrix, bias, norm, rope):
         """The scale of q, k or v: bounded by its norm where it has one, else by its matrix's rows, already measured."""
-        growth = _ROTATION_GROWTH * rope.magnitude
+        growth = _ROTATION_GROWTH * rope.magnitude if rope is not None else 1.0
         if norm is not None:
             _, host = self.weights.vector(norm.tensor)
             return self.weights.constant_scale(math.sqrt(len(host)) * np.abs(host).max() * growth)
         bias_address = self.weights.vector(bias)[0] if bias is not None else 0
-        return self._output_scale(matrix.name, matrix.rows, growth * math.sqrt(h.columns), matrix, bias_address)
+        return self._output_scale(matrix.name, matrix.rows, growth * h.gain, matrix, bias_address)
 
     def _kv_addresses(self):
         c = self.config
@@ -210,33 +227,49 @@ class CudaOps(Ops):
 
     # matrices ---------------------------------------------------------------------------------------------------------
 
-    def linear(self, a, weight, residual=None):
+    def linear(self, a, weight, residual=None, scale=1.0):
         self.enter("linear", [weight], self.n)
         matrix = self.weights.matrix(weight)
         out = residual if residual is not None else self.work.get("linear", 4 * self.n * matrix.rows)
-        self._multiply(a, [matrix], out, self.n, self._bias(weight), add=residual is not None)
+        self._multiply(self._scaled(a, scale), [matrix], out, self.n, self._bias(weight), add=residual is not None)
         return out
 
-    def mlp(self, h, gate, up, down, *, activation, residual=None):
+    def mlp(self, h, gate, up, down, *, activation, residual=None, scale=1.0):
         self.enter("linear", [gate, up, down], self.n)
         g, u, d = (self.weights.matrix(w) for w in (gate, up, down))
         biases = self._bias(gate), self._bias(up)
         out = residual if residual is not None else self.work.get("linear", 4 * self.n * d.rows)
         w_scale = self._weight_scale([g, u], h)
-        act_scale = self._output_scale(g.name, g.rows, math.sqrt(h.columns), g, biases[0], u, biases[1])
+        act_scale = self._output_scale(g.name, g.rows, h.gain, g, biases[0], u, biases[1])
         for t in range(0, self.n, _TILE_TOKENS):
             m = min(_TILE_TOKENS, self.n - t)
             act = Operand(self.work.get("activated", 2 * m * padded(g.rows)), g.rows, act_scale, m)
             gemm = self.gemms.choose([g, u], gated=True)
             gemm.gated(h.rows_from(t), g, u, act, m, w_scale, biases, _ACTIVATIONS[activation])
             at = 4 * t * d.rows
-            self._multiply(act, [d], out + at, m, self._bias(down), add=residual is not None)
+            self._multiply(self._scaled(act, scale), [d], out + at, m, self._bias(down), add=residual is not None)
         return out
 
     def _multiply(self, a, matrices, out, m, bias=0, add=False):
         """out[:m] = a · [matrices, one under another]ᵀ + bias (+ out[:m], if add)."""
         gemm = self.gemms.choose(matrices)
         gemm.linear(a, matrices, out, m, self._weight_scale(matrices, a), bias, add)
+
+    def _scaled(self, a, factor):
+        """The same operand, said to be scaled such that products come out times `factor`."""
+        if factor == 1.0:
+            return a
+
+        def make(address):
+            self.kernels.launch(SCALES, "divide_scale", 1, 1, a.scale, f32(factor), address)
+
+        return replace(a, scale=self.weights.scale(("divided", a.scale, factor), make))
+
+    @property
+    def _largest(self):
+        """No value of the residual stream is larger: known where only norms' outputs are added to the embedding."""
+        weight, scale = self._embedding
+        return abs(scale) * self.weights.absmax(weight) + self._added
 
     def _bias(self, weight):
         return self.weights.vector(weight.bias)[0] if weight.bias is not None else 0
@@ -273,7 +306,7 @@ class CudaOps(Ops):
 
     # the end ----------------------------------------------------------------------------------------------------------
 
-    def head(self, x, norm, output, logits):
+    def head(self, x, norm, output, logits, scale=1.0, softcap=None):
         self.enter("head", [output], self.n if logits == "all" else 1)
         matrix, n, hidden = self.weights.matrix(output), self.n, self.config.embedding_length
         vocab = matrix.rows
@@ -286,6 +319,10 @@ class CudaOps(Ops):
             m = min(rows_at_once, n - at)
             h = self.rms_norm(x + 4 * at * hidden, norm, rows=m)
             self._multiply(h, [matrix], device, m, self._bias(output))
+            if scale != 1.0 or softcap is not None:
+                self.kernels.launch(
+                    HEAD, "finish_logits", -(-m * vocab // 1024), 1024, device, m * vocab, f32(scale), f32(softcap or 0.0)
+                )
             if at + m == n:
                 last = device + 4 * (m - 1) * vocab
                 self.kernels.launch(HEAD, "summarise", 1, 1024, last, i32(vocab), summary_address)

@@ -70,6 +70,7 @@ class DeviceWeights:
         self._buffers = {}  # "output", "embedding", a layer or "streamed": device memory
         self._matrices, self._vectors, self._made, self._spans = {}, {}, {}, []
         self._staging, self._plan, self._coming = None, None, deque()
+        self._absmax = {}
         self._pieces = {}  # streamed layer: its Pieces
         for weight in family.matrices():
             row_bytes = weight.tensor.nbytes // weight.shape[0]
@@ -209,6 +210,15 @@ class DeviceWeights:
             self._gpu.upload(address, host)
             self._vectors[key] = address, host
         return self._vectors[key]
+
+    def absmax(self, weight):
+        """The largest magnitude in a matrix, on the host; found when first asked for (a second a billion weights)."""
+        if weight.name not in self._absmax:
+            step = max(1, (1 << 24) // weight.shape[1])
+            data, kind = weight.tensor.data, weight.tensor.type
+            parts = (dequantize(data[at : at + step], kind) for at in range(0, weight.shape[0], step))
+            self._absmax[weight.name] = max(float(np.abs(part).max()) for part in parts)
+        return self._absmax[weight.name]
 
     def scale(self, key, make):
         """Device address of the float32 scale called `key`; make(address) fills it, the first time."""

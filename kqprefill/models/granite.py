@@ -1,0 +1,32 @@
+"""Granite 3 (ibm-granite): Llama's layers with multipliers on the embedding, attention's scores, what is added to the residual
+stream, and the logits (muP, arXiv 2203.03466)."""
+
+from .family import Family
+
+
+class Granite(Family):
+    architecture = "granite"
+    rope_interleaved = True  # as Llama's
+
+    def read_hyper_parameters(self):
+        super().read_hyper_parameters()
+        self.attention_scale = self.meta.number("attention.scale", self.attention_scale)
+        self.embedding_scale = self.meta.number("embedding_scale", 1.0)
+        self.residual_scale = self.meta.number("residual_scale", 1.0)
+        self.logit_scale = 1 / self.meta.number("logit_scale", 1.0)
+        if any(w.bias is not None for block in self.blocks for w in (block.attn_output, block.ffn_down)):
+            raise self.meta.error("biases on what is added to the residual stream are not supported beside residual_scale")
+
+    def embed(self, ops, tokens):
+        return ops.embed(self.token_embd, tokens, scale=self.embedding_scale)
+
+    def layer(self, ops, w, x, index):
+        h = ops.rms_norm(x, w.attn_norm)
+        q, k, v = ops.qkv(h, w.attn_q, w.attn_k, w.attn_v, rope=self.rope)
+        a = ops.attention(q, k, v, scale=self.attention_scale)
+        x = ops.linear(a, w.attn_output, residual=x, scale=self.residual_scale)
+        h = ops.rms_norm(x, w.ffn_norm)
+        return ops.mlp(h, w.ffn_gate, w.ffn_up, w.ffn_down, activation="silu", residual=x, scale=self.residual_scale)
+
+    def head(self, ops, x, logits):
+        return ops.head(x, self.output_norm, self.output, logits, scale=self.logit_scale)

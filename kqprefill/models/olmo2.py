@@ -1,0 +1,31 @@
+"""OLMo 2 (arXiv 2501.00656) and 3: norms only after each half of a layer, q and k normalised over all heads at once; in OLMo 3
+three layers of four with a sliding window and without the rotary scaling."""
+
+from .family import Family
+
+
+class Olmo2(Family):
+    architecture = "olmo2"
+
+    def block_shapes(self):
+        c = self.config
+        shapes = {name: shape for name, shape in super().block_shapes().items() if name not in ("attn_norm", "ffn_norm")}
+        width = (c.embedding_length,)
+        norms = {"attn_q_norm": (c.q_width,), "attn_k_norm": (c.kv_width,), "post_attention_norm": width, "post_ffw_norm": width}
+        return {**shapes, **norms}
+
+    def read_hyper_parameters(self):
+        super().read_hyper_parameters()
+        self.window = self.meta.integer("attention.sliding_window") if self.meta.has("attention.sliding_window") else None
+        self.pattern = self.meta.integer("attention.sliding_window_pattern", 4)
+        self.rope_local = self.read_rope(scaled=False)
+
+    def layer(self, ops, w, x, index):
+        full = self.window is None or (index + 1) % self.pattern == 0
+        rope, window = (self.rope, None) if full else (self.rope_local, self.window)
+        norms = {"q_norm": w.attn_q_norm, "k_norm": w.attn_k_norm}
+        q, k, v = ops.qkv(ops.cast(x), w.attn_q, w.attn_k, w.attn_v, rope=rope, **norms)
+        a = ops.linear(ops.attention(q, k, v, scale=self.attention_scale, window=window), w.attn_output)
+        x = ops.add_rms_norm(x, a, w.post_attention_norm)
+        m = ops.mlp(ops.cast(x), w.ffn_gate, w.ffn_up, w.ffn_down, activation="silu")
+        return ops.add_rms_norm(x, m, w.post_ffw_norm)
