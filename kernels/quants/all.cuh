@@ -1,5 +1,6 @@
 // All block formats.
 #pragma once
+#include "codebooks.cuh"
 #include "floats.cuh"
 #include "kquants.cuh"
 #include "legacy.cuh"

@@ -56,22 +56,24 @@ __device__ __forceinline__ void bytes_to_pairs(uint32_t word, uint32_t* q) {
 }
 __device__ __forceinline__ void signed_bytes_to_pairs(uint32_t word, uint32_t* q) { bytes_to_pairs<128>(word ^ 0x80808080u, q); }
 
-// ggml's kvalues_iq4nl (IQ4_NL, IQ4_XS) of four numbers 0..15, one a byte: four signed bytes.
-__device__ __forceinline__ uint32_t iq4_values(uint32_t q) {
+// Of four numbers 0..15, one a byte: the bytes at those places of a table, whose words the arguments are.
+__device__ __forceinline__ uint32_t table_values(uint32_t q, uint32_t t0, uint32_t t4, uint32_t t8, uint32_t t12) {
     uint32_t low3 = q & 0x07070707u;
     low3 = (low3 | low3 >> 4) & 0x00ff00ffu;
     uint32_t selector = (low3 | low3 >> 8) & 0xffffu;
-    uint32_t low = __byte_perm(0xbfad9881u, 0xf6eaddcfu, selector), high = __byte_perm(0x26190d01u, 0x71594535u, selector);
+    uint32_t low = __byte_perm(t0, t4, selector), high = __byte_perm(t8, t12, selector);
     uint32_t mask = (q >> 3 & 0x01010101u) * 0xffu;
     return (low & ~mask) | (high & mask);
 }
+// ggml's kvalues_iq4nl (IQ4_NL, IQ4_XS): signed bytes.
+__device__ __forceinline__ uint32_t iq4_values(uint32_t q) { return table_values(q, 0xbfad9881u, 0xf6eaddcfu, 0x26190d01u, 0x71594535u); }
 
 // Loading ahead ---------------------------------------------------------------------------------------------------------------
 // What `integers` and `affine` read for 16 weights, in the order in which they read it. They run twice: once to load (what
 // they compute is dropped by the compiler), and again, when the loads have come, to decode.
 struct Fields {
     uint4 pieces[4];
-    uint32_t values[4];
+    uint32_t values[6];
 };
 template <class Format, bool kLoads>
 struct Reader {

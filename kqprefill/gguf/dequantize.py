@@ -10,7 +10,11 @@ from .types import GGML, GGML_QUANT_SIZES
 
 # What both backends can multiply by. Other ggml types are refused when the model is opened.
 SUPPORTED = frozenset(
-    GGML[name] for name in "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K Q8_K IQ4_NL IQ4_XS".split()
+    GGML[name]
+    for name in (
+        "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K Q8_K IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S "
+        "IQ4_NL IQ4_XS TQ1_0 TQ2_0 MXFP4 NVFP4 Q1_0"
+    ).split()
 )
 
 # gguf.quants works on 16 rows at a time. Rows of this many elements keep its temporaries in the L2 cache and its
@@ -23,7 +27,7 @@ def dequantize(raw, ggml_type):
     """Decode ggml blocks.
 
     raw: uint8 [..., row bytes], whole blocks in each row. Returns float32 [..., row elements], equal bit for bit to
-    ggml's dequantize_row_* (through `gguf.quants.dequantize`; Q8_K, which that lacks, after ggml's block_q8_K).
+    ggml's dequantize_row_* (through `gguf.quants.dequantize`; Q8_K and Q1_0, which that lacks, after ggml's structs).
     """
     block_elements, block_bytes = GGML_QUANT_SIZES[ggml_type]
     shape = (*raw.shape[:-1], raw.shape[-1] // block_bytes * block_elements)
@@ -54,6 +58,12 @@ def _decode_slice(raw, ggml_type, block_elements, block_bytes, out):
         blocks = raw.reshape(-1, block_bytes)
         d = np.ascontiguousarray(blocks[:, :4]).view(np.float32)
         np.multiply(d, blocks[:, 4:260].view(np.int8), out=out.reshape(-1, block_elements))
+        return
+    if ggml_type == GGML.Q1_0:  # struct block_q1_0 { ggml_half d; uint8_t qs[16]; }: a bit is the sign
+        blocks = raw.reshape(-1, block_bytes)
+        d = np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(np.float32)
+        bits = np.unpackbits(blocks[:, 2:], axis=1, bitorder="little")
+        out.reshape(-1, block_elements)[:] = np.where(bits, d, -d)
         return
     from gguf import quants  # late: a CUDA run decodes nothing but F32 vectors
 

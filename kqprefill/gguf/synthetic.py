@@ -177,6 +177,8 @@ def pool(kind):
     with np.load(Path(__file__).with_name("block_pool.npz")) as stored:
         if kind.name in stored:
             return stored[kind.name]
+    if GGML_QUANT_SIZES[kind][0] > 1 and kind != GGML.Q8_K:
+        return _random_blocks(kind, 8192)
     weights = 0.02 * np.random.default_rng(0).standard_normal((8192, 256)).astype(np.float32)
     if kind == GGML.Q8_K:  # d, 256 int8, 16 sums of 16
         d = np.abs(weights).max(axis=1, keepdims=True) / 127
@@ -186,6 +188,27 @@ def pool(kind):
     if kind == GGML.BF16:
         return (weights.view(np.uint32) >> 16).astype(np.uint16).reshape(-1, 1).view(np.uint8)
     return weights.astype(np.float16 if kind == GGML.F16 else np.float32).reshape(-1, 1).view(np.uint8)
+
+
+def _random_blocks(kind, n):
+    """uint8 [n, block bytes]: blocks of a type that nobody here can quantise to: random bits, and scales such that weights are
+    of the size of the other types'."""
+    rng, block_bytes = np.random.default_rng(int(kind)), GGML_QUANT_SIZES[kind][1]
+    raw = rng.integers(0, 256, (n, block_bytes), dtype=np.uint8)
+    spread = {"Q1_0": 0.02, "TQ1_0": 0.02, "TQ2_0": 0.02, "IQ1_S": 3e-3, "IQ1_M": 3e-3, "IQ3_S": 1.5e-4}  # else 3e-4
+    d = (spread.get(kind.name, 3e-4) * rng.uniform(0.7, 1.4, n)).astype(np.float16).view(np.uint16)
+    if kind.name == "MXFP4":
+        raw[:, 0] = rng.integers(117, 121, n)  # powers of two
+    elif kind.name == "NVFP4":
+        raw[:, :4] = rng.integers(1, 0x28, (n, 4))  # floats of 3 bits
+    elif kind.name == "IQ1_M":  # four bits at the top of each of four words
+        words = raw[:, 48:].copy().view(np.uint16)
+        nibbles = d[:, None] >> np.array([0, 4, 8, 12], np.uint16) & 15
+        raw[:, 48:] = (words & 0x0FFF | nibbles << 12).astype(np.uint16).view(np.uint8)
+    else:
+        at = block_bytes - 2 if kind.name.startswith("TQ") else 0
+        raw[:, at : at + 2] = d[:, None].view(np.uint8)
+    return raw
 
 
 def write_gguf(model, path):

@@ -9,6 +9,7 @@ import re
 import tempfile
 
 from ...errors import BackendError
+from .codebooks import definitions
 from .device import cuda_errors, import_cuda
 
 _INCLUDE = re.compile(r'^\s*#include\s+"([^"]+)"\s*$')
@@ -56,6 +57,12 @@ def text_of(source):
     return flatten(kernel_folder() / source)
 
 
+def text_for(program):
+    """What NVRTC compiles: the .cu file's text after the tables of the block formats that it is compiled for."""
+    names = [name for key, value in program.defines if key in ("FORMAT", "FORMATS") for name in value.split(",")]
+    return definitions(names) + text_of(program.source)
+
+
 def target_of(capability):
     """(code type, architecture) to compile for: a CUBIN for exactly this GPU, or PTX where NVRTC does not know it.
 
@@ -84,7 +91,7 @@ def compile_program(program, code_type, arch, logs=None):
         ptxas_options=["-v"] if logs is not None else None,
     )
     with cuda_errors(f"compiling {program} for {arch}"):
-        code = core.Program(text_of(program.source), "c++", options)
+        code = core.Program(text_for(program), "c++", options)
         return bytes(code.compile(code_type, logs=logs).code)
 
 
@@ -118,7 +125,7 @@ class KernelCache:
 
         compiler = nvrtc.nvrtcVersion()[1:]
         return _DIGEST(
-            repr((_CACHE_VERSION, text_of(program.source), program.defines, compiler, code_type, arch)).encode()
+            repr((_CACHE_VERSION, text_for(program), program.defines, compiler, code_type, arch)).encode()
         ).hexdigest()
 
     def _is_ours(self):
