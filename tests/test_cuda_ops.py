@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 import kqprefill
-from conftest import ROOT, kl_divergence, relative_error
+from conftest import kl_divergence, relative_error
 from kqprefill.backends.base import Batch
 from kqprefill.backends.cpu.ops import CpuOps
 from kqprefill.backends.cuda.tiles import HOPPER_TILES
 from kqprefill.gguf import GGUFFile
-from kqprefill.gguf.synthetic import Shape, SyntheticFile
+from kqprefill.gguf.synthetic import Shape, SyntheticFile, write_gguf
 from kqprefill.models import read_model
 
 pytestmark = pytest.mark.gpu
@@ -240,7 +240,8 @@ def test_every_tile_gives_the_same_bits(tile_model, tile):
 @pytest.mark.parametrize("factor", [1e3, 1e-6])
 def test_activations_far_outside_half_precision(factor, tmp_path):
     """Gate and up scaled so that their product is far beyond 65504, or far below 2^-24: no inf, and no loss either."""
-    path = ROOT / "tests/data/qwen3-f32.gguf"
+    path = tmp_path / "sound.gguf"
+    write_gguf(SyntheticFile.named("tiny:F32"), path)
     raw = bytearray(path.read_bytes())
     with GGUFFile(path) as file:
         for name in ("blk.0.ffn_gate.weight", "blk.0.ffn_up.weight", "blk.0.attn_v.weight", "token_embd.weight"):

@@ -5,9 +5,11 @@ import struct
 import time
 
 import gguf
+from gguf.constants import GGMLQuantizationType as GGML
 import numpy as np
 import pytest
 
+import kqprefill
 from conftest import EXAMPLE, ROOT
 from kqprefill.errors import GGUFError, KqprefillError
 from kqprefill.gguf import GGUFFile
@@ -154,3 +156,52 @@ def test_mutated_files_are_read_or_refused(tmp_path):
         except KqprefillError as error:
             assert "\n" not in str(error), seed
         assert time.perf_counter() - start < 1, seed
+
+
+@pytest.fixture
+def split(tmp_path):
+    """The example in four files."""
+    with GGUFFile(EXAMPLE) as file:
+        writer = gguf.GGUFWriter(tmp_path / "model.gguf", "qwen3", split_max_tensors=-(-len(file.tensors) // 4))
+        for key, value in file.metadata.items():
+            if key == "general.architecture":
+                continue
+            add = {float: writer.add_float32, str: writer.add_string, int: writer.add_uint32}.get(type(value))
+            add(key, value) if add else writer.add_array(key, np.asarray(value).tolist())
+        for tensor in file.tensors.values():
+            data = np.array(tensor.data)
+            data = data.view(np.float32) if tensor.type == GGML.F32 else data
+            writer.add_tensor(tensor.name, data, raw_dtype=tensor.type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    files = sorted(tmp_path.glob("model-*-of-00004.gguf"))
+    assert len(files) == 4
+    return files
+
+
+def test_the_first_of_a_split_model_opens_all(split):
+    with GGUFFile(EXAMPLE) as whole, GGUFFile(split[0]) as parts:
+        assert set(parts.tensors) == set(whole.tensors)
+        assert all(np.array_equal(parts.tensors[name].data, t.data) for name, t in whole.tensors.items())
+    with kqprefill.load(EXAMPLE, backend="cpu") as one, kqprefill.load(split[0], backend="cpu") as many:
+        assert np.array_equal(one.prefill([1, 2, 3], logits="last").logits, many.prefill([1, 2, 3], logits="last").logits)
+
+
+def test_split_models_that_are_not_whole(split, tmp_path):
+    with pytest.raises(kqprefill.GGUFError, match=r"name the first, .*model-00001-of-00004\.gguf"):
+        GGUFFile(split[2])
+    renamed = split[0].rename(tmp_path / "renamed.gguf")
+    with pytest.raises(kqprefill.GGUFError, match="must be named .*-00001-of-00004.gguf"):
+        GGUFFile(renamed)
+    renamed.rename(split[0])
+    third = split[2].rename(tmp_path / "elsewhere")
+    with pytest.raises(kqprefill.GGUFError, match="model-00003-of-00004.gguf: No such file"):
+        GGUFFile(split[0])
+    split[2].write_bytes(split[1].read_bytes())
+    with pytest.raises(kqprefill.GGUFError, match="file 1 .* where 2 is wanted"):
+        GGUFFile(split[0])
+    split[2].write_bytes(third.read_bytes()[:-50000])
+    with pytest.raises(kqprefill.GGUFError, match="model-00003-of-00004.gguf: tensor .*truncated"):
+        GGUFFile(split[0])

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 import mmap
 import os
+import re
 import struct
 
 import numpy as np
@@ -17,6 +18,7 @@ from .types import GGML, GGML_QUANT_SIZES
 
 _MAGIC = b"GGUF"
 _DEFAULT_ALIGNMENT = 32
+_MOST_FILES = 10000  # of a split model, which leaves room for their numbers
 _MAX_DIMS = 4  # GGML_MAX_DIMS
 _MAX_NAME = 64 - 1  # GGML_MAX_NAME, with its terminating zero
 _MAX_KEY = 65535
@@ -61,11 +63,12 @@ class Tensor:
 class GGUFFile:
     """A GGUF file opened for reading: `metadata` (a mapping) and `tensors` (name -> Tensor).
 
-    Raises GGUFError, naming the file and what is wrong, for anything that is not a well-formed GGUF v2 or v3.
+    The first of a split model's files (`…-00001-of-0000N.gguf`) opens them all, as one. Raises GGUFError, naming the file and
+    what is wrong, for anything that is not a well-formed GGUF v2 or v3.
     """
 
-    def __init__(self, path):
-        self.path = os.fspath(path)
+    def __init__(self, path, _part=0):
+        self.path, self._others = os.fspath(path), []
         try:
             with open(self.path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
@@ -77,12 +80,15 @@ class GGUFFile:
         self.bytes = np.frombuffer(self._map, np.uint8)
         try:
             self._read_header()
+            self._open_others(_part)
         except BaseException:
             self.close()
             raise
 
     def close(self):
         """Unmap the file. Tensors' data must not be read afterwards."""
+        for other in self._others:
+            other.close()
         self.bytes = None
         try:
             self._map.close()
@@ -126,6 +132,34 @@ class GGUFFile:
                     "the file is truncated"
                 )
             self.tensors[name] = Tensor(name, shape, ggml_type, data_start + offset, nbytes, self)
+
+    def _open_others(self, part):
+        """The other files of a split model (llama.cpp's gguf-split), whose metadata but for split.* is the first's."""
+        count, number = (self.metadata.get(f"split.{key}", default) for key, default in (("count", 1), ("no", 0)))
+        if count in (0, 1) and not part:
+            return
+        if number != part or not isinstance(count, int):
+            first = f"; name the first, {self._of_split(0, count)}" if isinstance(count, int) and not part else ""
+            raise self._error(f"this is file {number!r} (from 0) of a split model{first}, where {part} is wanted")
+        if part:
+            return
+        for i in range(1, min(count, _MOST_FILES)):
+            other = GGUFFile(self._of_split(i, count), i)
+            self._others.append(other)
+            for name, tensor in other.tensors.items():
+                if name in self.tensors:
+                    raise other._error(f"tensor {name} is in another file of this split model too")
+                self.tensors[name] = tensor
+        expected = self.metadata.get("split.tensors.count", len(self.tensors))
+        if expected != len(self.tensors):
+            raise self._error(f"the {count} files of this split model have {len(self.tensors)} tensors, not {expected!r}")
+
+    def _of_split(self, i, count):
+        """The name of file i (from 0) of a split model."""
+        match = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", self.path, re.DOTALL)
+        if not match or int(match[2]) != count:
+            raise self._error(f"one of {count} files of a split model must be named …-00001-of-{count:05}.gguf")
+        return f"{match[1]}-{i + 1:05}-of-{count:05}.gguf"
 
     def _read_tensor_info(self, cursor):
         name = cursor.string(_MAX_NAME, "tensor name")
