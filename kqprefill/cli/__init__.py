@@ -11,6 +11,7 @@ from .bench import bench
 from .plan import plan
 from .run import run
 from .synth import synth
+from .tokenize import tokenize
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -25,7 +26,7 @@ def cli():
     """
 
 
-for command in (run, bench, plan, synth):
+for command in (run, bench, plan, synth, tokenize):
     cli.add_command(command)
 
 

@@ -70,6 +70,22 @@ def load_lines(model):
     yield from plan_lines(model.backend.plan, model.family)
 
 
+def read_text(text, option):
+    """A prompt as it is, from stdin (`-`) or from a file (`@FILE`). Raises InputError."""
+    where = "stdin" if text == STDIO else text[1:] if text.startswith("@") else option
+    try:
+        if text == STDIO:
+            return sys.stdin.buffer.read().decode("utf-8")
+        if text.startswith("@"):
+            with open(where, "rb") as file:
+                return file.read().decode("utf-8")
+    except OSError as error:
+        raise InputError(f"{option} {text}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: byte {error.start} is no UTF-8; prompts are text") from None
+    return text
+
+
 def read_tokens(text):
     """IDs from `1,2,3` or `1 2 3`, from stdin (`-`) or from a file (`@FILE`). Raises InputError."""
     if text == STDIO:

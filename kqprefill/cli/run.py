@@ -9,40 +9,54 @@ import click
 from ..backends.wake import wake_gpu
 from ..errors import InputError
 from .common import (
-    STDIO, device_options, load_lines, memory_option, output_file, progress_bars, read_tokens, size, volume_options, warner,
+    STDIO, device_options, load_lines, memory_option, output_file, progress_bars, read_text, read_tokens, size, volume_options, warner,
 )  # fmt: skip
 
 
 @click.command()
 @click.argument("model", type=click.Path())
-@click.option("--tokens", required=True, metavar="IDS", help="`1,2,3` or `1 2 3`; `-` reads stdin, `@FILE` a file.")
+@click.option("--tokens", metavar="IDS", help="`1,2,3` or `1 2 3`; `-` reads stdin, `@FILE` a file.")
+@click.option("--prompt", metavar="TEXT", help="Text, for the file's own tokenizer; `-` reads stdin, `@FILE` a file.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the token id.")
+@click.option("--text", "as_text", is_flag=True, help="The token's text instead of its id.")
 @click.option("--logits", metavar="FILE", help="Write the last position's logits, float32 [V], as .npy; `-` is stdout.")
 @click.option("--all-positions", is_flag=True, help="With --logits: every position's, float32 [T, V].")
 @device_options
 @memory_option
 @volume_options
-def run(model, tokens, as_json, logits, all_positions, backend, device, kernels, vram, quiet, verbose):
+def run(model, tokens, prompt, as_json, as_text, logits, all_positions, backend, device, kernels, vram, quiet, verbose):
     """Print the greedy next token after a prompt.
 
     \b
     kqprefill run examples/tiny-qwen3.gguf --tokens 72,101,108,108,111
+    kqprefill run model.gguf --prompt "The capital of France is" --text
     """
     if all_positions and logits is None:
         raise click.UsageError("--all-positions says which logits --logits FILE writes; give that too")
     if logits == STDIO and as_json:
         raise click.UsageError("--logits - and --json both want stdout; write the logits to a file")
-    ids = read_tokens(tokens)
+    if (tokens is None) == (prompt is None):
+        raise click.UsageError("give the prompt either as --tokens IDS or as --prompt TEXT")
+    if as_json and as_text:
+        raise click.UsageError("--json and --text both say what to print; --json has the text too")
+    ids = None if tokens is None else read_tokens(tokens)
+    words = None if prompt is None else read_text(prompt, "--prompt")
     if logits == "":
         raise InputError("--logits: the file name is empty")
     wake_gpu(backend, device)
-    from ..engine.model import load
+    from ..engine.model import open_model
+    from ..gguf import GGUFFile
 
     with ExitStack() as stack:
         # The output is opened before the work, so that a path that can't be written costs no time.
         output = stack.enter_context(output_file(logits)) if logits is not None else None
         progress = stack.enter_context(progress_bars(not quiet))
-        loaded = stack.enter_context(load(model, backend, device, kernels, progress, warner(quiet), vram, len(ids)))
+        file = GGUFFile(model)
+        if ids is None:
+            ids = _tokenize(file, words)
+        loaded = stack.enter_context(
+            open_model(file, backend, device, kernels, progress, warner(quiet), vram, max_tokens=len(ids))
+        )
         wanted = None if output is None else "all" if all_positions else "last"
         result = loaded.prefill(ids, logits=wanted, progress=progress)
         if output is not None:
@@ -59,7 +73,7 @@ def run(model, tokens, as_json, logits, all_positions, backend, device, kernels,
         )
         described = {
             "token": result.token,
-            "text": loaded.token_text(result.token) if as_json else None,
+            "text": loaded.token_text(result.token) if as_json or as_text else None,
             "logit": result.logit,
             "logprob": result.logprob,
             "prompt_tokens": result.prompt_tokens,
@@ -76,4 +90,17 @@ def run(model, tokens, as_json, logits, all_positions, backend, device, kernels,
     if as_json:
         click.echo(json.dumps(described, ensure_ascii=False))
     elif logits != STDIO:
-        click.echo(result.token)
+        click.echo(described["text"] if as_text and described["text"] is not None else result.token)
+
+
+def _tokenize(file, words):
+    from ..text import Tokenizer
+
+    try:
+        ids = Tokenizer(file.metadata, file.path).encode(words)
+        if not ids:
+            raise InputError("--prompt: the prompt is empty")
+    except BaseException:
+        file.close()
+        raise
+    return ids

@@ -40,7 +40,7 @@ class Model:
 
     def __init__(self, file, family, backend, timings):
         self.file, self.family, self.backend, self.timings = file, family, backend, timings
-        self._caches = []
+        self._caches, self._tokenizer = [], None
 
     @property
     def config(self):
@@ -82,6 +82,18 @@ class Model:
         elapsed = time.perf_counter() - start_time
         timings = {"prefill": elapsed}
         return Prefill(head.token, head.logit, head.logprob, head.logits, len(tokens), timings, stages)
+
+    def tokenize(self, text, add_special=True):
+        """A text's token ids (list), by the file's own tokenizer; add_special: with the BOS and EOS that the file asks for.
+
+        Raises ModelError where the file has no vocabulary of a supported kind, InputError where the `tokenizers` library, which
+        byte-level BPE needs, is missing or the text is not valid Unicode.
+        """
+        if self._tokenizer is None:
+            from ..text import Tokenizer
+
+            self._tokenizer = Tokenizer(self.file.metadata, self.file.path)
+        return self._tokenizer.encode(text, add_special)
 
     def token_text(self, token):
         """What a token stands for, from the file's vocabulary; None where it has none."""

@@ -1,0 +1,34 @@
+"""kqprefill tokenize: text to token ids."""
+
+import json
+
+import click
+
+from .common import read_text
+
+
+@click.command()
+@click.argument("model", type=click.Path())
+@click.argument("text", default="-")
+@click.option("--no-special", is_flag=True, help="Without the BOS and EOS that the file asks for.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON array of {id, text}.")
+def tokenize(model, text, no_special, as_json):
+    """Print a text's token ids, by the tokenizer in the model's file, as --tokens takes them.
+
+    TEXT is the text itself, `@FILE` or `-` for stdin.
+
+    \b
+    kqprefill tokenize examples/tiny-qwen3.gguf Hello
+    """
+    from ..gguf import GGUFFile
+    from ..gguf.vocabulary import token_text
+    from ..text import Tokenizer
+
+    words = read_text(text, "TEXT")
+    with GGUFFile(model) as file:
+        ids = Tokenizer(file.metadata, model).encode(words, add_special=not no_special)
+        if as_json:
+            described = [{"id": token, "text": token_text(file.metadata, token)} for token in ids]
+            click.echo(json.dumps(described, ensure_ascii=False))
+        else:
+            click.echo(",".join(map(str, ids)))

@@ -1,0 +1,152 @@
+"""Text to token ids: small vocabularies by hand, real ones against llama.cpp's ids.
+
+$KQPREFILL_VOCABS: a folder of llama.cpp's models/ggml-vocab-*.gguf with their .inp and .out (its source has them; the source
+distribution of llama-cpp-python on PyPI contains it).
+"""
+
+import os
+from pathlib import Path
+import subprocess
+
+import numpy as np
+import pytest
+
+import kqprefill
+from conftest import EXAMPLE, GOLDEN_FOLDERS
+from kqprefill.gguf import GGUFFile
+from kqprefill.gguf.vocabulary import byte_pieces
+from kqprefill.text import Tokenizer
+from test_cli import kq
+from test_golden import gemma  # noqa: F401
+
+VOCABS = Path(os.environ.get("KQPREFILL_VOCABS", "/nonexistent"))
+
+
+def sentencepieces(pieces, **more):
+    """A Tokenizer over <unk>, <s>, </s>, the 256 bytes and these (piece, score)."""
+    fixed = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    kinds = [2, 3, 3, *[6] * 256, *[1] * len(pieces)]
+    values = {
+        "model": "llama", "tokens": fixed + [p for p, _ in pieces], "token_type": np.array(kinds, np.int32),
+        "scores": np.array([0.0] * len(fixed) + [s for _, s in pieces], np.float32), "bos_token_id": 1, "eos_token_id": 2, **more,
+    }  # fmt: skip
+    return Tokenizer({f"tokenizer.ggml.{key}": value for key, value in values.items()}, "test"), len(fixed)
+
+
+def test_the_highest_score_is_joined_first_and_the_leftmost_of_equals():
+    pieces = [("a", -1), ("b", -1), ("aa", -2), ("ab", -3), ("aab", -9), ("\u2581", -1), ("\u2581a", -5)]
+    tokenizer, first = sentencepieces(pieces, add_space_prefix=False)
+    ids = {piece: first + i for i, (piece, _) in enumerate(pieces)}
+
+    def encode(text):
+        return tokenizer.encode(text, add_special=False)
+
+    assert encode("aaa") == [ids["aa"], ids["a"]]
+    assert encode("aab") == [ids["aab"]]  # aa and b
+    assert encode("abab") == [ids["ab"]] * 2
+    assert encode("b a") == [ids["b"], ids["\u2581a"]]
+    assert encode("é") == [3 + 0xC3, 3 + 0xA9]
+    assert tokenizer.encode("") == [1]
+
+
+def test_spaces_before_and_special_tokens_within():
+    tokenizer, first = sentencepieces([("\u2581", -1), ("x", -1), ("\u2581x", -2)], add_eos_token=True)
+    assert tokenizer.encode("x") == [1, first + 2, 2]
+    assert tokenizer.encode("x</s>x", add_special=False) == [first + 2, 2, first + 2]
+    assert tokenizer.encode("<s>", add_special=False) == [1]
+
+
+def test_byte_level_bpe():
+    bytes_ = list(byte_pieces())
+    pieces = [*bytes_, "he", "ll", "hell", "\u0120he", "<|end|>"]
+    metadata = {
+        "model": "gpt2", "pre": "gpt-2", "tokens": pieces, "token_type": np.array([1] * 260 + [3], np.int32),
+        "merges": ["h e", "l l", "he ll", "\u0120 he", "not there"], "eos_token_id": 260,
+    }  # fmt: skip
+    tokenizer = Tokenizer({f"tokenizer.ggml.{key}": value for key, value in metadata.items()}, "test")
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    assert tokenizer.encode("hello") == [ids["hell"], ids["o"]]
+    assert tokenizer.encode(" he<|end|>\n") == [ids["\u0120he"], 260, ids["\u010a"]]
+    assert tokenizer.encode("é") == [bytes_.index("\u00c3"), bytes_.index("\u00a9")]
+
+
+@pytest.mark.parametrize(
+    "metadata,complaint",
+    [
+        ({}, "no vocabulary"),
+        ({"model": "bert", "tokens": ["a"]}, "kind 'bert'"),
+        ({"model": "gpt2", "tokens": ["a"], "pre": "new"}, "pre-tokenizer 'new'"),
+        ({"model": "llama", "tokens": ["a"], "scores": np.zeros(2)}, "scores does not fit"),
+        ({"model": "llama", "tokens": ["a"], "bos_token_id": 7}, "bos_token_id is 7"),
+    ],
+)
+def test_vocabularies_that_cannot_be_used(metadata, complaint):
+    with pytest.raises(kqprefill.ModelError, match=complaint):
+        Tokenizer({f"tokenizer.ggml.{key}": value for key, value in metadata.items()}, "test")
+
+
+def test_text_that_is_none():
+    tokenizer, _ = sentencepieces([])
+    with pytest.raises(kqprefill.InputError, match="character 1"):
+        tokenizer.encode("a\udc80")
+
+
+def test_golden_prompts(gemma):  # noqa: F811
+    path = next((f / "gemma3-270m.npz" for f in GOLDEN_FOLDERS if (f / "gemma3-270m.npz").exists()), None)
+    if path is None:
+        pytest.skip("golden/gemma3-270m.npz is only in a development tree")
+    golden = np.load(path)
+    with GGUFFile(gemma) as file:
+        tokenizer = Tokenizer(file.metadata, gemma)
+    for prompt in ("france", "fox", "code", "unicode"):
+        assert tokenizer.encode(str(golden[f"{prompt}/text"])) == golden[f"{prompt}/tokens"].tolist()
+
+
+KINDS = "llama-spm phi-3 llama-bpe qwen2 qwen35 gpt-2 starcoder refact command-r mpt falcon".split()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_llama_cpps_vocabularies(name):
+    path = VOCABS / f"ggml-vocab-{name}.gguf"
+    if not path.exists():
+        pytest.skip("set KQPREFILL_VOCABS to llama.cpp's models/ folder")
+    texts = Path(f"{path}.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
+    expected = [[int(word) for word in line.split()] for line in Path(f"{path}.out").read_text().splitlines()]
+    with GGUFFile(path) as file:
+        tokenizer = Tokenizer(file.metadata, path)
+    assert [tokenizer.encode(text, add_special=False) for text in texts[: len(expected)]] == expected
+
+
+def test_prompts_on_the_command_line(tmp_path):
+    (tmp_path / "prompt").write_text("Hello")
+    by_ids = kq("run", EXAMPLE, "--backend", "cpu", "--tokens", "72,101,108,108,111").stdout
+    for prompt, stdin in (("Hello", None), ("-", b"Hello"), (f"@{tmp_path / 'prompt'}", None)):
+        assert kq("run", EXAMPLE, "--backend", "cpu", "--prompt", prompt, stdin=stdin).stdout == by_ids != b""
+    assert kq("tokenize", EXAMPLE, "Hello").stdout == b"72,101,108,108,111\n"
+    assert kq("tokenize", EXAMPLE, stdin="Hé".encode()).stdout == b"72,195,169\n"
+    text = kq("run", EXAMPLE, "--backend", "cpu", "--prompt", "Hello", "--text")
+    assert text.returncode == 0 and text.stdout != by_ids
+
+
+@pytest.mark.parametrize(
+    "args,stdin,complaint",
+    [
+        ([], None, b"either as --tokens IDS or as --prompt TEXT"),
+        (["--tokens", "1", "--prompt", "x"], None, b"either as --tokens"),
+        (["--prompt", "@/no/such/file"], None, b"No such file"),
+        (["--prompt", "-"], b"\xff", b"no UTF-8"),
+        (["--prompt", ""], None, b"empty"),
+    ],
+)
+def test_prompts_that_are_none(args, stdin, complaint):
+    done = kq("run", EXAMPLE, "--backend", "cpu", *args, stdin=stdin)
+    assert done.returncode == 2 and complaint in done.stderr and b"Traceback" not in done.stderr
+
+
+def test_tokenizing_without_the_library_says_what_to_install(tmp_path):
+    (tmp_path / "tokenizers.py").write_text("raise ImportError('not here')")
+    done = subprocess.run(
+        ["python3", "-m", "kqprefill", "tokenize", str(EXAMPLE), "x"], capture_output=True,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
+    )  # fmt: skip
+    assert done.returncode == 2 and b"pip install 'kqprefill[text]'" in done.stderr
