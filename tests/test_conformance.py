@@ -16,8 +16,12 @@ def is_supported(path):
     """By what the file says of itself: a model that ought to run and is refused must fail its test, not lose it."""
     with GGUFFile(path) as file:
         types = {tensor.type for tensor in file.tensors.values()}
-        experts = any("_exps" in name for name in file.tensors)
-        return file.metadata["general.architecture"] in FAMILIES and types <= SUPPORTED and not experts
+        return file.metadata["general.architecture"] in FAMILIES and types <= SUPPORTED
+
+
+def has_experts(path):
+    with GGUFFile(path) as file:
+        return any("_exps" in name for name in file.tensors)
 
 
 CASES = sorted(name for name, path in FOUND.items() if is_supported(path))
@@ -41,6 +45,10 @@ def test_every_family_and_format_has_a_case():
 @pytest.mark.parametrize("name", CASES)
 def test_logits(name, path):
     backend, kernels = path
+    if backend == "cuda" and has_experts(FOUND[name]):
+        with pytest.raises(kqprefill.BackendError, match="mixtures of experts do not run on CUDA yet"):
+            kqprefill.load(FOUND[name], backend=backend, kernels=kernels)
+        return
     reference = np.load(FOUND[name].with_suffix(".npz"))
     with kqprefill.load(FOUND[name], backend=backend, kernels=kernels) as model:
         result = model.prefill(reference["tokens"], logits="all")

@@ -1,8 +1,10 @@
 """The reader against the gguf package's on sound files, and against lies in unsound ones."""
 
+import os
 import random
 import struct
 import time
+import tracemalloc
 
 import gguf
 from gguf.constants import GGMLQuantizationType as GGML
@@ -14,6 +16,7 @@ from conftest import EXAMPLE, ROOT
 from kqprefill.errors import GGUFError, KqprefillError
 from kqprefill.gguf import GGUFFile
 from kqprefill.models import read_model
+from kqprefill.text import Tokenizer
 
 
 @pytest.mark.parametrize("path", [EXAMPLE, ROOT / "tests/data/gemma3-q4_k_m.gguf"], ids=lambda p: p.stem)
@@ -131,31 +134,47 @@ def test_version_2_is_read(tmp_path):
         assert file.version == 2 and dict(file.metadata) == {"k": "v"}
 
 
-def test_mutated_files_are_read_or_refused(tmp_path):
-    """Random damage to the header: the model opens, or one of our errors says why not, in one line and at once."""
-    raw, path = EXAMPLE.read_bytes(), tmp_path / "model.gguf"
-    for seed in range(1500):
+FUZZED = [EXAMPLE, *(ROOT / "tests/data" / f"{name}.gguf" for name in ("phi3-q4_k_m", "gemma3-q4_k_m", "granite-q4_k"))]
+
+
+@pytest.mark.parametrize("base", FUZZED, ids=lambda path: path.stem)
+def test_mutated_files_are_read_or_refused(base, tmp_path):
+    """Random damage to the header and the tensor table: the model opens, or one of our errors says why not, in one line, at once,
+    and with no more memory than the file's size explains. $KQPREFILL_FUZZ: how many of each (20,000 were run)."""
+    raw, path = base.read_bytes(), tmp_path / "model.gguf"
+    with GGUFFile(base) as file:
+        end = min(tensor.offset for tensor in file.tensors.values())  # of the header
+    tracemalloc.start()
+    for seed in range(int(os.environ.get("KQPREFILL_FUZZ", "500"))):
         rng = random.Random(seed)
-        damaged = bytearray(raw[: rng.choice([len(raw), rng.randrange(len(raw)), rng.randrange(9000)])])
+        damaged = bytearray(raw[: rng.choice([len(raw), rng.randrange(len(raw)), rng.randrange(end)])])
         for _ in range(rng.choice([1, 2, 5, 20])):
-            at, kind = rng.randrange(min(8192, len(damaged)) or 1), rng.randrange(4)
+            at, kind = rng.randrange(min(end, len(damaged)) or 1), rng.randrange(5)
             if kind == 0:
                 damaged[at : at + 1] = rng.randbytes(1)
             elif kind == 1:
                 damaged[at : at + 8] = rng.choice([b"\xff" * 8, bytes(8), (1 << 62).to_bytes(8, "little")])
             elif kind == 2:
                 del damaged[at : at + rng.randrange(1, 16)]
-            else:
+            elif kind == 3:
                 damaged[at:at] = rng.randbytes(rng.randrange(1, 16))
+            else:  # a key or a tensor that is another's
+                at, other = rng.randrange(max(1, end - 24)), rng.randrange(max(1, end - 24))
+                damaged[at : at + 24] = damaged[other : other + 24]
         path.write_bytes(damaged)
-        start = time.perf_counter()
+        tracemalloc.reset_peak()
+        before, start = tracemalloc.get_traced_memory()[0], time.perf_counter()
         try:
             with GGUFFile(path) as file:
                 dict(file.metadata)
                 read_model(file)
+                Tokenizer(file.metadata, path)
         except KqprefillError as error:
             assert "\n" not in str(error), seed
         assert time.perf_counter() - start < 1, seed
+        # Decoded metadata are Python's objects: at most some dozens of bytes for one of the file.
+        assert tracemalloc.get_traced_memory()[1] - before < 32 * len(damaged) + (4 << 20), seed
+    tracemalloc.stop()
 
 
 @pytest.fixture

@@ -84,11 +84,12 @@ class Ops(ABC):
         heads: its length says which), then rotated unless rope is None (arXiv 2104.09864): q [T, nq, D], k and v [T, nkv, D]."""
 
     @abstractmethod
-    def attention(self, q, k, v, *, scale, window=None, softcap=None):
+    def attention(self, q, k, v, *, scale, window=None, softcap=None, sinks=None):
         """Causal grouped-query attention, softmax(scale * q·kᵀ)·v, over the cache's tokens and the batch's own.
 
         window: a query sees that many tokens, itself the last (None: all). softcap: scores s become
-        softcap * tanh(s / softcap) (arXiv 2408.00118). Returns [T, nq * D] as a matrix's input.
+        softcap * tanh(s / softcap) (arXiv 2408.00118). sinks: a vector [nq], a score of each head that takes a share of the
+        softmax and gives no value (arXiv 2309.17453). Returns [T, nq * D] as a matrix's input.
         """
 
     @abstractmethod
@@ -102,6 +103,18 @@ class Ops(ABC):
 
         activation: "silu" or "gelu_tanh" (ggml_silu, ggml_gelu).
         """
+
+    @abstractmethod
+    def moe(self, h, w, experts, *, activation, residual):
+        """residual + the mean of the used experts' feed-forward networks (each as `mlp`), weighted by their shares, float32 [T, H].
+
+        w: Weights with ffn_gate_inp, the router, and ffn_gate_exps, ffn_up_exps and ffn_down_exps. experts: how they are
+        routed (kqprefill.models.experts.Experts). activation: also "swiglu_oai" (ggml_swiglu_oai with 1.702 and 7).
+        """
+
+    @abstractmethod
+    def add_gated(self, x, y, h, weight):
+        """x + sigmoid(h · weight) * y, float32 [T, H]; weight: a vector [H]. x's storage may be reused."""
 
     @abstractmethod
     def head(self, x, norm, output, logits, scale=1.0, softcap=None):

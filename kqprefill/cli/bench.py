@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 import statistics
 import time
@@ -74,7 +75,7 @@ def bench(model, lengths, repetitions, delay, output, detail, backend, device, k
                 {
                     "model": str(loaded.file.metadata.get("general.name") or os.path.basename(model)),
                     "size_bytes": sum(w.tensor.nbytes for w in matrices),
-                    "parameters": sum(w.shape[0] * w.shape[1] for w in matrices),
+                    "parameters": sum(math.prod(w.shape) for w in matrices),
                     "backend": loaded.backend.name,
                     "device": loaded.backend.device_name,
                     "prompt_tokens": length,

@@ -175,8 +175,12 @@ def open_model(
     try:
         budget = None if vram is None else Budget.parse(vram)
         family = read_model(file)
+        warn = warn or (lambda line: print(f"kqprefill: {line}", file=sys.stderr))
+        if backend == "auto" and family.has_experts:
+            warn("running on the CPU: mixtures of experts do not run on CUDA yet")
+            backend = "cpu"
         opened = open_backend(
-            backend, device, kernels, warn or (lambda line: print(f"kqprefill: {line}", file=sys.stderr))
+            backend, device, kernels, warn
         )
         opened.load(family, progress or (lambda *_: None), budget, max_tokens)
     except BaseException:

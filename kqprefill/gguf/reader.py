@@ -53,6 +53,12 @@ class Tensor:
         row = self.shape[-1] // block_elements * block_bytes
         return self._file.bytes[self.offset : self.offset + self.nbytes].reshape(*self.shape[:-1], row)
 
+    def item(self, index):
+        """One of a stack: what stands at that index of the first dimension, as a tensor of its own."""
+        size = self.nbytes // self.shape[0]
+        name, shape = f"{self.name}[{index}]", self.shape[1:]
+        return replace(self, name=name, shape=shape, offset=self.offset + index * size, nbytes=size)
+
     def rows(self, begin, end):
         """Those rows of a matrix, as a tensor of their own."""
         row = self.nbytes // self.shape[0]

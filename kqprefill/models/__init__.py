@@ -4,16 +4,22 @@ from ..errors import ModelError
 from .gemma import Gemma
 from .gemma2 import Gemma2
 from .gemma3 import Gemma3
+from .gpt_oss import GptOss
 from .granite import Granite
 from .llama import Llama
 from .mistral3 import Mistral3
 from .olmo2 import Olmo2
+from .olmoe import Olmoe
 from .phi3 import Phi3
 from .qwen2 import Qwen2
+from .qwen2moe import Qwen2Moe
 from .qwen3 import Qwen3
+from .qwen3moe import Qwen3Moe
 from .smollm3 import SmolLM3
 
-_PAGES = (Qwen3, Llama, Qwen2, Gemma, Gemma2, Gemma3, Mistral3, Phi3, Olmo2, Granite, SmolLM3)
+_PAGES = (
+    Qwen3, Qwen3Moe, Llama, Qwen2, Qwen2Moe, Gemma, Gemma2, Gemma3, Mistral3, Phi3, Olmo2, Olmoe, Granite, SmolLM3, GptOss,
+)  # fmt: skip
 FAMILIES = {family.architecture: family for family in _PAGES}
 
 

@@ -19,6 +19,7 @@ class Family:
     """
 
     architecture = ""  # general.architecture
+    has_experts = False  # whether layers call Ops.moe
     rope_interleaved = False  # which elements pair up; see Rope
 
     def __init__(self, file):
@@ -102,9 +103,9 @@ class Family:
         yield (self.output,), False
 
     def matrices(self):
-        """Every matrix of the model (Weight), a tied output counted once."""
+        """Every matrix of the model (Weight; experts' are one under another), a tied output counted once."""
         found = {w.name: w for w in (self.token_embd, self.output, *(w for block in self.blocks for w in block))}
-        return [w for w in found.values() if len(w.shape) == 2]
+        return [w for w in found.values() if len(w.shape) >= 2]
 
     def read_rope(self, **options):
         interleaved, factors = self.rope_interleaved, self.rope_factors()

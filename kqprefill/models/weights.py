@@ -9,7 +9,8 @@ from ..gguf.dequantize import SUPPORTED
 
 @dataclass(frozen=True)
 class Weight:
-    """A matrix [rows, columns] (y = x · Wᵀ + b) and its bias [rows], where the file has one; or a vector [n]."""
+    """A matrix [rows, columns] (y = x · Wᵀ + b) and its bias [rows], where the file has one; experts' matrices [experts, rows,
+    columns] and biases; or a vector [n]."""
 
     tensor: Tensor
     bias: Tensor | None = None
@@ -21,6 +22,10 @@ class Weight:
     @property
     def shape(self):
         return self.tensor.shape
+
+    def expert(self, index):
+        """One of a stack of matrices [experts, rows, columns]."""
+        return Weight(self.tensor.item(index), self.bias and self.bias.item(index))
 
 
 class Weights:
@@ -38,10 +43,10 @@ class Weights:
                 if not optional:
                     raise ModelError(f"{file.path}: tensor {prefix}{name}.weight is missing")
                 continue
-            bias = file.tensors.get(f"{prefix}{name}.bias") if len(shape) == 2 else None
+            bias = file.tensors.get(f"{prefix}{name}.bias") if len(shape) >= 2 else None
             _check(file, tensor, shape)
             if bias is not None:
-                _check(file, bias, shape[:1])
+                _check(file, bias, shape[:-1])
             self.tensor_names |= {t.name for t in (tensor, bias) if t is not None}
             at = 0
             for part, rows in (parts or {}).get(name, {}).items():

@@ -57,7 +57,7 @@ class CpuOps(Ops):
         out[..., pairs[1]] = a * sin + b * cos
         return out
 
-    def attention(self, q, k, v, *, scale, window=None, softcap=None):
+    def attention(self, q, k, v, *, scale, window=None, softcap=None, sinks=None):
         self.enter_attention(window)
         start, n = self.batch.start, len(q)
         if self.cache is not None:
@@ -69,6 +69,7 @@ class CpuOps(Ops):
         q = q.reshape(n, nkv, group, head_dim).transpose(1, 2, 0, 3)  # [nkv, group, T, D]
         k, v = k.transpose(1, 2, 0)[:, None], v.transpose(1, 0, 2)[:, None]  # [nkv, 1, D, S], [nkv, 1, S, D]
         out = np.empty((n, nkv, group, head_dim), np.float32)
+        sinks = None if sinks is None else _vector(sinks.tensor).reshape(nkv, group, 1, 1)
         step = max(1, _SCORES_PIECE // (nkv * group * (start + n)))
         for at in range(0, n, step):
             rows = slice(at, min(at + step, n))
@@ -80,7 +81,7 @@ class CpuOps(Ops):
             behind = np.arange(start + rows.start, start + rows.stop)[:, None] - np.arange(seen.start, seen.stop)
             hidden = behind < 0 if window is None else (behind < 0) | (behind >= window)
             scores[..., hidden] = -np.inf
-            out[rows] = (_softmax(scores) @ v[:, :, seen]).transpose(2, 0, 1, 3)
+            out[rows] = (_softmax(scores, sinks) @ v[:, :, seen]).transpose(2, 0, 1, 3)
         return out.reshape(n, -1)
 
     def linear(self, a, weight, residual=None, scale=1.0):
@@ -99,9 +100,28 @@ class CpuOps(Ops):
         return out
 
     def mlp(self, h, gate, up, down, *, activation, residual=None, scale=1.0):
-        gated = _ACTIVATIONS[activation](self.linear(h, gate))
-        gated *= self.linear(h, up)
+        gated = _ACTIVATIONS[activation](self.linear(h, gate), self.linear(h, up))
         return self.linear(gated, down, residual=residual, scale=scale)
+
+    def moe(self, h, w, experts, *, activation, residual):
+        scores = self.linear(h, w.ffn_gate_inp)
+        if not experts.routed_after:
+            scores = _softmax(scores)
+        used = np.argsort(-scores, axis=-1, kind="stable")[:, : experts.used]
+        shares = np.take_along_axis(scores, used, axis=-1)
+        if experts.routed_after:
+            shares = _softmax(shares)
+        if experts.normalise:
+            shares /= shares.sum(axis=-1, keepdims=True)
+        out = residual.copy()
+        for expert in np.unique(used):
+            tokens, slot = np.nonzero(used == expert)
+            gate, up, down = (weight.expert(expert) for weight in (w.ffn_gate_exps, w.ffn_up_exps, w.ffn_down_exps))
+            out[tokens] += shares[tokens, slot, None] * self.mlp(h[tokens], gate, up, down, activation=activation)
+        return out
+
+    def add_gated(self, x, y, h, weight):
+        return x + y / (1 + np.exp(-(h @ _vector(weight.tensor))))[:, None]
 
     def head(self, x, norm, output, logits, scale=1.0, softcap=None):
         self.enter("head", [output], len(x) if logits == "all" else 1)
@@ -121,10 +141,13 @@ def _vector(tensor):
     return dequantize(tensor.data, tensor.type)
 
 
-def _softmax(x):
-    x -= x.max(axis=-1, keepdims=True)
+def _softmax(x, sink=None):
+    """In place, over the last axis; sink: one more score, whose share is dropped."""
+    largest = x.max(axis=-1, keepdims=True)
+    largest = largest if sink is None else np.maximum(largest, sink)
+    x -= largest
     np.exp(x, out=x)
-    x /= x.sum(axis=-1, keepdims=True)
+    x /= x.sum(axis=-1, keepdims=True) + (0 if sink is None else np.exp(sink - largest))
     return x
 
 
@@ -139,4 +162,14 @@ def _gelu_tanh(x):
     )
 
 
-_ACTIVATIONS = {"silu": _silu, "gelu_tanh": _gelu_tanh}
+def _swiglu_oai(gate, up):
+    gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
+    with np.errstate(over="ignore"):
+        return gate / (1 + np.exp(np.float32(-1.702) * gate)) * (up + 1)
+
+
+_ACTIVATIONS = {
+    "silu": lambda gate, up: _silu(gate) * up,
+    "gelu_tanh": lambda gate, up: _gelu_tanh(gate) * up,
+    "swiglu_oai": _swiglu_oai,
+}

@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+from ...errors import BackendError
 from ..base import Backend
 from ..timeline import Timeline
 from .cache import DeviceCache, HostCache
@@ -31,6 +32,8 @@ class CudaBackend(Backend):
         self._ran = False  # whether a batch has been through
 
     def load(self, model, progress, vram=None, tokens=None):
+        if model.has_experts:
+            raise BackendError(f"{model.file.path}: mixtures of experts do not run on CUDA yet; use --backend cpu")
         types = {weight.tensor.type for weight in model.matrices()}
         tokens = min(tokens or PLANNED_TOKENS, model.config.context_length)
         with cuda_errors("loading the model"):

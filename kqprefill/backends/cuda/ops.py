@@ -173,7 +173,9 @@ class CudaOps(Ops):
             )  # fmt: skip
         return Heads(q, scales[0]), Heads(k, scales[1]), Heads(v, scales[2])
 
-    def attention(self, q, k, v, *, scale, window=None, softcap=None):
+    def attention(self, q, k, v, *, scale, window=None, softcap=None, sinks=None):
+        if sinks is not None:
+            raise NotImplementedError("CudaBackend.load refuses the only models with sinks")
         self.enter_attention(window)
         c, tile = self.config, self.attention_tile
         out = self.work.get("attended", 2 * self.n * padded(c.q_width))
@@ -249,6 +251,11 @@ class CudaOps(Ops):
             at = 4 * t * d.rows
             self._multiply(self._scaled(act, scale), [d], out + at, m, self._bias(down), add=residual is not None)
         return out
+
+    def moe(self, h, w, experts, *, activation, residual):
+        raise NotImplementedError("CudaBackend.load refuses models with experts")
+
+    add_gated = moe
 
     def _multiply(self, a, matrices, out, m, bias=0, add=False):
         """out[:m] = a · [matrices, one under another]ᵀ + bias (+ out[:m], if add)."""

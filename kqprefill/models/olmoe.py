@@ -1,0 +1,21 @@
+"""OLMoE (arXiv 2409.02060): q and k normalised over all heads at once, and many small experts."""
+
+from .experts import Experts
+from .family import Family
+
+
+class Olmoe(Family):
+    architecture = "olmoe"
+    has_experts = True
+
+    def block_shapes(self):
+        c = self.config
+        self.experts = Experts.from_gguf(self.meta, c)
+        norms = {"attn_q_norm": (c.q_width,), "attn_k_norm": (c.kv_width,)}
+        return {**self.experts.instead_of(super().block_shapes(), c), **norms}
+
+    def layer(self, ops, w, x, index):
+        h = ops.rms_norm(x, w.attn_norm)
+        q, k, v = ops.qkv(h, w.attn_q, w.attn_k, w.attn_v, q_norm=w.attn_q_norm, k_norm=w.attn_k_norm, rope=self.rope)
+        x = ops.linear(ops.attention(q, k, v, scale=self.attention_scale), w.attn_output, residual=x)
+        return ops.moe(ops.rms_norm(x, w.ffn_norm), w, self.experts, activation="silu", residual=x)

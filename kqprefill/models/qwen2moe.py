@@ -1,0 +1,31 @@
+"""Qwen 2 with experts (arXiv 2407.10671): beside the routed ones an expert that every token goes through, under a gate of its own."""
+
+from .experts import Experts
+from .qwen2 import Qwen2
+
+
+class Qwen2Moe(Qwen2):
+    architecture = "qwen2moe"
+
+    def block_shapes(self):
+        c = self.config
+        shared = self.meta.integer("expert_shared_feed_forward_length", c.feed_forward_length)
+        return {
+            **super().block_shapes(),
+            "ffn_gate_inp_shexp": (c.embedding_length,),
+            "ffn_gate_shexp": (shared, c.embedding_length),
+            "ffn_up_shexp": (shared, c.embedding_length),
+            "ffn_down_shexp": (c.embedding_length, shared),
+        }
+
+    def read_experts(self):
+        return Experts.from_gguf(self.meta, self.config)
+
+    def layer(self, ops, w, x, index):
+        h = ops.rms_norm(x, w.attn_norm)
+        q, k, v = ops.qkv(h, w.attn_q, w.attn_k, w.attn_v, rope=self.rope)
+        x = ops.linear(ops.attention(q, k, v, scale=self.attention_scale), w.attn_output, residual=x)
+        h = ops.rms_norm(x, w.ffn_norm)
+        shared = ops.mlp(h, w.ffn_gate_shexp, w.ffn_up_shexp, w.ffn_down_shexp, activation="silu")
+        x = ops.add_gated(x, shared, h, w.ffn_gate_inp_shexp)
+        return ops.moe(h, w, self.experts, activation="silu", residual=x)
