@@ -25,15 +25,40 @@ __device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {
 }
 
 struct Tile {
-    int m0, n0;
+    int m0, m_end, n0, expert;
+};
+
+// Experts: a tile of x's rows (gemm_sm90.cu: Rows), where GROUPED. w then has matrices first_expert .. last_expert-1 of a stack.
+struct Group {
+    int first, end, expert, unused;
+};
+struct Rows {
+    int m;
+    const Group* groups;
+    const int* group_count;
+    int first_expert, last_expert;
+
+    __device__ int tiles() const { return GROUPED ? *group_count : ceil_div(m, BLOCK_M); }
 };
 
 // Block index to tile: kGroupM row tiles at a time, row tiles fastest.
-__device__ __forceinline__ Tile tile_of(int block, int m, int n) {
-    int tiles_m = ceil_div(m, BLOCK_M), tiles_n = ceil_div(n, BLOCK_N);
+__device__ __forceinline__ Tile tile_of(int block, const Rows& rows, int n) {
+    int tiles_m = rows.tiles(), tiles_n = ceil_div(n, BLOCK_N);
     int group = block / (kGroupM * tiles_n), within = block % (kGroupM * tiles_n);
-    int rows = min(kGroupM, tiles_m - group * kGroupM);
-    return {(group * kGroupM + within % rows) * BLOCK_M, within / rows * BLOCK_N};
+    int height = min(kGroupM, tiles_m - group * kGroupM), tile = group * kGroupM + within % height, n0 = within / height * BLOCK_N;
+    if (!GROUPED) return {tile * BLOCK_M, rows.m, n0, 0};
+    Group found = rows.groups[tile];
+    return {found.first, found.end, n0, found.expert - rows.first_expert};
+}
+
+// The first of this block's tiles from `index` on whose matrix is there.
+__device__ __forceinline__ int skip_absent(int index, int tiles, const Rows& rows, int n) {
+    if (GROUPED)
+        for (; index < tiles; index += gridDim.x) {
+            int expert = tile_of(index, rows, n).expert;
+            if (expert >= 0 && expert < rows.last_expert - rows.first_expert) break;
+        }
+    return index;
 }
 
 // One operand's share of the block's copies: kRows rows of BLOCK_K halves a stage.
@@ -81,11 +106,11 @@ using Accumulators = float[kFragsM][kFragsN][4];
 // Multiplies this block's tiles, gridDim.x apart; calls write(tile, accumulators) after each, while the next one's first
 // stages are on their way.
 template <class Write>
-__device__ __forceinline__ void multiply_tiles(const half_t* x, const half_t* w, int m, int n, int k, Write write) {
+__device__ __forceinline__ void multiply_tiles(const half_t* x, const half_t* w, const Rows& rows, int n, int k, Write write) {
     extern __shared__ __align__(128) uint8_t shared[];
     uint32_t ring = shared_address(shared);
     int warp = threadIdx.x / 32, warp_m = warp / WARPS_N, warp_n = warp % WARPS_N;
-    int k_steps = k / BLOCK_K, tiles = ceil_div(m, BLOCK_M) * ceil_div(n, BLOCK_N);
+    int k_steps = k / BLOCK_K, tiles = rows.tiles() * ceil_div(n, BLOCK_N);
     Loader<BLOCK_M> load_x;
     Loader<BLOCK_N> load_w;
     auto load_stage = [&](int step) {
@@ -97,13 +122,14 @@ __device__ __forceinline__ void multiply_tiles(const half_t* x, const half_t* w,
         cp_async_commit();
     };
     auto begin = [&](Tile tile) {
-        load_x.begin(x, tile.m0, m, k);
-        load_w.begin(w, tile.n0, n, k);
+        load_x.begin(x, tile.m0, tile.m_end, k);
+        load_w.begin(GROUPED ? w + static_cast<uint64_t>(tile.expert) * n * k : w, tile.n0, n, k);
 #pragma unroll
         for (int step = 0; step < STAGES - 1; ++step) load_stage(step);
     };
-    int index = blockIdx.x;
-    begin(tile_of(index, m, n));
+    int index = skip_absent(blockIdx.x, tiles, rows, n);
+    if (GROUPED && index >= tiles) return;
+    begin(tile_of(index, rows, n));
     while (true) {
         Accumulators acc;
 #pragma unroll
@@ -138,17 +164,17 @@ __device__ __forceinline__ void multiply_tiles(const half_t* x, const half_t* w,
         }
         cp_async_wait<0>();
         __syncthreads();  // everyone is done with the ring
-        Tile tile = tile_of(index, m, n);
-        index += gridDim.x;
-        if (index < tiles) begin(tile_of(index, m, n));
+        Tile tile = tile_of(index, rows, n);
+        index = skip_absent(index + gridDim.x, tiles, rows, n);
+        if (index < tiles) begin(tile_of(index, rows, n));
         write(tile, acc);
         if (index >= tiles) return;
     }
 }
 
-// Calls write(row, column, a, b) for each pair of neighbouring outputs that this thread holds, rows below m only.
+// Calls write(row, column, ...) for each pair of neighbouring outputs that this thread holds, the tile's own rows only.
 template <class Write>
-__device__ __forceinline__ void for_each_pair(Tile tile, int m, int first_frag, int frag_step, Write write) {
+__device__ __forceinline__ void for_each_pair(Tile tile, int first_frag, int frag_step, Write write) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int row0 = tile.m0 + warp / WARPS_N * kWarpM + lane / 4, column0 = tile.n0 + warp % WARPS_N * kWarpN + lane % 4 * 2;
 #pragma unroll
@@ -156,7 +182,7 @@ __device__ __forceinline__ void for_each_pair(Tile tile, int m, int first_frag, 
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             int row = row0 + i * 16 + half * 8;
-            if (row >= m) continue;
+            if (row >= tile.m_end) continue;
 #pragma unroll
             for (int j = first_frag; j < kFragsN; j += frag_step) write(row, column0 + j * 8, i, j, half);
         }
@@ -166,12 +192,13 @@ __device__ __forceinline__ void for_each_pair(Tile tile, int m, int first_frag, 
 // residual may be out itself.
 extern "C" __global__ void __launch_bounds__(kThreads)
     gemm_linear(const half_t* x, const half_t* w, int m, int n, int k, float* out, int ldo, const float* x_scale,
-                const float* w_scale, const float* bias, const float* residual) {
+                const float* w_scale, const float* bias, const float* residual, const Group* groups, const int* group_count,
+                int first_expert, int last_expert) {
     begin_kernel();
-    multiply_tiles(x, w, m, n, k, [&](Tile tile, const Accumulators& acc) {
+    multiply_tiles(x, w, {m, groups, group_count, first_expert, last_expert}, n, k, [&](Tile tile, const Accumulators& acc) {
         float alpha = 1.0f / *x_scale / *w_scale;
         bool paired = ldo % 2 == 0;  // both of a pair's addresses are then 8-byte aligned
-        for_each_pair(tile, m, 0, 1, [&](int row, int column, int i, int j, int half) {
+        for_each_pair(tile, 0, 1, [&](int row, int column, int i, int j, int half) {
             if (column >= n) return;
             bool both = column + 1 < n;
             uint64_t at = static_cast<uint64_t>(row) * ldo + column;
@@ -197,11 +224,12 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 extern "C" __global__ void __launch_bounds__(kThreads)
     gemm_gated(const half_t* x, const half_t* w, int m, int features, int width, int k, half_t* out, int ldo,
                const float* x_scale, const float* w_scale, const float* gate_bias, const float* up_bias,
-               const float* out_scale, int activation) {
+               const float* out_scale, int activation, const Group* groups, const int* group_count, int first_expert,
+               int last_expert) {
     begin_kernel();
-    multiply_tiles(x, w, m, 2 * width, k, [&](Tile tile, const Accumulators& acc) {
+    multiply_tiles(x, w, {m, groups, group_count, first_expert, last_expert}, 2 * width, k, [&](Tile tile, const Accumulators& acc) {
         float alpha = 1.0f / *x_scale / *w_scale, scale = *out_scale;
-        for_each_pair(tile, m, 0, 2, [&](int row, int column, int i, int j, int half) {
+        for_each_pair(tile, 0, 2, [&](int row, int column, int i, int j, int half) {
             int f = column / 16 * 8 + column % 8;
             if (f >= width) return;
             float y[2];

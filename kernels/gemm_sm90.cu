@@ -8,6 +8,8 @@
 // a row tile's row. The grid is persistent: while one tile is in its epilogue, the rings fill for the next. Each output is
 // one chain of sums over k in order, whatever the tile: a token's bits depend neither on other tokens nor on the configuration.
 //
+// GROUPED: x's rows come in groups, each multiplied by its own matrix of a stack of them (experts).
+//
 // Compiled for FORMATS, the block formats that its launch may mix (all with the same kElements): a launch multiplies by up
 // to three matrices side by side (q, k, v), or by gate and up of one format.
 #include "include/activation.cuh"
@@ -58,6 +60,23 @@ static_assert(kUnitSteps % kSub == 0, "whole stages in a unit");
 static_assert(STAGES >= 2 && RAW_STAGES >= 2, "a stage is given back when the next has begun");
 static_assert(!GATED || TILES == 2, "gate and up: a row tile of each");
 
+// A tile of x's rows: first .. end-1, which are multiplied by matrix `expert` of the stack.
+struct Group {
+    int first, end, expert, unused;
+};
+
+// What rows x has, in tiles of at most TOKENS. Where GROUPED, a kernel before this one made the tiles.
+struct Rows {
+    int m;
+    const Group* groups;
+    const int* group_count;
+
+    __device__ int tiles() const { return GROUPED ? *group_count : ceil_div(m, TOKENS); }
+    __device__ int first(int tile) const { return GROUPED ? groups[tile].first : tile * TOKENS; }
+    __device__ int end(int tile) const { return GROUPED ? groups[tile].end : m; }
+    __device__ int expert(int tile) const { return GROUPED ? groups[tile].expert : 0; }
+};
+
 struct Matrices {  // up to three, one under another; gate and up for the gated kernel
     const uint8_t* weights[3];
     int rows[3], format[3];
@@ -72,17 +91,24 @@ struct RowTile {
 // Row tiles of so many rows, rounded up so that those of a warpgroup are of one matrix.
 __device__ __forceinline__ int whole_tiles(int rows) { return ceil_div(rows, kTileRows * TILES) * TILES; }
 
-__device__ __forceinline__ RowTile row_tile(const Matrices& matrices, int index, int units) {
+__device__ __forceinline__ RowTile row_tile(const Matrices& matrices, int index, int units, int expert) {
+    int stacked = GROUPED ? expert * ceil_div(matrices.rows[0], kTileRows) : 0;  // row tiles before this matrix
     if (GATED) {  // gate's and up's in turn
         int tile = index >> 1, rows = min(kTileRows, matrices.rows[0] - tile * kTileRows);
         const uint8_t* weights = index & 1 ? matrices.weights[1] : matrices.weights[0];
         if (rows <= 0) return {nullptr, 0, 0, tile * kTileRows};
+        weights += static_cast<uint64_t>(stacked) * units * Formats::tile_bytes(0);
         return {weights + static_cast<uint64_t>(tile) * units * Formats::tile_bytes(0), 0, rows, tile * kTileRows};
     }
     // Written out: an index into the arguments would put them into local memory.
     int tiles0 = whole_tiles(matrices.rows[0]), tiles1 = whole_tiles(matrices.rows[1]), column = 0;
     int format = matrices.format[0], rows = matrices.rows[0];
     const uint8_t* weights = matrices.weights[0];
+    if (GROUPED) {
+        if (index * kTileRows >= rows) return {nullptr, 0, 0, 0};
+        return {weights + (static_cast<uint64_t>(stacked) + index) * units * Formats::tile_bytes(0), 0,
+                min(kTileRows, rows - index * kTileRows), index * kTileRows};
+    }
     if (index >= tiles0) {
         column = rows, index -= tiles0;
         weights = matrices.weights[1], rows = matrices.rows[1], format = matrices.format[1];
@@ -103,27 +129,30 @@ struct Rings {
 
 // The tiles of this block, one after another. The blocks of a cluster take the same tokens and neighbouring rows of W.
 struct Walk {
-    int row_tiles, m, tile;
+    int row_tiles, token_tiles, tile;
+    const Rows& x;
 
-    __device__ Walk(int row_tiles, int m) : row_tiles(row_tiles), m(m), tile(blockIdx.x / CLUSTER) {}
+    __device__ Walk(int row_tiles, const Rows& x) : row_tiles(row_tiles), token_tiles(x.tiles()), tile(blockIdx.x / CLUSTER), x(x) {}
     __device__ int tiles_n() const { return ceil_div(row_tiles, kBlockTiles * CLUSTER); }
-    __device__ int tiles_m() const { return ceil_div(m, TOKENS); }
+    __device__ int tiles_m() const { return token_tiles; }
     __device__ bool more() const { return tile < tiles_n() * tiles_m(); }
     __device__ void next() { tile += gridDim.x / CLUSTER; }
     __device__ int group() const { return tile / (kTokenGroup * tiles_n()); }
     __device__ int within() const { return tile % (kTokenGroup * tiles_n()); }
     __device__ int width() const { return min(kTokenGroup, tiles_m() - group() * kTokenGroup); }
     __device__ int first_row_tile() const { return (within() / width() * CLUSTER + blockIdx.x % CLUSTER) * kBlockTiles; }
-    __device__ int first_token() const { return (group() * kTokenGroup + within() % width()) * TOKENS; }
+    __device__ int token_tile() const { return group() * kTokenGroup + within() % width(); }
+    __device__ int first_token() const { return x.first(token_tile()); }
+    __device__ int expert() const { return x.expert(token_tile()); }
 };
 
 // The work of kBlockTiles lanes of a warp: each has the copy engine bring a row tile of W, unit by unit. Nothing that runs
-// writes weights, so this does not wait for earlier kernels.
-__device__ __forceinline__ void bring_w(const Rings& rings, const Matrices& matrices, int m, int units, int row_tiles) {
+// writes weights, so this does not wait for earlier kernels (but where one of them said which).
+__device__ __forceinline__ void bring_w(const Rings& rings, const Matrices& matrices, const Rows& rows, int units, int row_tiles) {
     int lane = threadIdx.x % 32;
     RingPosition<RAW_STAGES> raw;
-    for (Walk walk(row_tiles, m); walk.more(); walk.next()) {
-        RowTile tile = row_tile(matrices, walk.first_row_tile() + lane, units);
+    for (Walk walk(row_tiles, rows); walk.more(); walk.next()) {
+        RowTile tile = row_tile(matrices, walk.first_row_tile() + lane, units, walk.expert());
         int bytes = tile.raw != nullptr ? Formats::tile_bytes(tile.format) : 0;
 #pragma unroll 1  // few registers are left
         for (int unit = 0; unit < units; ++unit, raw.advance()) {
@@ -144,9 +173,9 @@ __device__ __forceinline__ void bring_share(uint32_t to, const void* x_map, int 
 }
 
 // One thread's: to have it bring x, stage by stage.
-__device__ __forceinline__ void bring_x(const Rings& rings, const void* x_map, int m, int units, int row_tiles) {
+__device__ __forceinline__ void bring_x(const Rings& rings, const void* x_map, const Rows& rows, int units, int row_tiles) {
     RingPosition<STAGES> stage;
-    for (Walk walk(row_tiles, m); walk.more(); walk.next()) {
+    for (Walk walk(row_tiles, rows); walk.more(); walk.next()) {
         int token = walk.first_token();
 #pragma unroll 1
         for (int step = 0; step < units * kUnitSteps; step += kSub, stage.advance()) {
@@ -239,19 +268,19 @@ struct Consumer {
     }
 };
 
-// Multiplies this block's tiles; calls write(accumulators, alpha, row tiles, row, first token) after each: accumulators 4j + 2i
+// Multiplies this block's tiles; calls write(accumulators, alpha, row tiles, row, first token, their end) after each: accumulators 4j + 2i
 // and 4j + 2i + 1 of a thread are row `row` of row tile i, tokens 8j + lane%4*2 and the next.
 template <class Write>
-__device__ __forceinline__ void consume(const Rings& rings, const Matrices& matrices, int m, int units, int row_tiles, float alpha, float scale, Write write) {
+__device__ __forceinline__ void consume(const Rings& rings, const Matrices& matrices, const Rows& rows, int units, int row_tiles, float alpha, float scale, Write write) {
     Consumer consumer = {rings, units, static_cast<int>(threadIdx.x) / 128 * TILES, row_of_thread(), static_cast<int>(threadIdx.x) % 4 * 16, scale};
-    for (Walk walk(row_tiles, m); walk.more(); walk.next()) {
-        auto tile = [&](int i) { return row_tile(matrices, walk.first_row_tile() + consumer.first + i, units); };
+    for (Walk walk(row_tiles, rows); walk.more(); walk.next()) {
+        auto tile = [&](int i) { return row_tile(matrices, walk.first_row_tile() + consumer.first + i, units, 0); };
         Accumulators acc;
         Formats::multiply_tile(tile(0).format, consumer, acc);
         RowTile tiles[TILES];
 #pragma unroll
         for (int i = 0; i < TILES; ++i) tiles[i] = tile(i);
-        write(acc, alpha, tiles, consumer.row, walk.first_token());
+        write(acc, alpha, tiles, consumer.row, walk.first_token(), rows.end(walk.token_tile()));
     }
 }
 
@@ -261,7 +290,7 @@ __device__ __forceinline__ void sync_cluster() {
 }
 
 template <class Write>
-__device__ __forceinline__ void run(const Matrices& matrices, const void* x_map, int m, int k, const float* x_scale, const float* w_scale,
+__device__ __forceinline__ void run(const Matrices& matrices, const void* x_map, const Rows& rows, int k, const float* x_scale, const float* w_scale,
                                     int row_tiles, Write write) {
     extern __shared__ __align__(1024) uint8_t shared[];
     uint32_t base = shared_address(shared), barriers = base + kBarrierOffset;
@@ -282,13 +311,16 @@ __device__ __forceinline__ void run(const Matrices& matrices, const void* x_map,
     if (threadIdx.x < kConsumers) {
         take_registers<CONSUMER_REGISTERS>();
         begin_kernel();
-        consume(rings, matrices, m, units, row_tiles, 1.0f / *x_scale / *w_scale, *w_scale, write);
+        consume(rings, matrices, rows, units, row_tiles, 1.0f / *x_scale / *w_scale, *w_scale, write);
     } else {
         give_up_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x < kConsumers + kBlockTiles) bring_w(rings, matrices, m, units, row_tiles);
+        if (threadIdx.x < kConsumers + kBlockTiles) {
+            if (GROUPED) begin_kernel();
+            bring_w(rings, matrices, rows, units, row_tiles);
+        }
         if (threadIdx.x == kConsumers + 32) {
             begin_kernel();
-            bring_x(rings, x_map, m, units, row_tiles);
+            bring_x(rings, x_map, rows, units, row_tiles);
         }
         __syncwarp();
     }
@@ -298,14 +330,15 @@ __device__ __forceinline__ void run(const Matrices& matrices, const void* x_map,
 #if !GATED
 
 // out = acc / (*x_scale * *w_scale) + bias (+ out, if `add`), float32, rows `ldo` apart: the matrices' outputs side by side.
-// bias may be null. x_map: x's tensor map, boxes of 64 halves by TOKENS.
+// bias may be null. x_map: x's tensor map, boxes of 64 halves by TOKENS. groups, group_count: see Rows.
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(kThreads, BLOCKS)
     gemm_linear(const uint8_t* w0, int rows0, int format0, const uint8_t* w1, int rows1, int format1, const uint8_t* w2,
                 int rows2, int format2, const void* x_map, int m, int k, float* out, int ldo, const float* x_scale,
-                const float* w_scale, const float* bias, int add) {
+                const float* w_scale, const float* bias, int add, const Group* groups, const int* group_count) {
     Matrices matrices = {{w0, w1, w2}, {rows0, rows1, rows2}, {format0, format1, format2}};
     int row_tiles = whole_tiles(rows0) + whole_tiles(rows1) + whole_tiles(rows2);
-    run(matrices, x_map, m, k, x_scale, w_scale, row_tiles, [&](Accumulators& acc, float alpha, const RowTile (&tiles)[TILES], int row, int token) {
+    Rows rows = {m, groups, group_count};
+    run(matrices, x_map, rows, k, x_scale, w_scale, row_tiles, [&](Accumulators& acc, float alpha, const RowTile (&tiles)[TILES], int row, int token, int end) {
         token += threadIdx.x % 4 * 2;
 #pragma unroll
         for (int i = 0; i < TILES; ++i) {
@@ -319,7 +352,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(kTh
                 for (int c = 0; c < 2; ++c) {
                     float y = fmaf(acc[4 * j + 2 * i + c], alpha, b);
                     // The L2 cache adds: nothing is waited for, and as each output is added to once, the sum is always the same.
-                    if (token + 8 * j + c < m) add ? reduce_add(to + c * ldo, y) : void(to[c * ldo] = y);
+                    if (token + 8 * j + c < end) add ? reduce_add(to + c * ldo, y) : void(to[c * ldo] = y);
                 }
         }
     });
@@ -332,10 +365,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(kTh
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(kThreads, BLOCKS)
     gemm_gated(const uint8_t* gate, const uint8_t* up, int features, const void* x_map, int m,
                int k, half_t* out, int ldo, const float* x_scale, const float* w_scale, const float* gate_bias,
-               const float* up_bias, const float* out_scale, int activation) {
+               const float* up_bias, const float* out_scale, int activation, const Group* groups, const int* group_count) {
     Matrices matrices = {{gate, up, nullptr}, {features, features, 0}, {0, 0, 0}};
     int row_tiles = 2 * ceil_div(features, kOperandGroup) * (kOperandGroup / kTileRows);
-    run(matrices, x_map, m, k, x_scale, w_scale, row_tiles, [&](Accumulators& acc, float alpha, const RowTile (&tiles)[TILES], int row, int token) {
+    Rows rows = {m, groups, group_count};
+    run(matrices, x_map, rows, k, x_scale, w_scale, row_tiles, [&](Accumulators& acc, float alpha, const RowTile (&tiles)[TILES], int row, int token, int end) {
         token += threadIdx.x % 4 * 2;
         int f = tiles[0].column + row;
         float scale = *out_scale;
@@ -367,7 +401,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(kTh
             uint32_t given = __shfl_xor_sync(0xffffffffu, second ? pair[0] : pair[1], 8);
             int t = token + 8 * (j + second) + odd;
             uint2 four = second ? make_uint2(given, pair[1]) : make_uint2(pair[0], given);
-            if (t < m && inside) *reinterpret_cast<uint2*>(to + static_cast<uint64_t>(t) * ldo) = four;
+            if (t < end && inside) *reinterpret_cast<uint2*>(to + static_cast<uint64_t>(t) * ldo) = four;
         }
     });
 }

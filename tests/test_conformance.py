@@ -19,17 +19,14 @@ def is_supported(path):
         return file.metadata["general.architecture"] in FAMILIES and types <= SUPPORTED
 
 
-def has_experts(path):
-    with GGUFFile(path) as file:
-        return any("_exps" in name for name in file.tensors)
-
-
 CASES = sorted(name for name, path in FOUND.items() if is_supported(path))
 
 
 def limit(name, backend):
     """llama.cpp's CPU reads GELU from a half-precision table, so the Gemma references are less exact."""
-    return 1e-5 if backend == "cuda" else 1e-6 if name.startswith("gemma") else 1e-10
+    if backend == "cuda":
+        return 1e-4 if "moe" in name else 1e-5  # experts: a near tie between two may fall the other way
+    return 1e-6 if name.startswith("gemma") else 1e-10
 
 
 def test_every_family_and_format_has_a_case():
@@ -45,8 +42,8 @@ def test_every_family_and_format_has_a_case():
 @pytest.mark.parametrize("name", CASES)
 def test_logits(name, path):
     backend, kernels = path
-    if backend == "cuda" and has_experts(FOUND[name]):
-        with pytest.raises(kqprefill.BackendError, match="mixtures of experts do not run on CUDA yet"):
+    if backend == "cuda" and name.startswith("gpt-oss"):
+        with pytest.raises(kqprefill.BackendError, match="gpt-oss does not run on CUDA yet"):
             kqprefill.load(FOUND[name], backend=backend, kernels=kernels)
         return
     reference = np.load(FOUND[name].with_suffix(".npz"))

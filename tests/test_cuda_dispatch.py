@@ -64,7 +64,8 @@ def kernel_parameters(source):
 
 @pytest.mark.parametrize("capability,portable", [((8, 0), False), ((12, 0), False), ((9, 0), False), ((9, 0), True)])
 @pytest.mark.parametrize(
-    "model", ["tiny:Q4_K_M", "qwen3-8b:Q4_K_M", "qwen3-32b:Q8_K", "llama3-70b:F32", "llama3-8b:Q3_K"]
+    "model",
+    ["tiny:Q4_K_M", "qwen3-8b:Q4_K_M", "qwen3-32b:Q8_K", "llama3-70b:F32", "llama3-8b:Q3_K", "qwen3-30b-a3b:Q4_K_M"],
 )
 def test_launches(model, capability, portable):
     family = read_model(SyntheticFile.named(model))

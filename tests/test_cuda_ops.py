@@ -196,10 +196,9 @@ def test_soft_capped_attention(cuda, name, window):
 class TileModel:
     """A small model whose products are multiplied by a tile of our choice."""
 
-    SHAPE = shape("qwen3", 768, 8, 2, 64, 1280, 161)
-
-    def __init__(self):
-        self.tokens = np.random.default_rng().integers(0, self.SHAPE.vocab, 300)
+    def __init__(self, shape):
+        self.shape = shape
+        self.tokens = np.random.default_rng().integers(0, shape.vocab, 300)
         self.expected = self.logits(None)
 
     def logits(self, tile):
@@ -208,24 +207,27 @@ class TileModel:
         from kqprefill.engine.model import open_model
 
         def kind(name, _):
-            return GGML.Q6_K if "attn_v" in name or "down" in name else GGML.Q4_K
+            return GGML.F32 if name == "ffn_gate_inp" else GGML.Q6_K if "attn_v" in name or "down" in name else GGML.Q4_K
 
-        def choose(m, row_tiles, gated, multiprocessors):
+        def choose(m, row_tiles, gated, *rest):
             if tile is not None and tile.gated == gated:
                 return tile
-            return tiles.choose_hopper_tile(m, row_tiles, gated, multiprocessors)
+            return tiles.choose_hopper_tile(m, row_tiles, gated, *rest)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(gemm, "choose_hopper_tile", choose)
-            with open_model(SyntheticFile(self.SHAPE, kind, "tiles"), "cuda") as model:
+            with open_model(SyntheticFile(self.shape, kind, "tiles"), "cuda") as model:
                 if model.backend.gpu.capability != (9, 0):
                     pytest.skip("tiles of Hopper's GEMM")
                 return [model.prefill(self.tokens[:n], logits="all").logits for n in (5, 300)]
 
 
-@pytest.fixture(scope="module")
-def tile_model():
-    return TileModel()
+EXPERTS = shape("qwen3moe", 512, 4, 2, 128, 256, 160, experts=16, used=3, layers=2)
+
+
+@pytest.fixture(scope="module", params=[shape("qwen3", 768, 8, 2, 64, 1280, 161), EXPERTS], ids=["dense", "experts"])
+def tile_model(request):
+    return TileModel(request.param)
 
 
 @pytest.mark.parametrize(
@@ -235,6 +237,28 @@ def test_every_tile_gives_the_same_bits(tile_model, tile):
     """Whichever shape of tile multiplies, and however few tokens or rows of weights fill it."""
     for got, expected in zip(tile_model.logits(tile), tile_model.expected):
         assert np.array_equal(got, expected)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "portable"])
+@pytest.mark.parametrize("kind", [GGML.Q4_K, GGML.MXFP4, GGML.Q8_0], ids=lambda t: t.name)
+def test_experts(kind, kernels):
+    """Against the CPU, where some experts have many tokens, some few or none; and cut into pieces that share nothing."""
+    from kqprefill.engine.model import open_model
+
+    def model(backend):
+        file = SyntheticFile(EXPERTS, lambda name, _: GGML.F32 if name == "ffn_gate_inp" else kind, "experts")
+        return open_model(file, backend, kernels=kernels)
+
+    tokens = np.random.default_rng().integers(0, EXPERTS.vocab, 2000)
+    with model("cpu") as cpu, model("cuda") as gpu:
+        for n in (1, 7, 129, 2000):
+            got = gpu.prefill(tokens[:n], logits="all").logits
+            assert kl_divergence(cpu.prefill(tokens[:n], logits="all").logits, got) <= 1e-4
+        cache, at = gpu.new_cache(2000), 0
+        for n in (3, 300, 1697):
+            part = gpu.prefill(tokens[at : at + n], logits="all", cache=cache).logits
+            assert np.array_equal(part, got[at : at + n])
+            at += n
 
 
 @pytest.mark.parametrize("factor", [1e3, 1e-6])

@@ -10,7 +10,8 @@ from kqprefill.backends.cuda.cache import DeviceCache, HostCache
 from kqprefill.backends.cuda.memory import host_memory
 from kqprefill.backends.cuda.residency import CONTEXT_BYTES, H100, estimate, make_plan
 from kqprefill.engine.model import open_model
-from kqprefill.gguf.synthetic import SyntheticFile
+from kqprefill.gguf.synthetic import Shape, SyntheticFile
+from kqprefill.gguf.types import GGML
 from kqprefill.models import read_model
 
 GIB = 1 << 30
@@ -149,6 +150,23 @@ def test_every_way_from_the_host_gives_the_same_weights(monkeypatch, lock):
     with open_model(SyntheticFile.named("qwen3-0.6b:Q4_K_M"), "cuda") as model:
         for _ in range(2):
             assert np.array_equal(model.prefill(tokens, logits="last").logits, expected)
+
+
+@pytest.mark.gpu
+def test_experts_are_streamed_too(monkeypatch):
+    def load():
+        shape = Shape("qwen3moe", 3, 512, 4, 2, 128, 256, 160, 4096, 1e4, experts=16, used=3)
+        kinds = {"ffn_gate_inp": GGML.F32, "ffn_down_exps": GGML.Q6_K}
+        return open_model(SyntheticFile(shape, lambda name, _: kinds.get(name, GGML.Q4_K), "experts"), "cuda")
+
+    tokens = np.random.default_rng().integers(0, 160, 500)
+    with load() as model:
+        expected = model.prefill(tokens, logits="all").logits
+    Forced(monkeypatch, [1])
+    with load() as model:
+        for _ in range(2):
+            assert np.array_equal(model.prefill(tokens, logits="all").logits, expected)
+        assert model.prefill(tokens, timed=True).stages["streaming"].seconds > 0
 
 
 @pytest.mark.gpu

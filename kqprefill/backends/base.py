@@ -7,6 +7,7 @@ the next layer; a family only hands it on.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+import math
 
 import numpy as np
 
@@ -51,7 +52,7 @@ class Ops(ABC):
     def enter(self, stage, matrices=(), rows=0):
         """What follows belongs to this stage: `rows` rows through these matrices (Weights), if any."""
         if self.timeline is not None:
-            flops = sum(2 * rows * w.shape[0] * w.shape[1] for w in matrices)
+            flops = sum(2 * rows * math.prod(w.shape) for w in matrices)
             self.timeline.enter(stage, flops, sum(w.tensor.nbytes for w in matrices))
 
     def enter_attention(self, window):

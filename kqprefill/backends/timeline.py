@@ -30,7 +30,7 @@ class Timeline:
         result, end = {name: Stage() for name in STAGES}, self._now()
         marks = [mark for _, mark, _, _ in self._marks[1:]] + [end]
         for (name, start, flops, weight_bytes), until in zip(self._marks, marks):
-            stage = result[name]
+            stage = result.setdefault(name, Stage())
             stage.seconds += self._between(start, until)
             stage.flops += flops
             stage.weight_bytes += weight_bytes

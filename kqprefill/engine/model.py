@@ -176,8 +176,8 @@ def open_model(
         budget = None if vram is None else Budget.parse(vram)
         family = read_model(file)
         warn = warn or (lambda line: print(f"kqprefill: {line}", file=sys.stderr))
-        if backend == "auto" and family.has_experts:
-            warn("running on the CPU: mixtures of experts do not run on CUDA yet")
+        if backend == "auto" and not family.on_cuda:
+            warn(f"running on the CPU: {family.architecture} does not run on CUDA yet")
             backend = "cpu"
         opened = open_backend(
             backend, device, kernels, warn

@@ -34,6 +34,8 @@ class Shape:
     tied: bool = False
     window: int = 0
     yarn: float = 0  # what YaRN stretches the context by, to `context`
+    experts: int = 0  # of a layer; ffn is then the width of each
+    used: int = 0  # by a token
 
 
 SHAPES = {
@@ -42,6 +44,7 @@ SHAPES = {
     "qwen3-8b": Shape("qwen3", 36, 4096, 32, 8, 128, 12288, 151936, 40960, 1e6),
     "qwen3-8b-yarn": Shape("qwen3", 36, 4096, 32, 8, 128, 12288, 151936, 131072, 1e6, yarn=4.0),
     "qwen3-32b": Shape("qwen3", 64, 5120, 64, 8, 128, 25600, 151936, 40960, 1e6),
+    "qwen3-30b-a3b": Shape("qwen3moe", 48, 2048, 32, 4, 128, 768, 151936, 40960, 1e6, experts=128, used=8),
     "llama3-8b": Shape("llama", 32, 4096, 32, 8, 128, 14336, 128256, 131072, 5e5),
     "llama3-70b": Shape("llama", 80, 8192, 64, 8, 128, 28672, 128256, 131072, 5e5),
 }
@@ -53,7 +56,9 @@ def _q4_k_m(shape, name, layer):
     n = shape.layers
     if name == "output" or (name == "token_embd" and shape.tied):
         return GGML.Q6_K
-    if name in ("attn_v", "ffn_down") and (layer < n // 8 or layer >= 7 * n // 8 or (layer - n // 8) % 3 == 2):
+    if name == "ffn_gate_inp":  # the router
+        return GGML.F32
+    if name.removesuffix("_exps") in ("attn_v", "ffn_down") and (layer < n // 8 or layer >= 7 * n // 8 or (layer - n // 8) % 3 == 2):
         return GGML.Q6_K
     if name == "attn_v" and (shape.architecture, n) == ("llama", 80):  # the 70B: eight heads share each row of v
         return GGML.Q5_K
@@ -91,6 +96,8 @@ class SyntheticFile:
         }  # fmt: skip
         if s.window:
             values["attention.sliding_window"] = s.window
+        if s.experts:
+            values |= {"expert_count": s.experts, "expert_used_count": s.used, "expert_feed_forward_length": s.ffn}
         if s.yarn:
             values |= {
                 "rope.scaling.type": "yarn", "rope.scaling.factor": s.yarn,
@@ -121,7 +128,10 @@ class SyntheticFile:
                 "attn_output": (s.hidden, q), "ffn_norm": (s.hidden,), "ffn_gate": (s.ffn, s.hidden),
                 "ffn_up": (s.ffn, s.hidden), "ffn_down": (s.hidden, s.ffn),
             }  # fmt: skip
-            if s.architecture in ("qwen3", "gemma3"):
+            if s.experts:
+                stacks = {f"{name}_exps": (s.experts, *dims.pop(name)) for name in ("ffn_gate", "ffn_up", "ffn_down")}
+                dims |= {"ffn_gate_inp": (s.experts, s.hidden), **stacks}
+            if s.architecture in ("qwen3", "qwen3moe", "gemma3"):
                 dims |= {"attn_q_norm": (s.head_dim,), "attn_k_norm": (s.head_dim,)}
             if s.architecture == "gemma3":
                 dims |= {"post_attention_norm": (s.hidden,), "post_ffw_norm": (s.hidden,)}
@@ -142,7 +152,9 @@ class SyntheticFile:
         shape = SHAPES[shape_name]
         mixed = recipe == "Q4_K_M"
         return cls(
-            shape, lambda n, layer: _q4_k_m(shape, n, layer) if mixed else GGML[recipe], f"{shape_name}:{recipe}"
+            shape,
+            lambda n, layer: _q4_k_m(shape, n, layer) if mixed else GGML.F32 if n == "ffn_gate_inp" else GGML[recipe],
+            f"{shape_name}:{recipe}",
         )
 
     def close(self):

@@ -20,6 +20,7 @@ class Family:
 
     architecture = ""  # general.architecture
     has_experts = False  # whether layers call Ops.moe
+    on_cuda = True  # whether the CUDA backend has all that its layers call
     rope_interleaved = False  # which elements pair up; see Rope
 
     def __init__(self, file):
@@ -94,12 +95,17 @@ class Family:
     # ------------------------------------------------------------------------------------------------------------------
 
     def products(self):
-        """(weights, gated) of every matrix product: matrices multiplied side by side, or gate and up. For compiling ahead."""
+        """(weights, gated) of every matrix product: matrices multiplied side by side, or gate and up; experts' have three
+        dimensions. For compiling ahead."""
         for w in self.blocks:
             yield (w.attn_q, w.attn_k, w.attn_v), False
             yield (w.attn_output,), False
-            yield (w.ffn_gate, w.ffn_up), True
-            yield (w.ffn_down,), False
+            if self.has_experts:
+                yield (w.ffn_gate_inp,), False
+            for kind in ("", "_exps", "_shexp"):
+                if w.get(f"ffn_gate{kind}"):
+                    yield (w.get(f"ffn_gate{kind}"), w.get(f"ffn_up{kind}")), True
+                    yield (w.get(f"ffn_down{kind}"),), False
         yield (self.output,), False
 
     def matrices(self):

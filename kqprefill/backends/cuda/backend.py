@@ -15,6 +15,7 @@ from .rehearsal import products_of
 from .residency import budget_of, make_plan
 from .weights import DeviceWeights
 
+MOST_EXPERTS, MOST_USED = 1024, 32  # experts.cu
 PLANNED_TOKENS = 4096  # of the longest prompt, where the caller does not say; a longer one makes room for itself
 
 
@@ -32,8 +33,13 @@ class CudaBackend(Backend):
         self._ran = False  # whether a batch has been through
 
     def load(self, model, progress, vram=None, tokens=None):
-        if model.has_experts:
-            raise BackendError(f"{model.file.path}: mixtures of experts do not run on CUDA yet; use --backend cpu")
+        if not model.on_cuda:
+            raise BackendError(f"{model.file.path}: {model.architecture} does not run on CUDA yet; use --backend cpu")
+        if model.has_experts and (model.experts.count > MOST_EXPERTS or model.experts.used > MOST_USED):
+            raise BackendError(
+                f"{model.file.path}: {model.experts.used} of {model.experts.count} experts do not run on CUDA (at most {MOST_USED} of "
+                f"{MOST_EXPERTS}); use --backend cpu"
+            )
         types = {weight.tensor.type for weight in model.matrices()}
         tokens = min(tokens or PLANNED_TOKENS, model.config.context_length)
         with cuda_errors("loading the model"):

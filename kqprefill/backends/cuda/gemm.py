@@ -31,6 +31,18 @@ class Operand:
         return replace(self, address=self.address + 2 * first * padded(self.columns), rows=self.rows - first)
 
 
+@dataclass(frozen=True)
+class Groups:
+    """Experts' rows of an operand: device addresses of experts.cu's groups and their number; of how many experts."""
+
+    address: int
+    count: int
+    experts: int
+
+
+_NO_GROUPS = Groups(0, 0, 0)
+
+
 class Gemms:
     """Chooses how to multiply, by GPU and formats."""
 
@@ -52,12 +64,20 @@ class PortableGemm:
     def __init__(self, gpu, kernels, workspace):
         self._gpu, self._kernels, self._work = gpu, kernels, workspace
 
-    def programs(self, m, matrices, gated):
-        """What multiplying m tokens by these matrices may launch (all the classes have this)."""
-        large = large_tile(self._gpu.shared_memory)
-        return [large.program, SMALL_TILE.program, *(weight_program(matrix.type) for matrix in matrices)]
+    def programs(self, m, matrices, gated, experts=0):
+        """What multiplying m tokens by these matrices may launch (all the classes have this). experts: of stacks of so many."""
+        tiles = large_tile(self._gpu.shared_memory), SMALL_TILE
+        return [*(tile.program(experts > 0) for tile in tiles), *(weight_program(matrix.type) for matrix in matrices)]
 
-    def linear(self, a, matrices, out, m, w_scale, bias, add):
+    def group_rows(self, m, matrices, gated, experts):
+        """Rows of a tile of an operand that experts share: what `groups` must be made of (all the classes have this)."""
+        n = sum(matrix.rows for matrix in matrices)
+        return choose_gemm_tile(m, n, self._gpu, experts).block_m
+
+    def linear(self, a, matrices, out, m, w_scale, bias, add, groups=_NO_GROUPS):
+        """matrices: one under another; or one, the first of a stack, with groups."""
+        if groups.experts:
+            return self._stacked_linear(a, matrices[0], out, m, w_scale, groups)
         k, total = padded(a.columns), sum(matrix.rows for matrix in matrices)
         slice_rows = min(total, _SCRATCH_BYTES // (2 * k) // 256 * 256)
         scratch = self._work.get("dequantised", 2 * slice_rows * k)
@@ -70,12 +90,44 @@ class PortableGemm:
                 first += matrix.rows
             tile = choose_gemm_tile(m, end - begin, self._gpu)
             self._kernels.launch(
-                tile.program, "gemm_linear", tile.grid(m, end - begin, self._gpu.multiprocessors), tile.threads,
+                tile.program(), "gemm_linear", tile.grid(m, end - begin, self._gpu.multiprocessors), tile.threads,
                 a.address, scratch, i32(m), i32(end - begin), i32(k), out + 4 * begin, i32(total), a.scale, w_scale,
-                bias and bias + 4 * begin, out + 4 * begin if add else 0, shared_bytes=tile.shared_bytes,
+                bias and bias + 4 * begin, out + 4 * begin if add else 0, 0, 0, i32(0), i32(0), shared_bytes=tile.shared_bytes,
             )  # fmt: skip
 
-    def gated(self, a, gate, up, act, m, w_scale, biases, activation):
+    def _stacked_linear(self, a, matrix, out, m, w_scale, groups):
+        k, rows = padded(a.columns), matrix.rows
+        tile = choose_gemm_tile(m, rows, self._gpu, groups.experts)
+        for first, last, scratch in self._experts_at_once(2 * rows * k, groups):
+            dequantise(self._kernels, matrix, first * rows, (last - first) * rows, scratch, k, w_scale)
+            self._kernels.launch(
+                tile.program(True), "gemm_linear", tile.grid(m, rows, self._gpu.multiprocessors, groups.experts), tile.threads,
+                a.address, scratch, i32(m), i32(rows), i32(k), out, i32(rows), a.scale, w_scale, 0, 0,
+                groups.address, groups.count, i32(first), i32(last), shared_bytes=tile.shared_bytes,
+            )  # fmt: skip
+
+    def _experts_at_once(self, nbytes, groups):
+        """(first, last + 1, scratch) of as many of a stack's matrices, of nbytes each, as the scratch holds."""
+        count = max(1, _SCRATCH_BYTES // nbytes)
+        scratch = self._work.get("dequantised", nbytes * min(count, groups.experts))
+        for first in range(0, groups.experts, count):
+            yield first, min(first + count, groups.experts), scratch
+
+    def _stacked_gated(self, a, gate, up, act, m, w_scale, activation, groups):
+        k, rows = padded(a.columns), gate.rows
+        tile = choose_gemm_tile(m, 2 * rows, self._gpu, groups.experts)
+        for first, last, scratch in self._experts_at_once(4 * rows * k, groups):
+            for matrix, place in ((gate, 0), (up, 8)):
+                dequantise(self._kernels, matrix, first * rows, (last - first) * rows, scratch, k, w_scale, place, gated=True)
+            self._kernels.launch(
+                tile.program(True), "gemm_gated", tile.grid(m, 2 * rows, self._gpu.multiprocessors, groups.experts), tile.threads,
+                a.address, scratch, i32(m), i32(rows), i32(rows), i32(k), act.address, i32(rows), a.scale, w_scale, 0, 0,
+                act.scale, i32(activation), groups.address, groups.count, i32(first), i32(last), shared_bytes=tile.shared_bytes,
+            )  # fmt: skip
+
+    def gated(self, a, gate, up, act, m, w_scale, biases, activation, groups=_NO_GROUPS):
+        if groups.experts:
+            return self._stacked_gated(a, gate, up, act, m, w_scale, activation, groups)
         k, stride = padded(a.columns), padded(act.columns)
         rows_at_once = min(stride, _SCRATCH_BYTES // (4 * k) // 64 * 64)  # of gate and of up each
         for at in range(0, stride, rows_at_once):
@@ -86,10 +138,9 @@ class PortableGemm:
                 dequantise(self._kernels, matrix, at, features, scratch, k, w_scale, first, gated=True)
             tile = choose_gemm_tile(m, 2 * width, self._gpu)
             self._kernels.launch(
-                tile.program, "gemm_gated", tile.grid(m, 2 * width, self._gpu.multiprocessors), tile.threads,
+                tile.program(), "gemm_gated", tile.grid(m, 2 * width, self._gpu.multiprocessors), tile.threads,
                 a.address, scratch, i32(m), i32(features), i32(width), i32(k), act.address + 2 * at, i32(stride),
-                a.scale, w_scale, *(bias and bias + 4 * at for bias in biases), act.scale, i32(activation),
-                shared_bytes=tile.shared_bytes,
+                a.scale, w_scale, *(bias and bias + 4 * at for bias in biases), act.scale, i32(activation), 0, 0, i32(0), i32(0), shared_bytes=tile.shared_bytes,
             )  # fmt: skip
 
 
@@ -113,35 +164,38 @@ class HopperGemm:
     def __init__(self, gpu, kernels, maps):
         self._gpu, self._kernels, self._maps = gpu, kernels, maps
 
-    def programs(self, m, matrices, gated):
+    def programs(self, m, matrices, gated, experts=0):
         tiles = sum(matrix.row_tiles for matrix in matrices)
-        return [self._tile(m, tiles, gated).program(_types(matrices))]
+        return [self._tile(m, tiles, gated, experts).program(_types(matrices), experts > 0)]
 
-    def linear(self, a, matrices, out, m, w_scale, bias, add):
+    def group_rows(self, m, matrices, gated, experts):
+        return self._tile(m, sum(matrix.row_tiles for matrix in matrices), gated, experts).tokens
+
+    def linear(self, a, matrices, out, m, w_scale, bias, add, groups=_NO_GROUPS):
         types, row_tiles = _types(matrices), sum(matrix.row_tiles for matrix in matrices)
-        tile = self._tile(m, row_tiles, gated=False)
+        tile = self._tile(m, row_tiles, False, groups.experts)
         described = [v for w in matrices for v in (w.address, i32(w.rows), i32(types.index(w.type)))]
         described += (0, i32(0), i32(0)) * (3 - len(matrices))
         self._launch(
-            "gemm_linear", tile, types, m, row_tiles,
+            "gemm_linear", tile, types, m, row_tiles, groups,
             *described, self._maps.of(a.address, a.columns, a.rows, tile.tokens // tile.cluster), i32(m), i32(a.columns), out, i32(sum(w.rows for w in matrices)), a.scale,
-            w_scale, bias, i32(add),
+            w_scale, bias, i32(add), groups.address, groups.count,
         )  # fmt: skip
 
-    def gated(self, a, gate, up, act, m, w_scale, biases, activation):
+    def gated(self, a, gate, up, act, m, w_scale, biases, activation, groups=_NO_GROUPS):
         types, row_tiles = (gate.type,), gate.row_tiles + up.row_tiles
-        tile = self._tile(m, row_tiles, gated=True)
+        tile = self._tile(m, row_tiles, True, groups.experts)
         self._launch(
-            "gemm_gated", tile, types, m, row_tiles,
+            "gemm_gated", tile, types, m, row_tiles, groups,
             gate.address, up.address, i32(gate.rows),
             self._maps.of(a.address, a.columns, a.rows, tile.tokens // tile.cluster), i32(m), i32(a.columns), act.address, i32(padded(act.columns)), a.scale, w_scale,
-            *biases, act.scale, i32(activation),
+            *biases, act.scale, i32(activation), groups.address, groups.count,
         )  # fmt: skip
 
-    def _tile(self, m, row_tiles, gated):
-        return choose_hopper_tile(m, row_tiles, gated, self._gpu.multiprocessors)
+    def _tile(self, m, row_tiles, gated, experts):
+        return choose_hopper_tile(m, row_tiles, gated, self._gpu.multiprocessors, experts)
 
-    def _launch(self, name, tile, types, m, row_tiles, *arguments):
-        grid = tile.grid(m, row_tiles, self._gpu.multiprocessors)
-        shared = tile.shared_bytes(types)
-        self._kernels.launch(tile.program(types), name, grid, tile.threads, *arguments, shared_bytes=shared)
+    def _launch(self, name, tile, types, m, row_tiles, groups, *arguments):
+        grid = tile.grid(m, row_tiles, self._gpu.multiprocessors, groups.experts)
+        program, shared = tile.program(types, groups.experts > 0), tile.shared_bytes(types)
+        self._kernels.launch(program, name, grid, tile.threads, *arguments, shared_bytes=shared)

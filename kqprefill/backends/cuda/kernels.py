@@ -19,6 +19,7 @@ def weight_program(ggml_type):
 
 
 COMMON = tuple(Program(f"{name}.cu") for name in ("norm", "rope", "scales", "head"))
+EXPERTS = Program("experts.cu")
 
 
 def programs_for(head_dim, ggml_types, hopper):
@@ -28,7 +29,8 @@ def programs_for(head_dim, ggml_types, hopper):
 
 def every_program(arch):
     """All programs for an architecture, over the head dimensions in use: what the tests compile."""
-    programs = dict.fromkeys(tile.program for tile in (*LARGE_TILES, SMALL_TILE))
+    programs = {EXPERTS: None}
+    programs |= dict.fromkeys(tile.program(g) for tile in (*LARGE_TILES, SMALL_TILE) for g in (False, True))
     for head_dim in (64, 80, 96, 112, 128, 192, 256):
         for hopper in {False, arch == "sm_90a"}:
             programs.update(dict.fromkeys(programs_for(head_dim, SUPPORTED, hopper)))
@@ -36,6 +38,8 @@ def every_program(arch):
         mixes = [*((t,) for t in sorted(SUPPORTED)), (GGML.Q4_K, GGML.Q6_K)]
         tiles = [(tile, types) for types in mixes for tile in HOPPER_TILES if len(types) == 1 or not tile.gated]
         programs.update(dict.fromkeys(tile.program(types) for tile, types in tiles))
+        stacks = [((t,), tile) for t in (GGML.Q4_K, GGML.Q6_K, GGML.MXFP4) for tile in HOPPER_TILES]  # the types of most experts
+        programs.update(dict.fromkeys(tile.program(types, grouped=True) for types, tile in stacks))
     return list(programs)
 
 

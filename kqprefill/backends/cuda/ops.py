@@ -6,14 +6,15 @@ residual stream and all sums are float32.
 
 from ctypes import c_float as f32, c_int32 as i32
 from dataclasses import dataclass, replace
+from functools import partial
 import math
 
 import numpy as np
 
 from ...errors import BackendError
 from ..base import HeadResult, Ops
-from .gemm import Gemms, Operand
-from .kernels import COMMON, weight_program
+from .gemm import Gemms, Groups, Operand
+from .kernels import COMMON, EXPERTS, weight_program
 from .staging import repack
 from .tensor_maps import TensorMaps
 from .tiles import TILE_ROWS, HopperAttentionTile, attention_tile, padded
@@ -25,6 +26,7 @@ _TILE_TOKENS = 16384  # tokens whose q/k/v sums, or gate and up, exist at a time
 # Tokens. Blocks that start early gather on the first multiprocessors that have room: no matter where there are many more than
 # these, but a small launch should spread over all (an H100 at 16 tokens: 3.6 ms without, 5.0 ms with).
 _OVERLAP_FROM = 257
+_EXPERT_ROWS = 65536  # copies of tokens' rows that go through experts at a time
 _LOGITS_BYTES = 256 << 20  # of logits on the device at a time
 _ROTATION_GROWTH = 1.5  # rotating a pair lengthens neither, but may turn it onto one axis: sqrt(2), rounded up
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}  # gemm_sm80.cu's enum
@@ -69,9 +71,19 @@ class CudaOps(Ops):
         programs = {}
         lengths = {self.n, min(self.n, _TILE_TOKENS), self.n % _TILE_TOKENS} - {0}
         for weights, gated in family.products():
-            matrices = [self.weights.matrix(w) for w in weights]
-            for m in lengths if weights[0] is not family.output else {self._head_rows(matrices[0].rows, logits)}:
-                programs.update(dict.fromkeys(self.gemms.choose(matrices, gated).programs(m, matrices, gated)))
+            matrices, experts, rows = [self.weights.matrix(w) for w in weights], 0, lengths
+            if weights[0] is family.output:
+                rows = {self._head_rows(matrices[0].rows, logits)}
+            elif len(weights[0].shape) == 3:
+                experts, used = family.experts.count, family.experts.used
+                step = min(_TILE_TOKENS, _EXPERT_ROWS // used)
+                rows = {m * used for m in {min(self.n, step), self.n % step} - {0}}
+                matrices = [replace(matrix, rows=matrix.rows // experts) for matrix in matrices]
+            gemm = self.gemms.choose(matrices, gated)
+            for m in rows:
+                programs.update(dict.fromkeys(gemm.programs(m, matrices, gated, experts)))
+        if family.has_experts:
+            programs[EXPERTS] = None
         self.kernels.prepare(programs, progress)
 
     # the residual stream ----------------------------------------------------------------------------------------------
@@ -253,9 +265,58 @@ class CudaOps(Ops):
         return out
 
     def moe(self, h, w, experts, *, activation, residual):
-        raise NotImplementedError("CudaBackend.load refuses models with experts")
+        router, *stacks = (self.weights.matrix(m) for m in (w.ffn_gate_inp, w.ffn_gate_exps, w.ffn_up_exps, w.ffn_down_exps))
+        count, used, hidden = experts.count, experts.used, h.columns
+        g, u, d = (replace(stack, rows=stack.rows // count) for stack in stacks)  # an expert's
+        self.enter("linear", [w.ffn_gate_exps, w.ffn_up_exps, w.ffn_down_exps], self.n * used // count)
+        w_scale = self._weight_scale(stacks[:2], h)
+        act_scale = self._output_scale(g.name, stacks[0].rows, h.gain, stacks[0], 0, stacks[1])
+        gated, linear = self.gemms.choose([g, u], gated=True), self.gemms.choose([d])
+        step = min(_TILE_TOKENS, _EXPERT_ROWS // used)
+        for t in range(0, self.n, step):
+            m = min(step, self.n - t)
+            rows = m * used  # a token's copies count
+            scores = self.work.get("scores", 4 * m * count)
+            self._multiply(h.rows_from(t), [router], scores, m, self._bias(w.ffn_gate_inp))
+            chosen, shares, places, counts = (
+                self.work.get(name, 4 * n) for name, n in (("experts", rows), ("shares", rows), ("places", rows), ("counts", count))
+            )
+            launch = partial(self.kernels.launch, EXPERTS)
+            launch(
+                "route", -(-m // 8), 256,
+                scores, i32(m), i32(count), i32(used), i32(experts.normalise), i32(experts.routed_after), chosen, shares,
+            )  # fmt: skip
+            launch("count", count, 256, chosen, i32(rows), counts)
+            launch("place", count, 1024, chosen, i32(rows), counts, places)
+            x = replace(h, address=self.work.get("sorted", 2 * rows * padded(hidden)), rows=rows)
+            launch(
+                "gather", rows, 128, h.rows_from(t).address, i32(used), i32(padded(hidden)), places, x.address
+            )
+            act = Operand(self.work.get("activated", 2 * rows * g.rows), g.rows, act_scale, rows)
+            groups = self._groups(counts, count, rows, gated.group_rows(rows, [g, u], True, count))
+            gated.gated(x, g, u, act, rows, w_scale, (0, 0), _ACTIVATIONS[activation], groups)
+            sums = self.work.get("sums", 4 * rows * hidden)
+            groups = self._groups(counts, count, rows, linear.group_rows(rows, [d], False, count))
+            linear.linear(act, [d], sums, rows, self._weight_scale(stacks[2:], act), 0, False, groups)
+            at = residual + 4 * t * hidden
+            launch("combine", m, 256, at, sums, i32(used), i32(hidden), places, shares)
+        return residual
 
-    add_gated = moe
+    def _groups(self, counts, experts, rows, size):
+        """The Groups of at most `size` rows each of what experts.cu counted."""
+        address = self.work.get("groups", 16 * (rows // size + experts))
+        number = self.work.get("group count", 4)
+        self.kernels.launch(EXPERTS, "make_groups", 1, 1024, counts, i32(experts), i32(size), address, number)
+        return Groups(address, number, experts)
+
+    def add_gated(self, x, y, h, weight):
+        self.enter("rest")
+        vector, host = self.weights.vector(weight.tensor)
+        columns = len(host)
+        self.kernels.launch(
+            EXPERTS, "add_gated", self.n, 256, x, y, h.address, i32(columns), i32(padded(columns)), h.scale, vector
+        )
+        return x
 
     def _multiply(self, a, matrices, out, m, bias=0, add=False):
         """out[:m] = a · [matrices, one under another]ᵀ + bias (+ out[:m], if add)."""

@@ -7,7 +7,7 @@ import numpy as np
 from ..base import Batch
 from .memory import aligned
 from .ops import CudaOps
-from .weights import Matrix
+from .weights import matrix_of
 
 
 class Sizes:
@@ -30,7 +30,7 @@ class NoWeights:
         self._host_embedding = host_embedding
 
     def matrix(self, weight):
-        return Matrix(weight.name, weight.tensor.type, 1 << 40, *weight.shape)
+        return matrix_of(weight.tensor, 1 << 40)
 
     def on_host(self, weight):
         return self._host_embedding

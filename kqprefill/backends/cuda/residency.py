@@ -6,6 +6,7 @@ rows from the host, for the prompt's tokens only.
 """
 
 from dataclasses import dataclass
+import math
 from types import SimpleNamespace
 
 from ...errors import BackendError
@@ -74,7 +75,7 @@ def make_plan(family, facts, hopper, budget, tokens, cache_bytes=0):
     raw = [sum(aligned(t.nbytes) for t in tensors) for tensors in layers]
     output, embedding = tile_bytes([family.output.tensor]), tile_bytes([family.token_embd.tensor])
     tied = family.output is family.token_embd
-    least_slot = aligned(max(TILE_ROWS * w.tensor.nbytes // w.shape[0] for w in family.matrices()))
+    least_slot = aligned(max(TILE_ROWS * w.tensor.nbytes // math.prod(w.shape[:-1]) for w in family.matrices()))
     parts = {"CUDA context": CONTEXT_BYTES, "output": output}
     if cache_bytes:
         parts["caches"] = cache_bytes
@@ -116,7 +117,9 @@ def estimate(plan, family, facts):
     "bus_gb_per_s" and "free_from_tokens", the prompt length at which the copies take no longer than the arithmetic."""
     c, share = family.config, _HOPPER_SHARE if facts.capability == (9, 0) else _PORTABLE_SHARE
     rate = _OPERATIONS.get(facts.capability, _OTHERS_OPERATIONS) * facts.multiprocessors * facts.clock * share
-    weights = sum(t.shape[0] * t.shape[1] for tensors in layer_tensors(family) for t in tensors)
+    part = family.experts.used / family.experts.count if family.has_experts else 1.0  # of the experts, for each token
+    tensors = [tensor for layer in layer_tensors(family) for tensor in layer]
+    weights = sum(math.prod(tensor.shape) * (part if len(tensor.shape) == 3 else 1) for tensor in tensors)
 
     def seconds(tokens):
         return (2 * tokens * weights + 2 * tokens**2 * c.q_width * c.block_count) / rate

@@ -21,8 +21,12 @@ class _Constants:
     """A tile whose fields are the constants that its kernel is compiled with."""
 
     @cached_property
+    def constants(self):
+        return tuple((f.name.upper(), str(getattr(self, f.name))) for f in fields(self))
+
+    @cached_property
     def program(self):
-        return Program(self.source, tuple((f.name.upper(), str(getattr(self, f.name))) for f in fields(self)))
+        return Program(self.source, self.constants)
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,11 @@ class GemmTile(_Constants):
     warps_n: int
     source = "gemm_sm80.cu"
 
+    @cache
+    def program(self, grouped=False):
+        """grouped: over a stack of experts."""
+        return Program(self.source, (*self.constants, ("GROUPED", str(int(grouped)))))
+
     @property
     def threads(self):
         return 32 * self.warps_m * self.warps_n
@@ -45,12 +54,16 @@ class GemmTile(_Constants):
     def shared_bytes(self):
         return self.stages * (self.block_m + self.block_n) * self.block_k * 2
 
-    def tiles(self, m, n):
-        return -(-m // self.block_m) * -(-n // self.block_n)
+    def tiles(self, m, n, experts=0):
+        """experts: of which each has some of the m rows (an estimate)."""
+        return (-(-m // self.block_m) + experts // 2) * -(-n // self.block_n)
 
-    def grid(self, m, n, multiprocessors):
+    def grid(self, m, n, multiprocessors, experts=0):
         """Blocks to launch: of the large tiles as many as run at once, each of which makes several."""
-        return self.tiles(m, n) if self is SMALL_TILE else min(self.tiles(m, n), multiprocessors)
+        tiles = self.tiles(m, n, 2 * experts)
+        if self is SMALL_TILE:
+            return min(tiles, 4 * multiprocessors) if experts else tiles
+        return min(tiles, multiprocessors)
 
 
 #                     M    N    K  stages warps
@@ -81,14 +94,15 @@ class HopperTile:
     shared: int
 
     @cache
-    def program(self, types):
-        """The program for launches over matrices of these ggml types (distinct, in the order of their format numbers)."""
+    def program(self, types, grouped=False):
+        """The program for launches over matrices of these ggml types (distinct, in the order of their format numbers); grouped:
+        over a stack of experts of one type."""
         blocks, stages, raw_stages, _ = self._layout(types)
         constants = {
             "GATED": self.gated, "TOKENS": self.tokens, "WARPGROUPS": self.warpgroups, "TILES": self.tiles,
             "BLOCKS": blocks, "CLUSTER": self.cluster, "STEPS": self._steps(), "STAGES": stages, "RAW_STAGES": raw_stages,
             "PRODUCER_REGISTERS": _PRODUCER_REGISTERS, "CONSUMER_REGISTERS": self._consumer_registers(blocks),
-            "FORMATS": ",".join(t.name for t in types),
+            "FORMATS": ",".join(t.name for t in types), "GROUPED": int(grouped),
         }  # fmt: skip
         return Program("gemm_sm90.cu", tuple((name, str(value)) for name, value in constants.items()))
 
@@ -99,18 +113,18 @@ class HopperTile:
     def shared_bytes(self, types):
         return self._layout(types)[-1]
 
-    def grid(self, m, row_tiles, multiprocessors):
+    def grid(self, m, row_tiles, multiprocessors, experts=0):
         """Blocks to launch: as many as run at once, or fewer where there are fewer tiles."""
-        return min(multiprocessors * self.blocks // self.cluster * self.cluster, self._count(m, row_tiles))
+        return min(multiprocessors * self.blocks // self.cluster * self.cluster, self._count(m, row_tiles, 2 * experts))
 
-    def cost(self, m, row_tiles, multiprocessors):
-        """Nanoseconds of a step of all tiles."""
-        rounds = -(-self._count(m, row_tiles) // multiprocessors)  # of one tile for each multiprocessor
+    def cost(self, m, row_tiles, multiprocessors, experts=0):
+        """Nanoseconds of a step of all tiles; experts: of which each has some of the m rows."""
+        rounds = -(-self._count(m, row_tiles, experts) // multiprocessors)  # of one tile for each multiprocessor
         return max(-(-rounds // self.blocks) * self.alone, rounds * self.shared)
 
-    def _count(self, m, row_tiles):
-        """Blocks' tiles, in whole clusters."""
-        return -(-m // self.tokens) * -(-row_tiles // (self.warpgroups * self.tiles * self.cluster)) * self.cluster
+    def _count(self, m, row_tiles, experts):
+        """Blocks' tiles, in whole clusters. Each expert's last tile is half full, at a guess."""
+        return (-(-m // self.tokens) + experts // 2) * -(-row_tiles // (self.warpgroups * self.tiles * self.cluster)) * self.cluster
 
     def _steps(self):
         """Steps in a stage of x: a whole unit's where they are small, so that there is less waiting."""
@@ -163,11 +177,11 @@ HOPPER_TILES = [
 
 
 @cache
-def choose_hopper_tile(m, row_tiles, gated, multiprocessors):
-    """The cheapest tile for m tokens by that many row tiles of W."""
+def choose_hopper_tile(m, row_tiles, gated, multiprocessors, experts=0):
+    """The cheapest tile for m tokens by that many row tiles of W, or of each of so many experts' W."""
     return min(
         (tile for tile in HOPPER_TILES if tile.gated == gated),
-        key=lambda tile: tile.cost(m, row_tiles, multiprocessors),
+        key=lambda tile: tile.cost(m, row_tiles, multiprocessors, experts),
     )
 
 
@@ -188,10 +202,10 @@ def large_tile(shared_memory):
     return next(tile for tile in LARGE_TILES if tile.shared_bytes <= shared_memory)
 
 
-def choose_gemm_tile(m, n, gpu):
+def choose_gemm_tile(m, n, gpu, experts=0):
     """The large tile does twice the work for each byte it loads; the small one where large ones leave the GPU idle."""
     large = large_tile(gpu.shared_memory)
-    return large if large.tiles(m, n) >= gpu.multiprocessors * 3 // 4 else SMALL_TILE
+    return large if large.tiles(m, n, experts) >= gpu.multiprocessors * 3 // 4 else SMALL_TILE
 
 
 @dataclass(frozen=True)

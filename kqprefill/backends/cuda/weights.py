@@ -1,7 +1,7 @@
 """A model's weights on the device: matrices as the file has them, vectors in float32, and the scales of half precision."""
 
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 import math
 import time
 
@@ -11,7 +11,7 @@ from ...errors import BackendError
 from ...gguf import dequantize
 from .memory import aligned
 from .staging import STAGING_BYTES, STAGING_SLOTS, Piece, Staging, pieces_of
-from .tiles import TILE_ROWS, unit_size
+from .tiles import K_MULTIPLE, TILE_ROWS, unit_size
 
 _MOST_COLUMNS = 1 << 19  # a tile of rows must fit the upload and scratch buffers
 
@@ -44,19 +44,20 @@ class Matrix:
         return self.row_tiles * self.row_tile_bytes
 
 
-def _matrix(tensor):
-    """Not placed yet."""
-    return Matrix(tensor.name, tensor.type, 0, *tensor.shape)
+def matrix_of(tensor, address=0):
+    """A tensor as a Matrix; a stack of matrices as one, the rows of each under those of the one before."""
+    *stacked, columns = tensor.shape
+    return Matrix(tensor.name, tensor.type, address, math.prod(stacked), columns)
 
 
 def layer_tensors(family):
     """The matrices' tensors of each layer."""
-    return [[w.tensor for w in block if len(w.shape) == 2] for block in family.blocks]
+    return [[w.tensor for w in block if len(w.shape) >= 2] for block in family.blocks]
 
 
 def tile_bytes(tensors):
     """What they take in device memory together."""
-    return sum(aligned(_matrix(tensor).nbytes) for tensor in tensors)
+    return sum(aligned(matrix_of(tensor).nbytes) for tensor in tensors)
 
 
 class DeviceWeights:
@@ -73,10 +74,15 @@ class DeviceWeights:
         self._absmax = {}
         self._pieces = {}  # streamed layer: its Pieces
         for weight in family.matrices():
-            row_bytes = weight.tensor.nbytes // weight.shape[0]
-            if TILE_ROWS * row_bytes > STAGING_BYTES or weight.shape[1] > _MOST_COLUMNS:
+            matrix = matrix_of(weight.tensor)
+            if TILE_ROWS * weight.tensor.nbytes // matrix.rows > STAGING_BYTES or matrix.columns > _MOST_COLUMNS:
                 raise BackendError(
-                    f"tensor {weight.name}: rows of {weight.shape[1]} are too long for CUDA; use --backend cpu"
+                    f"tensor {weight.name}: rows of {matrix.columns} are too long for CUDA; use --backend cpu"
+                )
+            if len(weight.shape) == 3 and weight.shape[1] % K_MULTIPLE:
+                raise BackendError(
+                    f"tensor {weight.name}: experts of {weight.shape[1]} rows, no multiple of {K_MULTIPLE}, do not run on CUDA; "
+                    "use --backend cpu"
                 )
 
     def place(self, plan, progress):
@@ -106,7 +112,7 @@ class DeviceWeights:
             self._buffers["streamed"] = buffer = self._gpu.allocate(plan.tile_bytes, "a streamed layer")
         for layer in plan.streamed:
             matrices = self._lay_out(layers[layer], int(buffer.handle))
-            self._pieces[layer] = [Piece(m, 0, t.data) for t, m in zip(layers[layer], matrices)]
+            self._pieces[layer] = [Piece(m, 0, t.data.reshape(m.rows, -1)) for t, m in zip(layers[layer], matrices)]
 
     def settle(self):
         """Unlock the host's pages that only loading read. It takes 10 ms a gigabyte, which a first batch need not wait for."""
@@ -142,7 +148,7 @@ class DeviceWeights:
     def _lay_out(self, tensors, address):
         """The Matrix of each, one after another from `address`; known from then on."""
         for tensor in tensors:
-            matrix = self._matrices[tensor.name] = replace(_matrix(tensor), address=address)
+            matrix = self._matrices[tensor.name] = matrix_of(tensor, address)
             address += aligned(matrix.nbytes)
         return [self._matrices[tensor.name] for tensor in tensors]
 
