@@ -83,6 +83,25 @@ class SyntheticTensor:
         return _random_weights(self.shape, self.type, self.name.split(".")[-2])
 
 
+    def item(self, index):
+        """As `reader.Tensor.item`."""
+        return _Item(self.data[index], self.shape[1:], self.type, f"{self.name}[{index}]")
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One of a stack of matrices."""
+
+    data: np.ndarray
+    shape: tuple[int, ...]
+    type: GGML
+    name: str
+
+    @property
+    def nbytes(self):
+        return self.data.nbytes
+
+
 class SyntheticFile:
     """Looks like `GGUFFile`: the metadata and tensors of a Shape; type_of(tensor name, layer) gives each matrix's type."""
 
