@@ -1,5 +1,6 @@
 // Mixture of experts (arXiv 2401.04088): which experts a token goes to, its row's copies in the experts' order and back. All on
 // the device, each sum in a fixed order. An entry is one of the `used` experts of a token: number token * used + slot.
+#include "include/groups.cuh"
 #include "include/operand.cuh"
 #include "include/reduce.cuh"
 #include "include/types.cuh"
@@ -77,10 +78,6 @@ extern "C" __global__ void __launch_bounds__(kPlacing) place(const int* expert_o
         __syncthreads();
     }
 }
-
-struct Group {
-    int first, end, expert, unused;
-};
 
 // The GEMMs' tiles (gemm_sm90.cu: Rows): each expert's rows, `tokens` at a time. One block, a thread an expert.
 extern "C" __global__ void __launch_bounds__(kMostExperts)

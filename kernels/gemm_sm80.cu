@@ -5,6 +5,7 @@
 // current one multiplies. Each output is one chain of sums over k in order, whatever the tile: a row's bits depend
 // neither on the other rows nor on the configuration.
 #include "include/activation.cuh"
+#include "include/groups.cuh"
 #include "include/operand.cuh"
 #include "include/ptx.cuh"
 #include "include/types.cuh"
@@ -28,10 +29,8 @@ struct Tile {
     int m0, m_end, n0, expert;
 };
 
-// Experts: a tile of x's rows (gemm_sm90.cu: Rows), where GROUPED. w then has matrices first_expert .. last_expert-1 of a stack.
-struct Group {
-    int first, end, expert, unused;
-};
+// What rows x has. Where GROUPED, a kernel before this one made tiles of them, and w has matrices first_expert .. last_expert-1 of
+// the stack.
 struct Rows {
     int m;
     const Group* groups;

@@ -13,6 +13,7 @@
 // Compiled for FORMATS, the block formats that its launch may mix (all with the same kElements): a launch multiplies by up
 // to three matrices side by side (q, k, v), or by gate and up of one format.
 #include "include/activation.cuh"
+#include "include/groups.cuh"
 #include "include/operand.cuh"
 #include "include/sm90.cuh"
 #include "quants/all.cuh"
@@ -59,11 +60,6 @@ constexpr int kTokenGroup = 8;  // token tiles that share W's tiles while these 
 static_assert(kUnitSteps % kSub == 0, "whole stages in a unit");
 static_assert(STAGES >= 2 && RAW_STAGES >= 2, "a stage is given back when the next has begun");
 static_assert(!GATED || TILES == 2, "gate and up: a row tile of each");
-
-// A tile of x's rows: first .. end-1, which are multiplied by matrix `expert` of the stack.
-struct Group {
-    int first, end, expert, unused;
-};
 
 // What rows x has, in tiles of at most TOKENS. Where GROUPED, a kernel before this one made the tiles.
 struct Rows {

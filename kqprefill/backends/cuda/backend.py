@@ -7,6 +7,7 @@ from ..base import Backend
 from ..timeline import Timeline
 from .cache import DeviceCache, HostCache
 from .device import Gpu, cuda_errors
+from .experts import MOST_EXPERTS, MOST_USED
 from .graphs import Graphs
 from .kernels import Kernels, programs_for
 from .memory import Workspace
@@ -15,7 +16,6 @@ from .rehearsal import products_of
 from .residency import budget_of, make_plan
 from .weights import DeviceWeights
 
-MOST_EXPERTS, MOST_USED = 1024, 32  # experts.cu
 PLANNED_TOKENS = 4096  # of the longest prompt, where the caller does not say; a longer one makes room for itself
 
 

@@ -10,6 +10,7 @@ from .kernels import weight_program
 from .tiles import SMALL_TILE, choose_gemm_tile, choose_hopper_tile, large_tile, padded, unit_size
 
 _SCRATCH_BYTES = 256 << 20  # of dequantised weights at a time
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}  # activation.cuh's
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,15 @@ residual stream and all sums are float32.
 
 from ctypes import c_float as f32, c_int32 as i32
 from dataclasses import dataclass, replace
-from functools import partial
 import math
 
 import numpy as np
 
 from ...errors import BackendError
 from ..base import HeadResult, Ops
-from .gemm import Gemms, Groups, Operand
-from .kernels import COMMON, EXPERTS, weight_program
+from .experts import EXPERTS, ExpertOps
+from .gemm import ACTIVATIONS, Gemms, Operand
+from .kernels import COMMON, weight_program
 from .staging import repack
 from .tensor_maps import TensorMaps
 from .tiles import TILE_ROWS, HopperAttentionTile, attention_tile, padded
@@ -26,10 +26,8 @@ _TILE_TOKENS = 16384  # tokens whose q/k/v sums, or gate and up, exist at a time
 # Tokens. Blocks that start early gather on the first multiprocessors that have room: no matter where there are many more than
 # these, but a small launch should spread over all (an H100 at 16 tokens: 3.6 ms without, 5.0 ms with).
 _OVERLAP_FROM = 257
-_EXPERT_ROWS = 65536  # copies of tokens' rows that go through experts at a time
 _LOGITS_BYTES = 256 << 20  # of logits on the device at a time
 _ROTATION_GROWTH = 1.5  # rotating a pair lengthens neither, but may turn it onto one axis: sqrt(2), rounded up
-_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}  # gemm_sm80.cu's enum
 _SUMMARY = np.dtype([("token", np.int32), ("logit", np.float32), ("log_sum_exp", np.float32)])  # head.cu's struct
 
 
@@ -41,7 +39,7 @@ class Heads:
     scale: int
 
 
-class CudaOps(Ops):
+class CudaOps(ExpertOps, Ops):
     def __init__(self, backend, config, batch, cache):
         self.gpu, self.kernels, self.weights = backend.gpu, backend.kernels, backend.weights
         self.config, self.batch, self.cache = config, batch, cache
@@ -75,9 +73,7 @@ class CudaOps(Ops):
             if weights[0] is family.output:
                 rows = {self._head_rows(matrices[0].rows, logits)}
             elif len(weights[0].shape) == 3:
-                experts, used = family.experts.count, family.experts.used
-                step = min(_TILE_TOKENS, _EXPERT_ROWS // used)
-                rows = {m * used for m in {min(self.n, step), self.n % step} - {0}}
+                experts, rows = family.experts.count, self.expert_rows(family.experts)
                 matrices = [replace(matrix, rows=matrix.rows // experts) for matrix in matrices]
             gemm = self.gemms.choose(matrices, gated)
             for m in rows:
@@ -259,64 +255,10 @@ class CudaOps(Ops):
             m = min(_TILE_TOKENS, self.n - t)
             act = Operand(self.work.get("activated", 2 * m * padded(g.rows)), g.rows, act_scale, m)
             gemm = self.gemms.choose([g, u], gated=True)
-            gemm.gated(h.rows_from(t), g, u, act, m, w_scale, biases, _ACTIVATIONS[activation])
+            gemm.gated(h.rows_from(t), g, u, act, m, w_scale, biases, ACTIVATIONS[activation])
             at = 4 * t * d.rows
             self._multiply(self._scaled(act, scale), [d], out + at, m, self._bias(down), add=residual is not None)
         return out
-
-    def moe(self, h, w, experts, *, activation, residual):
-        router, *stacks = (self.weights.matrix(m) for m in (w.ffn_gate_inp, w.ffn_gate_exps, w.ffn_up_exps, w.ffn_down_exps))
-        count, used, hidden = experts.count, experts.used, h.columns
-        g, u, d = (replace(stack, rows=stack.rows // count) for stack in stacks)  # an expert's
-        self.enter("linear", [w.ffn_gate_exps, w.ffn_up_exps, w.ffn_down_exps], self.n * used // count)
-        w_scale = self._weight_scale(stacks[:2], h)
-        act_scale = self._output_scale(g.name, stacks[0].rows, h.gain, stacks[0], 0, stacks[1])
-        gated, linear = self.gemms.choose([g, u], gated=True), self.gemms.choose([d])
-        step = min(_TILE_TOKENS, _EXPERT_ROWS // used)
-        for t in range(0, self.n, step):
-            m = min(step, self.n - t)
-            rows = m * used  # a token's copies count
-            scores = self.work.get("scores", 4 * m * count)
-            self._multiply(h.rows_from(t), [router], scores, m, self._bias(w.ffn_gate_inp))
-            chosen, shares, places, counts = (
-                self.work.get(name, 4 * n) for name, n in (("experts", rows), ("shares", rows), ("places", rows), ("counts", count))
-            )
-            launch = partial(self.kernels.launch, EXPERTS)
-            launch(
-                "route", -(-m // 8), 256,
-                scores, i32(m), i32(count), i32(used), i32(experts.normalise), i32(experts.routed_after), chosen, shares,
-            )  # fmt: skip
-            launch("count", count, 256, chosen, i32(rows), counts)
-            launch("place", count, 1024, chosen, i32(rows), counts, places)
-            x = replace(h, address=self.work.get("sorted", 2 * rows * padded(hidden)), rows=rows)
-            launch(
-                "gather", rows, 128, h.rows_from(t).address, i32(used), i32(padded(hidden)), places, x.address
-            )
-            act = Operand(self.work.get("activated", 2 * rows * g.rows), g.rows, act_scale, rows)
-            groups = self._groups(counts, count, rows, gated.group_rows(rows, [g, u], True, count))
-            gated.gated(x, g, u, act, rows, w_scale, (0, 0), _ACTIVATIONS[activation], groups)
-            sums = self.work.get("sums", 4 * rows * hidden)
-            groups = self._groups(counts, count, rows, linear.group_rows(rows, [d], False, count))
-            linear.linear(act, [d], sums, rows, self._weight_scale(stacks[2:], act), 0, False, groups)
-            at = residual + 4 * t * hidden
-            launch("combine", m, 256, at, sums, i32(used), i32(hidden), places, shares)
-        return residual
-
-    def _groups(self, counts, experts, rows, size):
-        """The Groups of at most `size` rows each of what experts.cu counted."""
-        address = self.work.get("groups", 16 * (rows // size + experts))
-        number = self.work.get("group count", 4)
-        self.kernels.launch(EXPERTS, "make_groups", 1, 1024, counts, i32(experts), i32(size), address, number)
-        return Groups(address, number, experts)
-
-    def add_gated(self, x, y, h, weight):
-        self.enter("rest")
-        vector, host = self.weights.vector(weight.tensor)
-        columns = len(host)
-        self.kernels.launch(
-            EXPERTS, "add_gated", self.n, 256, x, y, h.address, i32(columns), i32(padded(columns)), h.scale, vector
-        )
-        return x
 
     def _multiply(self, a, matrices, out, m, bias=0, add=False):
         """out[:m] = a · [matrices, one under another]ᵀ + bias (+ out[:m], if add)."""
