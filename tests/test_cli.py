@@ -13,6 +13,7 @@ import pytest
 
 import kqprefill
 from conftest import EXAMPLE, log_softmax
+from kqprefill.gguf import GGUFFile
 from kqprefill.gguf.synthetic import SyntheticFile
 from kqprefill.models import read_model
 
@@ -248,6 +249,54 @@ def test_plan_refuses(args, status, complaint):
     done = kq("plan", *args)
     assert done.returncode == status and complaint in done.stderr and done.stderr.count(b"\n") == 1
     assert done.stdout == b""
+
+
+def test_inspect():
+    described = json.loads(kq("inspect", EXAMPLE, "--json").stdout)
+    with GGUFFile(EXAMPLE) as file:
+        tensors, name = list(file.tensors.values()), file.metadata["general.name"]
+    assert described["bytes"] == sum(t.nbytes for t in tensors) == sum(g["bytes"] for g in described["groups"].values())
+    assert described["parameters"] == sum(int(np.prod(t.shape)) for t in tensors)
+    assert (described["architecture"], described["layers"], described["backends"]) == ("qwen3", 2, ["cpu", "cuda"])
+    assert described["groups"]["attention"]["tensors"] == 8 and described["groups"]["norms and biases"]["types"] == {"F32": 9}
+    text = kq("inspect", EXAMPLE).stdout.decode()
+    assert name in text and "kqprefill runs it (cpu, cuda)" in text and "feed-forward" in text
+    assert len(json.loads(kq("inspect", EXAMPLE, "--tensors", "--json").stdout)) == len(tensors)
+    assert kq("inspect", EXAMPLE, "--tensors").stdout.count(b"\n") == len(tensors) + 2
+    assert kq("inspect", EXAMPLE, "--metadata", "general.architecture").stdout == b"qwen3\n"
+    assert b"qwen3.block_count = 2\n" in kq("inspect", EXAMPLE, "--metadata").stdout
+    assert kq("inspect", EXAMPLE, "--metadata", "no.such.key").returncode == 2
+
+
+def test_inspect_says_what_does_not_run(tmp_path):
+    raw = EXAMPLE.read_bytes().replace(b"qwen3", b"qwenX")
+    (tmp_path / "model.gguf").write_bytes(raw)
+    done = kq("inspect", tmp_path / "model.gguf")
+    assert done.returncode == 0 and b"kqprefill does not run it" in done.stdout and b"'qwenX' is not supported" in done.stdout
+
+
+def test_cache_and_doctor(tmp_path):
+    from kqprefill.backends.cuda.compiler import KernelCache, Program
+
+    folder = tmp_path / "cache"
+    KernelCache(folder).get(Program("scales.cu"), "cubin", "sm_80")
+    (folder / "mine.txt").write_text("not yours to remove")
+    environment = {**os.environ, "KQPREFILL_CACHE_DIR": str(folder)}
+
+    def kq(*args):
+        return subprocess.run([*ENTRY, *args], capture_output=True, env=environment)
+
+    shown = json.loads(kq("cache", "--json").stdout)
+    assert (shown["folder"], shown["kernels"]) == (str(folder), 1) and shown["bytes"] > 1000
+    health = json.loads(kq("doctor", "--json").stdout)
+    assert health["found"]["kernel cache"].startswith(f"{folder}: 1 programs") and health["found"]["gguf"]
+    done = kq("doctor")
+    assert done.returncode == (0 if health["usable"] else 1) and b"Traceback" not in done.stderr
+    assert health["usable"] or any("the CPU will run" in problem for problem in health["problems"])
+    assert json.loads(kq("cache", "--clear", "--json").stdout)["kernels"] == 1
+    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+    folder.chmod(0o777)
+    assert "every start compiles" in " ".join(json.loads(kq("doctor", "--json").stdout)["problems"])
 
 
 @pytest.mark.gpu

@@ -1,5 +1,8 @@
 """What stays on the GPU and what is streamed: the plan, that results do not depend on it, and what is said where nothing fits."""
 
+import itertools
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -90,6 +93,61 @@ def test_host_memory_knows_control_groups(tmp_path):
     assert host_memory(tmp_path, tmp_path / "cgroup") == 1 << 20
     (tmp_path / "a" / "b" / "memory.max").write_text("max\n")
     assert host_memory(tmp_path, tmp_path / "cgroup") == 1 << 20
+
+
+def test_what_is_placed_follows_the_plan_and_survives_failures(monkeypatch):
+    from kqprefill.backends.cuda import weights
+
+    class Staging:
+        failing = False
+
+        def __init__(self, *_):
+            pass
+
+        def read_ahead(self, data):
+            return True
+
+        def bring(self, pieces):
+            if self.failing:
+                raise kqprefill.BackendError("the GPU is out of memory")
+            return pieces
+
+        def unpack(self, brought):
+            pass
+
+        end = close = lambda self: None
+
+    class Buffer:
+        def __init__(self, nbytes):
+            self.handle, self.size = next(addresses) << 40, nbytes
+            held.add(self)
+
+        def close(self, stream):
+            held.discard(self)
+
+    addresses, held = itertools.count(1), set()
+    monkeypatch.setattr(weights, "Staging", Staging)
+    gpu = SimpleNamespace(allocate=lambda nbytes, what: Buffer(nbytes), stream=SimpleNamespace(sync=lambda: None))
+    family = read_model(SyntheticFile.named("qwen3-0.6b:Q4_K_M"))
+    everything, little = (make_plan(family, H100, True, budget, 4000) for budget in (80 * GIB, GIB))
+    placed = weights.DeviceWeights(gpu, None, family)
+
+    def place(plan):
+        placed.place(plan, lambda *_: None)
+
+    place(everything)
+    assert len(held) == 28 + 1 and not placed.streaming  # layers, and the output that is the embedding too
+    place(little)
+    assert len(held) == len(little.resident) + 2 and placed.streaming
+    Staging.failing = True
+    with pytest.raises(kqprefill.BackendError):
+        place(everything)
+    assert placed.plan is None and len(held) <= len(little.resident) + 1
+    Staging.failing = False
+    place(everything)
+    assert placed.plan is everything and len(held) == 29
+    placed.close()
+    assert not held
 
 
 # On a GPU ------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,9 @@ import click
 from .. import __version__
 from ..errors import InputError, KqprefillError
 from .bench import bench
+from .cache import cache
+from .doctor import doctor
+from .inspect import inspect
 from .plan import plan
 from .run import run
 from .synth import synth
@@ -23,10 +26,12 @@ def cli():
     kqprefill run model.gguf --tokens 1,2,3     the greedy next token
     kqprefill bench qwen3-8b:Q4_K_M             tokens/s by prompt length
     kqprefill plan model.gguf --vram 8G         what stays in GPU memory, what is streamed
+    kqprefill inspect model.gguf                what the file holds
+    kqprefill doctor                            what there is to run on
     """
 
 
-for command in (run, bench, plan, synth, tokenize):
+for command in (run, bench, plan, inspect, tokenize, synth, doctor, cache):
     cli.add_command(command)
 
 

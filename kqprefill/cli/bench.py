@@ -12,7 +12,7 @@ import click
 
 from ..backends.wake import wake_gpu
 from ..errors import InputError
-from .common import device_options, load_lines, memory_option, open_file, progress_bars, size, volume_options, warner
+from .common import device_options, load_lines, memory_option, open_file, progress_bars, size, table, volume_options, warner
 
 
 _WARM_UP = 2  # runs; on a GPU the first compiles, and the second makes the CUDA graph of a short prompt
@@ -111,9 +111,9 @@ def _markdown(rows):
         ]
         for row in rows
     ]  # fmt: skip
-    table = _table(head, lines)
+    speeds = table(head, lines)
     if "stages" not in rows[0]:
-        return table
+        return speeds
     head = ["test", "stage", "ms", "share", "TFLOP/s", "GB/s of weights"]
     lines = []
     for row in rows:
@@ -125,13 +125,7 @@ def _markdown(rows):
             ]
             share = f"{100 * stage['ms'] / total:.1f}%"
             lines.append([f"pp{row['prompt_tokens']}", name, f"{stage['ms']:.2f}", share, *rates])
-    return table + "\n\n" + _table(head, lines)
-
-
-def _table(head, lines):
-    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
-    cells = [head, ["-" * width for width in widths], *lines]
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in cells)
+    return speeds + "\n\n" + table(head, lines)
 
 
 def _csv(rows):

@@ -175,6 +175,13 @@ def warner(quiet):
     return (lambda line: None) if quiet else (lambda line: click.echo(f"kqprefill: {line}", err=True))
 
 
+def table(head, lines):
+    """Markdown, its columns aligned."""
+    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
+    cells = [head, ["-" * width for width in widths], *lines]
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in cells)
+
+
 def size(nbytes):
     """Bytes for people."""
     for unit in ("B", "KiB", "MiB"):

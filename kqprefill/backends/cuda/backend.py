@@ -57,7 +57,8 @@ class CudaBackend(Backend):
     def new_cache(self, model, capacity):
         with cuda_errors("making a cache"):
             kind = DeviceCache
-            if self.plan.nbytes + self._cache_bytes() + kind.bytes_needed(model.config, capacity) > self._budget:
+            others = self.plan.nbytes - self.plan.parts.get("caches", 0) + self._cache_bytes()
+            if others + kind.bytes_needed(model.config, capacity) > self._budget:
                 kind = HostCache
                 self._make_room(model, self.plan.tokens, kind.bytes_needed(model.config, capacity), lambda *_: None)
             cache = kind(self.gpu, model.config, capacity)
@@ -69,8 +70,8 @@ class CudaBackend(Backend):
             self.gpu.device.set_current()
             if self._ran:
                 self.weights.settle()
-            if len(batch.tokens) > self.plan.tokens:
-                self._make_room(model, len(batch.tokens), 0, progress)
+            if len(batch.tokens) > self.plan.tokens or self.weights.plan is None:
+                self._make_room(model, max(len(batch.tokens), self.plan.tokens), 0, progress)
             ops = CudaOps(self, model.config, batch, cache)
             if (ops.n, logits) not in self._prepared:
                 ops.prepare(model, logits, progress)
@@ -89,7 +90,8 @@ class CudaBackend(Backend):
     def _make_room(self, model, tokens, more, progress):
         """Let layers leave the device where a batch of so many tokens, or `more` bytes for a cache, need their room."""
         plan = make_plan(model, self.gpu, self.hopper, self._budget, tokens, self._cache_bytes() + more)
-        if (plan.resident, plan.slot_bytes, plan.tile_bytes) != (self.plan.resident, self.plan.slot_bytes, self.plan.tile_bytes):
+        placed = self.weights.plan
+        if placed is None or (plan.resident, plan.slot_bytes, plan.tile_bytes) != (placed.resident, placed.slot_bytes, placed.tile_bytes):
             self._graphs.clear()
             self.weights.place(plan, progress)
         self.plan = plan

@@ -15,6 +15,7 @@ from .device import cuda_errors, import_cuda
 _INCLUDE = re.compile(r'^\s*#include\s+"([^"]+)"\s*$')
 _CACHE_VERSION = 1  # part of every key: raise it when the entries' layout changes
 _DIGEST = hashlib.sha256
+_ENTRY = re.compile(r"[0-9a-f]{64}\.(cubin|ptx)|tmp\w+\.tmp")
 
 
 def kernel_folder():
@@ -119,6 +120,31 @@ class KernelCache:
         code = compile_program(program, code_type, arch)
         self._write(path, code)
         return code, False
+
+    def held(self):
+        """(entries, bytes) on disk."""
+        sizes = [path.stat().st_size for path in self._entries()]
+        return len(sizes), sum(sizes)
+
+    def clear(self):
+        """Remove all entries; (how many, their bytes). Raises OSError where one cannot be removed."""
+        held = self.held()
+        for path in self._entries():
+            path.unlink(missing_ok=True)
+        return held
+
+    def why_off(self):
+        """Why nothing is kept, in a line, or None."""
+        if self.folder.exists() and not self._is_ours():
+            return f"{self.folder} is not yours alone: chown it, and chmod go-w"
+        parent = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
+        return None if os.access(parent, os.W_OK) else f"{parent} cannot be written; set KQPREFILL_CACHE_DIR"
+
+    def _entries(self):
+        """Our own files, and what a killed process left of one; nothing else that may lie there."""
+        if not self._is_ours():
+            return []
+        return [path for path in self.folder.iterdir() if _ENTRY.fullmatch(path.name)]
 
     def _key(self, program, code_type, arch):
         from cuda.bindings import nvrtc

@@ -63,14 +63,16 @@ def tile_bytes(tensors):
 class DeviceWeights:
     """A model's tensors on the device: those of a Plan's resident layers, and of the layer that is computed.
 
-    loaded: (bytes, seconds) of the last upload of weights that stay.
+    plan: what is placed; None where placing has failed. loaded: (bytes, seconds) of the last upload of weights that stay.
     """
+
+    plan = None
 
     def __init__(self, gpu, kernels, family):
         self._gpu, self._kernels, self._family = gpu, kernels, family
         self._buffers = {}  # "output", "embedding", a layer or "streamed": device memory
         self._matrices, self._vectors, self._made, self._spans = {}, {}, {}, []
-        self._staging, self._plan, self._coming = None, None, deque()
+        self._staging, self._coming = None, deque()
         self._absmax = {}
         self._pieces = {}  # streamed layer: its Pieces
         for weight in family.matrices():
@@ -88,6 +90,7 @@ class DeviceWeights:
     def place(self, plan, progress):
         """Make the device hold what the plan says; progress("load", done, total) hears of what is uploaded."""
         self._stop_streaming()
+        self.plan = None
         for layer in plan.streamed:
             if layer in self._buffers:
                 self._buffers.pop(layer).close(self._gpu.stream)
@@ -102,8 +105,13 @@ class DeviceWeights:
         missing = [key for key in groups if key not in self._buffers and key not in plan.streamed]
         begin = time.perf_counter()
         self._staging = Staging(self._gpu, self._kernels, STAGING_SLOTS, plan.slot_bytes, plan.host_bytes)
-        self._load([(key, groups[key]) for key in missing], plan.slot_bytes, progress)
-        self._plan = plan
+        try:
+            self._load([(key, groups[key]) for key in missing], plan.slot_bytes, progress)
+        except BaseException:
+            for key in missing:  # whatever has come of them
+                if buffer := self._buffers.pop(key, None):
+                    buffer.close(self._gpu.stream)
+            raise
         if not plan.streamed:
             self._staging.end()
         self._gpu.stream.sync()
@@ -113,6 +121,7 @@ class DeviceWeights:
         for layer in plan.streamed:
             matrices = self._lay_out(layers[layer], int(buffer.handle))
             self._pieces[layer] = [Piece(m, 0, t.data.reshape(m.rows, -1)) for t, m in zip(layers[layer], matrices)]
+        self.plan = plan
 
     def settle(self):
         """Unlock the host's pages that only loading read. It takes 10 ms a gigabyte, which a first batch need not wait for."""
@@ -156,7 +165,7 @@ class DeviceWeights:
 
     @property
     def streaming(self):
-        return self._plan is not None and bool(self._plan.streamed)
+        return self.plan is not None and bool(self.plan.streamed)
 
     def on_host(self, weight):
         """Whether a matrix (the embedding) is not on the device at all."""
@@ -173,7 +182,7 @@ class DeviceWeights:
             return
         if self._coming[0][0] != index:  # an earlier batch broke off
             self._coming.clear()
-            self._next = self._plan.streamed.index(index)
+            self._next = self.plan.streamed.index(index)
             self.prefetch()
         self._staging.unpack(self._coming.popleft()[1])
 
@@ -181,9 +190,9 @@ class DeviceWeights:
         """Launch the copies of the next layers that are streamed, as many as there is room for. To be called once all that
         is to run before them has been launched."""
         while self._pieces and len(self._coming) < STAGING_SLOTS:
-            layer = self._plan.streamed[self._next]
-            self._next = (self._next + 1) % len(self._plan.streamed)
-            following = self._plan.streamed[(self._next + 1) % len(self._plan.streamed)]
+            layer = self.plan.streamed[self._next]
+            self._next = (self._next + 1) % len(self.plan.streamed)
+            following = self.plan.streamed[(self._next + 1) % len(self.plan.streamed)]
             for piece in self._pieces[following]:
                 self._staging.read_ahead(piece.data)
             self._coming.append((layer, self._staging.bring(self._pieces[layer])))

@@ -1,0 +1,26 @@
+"""kqprefill cache: the compiled kernels on disk."""
+
+import json
+
+import click
+
+from .common import size
+
+
+@click.command()
+@click.option("--clear", is_flag=True, help="Remove them; they are compiled again when needed.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, sizes in bytes.")
+def cache(clear, as_json):
+    """Show or clear the cache of compiled kernels ($KQPREFILL_CACHE_DIR, or kqprefill in the user's cache folder).
+
+    \b
+    kqprefill cache
+    """
+    from ..backends.cuda.compiler import KernelCache
+
+    kernels = KernelCache()
+    count, nbytes = kernels.clear() if clear else kernels.held()
+    if as_json:
+        click.echo(json.dumps({"folder": str(kernels.folder), "kernels": count, "bytes": nbytes, "cleared": clear}))
+    else:
+        click.echo(f"{kernels.folder}: {count} programs, {size(nbytes)}" + (" removed" if clear else ""))

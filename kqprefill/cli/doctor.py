@@ -1,0 +1,70 @@
+"""kqprefill doctor: what there is to run on, what will run, and what to mend."""
+
+from importlib.metadata import PackageNotFoundError, version
+import json
+import platform
+
+import click
+
+from .common import size
+
+
+@click.command()
+@click.option("--device", default=0, metavar="N", envvar="KQPREFILL_DEVICE", help="CUDA device number.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.pass_context
+def doctor(context, device, as_json):
+    """Say whether the GPU can be used, with which kernels, and what to do where something is wrong.
+
+    Exit status 1 where the GPU cannot be used (the CPU always can).
+
+    \b
+    kqprefill doctor
+    """
+    from ..backends.cuda.compiler import KernelCache, target_of
+    from ..backends.cuda.device import Gpu
+    from ..errors import BackendError
+
+    found, problems = {"kqprefill": _version("kqprefill"), "python": platform.python_version()}, []
+    for package in ("numpy", "gguf", "cuda-python", "cuda-core", "nvidia-cuda-nvrtc", "tokenizers"):
+        found[package] = _version(package)
+    if found["tokenizers"] is None:
+        problems.append("tokenizers is not installed: --prompt needs it for byte-level vocabularies (pip install 'kqprefill[text]')")
+    try:
+        gpu = Gpu(device)
+    except BackendError as error:
+        found["gpu"], usable = None, False
+        problems.append(f"the CPU will run: {error}")
+    else:
+        usable, (free, total) = True, gpu.memory()
+        found["gpu"] = f"{gpu.name}, compute capability {gpu.capability[0]}.{gpu.capability[1]}"
+        found["memory"] = f"{size(free)} free of {size(total)}"
+        driver = gpu.driver.cuDriverGetVersion()[1]
+        found["driver"] = f"for CUDA {driver // 1000}.{driver % 1000 // 10}"
+        try:
+            found["kernels"] = f"{'Hopper' if gpu.capability == (9, 0) else 'portable'}, compiled to {' for '.join(target_of(gpu.capability))}"
+        except (BackendError, ImportError, RuntimeError) as error:
+            usable = False
+            problems.append(f"kernels cannot be compiled: {error}; pip install 'nvidia-cuda-nvrtc>=13,<14'")
+        gpu.close()
+    cache = KernelCache()
+    count, nbytes = cache.held()
+    found["kernel cache"] = f"{cache.folder}: {count} programs, {size(nbytes)}"
+    if why := cache.why_off():
+        problems.append(f"every start compiles its kernels: {why}")
+    if as_json:
+        click.echo(json.dumps({"usable": usable, "found": found, "problems": problems}, ensure_ascii=False))
+    else:
+        width = max(map(len, found))
+        for name, value in found.items():
+            click.echo(f"{name:{width}}  {value or 'none'}")
+        for problem in problems:
+            click.echo(f"! {problem}")
+    context.exit(0 if usable else 1)
+
+
+def _version(package):
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
