@@ -72,7 +72,7 @@ def main():
                     else:
                         gemm.linear(x, matrices[layer], out, tokens, scale, 0, add=False)
 
-                blocks = tile._count(tokens, sum(m.row_tiles for m in matrices[0]))
+                blocks = tile._count(tokens, sum(m.row_tiles for m in matrices[0]), experts=0)
                 rounds = -(-blocks // gpu.multiprocessors)
                 step = microseconds(gpu, launch) * 1e3 / (columns / K_MULTIPLE)
                 costs[tile].setdefault(rounds == 1, []).append(step / rounds)

@@ -102,7 +102,7 @@ def test_golden_prompts(gemma):  # noqa: F811
         assert tokenizer.encode(str(golden[f"{prompt}/text"])) == golden[f"{prompt}/tokens"].tolist()
 
 
-KINDS = "llama-spm phi-3 llama-bpe qwen2 qwen35 gpt-2 starcoder refact command-r mpt falcon".split()
+KINDS = "llama-spm phi-3 llama-bpe qwen2 qwen35 gpt-2 starcoder refact command-r mpt falcon deepseek-llm deepseek-coder".split()
 
 
 @pytest.mark.parametrize("name", KINDS)

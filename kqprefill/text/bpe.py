@@ -26,6 +26,10 @@ _PATTERNS = {  # one after another, each cutting what the one before left
         r"[一-龥぀-ゟ゠-ヿ]+",
         r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     ],
+    "deepseek-llm": [
+        r"[\r\n]", r"\s?[\p{Lu}\p{Ll}\p{Lt}]+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", r"[一-龥ࠀ-一가-퟿]+", r"\p{N}+",
+    ],  # fmt: skip
+    "deepseek-coder": [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", r"\p{N}"],
     "falcon": [r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]"],
     "default": [r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"],
 }
@@ -39,6 +43,8 @@ _BY_NAME = {
     "tekken": "tekken",
     "gpt4o": "gpt-4o llama4 kanana2 minimax-m2",
     "deepseek3": "deepseek-v3 hunyuan-dense joyai-llm",
+    "deepseek-llm": "deepseek-llm",
+    "deepseek-coder": "deepseek-coder",
     "falcon": "falcon",
     "default": "default",
 }
