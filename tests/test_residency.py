@@ -1,5 +1,6 @@
 """What stays on the GPU and what is streamed: the plan, that results do not depend on it, and what is said where nothing fits."""
 
+from dataclasses import replace
 import itertools
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from kqprefill.backends.cuda.cache import DeviceCache, HostCache
 from kqprefill.backends.cuda.memory import host_memory
 from kqprefill.backends.cuda.residency import CONTEXT_BYTES, H100, estimate, make_plan
 from kqprefill.engine.model import open_model
+from kqprefill.gguf import GGUFFile
 from kqprefill.gguf.synthetic import Shape, SyntheticFile
 from kqprefill.gguf.types import GGML
 from kqprefill.models import read_model
@@ -73,6 +75,26 @@ def test_too_small_is_one_line_with_a_way_out(gib, tokens, way_out):
     line = str(error.value)
     assert "\n" not in line and f"{tokens} tokens need at least" in line and way_out in line and f"{gib}.00 GiB" in line
     assert "activations" in line and "--vram" in line
+
+
+def test_models_that_cuda_does_not_run_are_refused():
+    with GGUFFile(EXAMPLE) as file:
+        family = read_model(file)
+        family.on_cuda = False
+        with pytest.raises(kqprefill.BackendError, match="qwen3 does not run on CUDA yet; use --backend cpu"):
+            make_plan(family, H100, True, 80 * GIB, 100)
+    family = read_model(SyntheticFile.named("qwen3-30b-a3b:Q4_K_M"))
+    family.experts = replace(family.experts, used=33)
+    with pytest.raises(kqprefill.BackendError, match="33 of 128 experts do not run on CUDA"):
+        make_plan(family, H100, True, 80 * GIB, 100)
+
+
+def test_experts_are_planned_for():
+    plan = plan_of("qwen3-30b-a3b:Q4_K_M", 8 * GIB, 4096)
+    assert plan.streamed and plan.resident and plan.nbytes <= 8 * GIB
+    family = read_model(SyntheticFile.named("qwen3-30b-a3b:Q4_K_M"))
+    dense = estimate(plan_of("qwen3-8b:Q4_K_M", 80 * GIB, 4096), read_model(SyntheticFile.named("qwen3-8b:Q4_K_M")), H100)
+    assert estimate(plan, family, H100)["compute_seconds"] < dense["compute_seconds"]  # 8 of 128 are used
 
 
 def test_the_estimate_knows_which_bound_holds():

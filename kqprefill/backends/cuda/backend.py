@@ -2,12 +2,10 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
-from ...errors import BackendError
 from ..base import Backend
 from ..timeline import Timeline
 from .cache import DeviceCache, HostCache
 from .device import Gpu, cuda_errors
-from .experts import MOST_EXPERTS, MOST_USED
 from .graphs import Graphs
 from .kernels import Kernels, programs_for
 from .memory import Workspace
@@ -33,13 +31,6 @@ class CudaBackend(Backend):
         self._ran = False  # whether a batch has been through
 
     def load(self, model, progress, vram=None, tokens=None):
-        if not model.on_cuda:
-            raise BackendError(f"{model.file.path}: {model.architecture} does not run on CUDA yet; use --backend cpu")
-        if model.has_experts and (model.experts.count > MOST_EXPERTS or model.experts.used > MOST_USED):
-            raise BackendError(
-                f"{model.file.path}: {model.experts.used} of {model.experts.count} experts do not run on CUDA (at most {MOST_USED} of "
-                f"{MOST_EXPERTS}); use --backend cpu"
-            )
         types = {weight.tensor.type for weight in model.matrices()}
         tokens = min(tokens or PLANNED_TOKENS, model.config.context_length)
         with cuda_errors("loading the model"):

@@ -10,6 +10,7 @@ import math
 from types import SimpleNamespace
 
 from ...errors import BackendError
+from .experts import MOST_EXPERTS, MOST_USED
 from .memory import WINDOW, aligned, host_memory
 from .rehearsal import rehearse
 from .staging import STAGING_BYTES, STAGING_SLOTS
@@ -68,8 +69,16 @@ def budget_of(gpu, vram):
 def make_plan(family, facts, hopper, budget, tokens, cache_bytes=0):
     """A Plan for a model on a GPU (facts: what Rehearsal asks for) that may take `budget` bytes.
 
-    cache_bytes: device memory that caches hold. Raises BackendError where even streaming every layer takes more.
+    cache_bytes: device memory that caches hold. Raises BackendError where even streaming every layer takes more, and for a
+    model whose layers CUDA does not have all of.
     """
+    if not family.on_cuda:
+        raise BackendError(f"{family.file.path}: {family.architecture} does not run on CUDA yet; use --backend cpu")
+    if family.has_experts and (family.experts.count > MOST_EXPERTS or family.experts.used > MOST_USED):
+        raise BackendError(
+            f"{family.file.path}: {family.experts.used} of {family.experts.count} experts do not run on CUDA (at most {MOST_USED} of "
+            f"{MOST_EXPERTS}); use --backend cpu"
+        )
     layers = layer_tensors(family)
     tiles = [tile_bytes(tensors) for tensors in layers]
     raw = [sum(aligned(t.nbytes) for t in tensors) for tensors in layers]
