@@ -7,6 +7,7 @@ distribution of llama-cpp-python on PyPI contains it).
 import os
 from pathlib import Path
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -146,7 +147,7 @@ def test_prompts_that_are_none(args, stdin, complaint):
 def test_tokenizing_without_the_library_says_what_to_install(tmp_path):
     (tmp_path / "tokenizers.py").write_text("raise ImportError('not here')")
     done = subprocess.run(
-        ["python3", "-m", "kqprefill", "tokenize", str(EXAMPLE), "x"], capture_output=True,
+        [sys.executable, "-m", "kqprefill", "tokenize", str(EXAMPLE), "x"], capture_output=True,
         env={**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
     )  # fmt: skip
     assert done.returncode == 2 and b"pip install 'kqprefill[text]'" in done.stderr

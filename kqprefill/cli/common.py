@@ -72,35 +72,24 @@ def load_lines(model):
 
 def read_text(text, option):
     """A prompt as it is, from stdin (`-`) or from a file (`@FILE`). Raises InputError."""
-    where = "stdin" if text == STDIO else text[1:] if text.startswith("@") else option
     try:
         if text == STDIO:
             return sys.stdin.buffer.read().decode("utf-8")
         if text.startswith("@"):
-            with open(where, "rb") as file:
+            with open(text[1:], "rb") as file:
                 return file.read().decode("utf-8")
     except OSError as error:
         raise InputError(f"{option} {text}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{where}: byte {error.start} is no UTF-8; prompts are text") from None
+        raise InputError(f"{option} {text}: not a text file (byte {error.start} is no UTF-8)") from None
     return text
 
 
 def read_tokens(text):
     """IDs from `1,2,3` or `1 2 3`, from stdin (`-`) or from a file (`@FILE`). Raises InputError."""
-    if text == STDIO:
-        text, where = sys.stdin.read(), "stdin"
-    elif text.startswith("@"):
-        where = text[1:]
-        try:
-            with open(where, encoding="utf-8") as file:
-                text = file.read()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--tokens {text}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
-    else:
-        where = "--tokens"
+    where = "stdin" if text == STDIO else text[1:] if text.startswith("@") else "--tokens"
     ids = []
-    for word in text.replace(",", " ").split():
+    for word in read_text(text, "--tokens").replace(",", " ").split():
         try:
             ids.append(int(word))
         except ValueError:

@@ -51,9 +51,13 @@ def run(model, tokens, prompt, as_json, as_text, logits, all_positions, backend,
         # The output is opened before the work, so that a path that can't be written costs no time.
         output = stack.enter_context(output_file(logits)) if logits is not None else None
         progress = stack.enter_context(progress_bars(not quiet))
-        file = GGUFFile(model)
+        file = stack.enter_context(GGUFFile(model))
         if ids is None:
-            ids = _tokenize(file, words)
+            from ..text import Tokenizer
+
+            ids = Tokenizer(file.metadata, file.path).encode(words)
+            if not ids:
+                raise InputError("--prompt: the prompt is empty")
         loaded = stack.enter_context(
             open_model(file, backend, device, kernels, progress, warner(quiet), vram, max_tokens=len(ids))
         )
@@ -91,16 +95,3 @@ def run(model, tokens, prompt, as_json, as_text, logits, all_positions, backend,
         click.echo(json.dumps(described, ensure_ascii=False))
     elif logits != STDIO:
         click.echo(described["text"] if as_text and described["text"] is not None else result.token)
-
-
-def _tokenize(file, words):
-    from ..text import Tokenizer
-
-    try:
-        ids = Tokenizer(file.metadata, file.path).encode(words)
-        if not ids:
-            raise InputError("--prompt: the prompt is empty")
-    except BaseException:
-        file.close()
-        raise
-    return ids

@@ -9,6 +9,12 @@ from .family import Family
 class Gemma(Family):
     architecture = "gemma"
 
+    def scale_by_size(self, blocks_27b):
+        """Set attention_scale: the later 27B models scale q by their width a head, all others by the head's dimension."""
+        c = self.config
+        per_head = c.embedding_length / c.head_count if c.block_count == blocks_27b else c.head_dim
+        self.attention_scale = 1 / math.sqrt(per_head)
+
     def embed(self, ops, tokens):
         return ops.embed(self.token_embd, tokens, scale=math.sqrt(self.config.embedding_length))
 

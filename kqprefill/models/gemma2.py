@@ -1,11 +1,9 @@
 """Gemma 2 (arXiv 2408.00118): norms before and after each half of a layer, every other layer with a sliding window, attention
 scores and logits capped softly."""
 
-import math
-
 from .gemma import Gemma
 
-_BLOCKS_27B = 46  # the 27B model scales q by its width a head, the others by the head's dimension
+_BLOCKS_27B = 46
 
 
 class Gemma2(Gemma):
@@ -17,12 +15,10 @@ class Gemma2(Gemma):
 
     def read_hyper_parameters(self):
         super().read_hyper_parameters()
-        c = self.config
         self.window = self.meta.integer("attention.sliding_window", 4096)
         self.softcap = self.meta.number("attn_logit_softcapping", 50.0)
         self.final_softcap = self.meta.number("final_logit_softcapping", 30.0)
-        per_head = c.embedding_length / c.head_count if c.block_count == _BLOCKS_27B else c.head_dim
-        self.attention_scale = 1 / math.sqrt(per_head)
+        self.scale_by_size(_BLOCKS_27B)
 
     def layer(self, ops, w, x, index):
         window = self.window if index % 2 == 0 else None

@@ -1,14 +1,12 @@
 """Gemma 3 (arXiv 2503.19786): norms before and after each half of a layer, GeGLU, five layers of sliding-window
 attention to one of full attention, each kind with its own rotary base. GGUF holds the norm weights with their 1 added."""
 
-import math
+from .gemma import Gemma
 
-from .family import Family
-
-_BLOCKS_27B = 62  # the 27B model scales q by its width a head, the others by the head's dimension
+_BLOCKS_27B = 62
 
 
-class Gemma3(Family):
+class Gemma3(Gemma):
     architecture = "gemma3"
 
     def block_shapes(self):
@@ -17,16 +15,11 @@ class Gemma3(Family):
         return {**super().block_shapes(), **norms}
 
     def read_hyper_parameters(self):
-        c = self.config
         self.rope_global = self.read_rope()
         self.rope_local = self.read_rope(base=self.meta.number("rope.freq_base_swa", 10000.0), scaled=False)
         self.window = self.meta.integer("attention.sliding_window")
         self.pattern = self.meta.integer("attention.sliding_window_pattern", 6)
-        per_head = c.embedding_length / c.head_count if c.block_count == _BLOCKS_27B else c.head_dim
-        self.attention_scale = 1 / math.sqrt(per_head)
-
-    def embed(self, ops, tokens):
-        return ops.embed(self.token_embd, tokens, scale=math.sqrt(self.config.embedding_length))
+        self.scale_by_size(_BLOCKS_27B)
 
     def layer(self, ops, w, x, index):
         full = (index + 1) % self.pattern == 0

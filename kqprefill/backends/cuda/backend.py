@@ -43,6 +43,7 @@ class CudaBackend(Backend):
                 compiled = pool.submit(self.kernels.prepare, products, progress)
                 self.weights.place(plan, progress)
                 compiled.result()
+            self._prepared.add((tokens, None))
             self.plan = plan
 
     def new_cache(self, model, capacity):

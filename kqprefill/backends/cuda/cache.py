@@ -8,7 +8,7 @@ import numpy as np
 from ...errors import BackendError
 from ..base import Cache
 from .device import check, cuda_errors
-from .memory import WINDOW, host_memory, populate
+from .memory import WINDOW, gib, host_memory, populate
 from .tiles import padded_head
 
 _THREADS = 8
@@ -63,8 +63,8 @@ class HostCache(DeviceCache):
         nbytes, most = DeviceCache.bytes_needed(config, capacity), host_memory() * 3 // 4
         if nbytes > most:
             raise BackendError(
-                f"a cache of {capacity} tokens needs {nbytes / 2**30:.2f} GiB of host memory, as the GPU has no room for it; "
-                f"at most {most / 2**30:.2f} GiB can be locked"
+                f"a cache of {capacity} tokens needs {gib(nbytes)} of host memory, as the GPU has no room for it; "
+                f"at most {gib(most)} can be locked"
             )
         super().__init__(gpu, config, capacity)
         self._row = self._half // capacity
@@ -79,7 +79,7 @@ class HostCache(DeviceCache):
             for begin in range(0, len(self._host), WINDOW):
                 address = self._array.ctypes.data + begin
                 pool.submit(populate, address, min(WINDOW, len(self._host) - begin), write=True)
-        with cuda_errors(f"page-locking {self._array.nbytes / 2**30:.2f} GiB of host memory for a cache of {capacity} tokens"):
+        with cuda_errors(f"page-locking {gib(self._array.nbytes)} of host memory for a cache of {capacity} tokens"):
             check(gpu.driver.cuMemHostRegister(self._array.ctypes.data, self._array.nbytes, 0))
 
     @staticmethod
@@ -104,8 +104,8 @@ class HostCache(DeviceCache):
 
     def _copy_in(self, layer, start):
         # The stream's order has this layer's room copied out of before it is written.
-        for address, kept in zip(self.addresses(layer), self._array[layer]):
-            if start:
+        if start:
+            for address, kept in zip(self.addresses(layer), self._array[layer]):
                 self._gpu.upload(address, kept[:start], self._stream)
         self._stream.record(self._ready[layer % 2])
 

@@ -19,6 +19,11 @@ def aligned(nbytes):
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
+def gib(nbytes):
+    """For people."""
+    return f"{nbytes / 2**30:.2f} GiB"
+
+
 def host_memory(cgroups="/sys/fs/cgroup", membership="/proc/self/cgroup"):
     """Bytes of main memory that this process may use: the machine's, or what its control groups (v2) allow."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]

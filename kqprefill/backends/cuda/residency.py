@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 from ...errors import BackendError
 from .experts import MOST_EXPERTS, MOST_USED
-from .memory import WINDOW, aligned, host_memory
+from .memory import WINDOW, aligned, gib, host_memory
 from .rehearsal import rehearse
 from .staging import STAGING_BYTES, STAGING_SLOTS
 from .tiles import TILE_ROWS
@@ -113,10 +113,10 @@ def make_plan(family, facts, hopper, budget, tokens, cache_bytes=0):
         found = plan(spread, work)
         if found.nbytes <= budget:
             return found
-    takes = ", ".join(f"{name} {_gib(nbytes)}" for name, nbytes in found.parts.items())
-    way_out = "a shorter prompt" if work > found.nbytes // 2 else f"a budget of {_gib(found.nbytes)}"
+    takes = ", ".join(f"{name} {gib(nbytes)}" for name, nbytes in found.parts.items())
+    way_out = "a shorter prompt" if work > found.nbytes // 2 else f"a budget of {gib(found.nbytes)}"
     raise BackendError(
-        f"{tokens} tokens need at least {_gib(found.nbytes)} of GPU memory ({takes}), but {_gib(budget)} may be taken "
+        f"{tokens} tokens need at least {gib(found.nbytes)} of GPU memory ({takes}), but {gib(budget)} may be taken "
         f"(--vram, or what is free); {way_out} would do, or --backend cpu"
     )
 
@@ -139,7 +139,3 @@ def estimate(plan, family, facts):
         longest = next((n for n in range(64, 1 << 20, 64) if seconds(n) >= plan.streamed_bytes / bus), 1 << 20)
         found |= {"bus_seconds": plan.streamed_bytes / bus, "bus_gb_per_s": bus / 1e9, "free_from_tokens": longest}
     return found
-
-
-def _gib(nbytes):
-    return f"{nbytes / 2**30:.2f} GiB"

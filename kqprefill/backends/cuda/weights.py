@@ -9,7 +9,7 @@ import numpy as np
 
 from ...errors import BackendError
 from ...gguf import dequantize
-from .memory import aligned
+from .memory import aligned, gib
 from .staging import STAGING_BYTES, STAGING_SLOTS, Piece, Staging, pieces_of
 from .tiles import K_MULTIPLE, TILE_ROWS, unit_size
 
@@ -143,7 +143,7 @@ class DeviceWeights:
             progress("load", done, total)
 
         for key, tensors in groups:
-            self._buffers[key] = buffer = self._gpu.allocate(tile_bytes(tensors), f"weights ({total / 2**30:.2f} GiB in all)")
+            self._buffers[key] = buffer = self._gpu.allocate(tile_bytes(tensors), f"weights ({gib(total)} in all)")
             for tensor, matrix in zip(tensors, self._lay_out(tensors, int(buffer.handle))):
                 for piece in pieces_of(matrix, tensor.data, min(room, STAGING_BYTES)):
                     if filled + aligned(piece.data.nbytes) > room:
