@@ -14,7 +14,7 @@ class Sizes:
     """In place of a Workspace: the largest size asked for under each name."""
 
     def __init__(self):
-        self.sizes, self.generation = {}, 0
+        self.sizes = {}
 
     def get(self, name, nbytes):
         self.sizes[name] = max(self.sizes.get(name, 0), aligned(nbytes))
@@ -90,10 +90,10 @@ def stand_in(facts, hopper, kernels=None, host_embedding=False):
     )
 
 
-def rehearse(family, facts, hopper, tokens, cache=None, host_embedding=False):
+def rehearse(family, facts, hopper, tokens, host_embedding=False):
     """Bytes of work buffers of a prompt of that many tokens, the logits of all positions apart."""
     backend = stand_in(facts, hopper, host_embedding=host_embedding)
-    ops = CudaOps(backend, family.config, Batch(np.zeros(tokens, np.int32)), cache)
+    ops = CudaOps(backend, family.config, Batch(np.zeros(tokens, np.int32)), None)
     x = family.embed(ops, ops.batch.tokens)
     for index, weights in enumerate(family.blocks):
         ops.begin_layer(index)

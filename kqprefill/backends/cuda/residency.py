@@ -67,7 +67,7 @@ def budget_of(gpu, vram):
 
 
 def make_plan(family, facts, hopper, budget, tokens, cache_bytes=0):
-    """A Plan for a model on a GPU (facts: what Rehearsal asks for) that may take `budget` bytes.
+    """A Plan for a model on a GPU (facts: see rehearsal.stand_in) that may take `budget` bytes.
 
     cache_bytes: device memory that caches hold. Raises BackendError where even streaming every layer takes more, and for a
     model whose layers CUDA does not have all of.
