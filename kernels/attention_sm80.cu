@@ -28,11 +28,11 @@ __device__ __forceinline__ void load_rows(uint32_t destination, const half_t* so
 
 // q [T, nq, HEAD_DIM], k and v [tokens, nkv, HEAD_DIM], halves, scaled by *q_scale, *k_scale and any scale for v; out
 // [T, out_stride] halves in v's scale and operand order, head h at columns h * head_dim. scale: softmax's, for unscaled q and k.
-// window: keys a query sees, itself included; 0 for all. softcap: 0 for none.
+// window: keys a query sees, itself included; 0 for all. softcap: 0 for none. sinks: a score of each head, or null.
 extern "C" __global__ void __launch_bounds__(kThreads)
     attention(const half_t* q, const half_t* k, const half_t* v, half_t* out, const Tile* tiles, int nq, int nkv,
               int head_dim, int out_stride, float scale, const float* q_scale, const float* k_scale, int window,
-              float softcap) {
+              float softcap, const float* sinks) {
     begin_kernel();
     extern __shared__ __align__(128) uint8_t shared[];
     Tile tile = tiles[blockIdx.y];
@@ -40,8 +40,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4 * 2;
     uint64_t q_stride = static_cast<uint64_t>(nq) * HEAD_DIM, kv_stride = static_cast<uint64_t>(nkv) * HEAD_DIM;
     q += tile.q_row * q_stride + head * HEAD_DIM;
-    k += tile.kv_row * kv_stride + kv_head * HEAD_DIM;
-    v += tile.kv_row * kv_stride + kv_head * HEAD_DIM;
+    k += kv_head * HEAD_DIM;
+    v += kv_head * HEAD_DIM;
     uint32_t kv_ring = shared_address(shared), q_tile = kv_ring + 4 * kTileBytes;
 
     int last = tile.position + tile.rows;  // keys before this one are seen by some row of the tile
@@ -50,9 +50,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     auto load_kv = [&](int index) {
         if (index < tile_end) {
             uint32_t stage = kv_ring + index % 2 * (2 * kTileBytes);
-            int row = index * BLOCK_KV;
-            load_rows<BLOCK_KV>(stage, k + row * kv_stride, kv_stride, last - row);
-            load_rows<BLOCK_KV>(stage + kTileBytes, v + row * kv_stride, kv_stride, last - row);
+            int row = tile.key_row(index, BLOCK_KV), valid = last - index * BLOCK_KV;
+            load_rows<BLOCK_KV>(stage, k + row * kv_stride, kv_stride, valid);
+            load_rows<BLOCK_KV>(stage + kTileBytes, v + row * kv_stride, kv_stride, valid);
         }
         cp_async_commit();
     };
@@ -126,9 +126,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         }
     }
 
+    float sink = sink_of(sinks, head);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        float inverse = softmax.inverse_sum(r);
+        float inverse = softmax.inverse_sum(r, to_log2.factor, sink);
         int row = warp * 16 + group + r * 8;
         if (row >= tile.rows) continue;
         half_t* to = out + static_cast<uint64_t>(tile.q_row + row) * out_stride;

@@ -36,7 +36,8 @@ __device__ __forceinline__ void give_back(const Ring& ring, const RingPosition<S
 // As in attention_sm80.cu, but q, k and v by tensor maps: boxes of 64 halves by kBlockQ, BLOCK_KV and BLOCK_KV rows.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     attention(const void* q_map, const void* k_map, const void* v_map, half_t* out, const Tile* tiles, int nq, int nkv,
-              int head_dim, int out_stride, float scale, const float* q_scale, const float* k_scale, int window, float softcap) {
+              int head_dim, int out_stride, float scale, const float* q_scale, const float* k_scale, int window, float softcap,
+              const float* sinks) {
     extern __shared__ __align__(1024) uint8_t shared[];
     uint32_t base = shared_address(shared), barrier = base + kBarriers, q_full = barrier;
     Ring keys = {base + kRing, barrier + 8, barrier + 8 + 8 * STAGES};
@@ -68,8 +69,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         RingPosition<STAGES> at;
         int column = head / (nq / nkv) * HEAD_DIM;
         for (int index = begin; index < end; ++index, at.advance()) {
-            bring(keys, at, k_map, column, tile.kv_row + index * BLOCK_KV);
-            bring(values, at, v_map, column, tile.kv_row + index * BLOCK_KV);
+            int key_row = tile.key_row(index, BLOCK_KV);
+            bring(keys, at, k_map, column, key_row);
+            bring(values, at, v_map, column, key_row);
         }
         return;
     }
@@ -140,9 +142,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     multiply_values(end > begin + 1);
     wgmma_wait<0>();
 
+    float sink = sink_of(sinks, head);
 #pragma unroll
     for (int r = 0; r < 2; ++r, row += 8) {
-        float inverse = softmax.inverse_sum(r);
+        float inverse = softmax.inverse_sum(r, to_log2.factor, sink);
         if (row >= tile.rows) continue;
         half_t* to = out + static_cast<uint64_t>(tile.q_row + row) * out_stride;
         // In operand order, a thread's pairs of every other eight columns are neighbours: 16 bytes of each 64 columns.

@@ -187,7 +187,7 @@ __device__ __forceinline__ void for_each_pair(Tile tile, int first_frag, int fra
         }
 }
 
-// out = acc / (*x_scale * *w_scale) + bias + residual, float32, rows `ldo` apart; bias and residual may be null, and
+// out = acc / (*x_scale * *w_scale) + bias + residual, float32, rows `ldo` apart; bias (a row for each expert) and residual may be null, and
 // residual may be out itself.
 extern "C" __global__ void __launch_bounds__(kThreads)
     gemm_linear(const half_t* x, const half_t* w, int m, int n, int k, float* out, int ldo, const float* x_scale,
@@ -203,8 +203,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
             uint64_t at = static_cast<uint64_t>(row) * ldo + column;
             float a = acc[i][j][2 * half] * alpha, b = acc[i][j][2 * half + 1] * alpha;
             if (bias != nullptr) {
-                a += bias[column];
-                if (both) b += bias[column + 1];
+                a += bias[tile.expert * n + column];
+                if (both) b += bias[tile.expert * n + column + 1];
             }
             if (both && paired) {
                 float2 r = residual != nullptr ? *reinterpret_cast<const float2*>(residual + at) : make_float2(0.0f, 0.0f);
@@ -218,7 +218,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 }
 
 // out[m, f] = half(*out_scale * act(gate) * up), rows `ldo` apart, in operand order: w's rows are gate and up, 8 and 8 in turn
-// (dequantize's `gated`), with room for `width` of each; gate_bias and up_bias [features] may be null. Columns from
+// (dequantize's `gated`), with room for `width` of each; gate_bias and up_bias [features], for each expert, may be null. Columns from
 // `features` to `width` become zero.
 extern "C" __global__ void __launch_bounds__(kThreads)
     gemm_gated(const half_t* x, const half_t* w, int m, int features, int width, int k, half_t* out, int ldo,
@@ -236,9 +236,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
             for (int c = 0; c < 2; ++c) {
                 bool inside = f + c < features;
                 float gate = acc[i][j][2 * half + c] * alpha, up = acc[i][j + 1][2 * half + c] * alpha;
-                if (gate_bias != nullptr && inside) gate += gate_bias[f + c];
-                if (up_bias != nullptr && inside) up += up_bias[f + c];
-                y[c] = inside ? activate(gate, activation) * up * scale : 0.0f;
+                if (gate_bias != nullptr && inside) gate += gate_bias[tile.expert * features + f + c];
+                if (up_bias != nullptr && inside) up += up_bias[tile.expert * features + f + c];
+                y[c] = inside ? gated(gate, up, activation) * scale : 0.0f;
             }
             *reinterpret_cast<uint32_t*>(out + static_cast<uint64_t>(row) * ldo + operand_position(f)) = pack_half2(y[0], y[1]);
         });

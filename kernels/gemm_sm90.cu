@@ -264,8 +264,8 @@ struct Consumer {
     }
 };
 
-// Multiplies this block's tiles; calls write(accumulators, alpha, row tiles, row, first token, their end) after each: accumulators 4j + 2i
-// and 4j + 2i + 1 of a thread are row `row` of row tile i, tokens 8j + lane%4*2 and the next.
+// Multiplies this block's tiles; calls write(accumulators, alpha, row tiles, row, first token, their end, expert) after each: accumulators
+// 4j + 2i and 4j + 2i + 1 of a thread are row `row` of row tile i, tokens 8j + lane%4*2 and the next.
 template <class Write>
 __device__ __forceinline__ void consume(const Rings& rings, const Matrices& matrices, const Rows& rows, int units, int row_tiles, float alpha, float scale, Write write) {
     Consumer consumer = {rings, units, static_cast<int>(threadIdx.x) / 128 * TILES, row_of_thread(), static_cast<int>(threadIdx.x) % 4 * 16, scale};
@@ -276,7 +276,7 @@ __device__ __forceinline__ void consume(const Rings& rings, const Matrices& matr
         RowTile tiles[TILES];
 #pragma unroll
         for (int i = 0; i < TILES; ++i) tiles[i] = tile(i);
-        write(acc, alpha, tiles, consumer.row, walk.first_token(), rows.end(walk.token_tile()));
+        write(acc, alpha, tiles, consumer.row, walk.first_token(), rows.end(walk.token_tile()), walk.expert());
     }
 }
 
@@ -326,7 +326,7 @@ __device__ __forceinline__ void run(const Matrices& matrices, const void* x_map,
 #if !GATED
 
 // out = acc / (*x_scale * *w_scale) + bias (+ out, if `add`), float32, rows `ldo` apart: the matrices' outputs side by side.
-// bias may be null. x_map: x's tensor map, boxes of 64 halves by TOKENS. groups, group_count: see Rows.
+// bias, a row for each expert, may be null. x_map: x's tensor map, boxes of 64 halves by TOKENS. groups, group_count: see Rows.
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(kThreads, BLOCKS)
     gemm_linear(const uint8_t* w0, int rows0, int format0, const uint8_t* w1, int rows1, int format1, const uint8_t* w2,
                 int rows2, int format2, const void* x_map, int m, int k, float* out, int ldo, const float* x_scale,
@@ -334,13 +334,13 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(kTh
     Matrices matrices = {{w0, w1, w2}, {rows0, rows1, rows2}, {format0, format1, format2}};
     int row_tiles = whole_tiles(rows0) + whole_tiles(rows1) + whole_tiles(rows2);
     Rows rows = {m, groups, group_count};
-    run(matrices, x_map, rows, k, x_scale, w_scale, row_tiles, [&](Accumulators& acc, float alpha, const RowTile (&tiles)[TILES], int row, int token, int end) {
+    run(matrices, x_map, rows, k, x_scale, w_scale, row_tiles, [&](Accumulators& acc, float alpha, const RowTile (&tiles)[TILES], int row, int token, int end, int expert) {
         token += threadIdx.x % 4 * 2;
 #pragma unroll
         for (int i = 0; i < TILES; ++i) {
             if (row >= tiles[i].rows) continue;
             int column = tiles[i].column + row;
-            float b = bias != nullptr ? bias[column] : 0.0f;
+            float b = bias != nullptr ? bias[expert * rows0 + column] : 0.0f;
             float* to = out + static_cast<uint64_t>(token) * ldo + column;
 #pragma unroll
             for (int j = 0; j < TOKENS / 8; ++j, to += 8 * static_cast<uint64_t>(ldo))
@@ -356,8 +356,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(kTh
 
 #else
 
-// out[m, f] = half(*out_scale * act(gate) * up), rows `ldo` apart, in operand order; gate_bias and up_bias [features] may be
-// null. Columns from `features` to the next multiple of 64 become zero.
+// out[m, f] = half(*out_scale * act(gate) * up), rows `ldo` apart, in operand order; gate_bias and up_bias [features], for each
+// expert, may be null. Columns from `features` to the next multiple of 64 become zero.
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(kThreads, BLOCKS)
     gemm_gated(const uint8_t* gate, const uint8_t* up, int features, const void* x_map, int m,
                int k, half_t* out, int ldo, const float* x_scale, const float* w_scale, const float* gate_bias,
@@ -365,13 +365,13 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(kTh
     Matrices matrices = {{gate, up, nullptr}, {features, features, 0}, {0, 0, 0}};
     int row_tiles = 2 * ceil_div(features, kOperandGroup) * (kOperandGroup / kTileRows);
     Rows rows = {m, groups, group_count};
-    run(matrices, x_map, rows, k, x_scale, w_scale, row_tiles, [&](Accumulators& acc, float alpha, const RowTile (&tiles)[TILES], int row, int token, int end) {
+    run(matrices, x_map, rows, k, x_scale, w_scale, row_tiles, [&](Accumulators& acc, float alpha, const RowTile (&tiles)[TILES], int row, int token, int end, int expert) {
         token += threadIdx.x % 4 * 2;
         int f = tiles[0].column + row;
         float scale = *out_scale;
         bool inside = f < ceil_div(features, kOperandGroup) * kOperandGroup;
-        float gate_b = gate_bias != nullptr && f < features ? gate_bias[f] : 0.0f;
-        float up_b = up_bias != nullptr && f < features ? up_bias[f] : 0.0f;
+        float gate_b = gate_bias != nullptr && f < features ? gate_bias[expert * features + f] : 0.0f;
+        float up_b = up_bias != nullptr && f < features ? up_bias[expert * features + f] : 0.0f;
         // Of the outputs of 16 tokens, in two batches of 8: a thread has two neighbouring tokens of one f in each. Lanes of
         // neighbouring f trade a token, then those of neighbouring pairs of f trade a batch, so that each writes four
         // neighbours of one token.
@@ -389,7 +389,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(kTh
                 for (int c = 0; c < 2; ++c) {
                     int at = 4 * (j + batch) + c;
                     float g = fmaf(acc[at], alpha, gate_b), u = fmaf(acc[at + 2], alpha, up_b);
-                    y[c] = bits_to_float(__float_as_uint(activate(g, activation) * u * scale) & keep);
+                    y[c] = bits_to_float(__float_as_uint(gated(g, u, activation) * scale) & keep);
                 }
                 float given = __shfl_xor_sync(0xffffffffu, odd ? y[0] : y[1], 4);
                 pair[batch] = odd ? pack_half2(given, y[1]) : pack_half2(y[0], given);

@@ -1,11 +1,10 @@
-// What is told of a row of logits: the greedy token, its logit, and the log of the sum of exponentials.
+// What is told of rows of logits: the log-probability of a token that is asked for, and the likeliest tokens.
 #include "include/reduce.cuh"
 #include "include/types.cuh"
 
-struct Summary {
-    int token;  // the lowest id among the largest logits; -1 if any logit is NaN
-    float logit;
-    float log_sum_exp;  // relative to logit: log-probability of the greedy token is -log_sum_exp
+struct Ranked {
+    int token;  // -1 if any logit of its row is NaN
+    float logit, logprob;
 };
 
 constexpr int kThreads = 1024;
@@ -19,34 +18,63 @@ extern "C" __global__ void __launch_bounds__(kThreads) finish_logits(float* logi
     logits[i] = softcap > 0.0f ? softcap * tanhf(y / softcap) : y;
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads) summarise(const float* logits, int n, Summary* out) {
-    begin_kernel();
-    __shared__ float best_value[kThreads / 32];
-    __shared__ int best_index[kThreads / 32];
-    __shared__ int any_nan;
-    if (threadIdx.x == 0) any_nan = 0;
+// The likelier of two is the larger, of equals the one with the lower id.
+struct Candidate {
+    float logit = -__int_as_float(0x7f800000);
+    int token = 0x7fffffff;
+
+    __device__ bool before(float other_logit, int other_token) const {
+        return logit > other_logit || (logit == other_logit && token < other_token);
+    }
+    __device__ void take(float other_logit, int other_token) {
+        if (!before(other_logit, other_token)) logit = other_logit, token = other_token;
+    }
+};
+
+// The likeliest of a block's, known to all its threads.
+__device__ Candidate block_best(Candidate own) {
+    __shared__ float logits[kThreads / 32];
+    __shared__ int tokens[kThreads / 32];
+#pragma unroll
+    for (int offset = 16; offset; offset >>= 1)
+        own.take(__shfl_xor_sync(0xffffffffu, own.logit, offset), __shfl_xor_sync(0xffffffffu, own.token, offset));
+    if (threadIdx.x % 32 == 0) logits[threadIdx.x / 32] = own.logit, tokens[threadIdx.x / 32] = own.token;
     __syncthreads();
-    float value = -__int_as_float(0x7f800000);
-    int index = 0x7fffffff;
+#pragma unroll
+    for (int w = 0; w < kThreads / 32; ++w) own.take(logits[w], tokens[w]);
+    __syncthreads();
+    return own;
+}
+
+// Of each row of n logits: out[0] is its target's (targets may be null), then come the `top` (1 to n) likeliest. A block a row.
+extern "C" __global__ void __launch_bounds__(kThreads) rank(const float* logits, int n, const int* targets, int top, Ranked* out) {
+    begin_kernel();
+    logits += blockIdx.x * static_cast<uint64_t>(n);
+    out += blockIdx.x * static_cast<uint64_t>(top + 1);
+    Candidate own;
+    float sum = 0.0f;  // of exponentials, relative to own.logit
     bool nan = false;
     for (int i = threadIdx.x; i < n; i += kThreads) {
         float x = logits[i];
         nan |= x != x;
-        if (x > value || (x == value && i < index)) value = x, index = i;
+        if (x > own.logit) sum = fmaf(sum, expf(own.logit - x), 1.0f), own.logit = x, own.token = i;
+        else sum += x == own.logit ? 1.0f : expf(x - own.logit);  // both may be -inf
     }
-    if (nan) any_nan = 1;
-    auto take = [&](float v, int i) {
-        if (v > value || (v == value && i < index)) value = v, index = i;
+    Candidate best = block_best(own);
+    float largest = best.logit, log_sum = logf(block_sum<kThreads>(sum * expf(own.logit - largest)));
+    bool bad = __syncthreads_or(nan || best.token == 0x7fffffff);
+    auto write = [&](int at, int token, float logit) {
+        if (threadIdx.x == 0) out[at] = bad ? Ranked{-1, logit, __int_as_float(0x7fc00000)} : Ranked{token, logit, logit - largest - log_sum};
     };
-#pragma unroll
-    for (int offset = 16; offset; offset >>= 1)
-        take(__shfl_xor_sync(0xffffffffu, value, offset), __shfl_xor_sync(0xffffffffu, index, offset));
-    if (threadIdx.x % 32 == 0) best_value[threadIdx.x / 32] = value, best_index[threadIdx.x / 32] = index;
-    __syncthreads();
-#pragma unroll
-    for (int w = 0; w < kThreads / 32; ++w) take(best_value[w], best_index[w]);
-    float sum = 0.0f;
-    for (int i = threadIdx.x; i < n; i += kThreads) sum += expf(logits[i] - value);
-    sum = block_sum<kThreads>(sum);
-    if (threadIdx.x == 0) *out = Summary{any_nan ? -1 : index, value, logf(sum)};
+    int target = targets != nullptr ? targets[blockIdx.x] : 0;
+    write(0, target, logits[target]);
+    for (int place = 1; place <= top; ++place) {
+        write(place, best.token, best.logit);
+        if (place == top) return;
+        Candidate next;
+        for (int i = threadIdx.x; i < n; i += kThreads)
+            if (best.before(logits[i], i)) next.take(logits[i], i);
+        Candidate found = block_best(next);
+        best.token = found.token, best.logit = found.logit;
+    }
 }

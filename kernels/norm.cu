@@ -13,13 +13,13 @@ __device__ __forceinline__ float inverse_rms(const float* x, int columns, float 
 }
 
 // out[t, :] = half(*scale * rms_norm(x[t, :]) * weight) in operand order, rows `stride` halves apart, zeros from `columns` to
-// there. A thread has four columns of each 1024; those of the first kKept are read once.
+// there; rows, if given: which of x's they are. A thread has four columns of each 1024; those of the first kKept are read once.
 constexpr int kKept = 4;
 extern "C" __global__ void __launch_bounds__(kThreads)
     rms_norm(const float* x, const float* weight, half_t* out, int columns, int stride, float epsilon,
-             const float* scale) {
+             const float* scale, const int* rows) {
     begin_kernel();
-    x += static_cast<uint64_t>(blockIdx.x) * columns;
+    x += static_cast<uint64_t>(rows != nullptr ? rows[blockIdx.x] : blockIdx.x) * columns;
     out += static_cast<uint64_t>(blockIdx.x) * stride;
     bool aligned = columns % 4 == 0;
     auto load = [&](const float* from, int i) {

@@ -95,20 +95,20 @@ struct Rotation {
 };
 
 // qkv: float32 [T, (nq + 2 nkv) * head_dim]. q, k, v: halves [T, heads, padded], zeros from head_dim to there. A warp a head;
-// blockIdx.x is the token. norms may be null.
+// blockIdx.x is the token; kv_rows says which rows of k and v are the tokens', where they are not in order. norms may be null.
 extern "C" __global__ void __launch_bounds__(32 * kWarps)
     rotate_qkv(const float* qkv, half_t* q, half_t* k, half_t* v, int nq, int nkv, int head_dim, int padded,
                const float* q_norm, const float* k_norm, float epsilon, const float2* table, int pairs, int interleaved,
-               const float* q_scale, const float* k_scale, const float* v_scale) {
+               const float* q_scale, const float* k_scale, const float* v_scale, const int* kv_rows) {
     begin_kernel();
     __shared__ float heads[kWarps][kMaxHead];
     int warp = threadIdx.x / 32, head = blockIdx.y * kWarps + warp, token = blockIdx.x;
     if (head >= nq + 2 * nkv) return;
     bool is_q = head < nq, is_v = head >= nq + nkv;
-    int slot = is_q ? head : is_v ? head - nq - nkv : head - nq;
+    int slot = is_q ? head : is_v ? head - nq - nkv : head - nq, kv_row = kv_rows != nullptr ? kv_rows[token] : token;
     Rotation rotation = {
         qkv + (static_cast<uint64_t>(token) * (nq + 2 * nkv) + head) * head_dim,
-        (is_q ? q + static_cast<uint64_t>(token) * nq * padded : (is_v ? v : k) + static_cast<uint64_t>(token) * nkv * padded) + slot * padded,
+        (is_q ? q + static_cast<uint64_t>(token) * nq * padded : (is_v ? v : k) + static_cast<uint64_t>(kv_row) * nkv * padded) + slot * padded,
         is_q ? q_norm : is_v ? nullptr : k_norm,
         is_v ? nullptr : table + static_cast<uint64_t>(token) * pairs,
         head_dim, padded, pairs, epsilon,
@@ -116,4 +116,13 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps)
     };
     if (head_dim % 4 == 0 && pairs % 4 == 0 && !interleaved) rotation.rotate_fours(threadIdx.x % 32);
     else rotation.rotate(threadIdx.x % 32, heads[warp], interleaved);
+}
+
+// Rows of k and v that sequences which begin alike have each for itself (softmax.cuh: Tile): copies[i] is a row and where it
+// goes. Rows of `chunks` 16 bytes; a block a copy.
+extern "C" __global__ void __launch_bounds__(128) copy_rows(uint4* k, uint4* v, int chunks, const int2* copies) {
+    begin_kernel();
+    int2 copy = copies[blockIdx.x];
+    uint64_t from = static_cast<uint64_t>(copy.x) * chunks, to = static_cast<uint64_t>(copy.y) * chunks;
+    for (int i = threadIdx.x; i < chunks; i += 128) k[to + i] = k[from + i], v[to + i] = v[from + i];
 }

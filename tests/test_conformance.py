@@ -25,7 +25,7 @@ CASES = sorted(name for name, path in FOUND.items() if is_supported(path))
 def limit(name, backend):
     """llama.cpp's CPU reads GELU from a half-precision table, so the Gemma references are less exact."""
     if backend == "cuda":
-        return 1e-4 if "moe" in name else 1e-5  # experts: a near tie between two may fall the other way
+        return 1e-4 if "moe" in name or name.startswith("gpt-oss") else 1e-5  # experts: a near tie between two may fall the other way
     return 1e-6 if name.startswith("gemma") else 1e-10
 
 
@@ -42,10 +42,6 @@ def test_every_family_and_format_has_a_case():
 @pytest.mark.parametrize("name", CASES)
 def test_logits(name, path):
     backend, kernels = path
-    if backend == "cuda" and name.startswith("gpt-oss"):
-        with pytest.raises(kqprefill.BackendError, match="gpt-oss does not run on CUDA yet"):
-            kqprefill.load(FOUND[name], backend=backend, kernels=kernels)
-        return
     reference = np.load(FOUND[name].with_suffix(".npz"))
     with kqprefill.load(FOUND[name], backend=backend, kernels=kernels) as model:
         result = model.prefill(reference["tokens"], logits="all")

@@ -9,7 +9,7 @@ from cuda.bindings.driver import CUresult
 import numpy as np
 import pytest
 
-from kqprefill.backends.base import Batch
+from kqprefill.backends.base import Batch, Segment, Targets
 from kqprefill.backends.cuda.compiler import text_of
 from kqprefill.backends.cuda.graphs import Graphs
 from kqprefill.backends.cuda.memory import Workspace
@@ -74,16 +74,22 @@ def test_launches(model, capability, portable):
     hopper = capability == (9, 0) and not portable
     for n in (1, 16, 17, 64, 100, 129, 2048, 4000, 20000):
         backend = stand_in(facts(capability), hopper, kernels, host_embedding=n in (129, 20000))
-        for logits in (None, "last", "all"):
+        tokens = np.zeros(n, np.int32)
+        half = (Segment(0, n - n // 2), Segment(n - n // 2, n // 2, n - n // 2, 0)) if n > 1 else ()
+        for logits in (None, "last", "all", "ranks"):
             kernels.launched.clear(), kernels.prepared.clear()
-            tokens = np.zeros(n, np.int32)
-            ops = CudaOps(backend, family.config, Batch(tokens), None)
+            targets = Targets(np.arange(n, dtype=np.int32), tokens, 2) if logits == "ranks" else None
+            ops = CudaOps(backend, family.config, Batch(tokens, segments=half if targets else (), targets=targets), None)
             ops.prepare(family, logits, lambda *_: None)
             x = family.embed(ops, tokens)
             for index, weights in enumerate(family.blocks):
                 x = family.layer(ops, weights, x, index)
-            h = ops.rms_norm(x, family.output_norm, rows=ops._head_rows(family.config.vocab_size, logits))
-            ops._multiply(h, [ops.weights.matrix(family.output)], 1 << 50, h.rows)
+            if logits == "ranks":
+                family.head(ops, x, logits)
+                assert [name for _, name in kernels.launched].count("copy_rows") == (len(family.blocks) if ops.n_copies else 0)
+            else:
+                h = ops.rms_norm(x, family.output_norm, rows=ops._head_rows(family.config.vocab_size, logits))
+                ops._multiply(h, [ops.weights.matrix(family.output)], 1 << 50, h.rows)
             # Every GEMM was compiled ahead (loading compiled the rest).
             launched = {p for p, _ in kernels.launched if p.source.startswith("gemm")}
             assert launched <= kernels.prepared

@@ -2,11 +2,16 @@
 #pragma once
 #include "ptx.cuh"
 
-enum Activation { kSilu = 0, kGeluTanh = 1 };
+enum Activation { kSilu = 0, kGeluTanh = 1, kSwigluOai = 2 };
 
 // silu(g) = g / (1 + exp(-g)); GELU's tanh form, 0.5 g (1 + tanh(z)) with z = sqrt(2/pi) (g + 0.044715 g³), is
-// g / (1 + exp(-2z)).
-__device__ __forceinline__ float activate(float g, int activation) {
-    float z = activation == kSilu ? g : 1.5957691216f * fmaf(0.044715f * g * g, g, g);
-    return __fdividef(g, 1.0f + exp2_approx(-1.4426950409f * z));
+// g / (1 + exp(-2z)); gpt-oss's is silu with a slope of 1.702, both sides clamped (ggml_swiglu_oai).
+__device__ __forceinline__ float gated(float g, float u, int activation) {
+    float z = g;
+    if (activation == kGeluTanh) z = 1.5957691216f * fmaf(0.044715f * g * g, g, g);
+    if (activation == kSwigluOai) {
+        g = g > 7.0f ? 7.0f : g, u = (u > 7.0f ? 7.0f : u < -7.0f ? -7.0f : u) + 1.0f;  // NaN stays
+        z = 1.702f * g;
+    }
+    return __fdividef(g, 1.0f + exp2_approx(-1.4426950409f * z)) * u;
 }

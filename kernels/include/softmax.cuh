@@ -3,10 +3,13 @@
 #pragma once
 #include "ptx.cuh"
 
-// One tile of queries (made by the host): `rows` of them from row `q_row` of q, the first at `position` of a sequence
-// whose token 0 is row `kv_row` of k and v.
+// One tile of queries (made by the host): `rows` of them from row `q_row` of q, the first at `position` of a sequence. Its keys
+// and values are walked BLOCK_KV at a time: of the first `shared` of those the sequence's token 0 would be row `shared_row` of
+// k and v, of the others row `kv_row` (two sequences that begin alike have those in common).
 struct Tile {
-    int q_row, rows, kv_row, position;
+    int q_row, rows, position, kv_row, shared, shared_row;
+
+    __device__ int key_row(int index, int block) const { return (index < shared ? shared_row : kv_row) + index * block; }
 };
 
 // From scores to exponents of 2: softmax's scale, or, with a soft-cap, cap * tanh(scale * score / cap).
@@ -23,6 +26,11 @@ struct Scale {
             scores[i] = __fdividef(2.0f, 1.0f + exp2_approx(-2.0f * 1.4426950408889634f * cap_factor * scores[i])) - 1.0f;
     }
 };
+
+// A head's sink (arXiv 2309.17453) as an exponent of 2; sinks may be null.
+__device__ __forceinline__ float sink_of(const float* sinks, int head) {
+    return sinks != nullptr ? sinks[head] * 1.4426950408889634f : __int_as_float(0xff800000);
+}
 
 // Scores that a query does not see become -inf. behind: by how many positions the first row is past the thread's first column.
 template <int kScores>
@@ -61,10 +69,11 @@ struct Softmax {
             row_sum[r] = row_sum[r] * correction[r] + sum;
         }
     }
-    __device__ float inverse_sum(int r) const {
+    // sink: one more score (times log2(e)), which takes its share of the sum; -inf for none.
+    __device__ float inverse_sum(int r, float factor, float sink) const {
         float sum = row_sum[r];
         sum += __shfl_xor_sync(0xffffffffu, sum, 1);
         sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        return 1.0f / sum;
+        return 1.0f / (sum + exp2_approx(sink - row_max[r] * factor));
     }
 };

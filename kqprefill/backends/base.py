@@ -13,16 +13,51 @@ import numpy as np
 
 
 @dataclass(frozen=True)
+class Segment:
+    """Rows of a batch that follow one another in a sequence: `length` from row `first` on, at `position` and on.
+
+    after: which of the batch's segments holds the tokens before these, all of them, from the sequence's first on; None where
+    there are none or a cache has them. Several may come after the same one.
+    """
+
+    first: int
+    length: int
+    position: int = 0
+    after: int | None = None
+
+    @property
+    def rows(self):
+        return slice(self.first, self.first + self.length)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Whose log-probabilities are asked for: token tokens[i], coming after row rows[i] of the batch; int32 [S] each. top: how
+    many of the likeliest tokens there are to be named as well."""
+
+    rows: np.ndarray
+    tokens: np.ndarray
+    top: int = 0
+
+
+@dataclass(frozen=True)
 class Batch:
-    """The tokens of one prefill: int32 [T], and the position of the first in its sequence (the seed's pos_start)."""
+    """The tokens of one prefill: int32 [T], one after another those of each segment; without segments, of one sequence from
+    position `start` on (the seed's pos_start). Tokens see those before them in their sequence alone."""
 
     tokens: np.ndarray
     start: int = 0
+    segments: tuple = ()
+    targets: Targets | None = None
+
+    def __post_init__(self):
+        if not self.segments:
+            object.__setattr__(self, "segments", (Segment(0, len(self.tokens), self.start),))
 
     @property
     def positions(self):
         """int32 [T]"""
-        return np.arange(self.start, self.start + len(self.tokens), dtype=np.int32)
+        return np.concatenate([np.arange(s.position, s.position + s.length, dtype=np.int32) for s in self.segments])
 
 
 @dataclass(frozen=True)
@@ -34,6 +69,16 @@ class HeadResult:
     logit: float
     logprob: float
     logits: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What was asked for by Targets: natural log-probabilities, float32 [S], NaN where a logit is; and the likeliest tokens, the
+    lowest ids of equals first, int32 [S, top], with theirs, float32 [S, top]."""
+
+    logprobs: np.ndarray
+    top_tokens: np.ndarray
+    top_logprobs: np.ndarray
 
 
 class Ops(ABC):
@@ -119,10 +164,11 @@ class Ops(ABC):
 
     @abstractmethod
     def head(self, x, norm, output, logits, scale=1.0, softcap=None):
-        """rms_norm, the output matrix, the greedy token (ties to the lowest id). logits: None, "last" or "all"; they are
-        multiplied by scale, and y becomes softcap * tanh(y / softcap).
+        """rms_norm, the output matrix, the greedy token (ties to the lowest id). Logits are multiplied by scale, and y becomes
+        softcap * tanh(y / softcap). logits: which to return, None, "last" or "all"; or "ranks", what the batch's targets ask for.
 
-        Returns HeadResult, on the host. Raises BackendError if a logit that decides the token is NaN.
+        Returns HeadResult, on the host; raises BackendError if a logit that decides the token is NaN. For "ranks" a function
+        that waits for Ranks, to be called before the next but one batch is run.
         """
 
 
@@ -149,11 +195,12 @@ class Backend(ABC):
     plan = None
 
     @abstractmethod
-    def load(self, model, progress, vram=None, tokens=None):
+    def load(self, model, progress, vram=None, tokens=None, ranks=False):
         """Make the model's weights ready (a no-op on the CPU); progress(stage, done, total) hears how far it is.
 
         vram: a Budget (kqprefill.backends.budget) of device memory, None for all that is free; tokens: of the longest
-        prompt to plan for. Raises BackendError where the model cannot run within it.
+        prompt, or (ranks) of the largest batch with targets, to plan for. Raises BackendError where the model cannot run
+        within it.
         """
 
     @abstractmethod
@@ -164,7 +211,7 @@ class Backend(ABC):
     def run(self, model, batch, cache, logits, forward, progress, timed=False):
         """Run one batch: x = forward(ops), then the head, asked for `logits` (see Ops.head).
 
-        Returns HeadResult, and {name: Stage} if timed, else None.
+        Returns what the head gives, and {name: Stage} if timed, else None.
 
         forward(ops) calls each layer's ops, the same calls for the same batch length; progress(stage, done, total) hears
         of what a backend does before (compiling).

@@ -48,7 +48,8 @@ def _describe(file, model):
     from ..models import read_model
 
     try:
-        backends, problem = ["cpu", "cuda"] if read_model(file).on_cuda else ["cpu"], None
+        read_model(file)
+        backends, problem = ["cpu", "cuda"], None
     except KqprefillError as error:
         backends, problem = [], str(error)
     get = file.metadata.get

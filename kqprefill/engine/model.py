@@ -13,6 +13,7 @@ from ..errors import InputError
 from ..gguf import GGUFFile
 from ..gguf.vocabulary import token_text
 from ..models import read_model
+from .scoring import BATCH_TOKENS, Item, groups, item_of, lay_out, no_ranks, results
 
 _LOGITS = (None, "last", "all")
 
@@ -66,22 +67,61 @@ class Model:
             empty = np.empty((0, self.config.vocab_size), np.float32) if logits == "all" else None
             return Prefill(None, None, None, empty, 0, {"prefill": 0.0})
         self._check_room(start, len(tokens), cache)
+        head, stages = self._run(Batch(tokens, start), cache, logits, progress, timed)
+        if cache is not None:
+            cache.length = start + len(tokens)
+        elapsed = time.perf_counter() - start_time
+        timings = {"prefill": elapsed}
+        return Prefill(head.token, head.logit, head.logprob, head.logits, len(tokens), timings, stages)
+
+    def _run(self, batch, cache, logits, progress, timed=False):
         family = self.family
 
         def forward(ops):  # layer by layer over the whole batch: each weight is visited once
-            x = family.embed(ops, tokens)
+            x = family.embed(ops, batch.tokens)
             for index, weights in enumerate(family.blocks):
                 ops.begin_layer(index)
                 x = family.layer(ops, weights, x, index)
                 progress("prefill", index + 1, len(family.blocks))
             return x
 
-        head, stages = self.backend.run(family, Batch(tokens, start), cache, logits, forward, progress, timed)
-        if cache is not None:
-            cache.length = start + len(tokens)
-        elapsed = time.perf_counter() - start_time
-        timings = {"prefill": elapsed}
-        return Prefill(head.token, head.logit, head.logprob, head.logits, len(tokens), timings, stages)
+        return self.backend.run(family, batch, cache, logits, forward, progress, timed)
+
+    def score(self, records, batch_tokens=BATCH_TOKENS, top=0):
+        """The log-probabilities of many prompts, packed into batches: a generator of a Scored (kqprefill.engine.scoring) for
+        each record, or of a list of them where it has "choices".
+
+        records: each a sequence of token ids, whose tokens but the first are scored; or a mapping with "tokens" (ids) or "prompt"
+        (text), and perhaps "completion" or "choices" (one or several continuations of the same kind, scored given the prompt); or
+        an Item of `item`. None among them has all before it computed at once, rather than wait for a full batch. batch_tokens:
+        of a batch, at most, but for one longer prompt. top: how many likeliest tokens to name at each place. Logits stay on
+        the device; results are the same however records are packed. Raises InputError for a bad record; BackendError.
+        """
+        if batch_tokens < 1 or not 0 <= top <= self.config.vocab_size:
+            raise InputError(f"batch_tokens {batch_tokens} and top {top}: at least 1, and 0 to the vocabulary's {self.config.vocab_size}")
+        items = (r if r is None or isinstance(r, Item) else self.item(r) for r in records)
+        running, found = None, []
+        for group in groups(items, batch_tokens):
+            started = None if group is None else self._start(group, top)
+            if running is not None:  # while the next batch runs
+                yield from _finished(*running, found)
+            running = started
+        if running is not None:
+            yield from _finished(*running, found)
+
+    def item(self, record):
+        """A record, checked and tokenised (`score`). Raises InputError."""
+        item = item_of(record, lambda ids: self._check_tokens(ids).tolist(), self.tokenize)
+        for sequence in item.sequences:
+            self._check_room(0, len(sequence), None)
+        return item
+
+    def _start(self, group, top):
+        batch, places = lay_out([piece for piece, _ in group], top)
+        wait = lambda: no_ranks(top)  # noqa: E731
+        if len(batch.targets.rows):
+            wait, _ = self._run(batch, None, "ranks", lambda *_: None)
+        return group, batch, places, wait
 
     def tokenize(self, text, add_special=True):
         """A text's token ids (list), by the file's own tokenizer; add_special: with the BOS and EOS that the file asks for.
@@ -152,6 +192,15 @@ class Model:
             raise InputError(f"the cache has room for {cache.capacity - start} more tokens, but the prompt has {n}")
 
 
+def _finished(group, batch, places, wait, found):
+    """The results of a batch's items that are complete; found: of the one that is not."""
+    for (piece, last), scored in zip(group, results(batch, places, wait())):
+        found += scored
+        if last:
+            yield list(found) if piece.choices else found[0]
+            found.clear()
+
+
 def load(path, backend="auto", device=0, kernels="auto", progress=None, warn=None, vram=None, max_tokens=None):
     """Open the GGUF model at path.
 
@@ -167,22 +216,19 @@ def load(path, backend="auto", device=0, kernels="auto", progress=None, warn=Non
 
 
 def open_model(
-    file, backend="auto", device=0, kernels="auto", progress=None, warn=None, vram=None, max_tokens=None
+    file, backend="auto", device=0, kernels="auto", progress=None, warn=None, vram=None, max_tokens=None,
+    ranks=False,
 ):
-    """`load`, for a file that is open already (a GGUFFile or a SyntheticFile); closes it on failure."""
+    """`load`, for a file that is open already (a GGUFFile or a SyntheticFile); closes it on failure. ranks: max_tokens is of the
+    largest batch that `score` will make."""
     start = time.perf_counter()
     opened = None
     try:
         budget = None if vram is None else Budget.parse(vram)
         family = read_model(file)
         warn = warn or (lambda line: print(f"kqprefill: {line}", file=sys.stderr))
-        if backend == "auto" and not family.on_cuda:
-            warn(f"running on the CPU: {family.architecture} does not run on CUDA yet")
-            backend = "cpu"
-        opened = open_backend(
-            backend, device, kernels, warn
-        )
-        opened.load(family, progress or (lambda *_: None), budget, max_tokens)
+        opened = open_backend(backend, device, kernels, warn)
+        opened.load(family, progress or (lambda *_: None), budget, max_tokens, ranks)
     except BaseException:
         if opened is not None:
             opened.close()

@@ -3,6 +3,7 @@
 A family's page calls the ops of `kqprefill.backends.base.Ops` and reads like the model's formula; both backends run it.
 """
 
+from functools import cached_property
 import math
 
 from ..errors import ModelError
@@ -20,7 +21,6 @@ class Family:
 
     architecture = ""  # general.architecture
     has_experts = False  # whether layers call Ops.moe
-    on_cuda = True  # whether the CUDA backend has all that its layers call
     rope_interleaved = False  # which elements pair up; see Rope
 
     def __init__(self, file):
@@ -94,9 +94,17 @@ class Family:
 
     # ------------------------------------------------------------------------------------------------------------------
 
+    @cached_property
     def products(self):
-        """(weights, gated) of every matrix product: matrices multiplied side by side, or gate and up; experts' have three
-        dimensions. For compiling ahead."""
+        """[(weights, gated)] of the matrix products, one of each kind (types and shapes): matrices multiplied side by side, or
+        gate and up; experts' have three dimensions. For compiling ahead."""
+        kinds = {}
+        for weights, gated in self._every_product():
+            kind = gated, weights[0] is self.output, *((w.tensor.type, w.shape) for w in weights)
+            kinds.setdefault(kind, (weights, gated))
+        return list(kinds.values())
+
+    def _every_product(self):
         for w in self.blocks:
             yield (w.attn_q, w.attn_k, w.attn_v), False
             yield (w.attn_output,), False

@@ -8,7 +8,6 @@ from .family import Family
 class GptOss(Family):
     architecture = "gpt-oss"
     has_experts = True
-    on_cuda = False
 
     def block_shapes(self):
         c = self.config

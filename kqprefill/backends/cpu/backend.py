@@ -26,7 +26,7 @@ class CpuBackend(Backend):
     def __init__(self):
         self.device_name = _processor_name()
 
-    def load(self, model, progress, vram=None, tokens=None):
+    def load(self, model, progress, vram=None, tokens=None, ranks=False):
         pass  # matrices are dequantised from the mapped file as they are used
 
     def new_cache(self, model, capacity):

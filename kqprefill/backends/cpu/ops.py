@@ -6,9 +6,9 @@ import numpy as np
 
 from ...errors import BackendError
 from ...gguf import dequantize
-from ..base import HeadResult, Ops
+from ..base import HeadResult, Ops, Ranks
 
-_MATRIX_PIECE = 1 << 25  # elements of a matrix that are dequantised at once: 128 MB
+_MATRIX_PIECE, _MATRIX_ROWS = 1 << 25, 1 << 13  # elements (128 MB), and rows, of a matrix that are dequantised at once
 _SCORES_PIECE = 1 << 25  # attention scores held at once: 128 MB
 
 
@@ -16,6 +16,9 @@ class CpuOps(Ops):
     def __init__(self, config, batch, cache):
         self.config, self.batch, self.cache = config, batch, cache
         self._rotations = {}
+        # What BLAS makes of a row depends on how many rows there are: each segment is multiplied by itself, so that it has the
+        # same bits in any batch.
+        self._segment_of = np.repeat(np.arange(len(batch.segments)), [s.length for s in batch.segments])
 
     def embed(self, weight, tokens, scale=1.0):
         self.enter("rest")
@@ -59,11 +62,22 @@ class CpuOps(Ops):
 
     def attention(self, q, k, v, *, scale, window=None, softcap=None, sinks=None):
         self.enter_attention(window)
-        start, n = self.batch.start, len(q)
-        if self.cache is not None:
-            keys, values = self.cache.k[self.layer], self.cache.v[self.layer]
-            keys[start : start + n], values[start : start + n] = k, v
-            k, v = keys[: start + n], values[: start + n]
+        out = []
+        for segment in self.batch.segments:
+            keys, values, end = k[segment.rows], v[segment.rows], segment.position + segment.length
+            if self.cache is not None:
+                kept = self.cache.k[self.layer][:end], self.cache.v[self.layer][:end]
+                kept[0][segment.position :], kept[1][segment.position :] = keys, values
+                keys, values = kept
+            elif segment.after is not None:
+                before = self.batch.segments[segment.after].rows
+                keys, values = np.concatenate([k[before], keys]), np.concatenate([v[before], values])
+            out.append(self._attend(q[segment.rows], keys, values, segment.position, scale, window, softcap, sinks))
+        return np.concatenate(out)
+
+    def _attend(self, q, k, v, start, scale, window, softcap, sinks):
+        """One segment's queries, from position `start` on, over its sequence's keys and values."""
+        n = len(q)
         nkv, head_dim = k.shape[1:]
         group = q.shape[1] // nkv
         q = q.reshape(n, nkv, group, head_dim).transpose(1, 2, 0, 3)  # [nkv, group, T, D]
@@ -84,24 +98,35 @@ class CpuOps(Ops):
             out[rows] = (_softmax(scores, sinks) @ v[:, :, seen]).transpose(2, 0, 1, 3)
         return out.reshape(n, -1)
 
-    def linear(self, a, weight, residual=None, scale=1.0):
+    def linear(self, a, weight, residual=None, scale=1.0, batch_rows=None):
         self.enter("linear", [weight], len(a))
-        tensor, (rows, columns) = weight.tensor, weight.shape
-        out = np.empty((len(a), rows), np.float32)
-        step = max(1, _MATRIX_PIECE // columns)
-        for at in range(0, rows, step):
-            np.matmul(a, dequantize(tensor.data[at : at + step], tensor.type).T, out=out[:, at : at + step])
-        if weight.bias is not None:
-            out += _vector(weight.bias)
-        if scale != 1.0:
-            out *= np.float32(scale)
+        out = np.empty((len(a), weight.shape[0]), np.float32)
+        for at, part in self._products(a, weight, scale, np.arange(len(a)) if batch_rows is None else batch_rows):
+            out[:, at : at + part.shape[1]] = part
         if residual is not None:
             out += residual
         return out
 
-    def mlp(self, h, gate, up, down, *, activation, residual=None, scale=1.0):
-        gated = _ACTIVATIONS[activation](self.linear(h, gate), self.linear(h, up))
-        return self.linear(gated, down, residual=residual, scale=scale)
+    def _products(self, a, weight, scale, batch_rows):
+        """(first row of the matrix, scale * (a · Wᵀ + bias) of its rows from there on), piece by piece. batch_rows: whose
+        rows of the batch a has, ascending."""
+        tensor, (rows, columns) = weight.tensor, weight.shape
+        bias = None if weight.bias is None else _vector(weight.bias)
+        ends = [*np.flatnonzero(np.diff(self._segment_of[batch_rows])) + 1, len(a)]
+        step = max(1, min(_MATRIX_PIECE // columns, _MATRIX_ROWS))
+        for at in range(0, rows, step):
+            part, begin = dequantize(tensor.data[at : at + step], tensor.type).T, 0
+            out = np.empty((len(a), part.shape[1]), np.float32)
+            for end in ends:
+                np.matmul(a[begin:end], part, out=out[begin:end])
+                begin = end
+            if bias is not None:
+                out += bias[at : at + step]
+            yield at, out if scale == 1.0 else out * np.float32(scale)
+
+    def mlp(self, h, gate, up, down, *, activation, residual=None, scale=1.0, batch_rows=None):
+        gate, up = (self.linear(h, weight, batch_rows=batch_rows) for weight in (gate, up))
+        return self.linear(_ACTIVATIONS[activation](gate, up), down, residual, scale, batch_rows)
 
     def moe(self, h, w, experts, *, activation, residual):
         scores = self.linear(h, w.ffn_gate_inp)
@@ -117,17 +142,25 @@ class CpuOps(Ops):
         for expert in np.unique(used):
             tokens, slot = np.nonzero(used == expert)
             gate, up, down = (weight.expert(expert) for weight in (w.ffn_gate_exps, w.ffn_up_exps, w.ffn_down_exps))
-            out[tokens] += shares[tokens, slot, None] * self.mlp(h[tokens], gate, up, down, activation=activation)
+            out[tokens] += shares[tokens, slot, None] * self.mlp(
+                h[tokens], gate, up, down, activation=activation, batch_rows=tokens
+            )
         return out
 
     def add_gated(self, x, y, h, weight):
-        return x + y / (1 + np.exp(-(h @ _vector(weight.tensor))))[:, None]
+        return x + y / (1 + np.exp(-(h * _vector(weight.tensor)).sum(axis=-1)))[:, None]
 
     def head(self, x, norm, output, logits, scale=1.0, softcap=None):
-        self.enter("head", [output], len(x) if logits == "all" else 1)
-        scores = self.linear(self.rms_norm(x if logits == "all" else x[-1:], norm), output, scale=scale)
-        if softcap is not None:
-            scores = np.float32(softcap) * np.tanh(scores / np.float32(softcap))
+        rows = np.arange(len(x)) if logits == "all" else self.batch.targets.rows if logits == "ranks" else np.array([len(x) - 1])
+        self.enter("head", [output], len(rows))
+        parts = (
+            (at, part if softcap is None else np.float32(softcap) * np.tanh(part / np.float32(softcap)))
+            for at, part in self._products(self.rms_norm(x[rows], norm), output, scale, rows)
+        )
+        if logits == "ranks":
+            ranks = _ranks(parts, self.batch.targets)
+            return lambda: ranks
+        scores = np.concatenate([part for _, part in parts], axis=1)
         last = scores[-1]
         if np.isnan(last).any():
             raise BackendError("the last position's logits hold NaN: the file's weights are damaged or out of range")
@@ -135,6 +168,28 @@ class CpuOps(Ops):
         shifted = last.astype(np.float64) - float(last[token])
         result = None if logits is None else scores if logits == "all" else last
         return HeadResult(token, float(last[token]), -math.log(np.exp(shifted).sum()), result)
+
+
+def _ranks(parts, targets):
+    """Ranks from logits that come some columns at a time: (first column, float32 [S, columns])."""
+    n, every = len(targets.rows), np.arange(len(targets.rows))
+    largest, total = np.full(n, -np.inf, np.float32), np.zeros(n)  # of all so far; the sum of exponentials, relative to it
+    wanted, best, best_ids = np.zeros(n), np.empty((n, 0), np.float32), np.empty((n, 0), np.int32)
+    for first, part in parts:
+        here = (targets.tokens >= first) & (targets.tokens < first + part.shape[1])
+        wanted[here] = part[every[here], targets.tokens[here] - first]
+        now = np.maximum(largest, part.max(axis=1))  # NaN stays NaN
+        with np.errstate(invalid="ignore"):
+            total = total * np.exp(largest - now) + np.exp(part - now[:, None]).sum(axis=1, dtype=np.float64)
+        largest = now
+        for _ in range(min(targets.top, part.shape[1])):
+            token = part.argmax(axis=1)  # the first of equals
+            best, best_ids = np.c_[best, part[every, token]], np.c_[best_ids, (first + token).astype(np.int32)]
+            part[every, token] = -np.inf
+        order = np.argsort(-best, axis=1, kind="stable")[:, : targets.top]  # of equals those of earlier columns first
+        best, best_ids = np.take_along_axis(best, order, axis=1), np.take_along_axis(best_ids, order, axis=1)
+    base = largest + np.log(total)
+    return Ranks((wanted - base).astype(np.float32), best_ids, (best - base[:, None]).astype(np.float32))
 
 
 def _vector(tensor):

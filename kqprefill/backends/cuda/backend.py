@@ -8,7 +8,7 @@ from .cache import DeviceCache, HostCache
 from .device import Gpu, cuda_errors
 from .graphs import Graphs
 from .kernels import Kernels, programs_for
-from .memory import Workspace
+from .memory import Downloads, Workspace
 from .ops import CudaOps
 from .rehearsal import products_of
 from .residency import budget_of, make_plan
@@ -27,23 +27,27 @@ class CudaBackend(Backend):
         self.hopper = self.gpu.capability == (9, 0) and not portable  # whether Hopper's own kernels run
         self.device_name = self.gpu.name
         self.kernels, self.workspace, self.weights = Kernels(self.gpu), Workspace(self.gpu), None
+        self.downloads = Downloads(self.gpu)
         self._graphs, self._prepared, self._caches = Graphs(self.gpu, self.workspace), set(), []
         self._ran = False  # whether a batch has been through
 
-    def load(self, model, progress, vram=None, tokens=None):
+    def load(self, model, progress, vram=None, tokens=None, ranks=False):
         types = {weight.tensor.type for weight in model.matrices()}
-        tokens = min(tokens or PLANNED_TOKENS, model.config.context_length)
+        tokens = tokens or PLANNED_TOKENS
+        if not ranks:  # one prompt
+            tokens = min(tokens, model.config.context_length)
+        self._ranks = ranks
         with cuda_errors("loading the model"):
             self._budget = budget_of(self.gpu, vram)
-            plan = make_plan(model, self.gpu, self.hopper, self._budget, tokens)
+            plan = make_plan(model, self.gpu, self.hopper, self._budget, tokens, ranks=ranks)
             self.kernels.prepare(programs_for(model.config.head_dim, types, self.hopper), progress)
             self.weights = DeviceWeights(self.gpu, self.kernels, model)
-            products = products_of(model, self.gpu, self.hopper, tokens)
+            products = products_of(model, self.gpu, self.hopper, tokens, ranks)
             with ThreadPoolExecutor(1, initializer=self.gpu.device.set_current) as pool:
                 compiled = pool.submit(self.kernels.prepare, products, progress)
                 self.weights.place(plan, progress)
                 compiled.result()
-            self._prepared.add((tokens, None))
+            self._prepared.add((tokens, tokens if ranks else 1))
             self.plan = plan
 
     def new_cache(self, model, capacity):
@@ -62,15 +66,18 @@ class CudaBackend(Backend):
             self.gpu.device.set_current()
             if self._ran:
                 self.weights.settle()
-            if len(batch.tokens) > self.plan.tokens or self.weights.plan is None:
+            ranks = self._ranks or batch.targets is not None
+            if len(batch.tokens) > self.plan.tokens or self.weights.plan is None or ranks != self._ranks:
+                self._ranks = ranks
                 self._make_room(model, max(len(batch.tokens), self.plan.tokens), 0, progress)
             ops = CudaOps(self, model.config, batch, cache)
-            if (ops.n, logits) not in self._prepared:
+            shape = ops.n, ops.positions_of(logits)
+            if shape not in self._prepared:
                 ops.prepare(model, logits, progress)
-                self._prepared.add((ops.n, logits))
+                self._prepared.add(shape)
             if timed:
                 ops.timeline = self._timeline()
-            one_by_one = timed or cache is not None or self.plan.streamed
+            one_by_one = timed or cache is not None or self.plan.streamed or len(batch.segments) > 1
             x = forward(ops) if one_by_one else self._graphs.run(ops, forward)
             head = model.head(ops, x, logits)
             self._ran = True
@@ -81,7 +88,7 @@ class CudaBackend(Backend):
 
     def _make_room(self, model, tokens, more, progress):
         """Let layers leave the device where a batch of so many tokens, or `more` bytes for a cache, need their room."""
-        plan = make_plan(model, self.gpu, self.hopper, self._budget, tokens, self._cache_bytes() + more)
+        plan = make_plan(model, self.gpu, self.hopper, self._budget, tokens, self._cache_bytes() + more, self._ranks)
         placed = self.weights.plan
         if placed is None or (plan.resident, plan.slot_bytes, plan.tile_bytes) != (placed.resident, placed.slot_bytes, placed.tile_bytes):
             self._graphs.clear()
@@ -107,6 +114,7 @@ class CudaBackend(Backend):
             return
         self._graphs.clear()
         self.workspace.close()
+        self.downloads.close()
         if self.weights is not None:
             self.weights.close()
         self.gpu.close()

@@ -29,8 +29,9 @@ class ExpertOps:
         count, used, hidden = experts.count, experts.used, h.columns
         g, u, d = (replace(stack, rows=stack.rows // count) for stack in stacks)  # an expert's
         self.enter("linear", [w.ffn_gate_exps, w.ffn_up_exps, w.ffn_down_exps], self.n * used // count)
+        *biases, down_bias = (self._bias(m) for m in (w.ffn_gate_exps, w.ffn_up_exps, w.ffn_down_exps))
         w_scale = self._weight_scale(stacks[:2], h)
-        act_scale = self._output_scale(g.name, stacks[0].rows, h.gain, stacks[0], 0, stacks[1])
+        act_scale = self._gated_scale(activation, h.gain, *stacks[:2], biases)
         gated, linear = self.gemms.choose([g, u], gated=True), self.gemms.choose([d])
         step = _tokens_at_once(used)
         for t in range(0, self.n, step):
@@ -54,10 +55,10 @@ class ExpertOps:
             )
             act = Operand(self.work.get("activated", 2 * rows * g.rows), g.rows, act_scale, rows)
             groups = self._groups(counts, count, rows, gated.group_rows(rows, [g, u], True, count))
-            gated.gated(x, g, u, act, rows, w_scale, (0, 0), ACTIVATIONS[activation], groups)
+            gated.gated(x, g, u, act, rows, w_scale, biases, ACTIVATIONS[activation], groups)
             sums = self.work.get("sums", 4 * rows * hidden)
             groups = self._groups(counts, count, rows, linear.group_rows(rows, [d], False, count))
-            linear.linear(act, [d], sums, rows, self._weight_scale(stacks[2:], act), 0, False, groups)
+            linear.linear(act, [d], sums, rows, self._weight_scale(stacks[2:], act), down_bias, False, groups)
             at = residual + 4 * t * hidden
             launch("combine", m, 256, at, sums, i32(used), i32(hidden), places, shares)
         return residual

@@ -10,7 +10,7 @@ from .kernels import weight_program
 from .tiles import SMALL_TILE, choose_gemm_tile, choose_hopper_tile, large_tile, padded, unit_size
 
 _SCRATCH_BYTES = 256 << 20  # of dequantised weights at a time
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}  # activation.cuh's
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "swiglu_oai": 2}  # activation.cuh's
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class PortableGemm:
     def linear(self, a, matrices, out, m, w_scale, bias, add, groups=_NO_GROUPS):
         """matrices: one under another; or one, the first of a stack, with groups."""
         if groups.experts:
-            return self._stacked_linear(a, matrices[0], out, m, w_scale, groups)
+            return self._stacked_linear(a, matrices[0], out, m, w_scale, bias, groups)
         k, total = padded(a.columns), sum(matrix.rows for matrix in matrices)
         slice_rows = min(total, _SCRATCH_BYTES // (2 * k) // 256 * 256)
         scratch = self._work.get("dequantised", 2 * slice_rows * k)
@@ -96,14 +96,14 @@ class PortableGemm:
                 bias and bias + 4 * begin, out + 4 * begin if add else 0, 0, 0, i32(0), i32(0), shared_bytes=tile.shared_bytes,
             )  # fmt: skip
 
-    def _stacked_linear(self, a, matrix, out, m, w_scale, groups):
+    def _stacked_linear(self, a, matrix, out, m, w_scale, bias, groups):
         k, rows = padded(a.columns), matrix.rows
         tile = choose_gemm_tile(m, rows, self._gpu, groups.experts)
         for first, last, scratch in self._experts_at_once(2 * rows * k, groups):
             dequantise(self._kernels, matrix, first * rows, (last - first) * rows, scratch, k, w_scale)
             self._kernels.launch(
                 tile.program(True), "gemm_linear", tile.grid(m, rows, self._gpu.multiprocessors, groups.experts), tile.threads,
-                a.address, scratch, i32(m), i32(rows), i32(k), out, i32(rows), a.scale, w_scale, 0, 0,
+                a.address, scratch, i32(m), i32(rows), i32(k), out, i32(rows), a.scale, w_scale, bias and bias + 4 * first * rows, 0,
                 groups.address, groups.count, i32(first), i32(last), shared_bytes=tile.shared_bytes,
             )  # fmt: skip
 
@@ -114,7 +114,7 @@ class PortableGemm:
         for first in range(0, groups.experts, count):
             yield first, min(first + count, groups.experts), scratch
 
-    def _stacked_gated(self, a, gate, up, act, m, w_scale, activation, groups):
+    def _stacked_gated(self, a, gate, up, act, m, w_scale, biases, activation, groups):
         k, rows = padded(a.columns), gate.rows
         tile = choose_gemm_tile(m, 2 * rows, self._gpu, groups.experts)
         for first, last, scratch in self._experts_at_once(4 * rows * k, groups):
@@ -122,13 +122,13 @@ class PortableGemm:
                 dequantise(self._kernels, matrix, first * rows, (last - first) * rows, scratch, k, w_scale, place, gated=True)
             self._kernels.launch(
                 tile.program(True), "gemm_gated", tile.grid(m, 2 * rows, self._gpu.multiprocessors, groups.experts), tile.threads,
-                a.address, scratch, i32(m), i32(rows), i32(rows), i32(k), act.address, i32(rows), a.scale, w_scale, 0, 0,
-                act.scale, i32(activation), groups.address, groups.count, i32(first), i32(last), shared_bytes=tile.shared_bytes,
+                a.address, scratch, i32(m), i32(rows), i32(rows), i32(k), act.address, i32(rows), a.scale, w_scale,
+                *(bias and bias + 4 * first * rows for bias in biases), act.scale, i32(activation), groups.address, groups.count, i32(first), i32(last), shared_bytes=tile.shared_bytes,
             )  # fmt: skip
 
     def gated(self, a, gate, up, act, m, w_scale, biases, activation, groups=_NO_GROUPS):
         if groups.experts:
-            return self._stacked_gated(a, gate, up, act, m, w_scale, activation, groups)
+            return self._stacked_gated(a, gate, up, act, m, w_scale, biases, activation, groups)
         k, stride = padded(a.columns), padded(act.columns)
         rows_at_once = min(stride, _SCRATCH_BYTES // (4 * k) // 64 * 64)  # of gate and of up each
         for at in range(0, stride, rows_at_once):

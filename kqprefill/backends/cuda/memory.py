@@ -64,6 +64,44 @@ class Workspace:
         self._buffers.clear()
 
 
+class Downloads:
+    """Copies to the host that are waited for later, through two page-locked buffers in turn."""
+
+    def __init__(self, gpu):
+        self._gpu, self._buffers, self._next = gpu, [(None, 0), (None, 0)], 0
+
+    def start(self, array, address):
+        """Have what a device address holds, once all launched so far has run, copied: a function that waits, fills the array
+        and returns it. To be called before the next download but one is started."""
+        which, self._next = self._next, 1 - self._next
+        driver, (host, room) = self._gpu.driver, self._buffers[which]
+        if room < array.nbytes:
+            self._free(which)
+            host = check(driver.cuMemHostAlloc(array.nbytes, 0))
+            self._buffers[which] = host, array.nbytes
+        check(driver.cuMemcpyDtoHAsync(int(host), address, array.nbytes, self._gpu.stream.handle))
+        landed = self._gpu.stream.record()
+
+        def wait():
+            landed.sync()
+            ctypes.memmove(array.ctypes.data, int(host), array.nbytes)
+            return array
+
+        return wait
+
+    def _free(self, which):
+        host, room = self._buffers[which]
+        if room:
+            self._gpu.driver.cuMemFreeHost(host)
+        self._buffers[which] = None, 0
+
+    def close(self):
+        """Free the buffers, once nothing is copied into them any more."""
+        self._gpu.driver.cuStreamSynchronize(self._gpu.stream.handle)
+        for which in (0, 1):
+            self._free(which)
+
+
 class HostPages:
     """Locks host memory where it lies, a window at a time, so that the copy engine reads it at the bus's rate.
 

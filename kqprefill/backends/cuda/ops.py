@@ -11,10 +11,11 @@ import math
 import numpy as np
 
 from ...errors import BackendError
-from ..base import HeadResult, Ops
+from ..base import HeadResult, Ops, Ranks
 from .experts import EXPERTS, ExpertOps
 from .gemm import ACTIVATIONS, Gemms, Operand
 from .kernels import COMMON, weight_program
+from .packing import lay_out
 from .staging import repack
 from .tensor_maps import TensorMaps
 from .tiles import TILE_ROWS, HopperAttentionTile, attention_tile, padded
@@ -26,9 +27,9 @@ _TILE_TOKENS = 16384  # tokens whose q/k/v sums, or gate and up, exist at a time
 # Tokens. Blocks that start early gather on the first multiprocessors that have room: no matter where there are many more than
 # these, but a small launch should spread over all (an H100 at 16 tokens: 3.6 ms without, 5.0 ms with).
 _OVERLAP_FROM = 257
-_LOGITS_BYTES = 256 << 20  # of logits on the device at a time
+_LOGITS_BYTES = 320 << 20  # of logits on the device at a time
 _ROTATION_GROWTH = 1.5  # rotating a pair lengthens neither, but may turn it onto one axis: sqrt(2), rounded up
-_SUMMARY = np.dtype([("token", np.int32), ("logit", np.float32), ("log_sum_exp", np.float32)])  # head.cu's struct
+_RANKED = np.dtype([("token", np.int32), ("logit", np.float32), ("logprob", np.float32)])  # head.cu's struct
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class CudaOps(ExpertOps, Ops):
     def __init__(self, backend, config, batch, cache):
         self.gpu, self.kernels, self.weights = backend.gpu, backend.kernels, backend.weights
         self.config, self.batch, self.cache = config, batch, cache
-        self.work = backend.workspace
+        self.work, self.downloads = backend.workspace, backend.downloads
         self.n = len(batch.tokens)
         self.kernels.overlap = self.gpu.capability >= (9, 0) and self.n >= _OVERLAP_FROM
         self.maps = TensorMaps(self.gpu, self.weights) if backend.hopper else None
@@ -52,7 +53,15 @@ class CudaOps(ExpertOps, Ops):
         # All that goes up: the ops themselves only launch, so that they can be captured as a graph.
         self.tokens = self._upload("tokens", batch.tokens)
         self.positions = self._upload("positions", batch.positions)
-        self.tiles, self.n_tiles = self._make_tiles()
+        layout = lay_out(batch.segments, self.attention_tile)
+        self.kv_rows, self.n_tiles, self.n_copies = layout.rows, len(layout.tiles), len(layout.copies)
+        self.tiles = self._upload("tiles", layout.tiles)
+        self.kv_row_of, self.copies = (
+            (self._upload("kv rows", layout.row_of), self._upload("kv copies", layout.copies)) if self.n_copies else (0, 0)
+        )
+        if batch.targets is not None:
+            self.target_rows = self._upload("target rows", batch.targets.rows)
+            self.target_tokens = self._upload("targets", batch.targets.tokens)
         self._tables = {}
 
     def begin_layer(self, index):
@@ -68,10 +77,11 @@ class CudaOps(ExpertOps, Ops):
         """Compile what this batch's matrix products need, all at once, before the first of them is launched."""
         programs = {}
         lengths = {self.n, min(self.n, _TILE_TOKENS), self.n % _TILE_TOKENS} - {0}
-        for weights, gated in family.products():
+        for weights, gated in family.products:
             matrices, experts, rows = [self.weights.matrix(w) for w in weights], 0, lengths
             if weights[0] is family.output:
-                rows = {self._head_rows(matrices[0].rows, logits)}
+                count, most = self.positions_of(logits), self._head_rows(matrices[0].rows, logits)
+                rows = {most, count % most} - {0}
             elif len(weights[0].shape) == 3:
                 experts, rows = family.experts.count, self.expert_rows(family.experts)
                 matrices = [replace(matrix, rows=matrix.rows // experts) for matrix in matrices]
@@ -110,7 +120,8 @@ class CudaOps(ExpertOps, Ops):
             matrix.address, i32(matrix.units), i32(matrix.columns), tokens, f32(scale), out,
         )  # fmt: skip
 
-    def rms_norm(self, x, weight, rows=None):
+    def rms_norm(self, x, weight, rows=None, picked=0):
+        """rows: how many, the first of x's or (picked: device address of int32 row numbers) any; all unless given."""
         self.enter("rest")
         vector, host = self.weights.vector(weight.tensor)
         columns = len(host)
@@ -119,7 +130,7 @@ class CudaOps(ExpertOps, Ops):
         scale = self.weights.constant_scale(math.sqrt(columns) * np.abs(host).max())
         self.kernels.launch(
             NORM, "rms_norm", rows, 256,
-            x, vector, out, i32(columns), i32(padded(columns)), f32(self.config.rms_epsilon), scale,
+            x, vector, out, i32(columns), i32(padded(columns)), f32(self.config.rms_epsilon), scale, picked,
         )  # fmt: skip
         return Operand(out, columns, scale, rows, vector, math.sqrt(columns))
 
@@ -172,24 +183,25 @@ class CudaOps(ExpertOps, Ops):
             scales = [
                 self._rotated_scale(h, w, b, norm, rope) for w, b, norm in zip(matrices, biases, (q_norm, k_norm, None))
             ]
-            to = q + t * q_row, k + (start + t) * kv_row, v + (start + t) * kv_row
+            # Of a batch whose rows of k and v are in another order than its tokens, the kernel looks them up.
+            to = q + t * q_row, *(x if self.n_copies else x + (start + t) * kv_row for x in (k, v))
             self.kernels.launch(
                 ROPE, "rotate_qkv", (m, -(-heads // 8)), 256,
                 sums, *to, i32(c.head_count), i32(c.head_count_kv), i32(c.head_dim), i32(padded_dim), *norms,
                 f32(c.rms_epsilon), self._rope_table(rope) + 8 * t * pairs if pairs else 0, i32(pairs),
-                i32(pairs > 0 and rope.interleaved), *scales,
+                i32(pairs > 0 and rope.interleaved), *scales, self.kv_row_of and self.kv_row_of + 4 * t,
             )  # fmt: skip
+        if self.n_copies:
+            self.kernels.launch(ROPE, "copy_rows", self.n_copies, 128, k, v, i32(kv_row // 16), self.copies)
         return Heads(q, scales[0]), Heads(k, scales[1]), Heads(v, scales[2])
 
     def attention(self, q, k, v, *, scale, window=None, softcap=None, sinks=None):
-        if sinks is not None:
-            raise NotImplementedError("CudaBackend.load refuses the only models with sinks")
         self.enter_attention(window)
         c, tile = self.config, self.attention_tile
         out = self.work.get("attended", 2 * self.n * padded(c.q_width))
         inputs = q.address, k.address, v.address
         if isinstance(tile, HopperAttentionTile):
-            kv_rows = self.n if self.cache is None else self.cache.capacity
+            kv_rows = self.kv_rows if self.cache is None else self.cache.capacity
             q_map = self.maps.of(q.address, c.head_count * tile.head_dim, self.n, tile.block_q)
             kv_width = c.head_count_kv * tile.head_dim
             inputs = q_map, *(self.maps.of(x.address, kv_width, kv_rows, tile.block_kv) for x in (k, v))
@@ -197,7 +209,7 @@ class CudaOps(ExpertOps, Ops):
             tile.program, "attention", (c.head_count, self.n_tiles), tile.threads,
             *inputs, out, self.tiles, i32(c.head_count), i32(c.head_count_kv), i32(c.head_dim),
             i32(padded(c.q_width)), f32(scale), q.scale, k.scale, i32(window or 0), f32(softcap or 0.0),
-            shared_bytes=tile.shared_bytes,
+            self.weights.vector(sinks.tensor)[0] if sinks is not None else 0, shared_bytes=tile.shared_bytes,
         )  # fmt: skip
         return Operand(out, c.q_width, v.scale, self.n)
 
@@ -214,7 +226,7 @@ class CudaOps(ExpertOps, Ops):
         c = self.config
         if self.cache is not None:
             return self.cache.addresses(self.layer)
-        nbytes = 2 * self.n * c.head_count_kv * self.attention_tile.head_dim
+        nbytes = 2 * self.kv_rows * c.head_count_kv * self.attention_tile.head_dim
         return self.work.get("k", nbytes), self.work.get("v", nbytes)
 
     def _rope_table(self, rope):
@@ -228,12 +240,6 @@ class CudaOps(ExpertOps, Ops):
             )  # fmt: skip
             self._tables[id(rope)] = table
         return self._tables[id(rope)]
-
-    def _make_tiles(self):
-        """The attention kernel's list of query tiles, those with most keys first."""
-        block, start = self.attention_tile.block_q, self.batch.start
-        tiles = [(at, min(block, self.n - at), 0, start + at) for at in range(0, self.n, block)]
-        return self._upload("tiles", np.array(tiles[::-1], np.int32)), len(tiles)
 
     # matrices ---------------------------------------------------------------------------------------------------------
 
@@ -250,7 +256,7 @@ class CudaOps(ExpertOps, Ops):
         biases = self._bias(gate), self._bias(up)
         out = residual if residual is not None else self.work.get("linear", 4 * self.n * d.rows)
         w_scale = self._weight_scale([g, u], h)
-        act_scale = self._output_scale(g.name, g.rows, h.gain, g, biases[0], u, biases[1])
+        act_scale = self._gated_scale(activation, h.gain, g, u, biases)
         for t in range(0, self.n, _TILE_TOKENS):
             m = min(_TILE_TOKENS, self.n - t)
             act = Operand(self.work.get("activated", 2 * m * padded(g.rows)), g.rows, act_scale, m)
@@ -311,49 +317,79 @@ class CudaOps(ExpertOps, Ops):
 
         return self.weights.scale(("output", name), make)
 
+    def _gated_scale(self, activation, gain, gate, up, biases):
+        """The scale of act(gate) * up."""
+        if activation == "swiglu_oai":  # clamped: at most 7 * (7 + 1)
+            return self.weights.constant_scale(56.0)
+        return self._output_scale(gate.name, gate.rows, gain, gate, biases[0], up, biases[1])
+
     def _row_norms(self, matrix):
         return self.work.get(f"row norms {matrix.name}", 4 * matrix.rows)
 
     # the end ----------------------------------------------------------------------------------------------------------
 
     def head(self, x, norm, output, logits, scale=1.0, softcap=None):
-        self.enter("head", [output], self.n if logits == "all" else 1)
-        matrix, n, hidden = self.weights.matrix(output), self.n, self.config.embedding_length
-        vocab = matrix.rows
-        rows_at_once = self._head_rows(vocab, logits)
-        device = self.work.get("logits", 4 * rows_at_once * vocab)
-        summary_address, summary = self.work.get("summary", _SUMMARY.itemsize), np.empty(1, _SUMMARY)
-        host = None if logits is None else np.empty((n if logits == "all" else 1, vocab), np.float32)
-        first = 0 if logits == "all" else n - 1
-        for at in range(first, n, rows_at_once):
-            m = min(rows_at_once, n - at)
-            h = self.rms_norm(x + 4 * at * hidden, norm, rows=m)
+        count = self.positions_of(logits)
+        self.enter("head", [output], count)
+        matrix, hidden = self.weights.matrix(output), self.config.embedding_length
+        vocab, top, first = matrix.rows, 1, self.n - count
+        most = self._head_rows(vocab, logits)
+        device = self.work.get("logits", 4 * most * vocab)
+        if logits == "ranks":
+            top = max(1, min(vocab, self.batch.targets.top))
+        ranked = np.empty((count if logits == "ranks" else 1, top + 1), _RANKED)
+        ranked_address = self.work.get("ranked", ranked.nbytes)
+        host = np.empty((count, vocab), np.float32) if logits in ("all", "last") else None
+
+        def rank(row, rows, targets, out):
+            self.kernels.launch(HEAD, "rank", rows, 1024, device + 4 * row * vocab, i32(vocab), targets, i32(top), out)
+
+        for at in range(0, count, most):
+            m = min(most, count - at)
+            if logits == "ranks":
+                h = self.rms_norm(x, norm, rows=m, picked=self.target_rows + 4 * at)
+            else:
+                h = self.rms_norm(x + 4 * (first + at) * hidden, norm, rows=m)
             self._multiply(h, [matrix], device, m, self._bias(output))
             if scale != 1.0 or softcap is not None:
                 self.kernels.launch(
                     HEAD, "finish_logits", -(-m * vocab // 1024), 1024, device, m * vocab, f32(scale), f32(softcap or 0.0)
                 )
-            if at + m == n:
-                last = device + 4 * (m - 1) * vocab
-                self.kernels.launch(HEAD, "summarise", 1, 1024, last, i32(vocab), summary_address)
+            if logits == "ranks":
+                rank(0, m, self.target_tokens + 4 * at, ranked_address + at * ranked[0].nbytes)
+            elif at + m == count:
+                rank(m - 1, 1, 0, ranked_address)
             if host is not None:
-                self.gpu.download(host[at - first : at - first + m], device)
+                self.gpu.download(host[at : at + m], device)
         if self.weights.streaming:
             self.weights.prefetch()  # the next batch's first layers
-        self.gpu.download(summary, summary_address)
+        if logits == "ranks":
+            coming = self.downloads.start(ranked, ranked_address)
+            return lambda: _ranks(coming(), self.batch.targets.top)
+        self.gpu.download(ranked, ranked_address)
         if self.cache is not None:
             self.cache.end_batch(self.batch.start, self.n)
-        token, logit, log_sum_exp = summary[0].item()
+        token, logit, logprob = ranked[0, 1].item()
         if token < 0:
             raise BackendError("the last position's logits hold NaN: the file's weights are damaged or out of range")
-        result = host if logits == "all" or host is None else host[0]
-        return HeadResult(token, logit, -log_sum_exp, result)
+        return HeadResult(token, logit, logprob, host if logits == "all" or host is None else host[0])
+
+    def positions_of(self, logits):
+        """How many of the batch's positions have their logits made."""
+        return {"all": self.n, "ranks": len(self.batch.targets.rows) if self.batch.targets else 0}.get(logits, 1)
 
     def _head_rows(self, vocab, logits):
-        """Positions whose logits are made at a time."""
-        return max(1, min(self.n, _LOGITS_BYTES // (4 * vocab))) if logits == "all" else 1
+        """Positions whose logits are made at a time: whole tiles of a GEMM, where there is room for one."""
+        most = _LOGITS_BYTES // (4 * vocab)
+        return max(1, min(self.positions_of(logits), most // 256 * 256 or most))
 
     def _upload(self, name, array):
         address = self.work.get(name, array.nbytes)
         self.gpu.upload(address, array)
         return address
+
+
+def _ranks(ranked, top):
+    """Ranks of rank's output, [S, 1 + at least top]."""
+    likeliest = ranked[:, 1 : 1 + top]
+    return Ranks(*(np.ascontiguousarray(x) for x in (ranked["logprob"][:, 0], likeliest["token"], likeliest["logprob"])))

@@ -4,10 +4,13 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from ..base import Batch
+from ..base import Batch, Targets
 from .memory import aligned
 from .ops import CudaOps
 from .weights import matrix_of
+
+
+_TOP = 32  # likeliest tokens asked for, at a guess
 
 
 class Sizes:
@@ -86,24 +89,35 @@ def stand_in(facts, hopper, kernels=None, host_embedding=False):
         upload=nothing, zero=nothing,
     )  # fmt: skip
     return SimpleNamespace(
-        gpu=gpu, hopper=hopper, kernels=kernels or NoKernels(), workspace=Sizes(), weights=NoWeights(host_embedding)
-    )
+        gpu=gpu, hopper=hopper, kernels=kernels or NoKernels(), workspace=Sizes(), weights=NoWeights(host_embedding),
+        downloads=SimpleNamespace(start=nothing),
+    )  # fmt: skip
 
 
-def rehearse(family, facts, hopper, tokens, host_embedding=False):
-    """Bytes of work buffers of a prompt of that many tokens, the logits of all positions apart."""
+def batch_of(tokens, ranks):
+    """A batch of so many tokens: a prompt, or (ranks) sequences of which each position is a target."""
+    ids = np.zeros(tokens, np.int32)
+    return Batch(ids, targets=Targets(np.arange(tokens, dtype=np.int32), ids, _TOP) if ranks else None)
+
+
+def rehearse(family, facts, hopper, tokens, ranks=False, host_embedding=False):
+    """Bytes of work buffers of such a batch (`batch_of`), the logits of all of a prompt's positions apart."""
     backend = stand_in(facts, hopper, host_embedding=host_embedding)
-    ops = CudaOps(backend, family.config, Batch(np.zeros(tokens, np.int32)), None)
+    ops = CudaOps(backend, family.config, batch_of(tokens, ranks), None)
+    if ranks:  # many short sequences: as many keys again, that several have for themselves
+        ops.kv_rows *= 2
     x = family.embed(ops, ops.batch.tokens)
     for index, weights in enumerate(family.blocks):
         ops.begin_layer(index)
         x = family.layer(ops, weights, x, index)
+    if ranks:
+        family.head(ops, x, "ranks")
     backend.workspace.get("logits", 4 * family.config.vocab_size)
     return sum(backend.workspace.sizes.values())
 
 
-def products_of(family, facts, hopper, tokens):
-    """The programs that multiply, for a prompt of that many tokens."""
+def products_of(family, facts, hopper, tokens, ranks=False):
+    """The programs that multiply, for such a batch."""
     backend = stand_in(facts, hopper)
-    CudaOps(backend, family.config, Batch(np.zeros(tokens, np.int32)), None).prepare(family, None, None)
+    CudaOps(backend, family.config, batch_of(tokens, ranks), None).prepare(family, "ranks" if ranks else None, None)
     return backend.kernels.programs

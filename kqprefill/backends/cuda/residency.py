@@ -66,14 +66,12 @@ def budget_of(gpu, vram):
     return free + CONTEXT_BYTES - SPARE_BYTES if vram is None else vram.of(total)
 
 
-def make_plan(family, facts, hopper, budget, tokens, cache_bytes=0):
+def make_plan(family, facts, hopper, budget, tokens, cache_bytes=0, ranks=False):
     """A Plan for a model on a GPU (facts: see rehearsal.stand_in) that may take `budget` bytes.
 
-    cache_bytes: device memory that caches hold. Raises BackendError where even streaming every layer takes more, and for a
+    cache_bytes: device memory that caches hold. ranks: for batches with targets (Backend.load). Raises BackendError where even streaming every layer takes more, and for a
     model whose layers CUDA does not have all of.
     """
-    if not family.on_cuda:
-        raise BackendError(f"{family.file.path}: {family.architecture} does not run on CUDA yet; use --backend cpu")
     if family.has_experts and (family.experts.count > MOST_EXPERTS or family.experts.used > MOST_USED):
         raise BackendError(
             f"{family.file.path}: {family.experts.used} of {family.experts.count} experts do not run on CUDA (at most {MOST_USED} of "
@@ -104,10 +102,10 @@ def make_plan(family, facts, hopper, budget, tokens, cache_bytes=0):
         sizes = {name: nbytes for name, nbytes in chosen.items() if nbytes}
         return Plan(budget, tokens, tuple(resident), streamed, sizes, sum(raw[i] for i in streamed), slot, tile)
 
-    everything = plan(range(len(layers)), rehearse(family, facts, hopper, tokens))
+    everything = plan(range(len(layers)), rehearse(family, facts, hopper, tokens, ranks))
     if everything.nbytes <= budget:
         return everything
-    work = rehearse(family, facts, hopper, tokens, host_embedding=not tied)
+    work = rehearse(family, facts, hopper, tokens, ranks, host_embedding=not tied)
     for count in range(len(layers) - 1, -1, -1):
         spread = [i for i in range(len(layers)) if (i + 1) * count // len(layers) > i * count // len(layers)]
         found = plan(spread, work)
