@@ -10,8 +10,9 @@ from kqprefill.backends.base import Batch
 from kqprefill.backends.cpu.ops import CpuOps
 from kqprefill.backends.cuda.tiles import HOPPER_TILES
 from kqprefill.gguf import GGUFFile
-from kqprefill.gguf.synthetic import Shape, SyntheticFile, write_gguf
+from kqprefill.gguf.synthetic import Shape, SyntheticFile, SyntheticTensor, write_gguf
 from kqprefill.models import read_model
+from kqprefill.models.weights import Weight
 
 pytestmark = pytest.mark.gpu
 
@@ -173,7 +174,8 @@ def test_ops(cuda, name, n):
 
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("qwen")])
-def test_soft_capped_attention(cuda, name, window):
+@pytest.mark.parametrize("more", ["soft-cap", "sinks"])
+def test_attention_with(cuda, name, window, more):
     from kqprefill.backends.cuda.ops import CudaOps
 
     description, kind = MODELS[name]
@@ -186,8 +188,9 @@ def test_soft_capped_attention(cuda, name, window):
         h = both.rms_norm(both.embed(family.token_embd, tokens), w.attn_norm)
         q, k, v = both.qkv(h, w.attn_q, w.attn_k, w.attn_v, rope=family.rope)
         free = both.cpu.attention(q[0], k[0], v[0], scale=1.0, window=window)
-        capped = both.attention(q, k, v, scale=1.0, window=window, softcap=0.5)
-        assert relative_error(capped[0], free) > 10 * TOLERANCE  # the cap does something
+        sinks = Weight(SyntheticTensor("attn_sinks.weight", (family.config.head_count,), GGML.F32))
+        changed = both.attention(q, k, v, scale=1.0, window=window, **({"softcap": 0.5} if more == "soft-cap" else {"sinks": sinks}))
+        assert relative_error(changed[0], free) > 10 * TOLERANCE  # it does something
     finally:
         cuda.weights.close()
         cuda.weights = None
@@ -222,6 +225,7 @@ class TileModel:
                 return [model.prefill(self.tokens[:n], logits="all").logits for n in (5, 300)]
 
 
+GPT_OSS = shape("gpt-oss", 512, 8, 2, 64, 192, 160, experts=16, used=3, layers=2, window=50)  # biases, sinks, its activation
 EXPERTS = shape("qwen3moe", 512, 4, 2, 128, 256, 160, experts=16, used=3, layers=2)
 
 
@@ -241,15 +245,16 @@ def test_every_tile_gives_the_same_bits(tile_model, tile):
 
 @pytest.mark.parametrize("kernels", ["auto", "portable"])
 @pytest.mark.parametrize("kind", [GGML.Q4_K, GGML.MXFP4, GGML.Q8_0], ids=lambda t: t.name)
-def test_experts(kind, kernels):
+@pytest.mark.parametrize("shape", [EXPERTS, GPT_OSS], ids=lambda s: s.architecture)
+def test_experts(shape, kind, kernels):
     """Against the CPU, where some experts have many tokens, some few or none; and cut into pieces that share nothing."""
     from kqprefill.engine.model import open_model
 
     def model(backend):
-        file = SyntheticFile(EXPERTS, lambda name, _: GGML.F32 if name == "ffn_gate_inp" else kind, "experts")
+        file = SyntheticFile(shape, lambda name, _: GGML.F32 if name == "ffn_gate_inp" else kind, "experts")
         return open_model(file, backend, kernels=kernels)
 
-    tokens = np.random.default_rng().integers(0, EXPERTS.vocab, 2000)
+    tokens = np.random.default_rng().integers(0, shape.vocab, 2000)
     with model("cpu") as cpu, model("cuda") as gpu:
         for n in (1, 7, 129, 2000):
             got = gpu.prefill(tokens[:n], logits="all").logits

@@ -14,7 +14,6 @@ from kqprefill.backends.cuda.cache import DeviceCache, HostCache
 from kqprefill.backends.cuda.memory import host_memory
 from kqprefill.backends.cuda.residency import CONTEXT_BYTES, H100, estimate, make_plan
 from kqprefill.engine.model import open_model
-from kqprefill.gguf import GGUFFile
 from kqprefill.gguf.synthetic import Shape, SyntheticFile
 from kqprefill.gguf.types import GGML
 from kqprefill.models import read_model
@@ -174,8 +173,8 @@ def force(monkeypatch, resident):
     """Make every plan one of our choice: small models would always fit."""
     from kqprefill.backends.cuda import backend, residency
 
-    def make(family, facts, hopper, budget, tokens, cache_bytes=0):
-        full = residency.make_plan(family, facts, hopper, 1 << 60, tokens, cache_bytes)
+    def make(family, facts, hopper, budget, tokens, cache_bytes=0, ranks=False):
+        full = residency.make_plan(family, facts, hopper, 1 << 60, tokens, cache_bytes, ranks)
         layers = residency.layer_tensors(family)
         streamed = tuple(i for i in range(len(layers)) if i not in resident)
         largest = max(sum(residency.aligned(t.nbytes) for t in layers[i]) for i in streamed)

@@ -45,10 +45,13 @@ SHAPES = {
     "qwen3-8b-yarn": Shape("qwen3", 36, 4096, 32, 8, 128, 12288, 151936, 131072, 1e6, yarn=4.0),
     "qwen3-32b": Shape("qwen3", 64, 5120, 64, 8, 128, 25600, 151936, 40960, 1e6),
     "qwen3-30b-a3b": Shape("qwen3moe", 48, 2048, 32, 4, 128, 768, 151936, 40960, 1e6, experts=128, used=8),
+    "gpt-oss-20b": Shape("gpt-oss", 24, 2880, 64, 8, 64, 2880, 201088, 131072, 1.5e5, window=128, yarn=32.0, experts=32, used=4),
     "llama3-8b": Shape("llama", 32, 4096, 32, 8, 128, 14336, 128256, 131072, 5e5),
     "llama3-70b": Shape("llama", 80, 8192, 64, 8, 128, 28672, 128256, 131072, 5e5),
 }
-RECIPES = ("Q4_K_M", *sorted(t.name for t in SUPPORTED))
+RECIPES = ("Q4_K_M", "MXFP4_MOE", *sorted(t.name for t in SUPPORTED))
+# Where a row is no multiple of a block, llama.cpp takes another type, of blocks of 32; for all not named here IQ4_NL.
+_FALLBACKS = {GGML.Q4_K: GGML.Q5_0, GGML.Q5_K: GGML.Q5_1, GGML.Q6_K: GGML.Q8_0}
 
 
 def _q4_k_m(shape, name, layer):
@@ -134,7 +137,10 @@ class SyntheticFile:
 
         def add(prefix, name, *dims, layer=0, part="weight"):
             full = f"{prefix}{name}.{part}"
-            self.tensors[full] = SyntheticTensor(full, dims, GGML.F32 if len(dims) == 1 else type_of(name, layer))
+            kind = GGML.F32 if len(dims) == 1 or part == "bias" else type_of(name, layer)
+            if dims[-1] % GGML_QUANT_SIZES[kind][0]:
+                kind = _FALLBACKS.get(kind, GGML.IQ4_NL)
+            self.tensors[full] = SyntheticTensor(full, dims, kind)
 
         q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
         add("", "token_embd", s.vocab, s.hidden)
@@ -154,10 +160,13 @@ class SyntheticFile:
                 dims |= {"attn_q_norm": (s.head_dim,), "attn_k_norm": (s.head_dim,)}
             if s.architecture == "gemma3":
                 dims |= {"post_attention_norm": (s.hidden,), "post_ffw_norm": (s.hidden,)}
+            if s.architecture == "gpt-oss":
+                dims["post_attention_norm"] = dims.pop("ffn_norm")
+                dims["attn_sinks"] = (s.heads,)
             for name, shape in dims.items():
                 add(f"blk.{i}.", name, *shape, layer=i)
-                if s.architecture == "qwen2" and name in ("attn_q", "attn_k", "attn_v"):
-                    add(f"blk.{i}.", name, shape[0], part="bias")
+                if name in ("attn_q", "attn_k", "attn_v") and s.architecture == "qwen2" or len(shape) > 1 and s.architecture == "gpt-oss":
+                    add(f"blk.{i}.", name, *shape[:-1], part="bias")
 
     @classmethod
     def named(cls, name):
@@ -169,12 +178,17 @@ class SyntheticFile:
                 f"{name}: neither a file nor SHAPE:RECIPE; shapes are {', '.join(SHAPES)}; recipes {', '.join(RECIPES)}"
             )
         shape = SHAPES[shape_name]
-        mixed = recipe == "Q4_K_M"
-        return cls(
-            shape,
-            lambda n, layer: _q4_k_m(shape, n, layer) if mixed else GGML.F32 if n == "ffn_gate_inp" else GGML[recipe],
-            f"{shape_name}:{recipe}",
-        )
+
+        def type_of(tensor, layer):
+            if recipe == "Q4_K_M":
+                return _q4_k_m(shape, tensor, layer)
+            if tensor == "ffn_gate_inp":
+                return GGML.F32
+            if recipe == "MXFP4_MOE":
+                return GGML.MXFP4 if tensor.endswith("_exps") else GGML.Q8_0
+            return GGML[recipe]
+
+        return cls(shape, type_of, f"{shape_name}:{recipe}")
 
     def close(self):
         _random_weights.cache_clear()
