@@ -12,7 +12,8 @@ from conftest import EXAMPLE, ROOT
 from kqprefill.backends.budget import Budget
 from kqprefill.backends.cuda.cache import DeviceCache, HostCache
 from kqprefill.backends.cuda.memory import host_memory
-from kqprefill.backends.cuda.residency import CONTEXT_BYTES, H100, estimate, make_plan
+from kqprefill.backends.cuda.bounds import H100, estimate
+from kqprefill.backends.cuda.residency import CONTEXT_BYTES, make_plan
 from kqprefill.engine.model import open_model
 from kqprefill.gguf.synthetic import Shape, SyntheticFile
 from kqprefill.gguf.types import GGML

@@ -217,6 +217,10 @@ class Backend(ABC):
         of what a backend does before (compiling).
         """
 
+    def floors(self, model):
+        """[(what, function of a prompt's tokens)]: seconds that a prompt takes at least, as far as known."""
+        return []
+
     def memory_used(self):
         """Bytes of device memory held, or None where that means nothing."""
         return None

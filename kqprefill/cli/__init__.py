@@ -1,6 +1,7 @@
 """The command line: one click command a file. Heavy imports (NumPy, CUDA, rich) wait until a command needs them."""
 
 import os
+import signal
 import sys
 
 import click
@@ -9,10 +10,14 @@ from .. import __version__
 from ..errors import InputError, KqprefillError
 from .bench import bench
 from .cache import cache
+from .completion import completion
 from .doctor import doctor
 from .inspect import inspect
+from .perplexity import perplexity
 from .plan import plan
+from .records import Terminated, raise_signal
 from .run import run
+from .score import score
 from .synth import synth
 from .tokenize import tokenize
 
@@ -23,20 +28,21 @@ def cli():
     """Prefill GGUF language models at the rate of the GPU's matrix units.
 
     \b
-    kqprefill run model.gguf --tokens 1,2,3     the greedy next token
-    kqprefill bench qwen3-8b:Q4_K_M             tokens/s by prompt length
-    kqprefill plan model.gguf --vram 8G         what stays in GPU memory, what is streamed
-    kqprefill inspect model.gguf                what the file holds
-    kqprefill doctor                            what there is to run on
+    kqprefill run examples/tiny-qwen3.gguf --tokens 72,101      # the greedy next token
+    kqprefill score examples/tiny-qwen3.gguf examples/questions.jsonl   # log-probabilities
+    kqprefill bench examples/tiny-qwen3.gguf -p 16,128          # tokens/s by prompt length
+    kqprefill plan examples/tiny-qwen3.gguf --vram 8G           # what stays in GPU memory
+    kqprefill inspect examples/tiny-qwen3.gguf                  # what the file holds
     """
 
 
-for command in (run, bench, plan, inspect, tokenize, synth, doctor, cache):
+for command in (run, score, perplexity, bench, plan, inspect, tokenize, synth, doctor, cache, completion):
     cli.add_command(command)
 
 
 def main():
-    """Entry point. Exit status: 0, 1 for an error, 2 for wrong usage, 130 when interrupted."""
+    """Entry point. Exit status: 0, 1 for an error, 2 for wrong usage, 130 when interrupted (SIGINT), 143 when ended (SIGTERM)."""
+    signal.signal(signal.SIGTERM, raise_signal)
     try:
         status = cli(standalone_mode=False)
         sys.stdout.flush()
@@ -52,6 +58,8 @@ def main():
         status = 2 if isinstance(error, InputError) else 1
     except (KeyboardInterrupt, click.Abort):
         status = 130
+    except Terminated:
+        status = 143
     except MemoryError:
         click.echo(
             "kqprefill: out of memory; a shorter prompt, or logits of the last position only, need less", err=True

@@ -1,5 +1,6 @@
 """kqprefill bench: tokens/s by prompt length, in the table that llama-bench's users know."""
 
+from contextlib import nullcontext
 import csv
 import io
 import json
@@ -12,7 +13,10 @@ import click
 
 from ..backends.wake import wake_gpu
 from ..errors import InputError
-from .common import device_options, load_lines, memory_option, open_file, progress_bars, size, table, volume_options, warner
+from .common import (
+    device_options, load_lines, memory_option, open_file, output_file, progress_bars, size, table, volume_options, warner,
+)  # fmt: skip
+from .plot import check_plot, draw
 
 
 _WARM_UP = 2  # runs; on a GPU the first compiles, and the second makes the CUDA graph of a short prompt
@@ -30,21 +34,23 @@ _WARM_UP = 2  # runs; on a GPU the first compiles, and the second makes the CUDA
 @click.option(
     "--detail", is_flag=True, help="Also time by stage, with TFLOP/s and the GB/s of reading each weight once."
 )
+@click.option("--plot", "picture", metavar="FILE.png", help="Also draw tokens/s by prompt length, beside what the GPU allows.")
 @device_options
 @memory_option
 @volume_options
-def bench(model, lengths, repetitions, delay, output, detail, backend, device, kernels, vram, quiet, verbose):
+def bench(model, lengths, repetitions, delay, output, detail, picture, backend, device, kernels, vram, quiet, verbose):
     """Measure prefill speed: mean and standard deviation of tokens/s, warm-up excluded.
 
     MODEL is a GGUF file, or a SHAPE:RECIPE such as qwen3-8b:Q4_K_M, which is made in memory with random weights.
 
     \b
-    kqprefill bench qwen3-8b:Q4_K_M -p 128,512,2048
+    kqprefill bench examples/tiny-qwen3.gguf -p 16,128
     """
     try:
         lengths = [int(word) for word in lengths.split(",")]
     except ValueError:
         raise click.BadParameter(f"{lengths!r} is no list of lengths such as 128,512,2048", param_hint="-p") from None
+    kind = picture and check_plot(picture)
     wake_gpu(backend, device)
     import numpy as np
 
@@ -52,6 +58,7 @@ def bench(model, lengths, repetitions, delay, output, detail, backend, device, k
 
     rows = []
     with (
+        output_file(picture) if picture else nullcontext() as picture_file,
         progress_bars(not quiet) as progress,
         open_model(open_file(model), backend, device, kernels, progress, warner(quiet), vram, max(lengths)) as loaded,
     ):
@@ -86,6 +93,8 @@ def bench(model, lengths, repetitions, delay, output, detail, backend, device, k
             )
             if detail:
                 rows[-1]["stages"] = _stages(loaded.prefill(tokens, timed=True).stages)
+        if picture:
+            draw(rows, loaded.backend.floors(loaded.family), picture_file, kind)
     click.echo(_FORMATS[output](rows))
 
 

@@ -10,7 +10,7 @@ from .common import size
 
 
 @click.command()
-@click.option("--device", default=0, metavar="N", envvar="KQPREFILL_DEVICE", help="CUDA device number.")
+@click.option("--device", default=0, metavar="N", envvar="KQPREFILL_DEVICE", show_envvar=True, help="CUDA device number.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @click.pass_context
 def doctor(context, device, as_json):

@@ -11,7 +11,7 @@ from .common import memory_option, open_file, plan_lines, size
 @click.command()
 @click.argument("model", metavar="MODEL|SHAPE:RECIPE")
 @click.option("-p", "--prompt", "tokens", default=4096, show_default=True, metavar="T", help="Tokens of the prompt.")
-@click.option("--device", default=0, metavar="N", envvar="KQPREFILL_DEVICE", help="CUDA device number.")
+@click.option("--device", default=0, metavar="N", envvar="KQPREFILL_DEVICE", show_envvar=True, help="CUDA device number.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, sizes in bytes.")
 @memory_option
 def plan(model, tokens, device, as_json, vram):
@@ -23,8 +23,9 @@ def plan(model, tokens, device, as_json, vram):
     kqprefill plan qwen3-32b:Q4_K_M --vram 8G -p 8192
     """
     from ..backends.budget import Budget
+    from ..backends.cuda.bounds import H100, estimate
     from ..backends.cuda.device import Gpu
-    from ..backends.cuda.residency import H100, budget_of, estimate, make_plan
+    from ..backends.cuda.residency import budget_of, make_plan
     from ..errors import BackendError
     from ..models import read_model
 

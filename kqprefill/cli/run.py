@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 import json
+import math
 import sys
 
 import click
@@ -9,7 +10,7 @@ import click
 from ..backends.wake import wake_gpu
 from ..errors import InputError
 from .common import (
-    STDIO, device_options, load_lines, memory_option, output_file, progress_bars, read_text, read_tokens, size, volume_options, warner,
+    STDIO, device_options, load_lines, memory_option, output_file, progress_bars, read_text, read_tokens, size, table, volume_options, warner,
 )  # fmt: skip
 
 
@@ -19,22 +20,26 @@ from .common import (
 @click.option("--prompt", metavar="TEXT", help="Text, for the file's own tokenizer; `-` reads stdin, `@FILE` a file.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the token id.")
 @click.option("--text", "as_text", is_flag=True, help="The token's text instead of its id.")
-@click.option("--logits", metavar="FILE", help="Write the last position's logits, float32 [V], as .npy; `-` is stdout.")
+@click.option("--top", default=0, metavar="K", type=click.IntRange(0), help="The K likeliest next tokens: a table on a terminal, JSON in a pipe.")
+@click.option(
+    "--logits", metavar="FILE",
+    help="Write the last position's logits, float32 [V]: .npy, or with the prompt's tokens .npz or .safetensors; `-` is stdout.",
+)
 @click.option("--all-positions", is_flag=True, help="With --logits: every position's, float32 [T, V].")
 @device_options
 @memory_option
 @volume_options
-def run(model, tokens, prompt, as_json, as_text, logits, all_positions, backend, device, kernels, vram, quiet, verbose):
+def run(model, tokens, prompt, as_json, as_text, top, logits, all_positions, backend, device, kernels, vram, quiet, verbose):
     """Print the greedy next token after a prompt.
 
     \b
     kqprefill run examples/tiny-qwen3.gguf --tokens 72,101,108,108,111
-    kqprefill run model.gguf --prompt "The capital of France is" --text
+    kqprefill run examples/tiny-qwen3.gguf --prompt "The capital of France is" --top 5
     """
     if all_positions and logits is None:
         raise click.UsageError("--all-positions says which logits --logits FILE writes; give that too")
-    if logits == STDIO and as_json:
-        raise click.UsageError("--logits - and --json both want stdout; write the logits to a file")
+    if logits == STDIO and (as_json or top):
+        raise click.UsageError(f"--logits - and {'--json' if as_json else '--top'} both want stdout; write the logits to a file")
     if (tokens is None) == (prompt is None):
         raise click.UsageError("give the prompt either as --tokens IDS or as --prompt TEXT")
     if as_json and as_text:
@@ -44,6 +49,8 @@ def run(model, tokens, prompt, as_json, as_text, logits, all_positions, backend,
     if logits == "":
         raise InputError("--logits: the file name is empty")
     wake_gpu(backend, device)
+    import numpy as np
+
     from ..engine.model import open_model
     from ..gguf import GGUFFile
 
@@ -61,13 +68,14 @@ def run(model, tokens, prompt, as_json, as_text, logits, all_positions, backend,
         loaded = stack.enter_context(
             open_model(file, backend, device, kernels, progress, warner(quiet), vram, max_tokens=len(ids))
         )
-        wanted = None if output is None else "all" if all_positions else "last"
+        if top > loaded.config.vocab_size:
+            raise InputError(f"--top {top}: the vocabulary has {loaded.config.vocab_size} tokens")
+        wanted = "all" if all_positions else "last" if top or output is not None else None
         result = loaded.prefill(ids, logits=wanted, progress=progress)
         if output is not None:
-            from numpy.lib import format as npy  # not np.save, which asks a pipe for its position
+            from .arrays import write_arrays
 
-            npy.write_array_header_1_0(output, npy.header_data_from_array_1_0(result.logits))
-            output.write(result.logits.data)
+            write_arrays(output, logits, {"logits": result.logits, "tokens": np.array(ids, np.int32)})
         timings = {**loaded.timings, **result.timings}
         held = loaded.backend.memory_used()
         summary = (
@@ -86,12 +94,23 @@ def run(model, tokens, prompt, as_json, as_text, logits, all_positions, backend,
             "device": loaded.backend.device_name,
             "timings": {stage: round(seconds, 6) for stage, seconds in timings.items()},
         }
+        likeliest = [
+            {"token": token, "text": loaded.token_text(token), "logprob": logprob, "probability": math.exp(logprob)}
+            for token, logprob in (result.likeliest(top) if top else ())
+        ]
         if verbose:
             for line in load_lines(loaded):
                 click.echo(line, err=True)
     if verbose or (sys.stderr.isatty() and not quiet):
         click.echo(summary, err=True)
+    if top:
+        described["top"] = likeliest
     if as_json:
         click.echo(json.dumps(described, ensure_ascii=False))
+    elif top and sys.stdout.isatty():
+        cells = [[f"{100 * t['probability']:.2f}%", f"{t['logprob']:.4f}", str(t["token"]), json.dumps(t["text"], ensure_ascii=False)] for t in likeliest]
+        click.echo(table(["", "log-probability", "token", "text"], cells))
+    elif top:
+        click.echo(json.dumps(likeliest, ensure_ascii=False))
     elif logits != STDIO:
         click.echo(described["text"] if as_text and described["text"] is not None else result.token)

@@ -14,7 +14,7 @@ def synth(name, out):
     Its tensors are valid and its text is noise: for benchmarks, here or in llama.cpp.
 
     \b
-    kqprefill synth qwen3-0.6b:Q4_K_M qwen3-0.6b.gguf
+    kqprefill synth tiny:Q4_K_M tiny.gguf
     """
     from ..gguf.synthetic import SyntheticFile, write_gguf
 

@@ -35,6 +35,13 @@ class Prefill:
     timings: dict = field(default_factory=dict)
     stages: dict | None = None
 
+    def likeliest(self, count):
+        """[(token, natural log-probability)] of the likeliest next tokens, the lowest ids of equals first; needs logits."""
+        last = self.logits[-1] if self.logits.ndim == 2 else self.logits
+        order = np.argsort(-last, kind="stable")[:count]
+        shifted = last.astype(np.float64) - float(last[order[0]])
+        return [(int(token), float(shifted[token] - np.log(np.exp(shifted).sum()))) for token in order]
+
 
 class Model:
     """A model ready to prefill; a context manager, freed by `close`. Made by `kqprefill.load`."""

@@ -18,7 +18,7 @@ _UNMARKED = frozenset(
 
 
 class Tokenizer:
-    """Made from a GGUF's metadata (a mapping); path is for errors.
+    """Made from a GGUF's metadata (a mapping); path is for errors. bos: the token that texts begin with, or None.
 
     Raises ModelError where the file has no vocabulary, or one of a kind that is not supported; InputError where a library is
     missing.
@@ -38,7 +38,7 @@ class Tokenizer:
             add_bos, self._space_prefix = pre in ADDS_BOS, False
         else:
             raise self._error(f"its vocabulary is of kind {kind!r}; 'llama' and 'gpt2' are supported: give --tokens")
-        self._bos = self._special(metadata, "bos", len(pieces)) if metadata.get("tokenizer.ggml.add_bos_token", add_bos) else None
+        self.bos = self._special(metadata, "bos", len(pieces)) if metadata.get("tokenizer.ggml.add_bos_token", add_bos) else None
         self._eos = self._special(metadata, "eos", len(pieces)) if metadata.get("tokenizer.ggml.add_eos_token", False) else None
         marked = [i for i, t in enumerate(types) if t in (_UNKNOWN, _CONTROL, _USER_DEFINED) or pieces[i] in _UNMARKED]
         self._specials = sorted(((pieces[i], i) for i in marked if pieces[i]), key=lambda piece: -len(piece[0]))
@@ -54,7 +54,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"the prompt is not valid UTF-8 at character {error.start}") from None
-        ids = [self._bos] if add_special and self._bos is not None else []
+        ids = [self.bos] if add_special and self.bos is not None else []
         after_special = True
         for part in self._split(text):
             if isinstance(part, int):

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from ..base import Backend
 from ..timeline import Timeline
+from .bounds import floors
 from .cache import DeviceCache, HostCache
 from .device import Gpu, cuda_errors
 from .graphs import Graphs
@@ -105,6 +106,9 @@ class CudaBackend(Backend):
             return (end - start) / 1e3
 
         return Timeline(lambda: self.gpu.stream.record(options=options), between)
+
+    def floors(self, model):
+        return floors(self.plan, model, self.gpu)
 
     def memory_used(self):
         return self.gpu.memory_peak()

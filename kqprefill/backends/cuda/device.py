@@ -73,7 +73,9 @@ class Gpu:
                 f"{self.name} has compute capability {capability.major}.{capability.minor}; 8.0 or later is needed"
             )
         self.multiprocessors = device.properties.multiprocessor_count
-        self.clock = device.properties.clock_rate * 1e3  # Hz, the highest
+        properties = device.properties
+        self.clock = properties.clock_rate * 1e3  # Hz, the highest
+        self.memory_rate = 2e3 * properties.memory_clock_rate * properties.global_memory_bus_width / 8  # bytes a second
         self.shared_memory = device.properties.max_shared_memory_per_block_optin  # bytes
         with cuda_errors(f"opening {self.name}"):
             self.stream = device.create_stream()

@@ -7,7 +7,6 @@ rows from the host, for the prompt's tokens only.
 
 from dataclasses import dataclass
 import math
-from types import SimpleNamespace
 
 from ...errors import BackendError
 from .experts import MOST_EXPERTS, MOST_USED
@@ -21,16 +20,6 @@ CONTEXT_BYTES = 560 << 20  # that the driver takes for a context and our kernels
 _SLACK_BYTES, _SLACK_SHARE = 64 << 20, 0.012  # that its allocator takes beyond what is asked for (an H100: 20 to 230 MiB)
 SPARE_BYTES = 128 << 20  # left free where no budget is given
 _LOCKED_IN_PASSING = 32 << 30  # host memory that is locked at a time where it is read once: unlocking can wait
-
-# Operations in half precision that a multiprocessor does in a cycle, sums in float32 (NVIDIA's architecture papers), by
-# compute capability; and the share of it that whole prompts have reached: wgmma, and mma.sync (docs/performance.md).
-_OPERATIONS = {(8, 0): 2048, (9, 0): 4096, (10, 0): 8192, (10, 3): 8192}
-_OTHERS_OPERATIONS = 512  # GeForce and its like
-_HOPPER_SHARE, _PORTABLE_SHARE = 0.6, 0.35
-
-H100 = SimpleNamespace(
-    capability=(9, 0), multiprocessors=132, shared_memory=227 << 10, clock=1.98e9, bus_rate=lambda: 55e9
-)
 
 
 @dataclass(frozen=True)
@@ -117,23 +106,3 @@ def make_plan(family, facts, hopper, budget, tokens, cache_bytes=0, ranks=False)
         f"{tokens} tokens need at least {gib(found.nbytes)} of GPU memory ({takes}), but {gib(budget)} may be taken "
         f"(--vram, or what is free); {way_out} would do, or --backend cpu"
     )
-
-
-def estimate(plan, family, facts):
-    """What bounds a prompt of plan.tokens: {"compute_seconds", "tflops"}, and where layers are streamed "bus_seconds",
-    "bus_gb_per_s" and "free_from_tokens", the prompt length at which the copies take no longer than the arithmetic."""
-    c, share = family.config, _HOPPER_SHARE if facts.capability == (9, 0) else _PORTABLE_SHARE
-    rate = _OPERATIONS.get(facts.capability, _OTHERS_OPERATIONS) * facts.multiprocessors * facts.clock * share
-    part = family.experts.used / family.experts.count if family.has_experts else 1.0  # of the experts, for each token
-    tensors = [tensor for layer in layer_tensors(family) for tensor in layer]
-    weights = sum(math.prod(tensor.shape) * (part if len(tensor.shape) == 3 else 1) for tensor in tensors)
-
-    def seconds(tokens):
-        return (2 * tokens * weights + 2 * tokens**2 * c.q_width * c.block_count) / rate
-
-    found = {"compute_seconds": seconds(plan.tokens), "tflops": rate / 1e12}
-    if plan.streamed:
-        bus = facts.bus_rate()
-        longest = next((n for n in range(64, 1 << 20, 64) if seconds(n) >= plan.streamed_bytes / bus), 1 << 20)
-        found |= {"bus_seconds": plan.streamed_bytes / bus, "bus_gb_per_s": bus / 1e9, "free_from_tokens": longest}
-    return found

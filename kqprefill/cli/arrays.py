@@ -1,0 +1,34 @@
+"""Arrays as files that other tools read: .npy (one array), .npz and .safetensors (several, by name)."""
+
+import json
+
+import numpy as np
+
+_DTYPES = {"float32": "F32", "int32": "I32"}  # of safetensors
+
+
+def write_arrays(file, path, arrays):
+    """Write {name: array} to a binary file, in the format that path's ending says; .npy, also for any other, has the first."""
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    if path.endswith(".npz"):
+        np.savez(file, **arrays)
+    elif path.endswith(".safetensors"):
+        _write_safetensors(file, arrays)
+    else:
+        first = next(iter(arrays.values()))
+        # Not np.save, which asks a pipe for its position.
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(first))
+        file.write(first.data)
+
+
+def _write_safetensors(file, arrays):
+    """https://huggingface.co/docs/safetensors: the header's length, the header, the arrays one after another."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, array in arrays.items():
+        begin, end = end, end + array.nbytes
+        header[name] = {"dtype": _DTYPES[array.dtype.name], "shape": array.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for array in arrays.values():
+        file.write(array.data)

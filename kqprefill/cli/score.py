@@ -1,0 +1,198 @@
+"""kqprefill score: log-probabilities of many prompts, JSON lines in and out."""
+
+from collections import deque
+from contextlib import ExitStack
+import math
+import sys
+import time
+
+import click
+
+from ..backends.wake import wake_gpu
+from ..errors import InputError, KqprefillError
+from .common import STDIO, batch_option, device_options, load_lines, memory_option, open_file, output_file, volume_options, warner
+from .records import Lines, Records
+
+_ASKED = "tokens", "prompt", "completion", "choices"  # keys of a record that are not handed on
+_OURS = frozenset(
+    "index n_tokens logprob mean_logprob perplexity best best_per_token choices error token_logprobs greedy_tokens top_tokens top_logprobs".split()
+)
+_HTML_TOP = 5  # alternatives on the page
+
+
+@click.command()
+@click.argument("model", type=click.Path())
+@click.argument("records", metavar="[JSONL]", type=click.Path(), default=STDIO)
+@click.option("-o", "--output", metavar="FILE", default=STDIO, help="Where the results go, line by line; stdout unless given.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted --output: records that have their line are skipped.")
+@click.option(
+    "--on-error", type=click.Choice(["stop", "skip"]), default="stop", show_default=True, envvar="KQPREFILL_ON_ERROR", show_envvar=True,
+    help="At a bad line: end with status 1, or write {\"index\", \"error\"} and go on.",
+)  # fmt: skip
+@click.option("--per-token", is_flag=True, help="Add token_logprobs.")
+@click.option("--greedy", is_flag=True, help="Add greedy_tokens, the likeliest at each place.")
+@click.option("--top", default=0, metavar="K", type=click.IntRange(0), help="Add top_tokens and top_logprobs, the K likeliest at each place.")
+@click.option("--html", metavar="FILE", help="Also write one page that shows the texts, shaded by log-probability.")
+@batch_option
+@device_options
+@memory_option
+@volume_options
+def score(
+    model, records, output, resume, on_error, per_token, greedy, top, html, batch_tokens, backend, device, kernels, vram, quiet, verbose
+):
+    """Write the log-probability of each prompt of a JSONL file (or stdin), one JSON object a line, in order.
+
+    A line has "prompt" (text) or "tokens" (ids), and perhaps "completion", which is then scored given the prompt, or
+    "choices", several of them; its other keys are handed on. logprob is the natural logarithm, over n_tokens tokens: all but
+    the first, or the completion's. Many prompts share a batch; what is packed with what changes no figure.
+
+    \b
+    echo '{"prompt": "Hello"}' | kqprefill score examples/tiny-qwen3.gguf
+    kqprefill score examples/tiny-qwen3.gguf examples/questions.jsonl --per-token
+    """
+    if resume and (output == STDIO or html):
+        raise click.UsageError("--resume continues an --output FILE, without --html")
+    if html == STDIO:
+        raise click.UsageError("--html - : the results have stdout; name a file")
+    wake_gpu(backend, device)
+    from ..engine.model import open_model
+
+    wanted = {"per_token": per_token, "greedy": greedy, "top": top}
+    with ExitStack() as stack:
+        lines = stack.enter_context(Lines(output, resume))
+        page_file = stack.enter_context(output_file(html)) if html else None
+        loaded = stack.enter_context(
+            open_model(open_file(model), backend, device, kernels, None, warner(quiet), vram, max_tokens=batch_tokens, ranks=True)
+        )
+        top = max(top, int(greedy), _HTML_TOP if html else 0)
+        if top > loaded.config.vocab_size:
+            raise InputError(f"--top {top}: the vocabulary has {loaded.config.vocab_size} tokens")
+        page = None
+        if html:
+            from .page import Page
+
+            page = Page(page_file, loaded, model, min(_HTML_TOP, top))
+        run = _Run(loaded, Records(records, loaded.item, lines.done), lines, wanted, on_error == "skip", page)
+        begin = time.perf_counter()
+        run.go(batch_tokens, top)
+        seconds = time.perf_counter() - begin
+        if page:
+            page.end()
+        if verbose:
+            for line in load_lines(loaded):
+                click.echo(line, err=True)
+        if verbose or (sys.stderr.isatty() and not quiet):
+            click.echo(
+                f"{run.scored} records, {run.tokens} tokens, {run.tokens / seconds:.0f} tokens/s, {loaded.backend.name} "
+                f"({loaded.backend.device_name})", err=True,
+            )  # fmt: skip
+    if run.bad and not quiet:
+        click.echo(f"kqprefill: {run.bad} of {run.bad + run.scored} records could not be scored; their lines say why", err=True)
+
+
+class _Run:
+    """Records through the model, and their results, in order, to where they go."""
+
+    def __init__(self, model, records, lines, wanted, skip_bad, page):
+        self._model, self._records, self._lines, self._wanted = model, records, lines, wanted
+        self._skip_bad, self._page = skip_bad, page
+        self._waiting = deque()  # records without their result
+        self._stopped_by = None
+        self.scored = self.bad = self.tokens = 0
+
+    def go(self, batch_tokens, top):
+        for result in self._model.score(self._items(), batch_tokens, top):
+            self._write_bad()
+            if self._stopped_by:
+                break
+            self._write(self._waiting.popleft(), result)
+        self._write_bad()
+        if self._stopped_by:
+            line, error = self._stopped_by
+            raise KqprefillError(f"{self._records.name}: line {line}: {error}")
+
+    def _items(self):
+        for record in self._records:
+            if record is None:  # all before it have been written once the scorer asks for more
+                yield None
+                self._write_bad()
+                continue
+            self._check_resumed()
+            self._waiting.append(record)
+            if record.error is None:
+                yield record.item
+            elif not self._skip_bad:
+                return
+
+    def _check_resumed(self):
+        """That the last line of a resumed output is of the record that is in its place."""
+        before, last = self._records.last_skipped, self._lines.last
+        self._lines.last = None
+        if last is None or before is None:
+            return
+        found, item = last.get("choices", [last])[0], before.item
+        same = ("error" in last) == (before.error is not None) and all(
+            last.get(key) == value for key, value in _extras(before.content, _OURS).items()
+        )
+        if same and item is not None:
+            counts = [len(c) - (not item.prompt) for c in item.continuations or [item.prompt[1:]]]
+            same = [f["n_tokens"] for f in last.get("choices", [last])] == counts
+        options = {"token_logprobs": self._wanted["per_token"], "greedy_tokens": self._wanted["greedy"], "top_tokens": self._wanted["top"] > 0}
+        if not same or item is not None and any((key in found) != asked for key, asked in options.items()):
+            raise InputError(f"{self._lines.name}: its last line was made of another record, or with other options, than line {before.line} of {self._records.name}")
+
+    def _write_bad(self):
+        """The lines of bad records that come next, or stop at the first."""
+        while self._waiting and self._waiting[0].error is not None and not self._stopped_by:
+            self._fail(self._waiting.popleft())
+
+    def _fail(self, record, error=None):
+        error = error or record.error
+        if not self._skip_bad:
+            self._stopped_by = record.line, error
+            return
+        self.bad += 1
+        self._lines.write({"index": record.index, "error": f"line {record.line}: {error}", **_extras(record.content)})
+
+    def _write(self, record, result):
+        several = result if isinstance(result, list) else [result]
+        if not all(math.isfinite(scored.logprob) for scored in several):
+            self._fail(record, "its logits hold NaN or infinities: the file's weights are damaged or out of range")
+            return
+        found = [self._describe(scored) for scored in several]
+        line = {"index": record.index}
+        if isinstance(result, list):
+            best = max(range(len(found)), key=lambda i: found[i]["logprob"])
+            per_token = max(range(len(found)), key=lambda i: -math.inf if several[i].mean_logprob is None else several[i].mean_logprob)
+            line |= {"best": best, "best_per_token": per_token, "choices": found}
+        else:
+            line |= found[0]
+        self._lines.write(line | _extras(record.content, line))
+        self.scored += 1
+        self.tokens += record.item.tokens
+        if self._page:
+            self._page.add(record.index, record.item, several)
+
+    def _describe(self, scored):
+        perplexity = scored.perplexity
+        line = {
+            "n_tokens": scored.n_tokens, "logprob": scored.logprob, "mean_logprob": scored.mean_logprob,
+            "perplexity": None if perplexity == math.inf else perplexity,
+        }  # fmt: skip
+        if self._wanted["per_token"]:
+            line["token_logprobs"] = _numbers(scored.logprobs)
+        if self._wanted["greedy"]:
+            line["greedy_tokens"] = scored.top_tokens[:, 0].tolist()
+        if top := self._wanted["top"]:
+            line["top_tokens"] = scored.top_tokens[:, :top].tolist()
+            line["top_logprobs"] = [_numbers(row) for row in scored.top_logprobs[:, :top]]
+        return line
+
+
+def _extras(content, taken=()):
+    return {key: value for key, value in content.items() if key not in _ASKED and key not in taken}
+
+
+def _numbers(floats):
+    """float32 as the shortest decimals that stand for them."""
+    return [float(str(x)) for x in floats]
