@@ -18,11 +18,12 @@ _LINGER = 0.05  # seconds to wait for more, before what there is runs in a small
 
 @dataclass(frozen=True)
 class Record:
-    """One line of the input: its place among the records (from 0) and in the file (from 1), what it holds, and the Item made of
-    it, or what is wrong with it."""
+    """One line of the input: its place among the records (from 0) and in the file (from 1), where it ends in it (bytes), what it
+    holds, and the Item made of it, or what is wrong with it."""
 
     index: int
     line: int
+    end: int
     content: dict
     item: object = None
     error: str | None = None
@@ -41,6 +42,7 @@ class Records:
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}") from None
         self.name = "stdin" if path == STDIO else path
+        self.nbytes = os.path.getsize(path) if os.path.isfile(path) else None
         self._make, self._skip, self._queue = make, skip, queue.Queue(_AHEAD)
         self.last_skipped = None  # a Record
         threading.Thread(target=self._read, daemon=True).start()
@@ -63,15 +65,16 @@ class Records:
             yield found
 
     def _read(self):
-        index = 0
+        index = end = 0
         try:
             for line, text in enumerate(self._file, 1):
+                end += len(text)
                 if not text.strip():
                     continue
                 if index >= self._skip:
-                    self._queue.put(self._record(index, line, text))
+                    self._queue.put(self._record(index, line, end, text))
                 elif index == self._skip - 1:
-                    self.last_skipped = self._record(index, line, text)
+                    self.last_skipped = self._record(index, line, end, text)
                 index += 1
             if index < self._skip:
                 raise InputError(f"{self.name} has {index} records, but the output to continue has {self._skip}")
@@ -79,21 +82,21 @@ class Records:
         except BaseException as error:  # raised where the records are taken
             self._queue.put(error)
 
-    def _record(self, index, line, text):
+    def _record(self, index, line, end, text):
         content = {}
         try:
             content = json.loads(text.decode("utf-8"), parse_constant=_refuse)
             if not isinstance(content, dict):
                 content = {}
                 raise InputError("a record must be a JSON object")
-            return Record(index, line, content, self._make(content))
+            return Record(index, line, end, content, self._make(content))
         except InputError as error:
             why = str(error)
         except UnicodeDecodeError as error:
             why = f"byte {error.start + 1} is no UTF-8"
         except (ValueError, RecursionError) as error:
             why = f"no JSON: {error}"
-        return Record(index, line, content, error=why)
+        return Record(index, line, end, content, error=why)
 
 
 def _refuse(constant):

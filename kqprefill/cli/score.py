@@ -10,7 +10,7 @@ import click
 
 from ..backends.wake import wake_gpu
 from ..errors import InputError, KqprefillError
-from .common import STDIO, batch_option, device_options, load_lines, memory_option, open_file, output_file, volume_options, warner
+from .common import STDIO, batch_option, device_options, load_lines, memory_option, open_file, output_file, progress_bars, volume_options, warner
 from .records import Lines, Records
 
 _ASKED = "tokens", "prompt", "completion", "choices"  # keys of a record that are not handed on
@@ -60,9 +60,11 @@ def score(
     wanted = {"per_token": per_token, "greedy": greedy, "top": top}
     with ExitStack() as stack:
         lines = stack.enter_context(Lines(output, resume))
+        # Bars and lines would mix on a terminal.
+        progress = stack.enter_context(progress_bars(not quiet and not (output == STDIO and sys.stdout.isatty())))
         page_file = stack.enter_context(output_file(html)) if html else None
         loaded = stack.enter_context(
-            open_model(open_file(model), backend, device, kernels, None, warner(quiet), vram, max_tokens=batch_tokens, ranks=True)
+            open_model(open_file(model), backend, device, kernels, progress, warner(quiet), vram, max_tokens=batch_tokens, ranks=True)
         )
         top = max(top, int(greedy), _HTML_TOP if html else 0)
         if top > loaded.config.vocab_size:
@@ -72,7 +74,7 @@ def score(
             from .page import Page
 
             page = Page(page_file, loaded, model, min(_HTML_TOP, top))
-        run = _Run(loaded, Records(records, loaded.item, lines.done), lines, wanted, on_error == "skip", page)
+        run = _Run(loaded, Records(records, loaded.item, lines.done), lines, wanted, on_error == "skip", page, progress)
         begin = time.perf_counter()
         run.go(batch_tokens, top)
         seconds = time.perf_counter() - begin
@@ -81,11 +83,11 @@ def score(
         if verbose:
             for line in load_lines(loaded):
                 click.echo(line, err=True)
-        if verbose or (sys.stderr.isatty() and not quiet):
-            click.echo(
-                f"{run.scored} records, {run.tokens} tokens, {run.tokens / seconds:.0f} tokens/s, {loaded.backend.name} "
-                f"({loaded.backend.device_name})", err=True,
-            )  # fmt: skip
+    if verbose or (sys.stderr.isatty() and not quiet):
+        click.echo(
+            f"{run.scored} records, {run.tokens} tokens, {run.tokens / seconds:.0f} tokens/s, {loaded.backend.name} "
+            f"({loaded.backend.device_name})", err=True,
+        )  # fmt: skip
     if run.bad and not quiet:
         click.echo(f"kqprefill: {run.bad} of {run.bad + run.scored} records could not be scored; their lines say why", err=True)
 
@@ -93,9 +95,9 @@ def score(
 class _Run:
     """Records through the model, and their results, in order, to where they go."""
 
-    def __init__(self, model, records, lines, wanted, skip_bad, page):
+    def __init__(self, model, records, lines, wanted, skip_bad, page, progress):
         self._model, self._records, self._lines, self._wanted = model, records, lines, wanted
-        self._skip_bad, self._page = skip_bad, page
+        self._skip_bad, self._page, self._progress = skip_bad, page, progress
         self._waiting = deque()  # records without their result
         self._stopped_by = None
         self.scored = self.bad = self.tokens = 0
@@ -170,6 +172,8 @@ class _Run:
         self._lines.write(line | _extras(record.content, line))
         self.scored += 1
         self.tokens += record.item.tokens
+        if self._progress and self._records.nbytes:
+            self._progress("score", record.end, self._records.nbytes)
         if self._page:
             self._page.add(record.index, record.item, several)
 
