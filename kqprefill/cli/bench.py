@@ -87,6 +87,7 @@ def bench(model, lengths, repetitions, delay, output, detail, picture, backend, 
                     "device": loaded.backend.device_name,
                     "prompt_tokens": length,
                     "repetitions": repetitions,
+                    "delay_seconds": delay,
                     "tokens_per_second": statistics.mean(rates),
                     "tokens_per_second_stddev": statistics.stdev(rates) if repetitions > 1 else 0.0,
                 }
