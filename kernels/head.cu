@@ -46,9 +46,59 @@ __device__ Candidate block_best(Candidate own) {
     return own;
 }
 
+constexpr int kMostCandidates = 4096;
+
+// Candidates in shared memory, to be sorted.
+struct Candidates {
+    float* logits;
+    int* tokens;
+
+    __device__ Candidate at(int i) const { return {logits[i], tokens[i]}; }
+    __device__ void put(int i, float logit, int token) const { logits[i] = logit, tokens[i] = token; }
+
+    // The first n, a power of two, the likelier first (a bitonic sort).
+    __device__ void sort(int n) const {
+        for (int size = 2; size <= n; size *= 2)
+            for (int step = size / 2; step; step /= 2) {
+                __syncthreads();
+                for (int i = threadIdx.x; i < n / 2; i += kThreads) {
+                    int low = 2 * i - (i & (step - 1)), high = low + step;
+                    Candidate a = at(low), b = at(high);
+                    if (a.before(b.logit, b.token) == ((low & size) != 0)) put(low, b.logit, b.token), put(high, a.logit, a.token);
+                }
+            }
+        __syncthreads();
+    }
+
+    // Finds the `top` likeliest of n logits, of which `own` is the likeliest that this thread has seen (every logit was seen by one
+    // thread). As that many threads have seen no less than the `top`th of these, no smaller logit can be among them: few
+    // are left to sort. Returns false where too many are (many are equal).
+    __device__ bool find(const float* from, int n, int top, const Candidate& own) const {
+        __shared__ int found;
+        if (top > kThreads) return false;
+        put(threadIdx.x, own.logit, own.token);
+        if (threadIdx.x == 0) found = 0;
+        sort(kThreads);
+        float least = logits[top - 1];
+        __syncthreads();
+        for (int i = threadIdx.x; i < n; i += kThreads)
+            if (from[i] >= least)
+                if (int place = atomicAdd(&found, 1); place < kMostCandidates) put(place, from[i], i);
+        __syncthreads();
+        int count = found, room = 2;
+        if (count > kMostCandidates) return false;
+        while (room < count) room *= 2;
+        for (int i = count + threadIdx.x; i < room; i += kThreads) put(i, Candidate().logit, Candidate().token);
+        sort(room);
+        return true;
+    }
+};
+
 // Of each row of n logits: out[0] is its target's (targets may be null), then come the `top` (1 to n) likeliest. A block a row.
 extern "C" __global__ void __launch_bounds__(kThreads) rank(const float* logits, int n, const int* targets, int top, Ranked* out) {
     begin_kernel();
+    __shared__ float candidate_logits[kMostCandidates];
+    __shared__ int candidate_tokens[kMostCandidates];
     logits += blockIdx.x * static_cast<uint64_t>(n);
     out += blockIdx.x * static_cast<uint64_t>(top + 1);
     Candidate own;
@@ -63,18 +113,26 @@ extern "C" __global__ void __launch_bounds__(kThreads) rank(const float* logits,
     Candidate best = block_best(own);
     float largest = best.logit, log_sum = logf(block_sum<kThreads>(sum * expf(own.logit - largest)));
     bool bad = __syncthreads_or(nan || best.token == 0x7fffffff);
-    auto write = [&](int at, int token, float logit) {
-        if (threadIdx.x == 0) out[at] = bad ? Ranked{-1, logit, __int_as_float(0x7fc00000)} : Ranked{token, logit, logit - largest - log_sum};
+    auto told = [&](int token, float logit) {
+        return bad ? Ranked{-1, logit, __int_as_float(0x7fc00000)} : Ranked{token, logit, logit - largest - log_sum};
     };
-    int target = targets != nullptr ? targets[blockIdx.x] : 0;
-    write(0, target, logits[target]);
-    for (int place = 1; place <= top; ++place) {
-        write(place, best.token, best.logit);
-        if (place == top) return;
+    if (threadIdx.x == 0) {
+        int target = targets != nullptr ? targets[blockIdx.x] : 0;
+        out[0] = told(target, logits[target]);
+        out[1] = told(best.token, largest);
+    }
+    if (top == 1) return;
+    Candidates candidates = {candidate_logits, candidate_tokens};
+    if (candidates.find(logits, n, top, own)) {
+        for (int i = threadIdx.x; i < top; i += kThreads) out[1 + i] = told(candidates.at(i).token, candidates.at(i).logit);
+        return;
+    }
+    for (int place = 2; place <= top; ++place) {
         Candidate next;
         for (int i = threadIdx.x; i < n; i += kThreads)
             if (best.before(logits[i], i)) next.take(logits[i], i);
         Candidate found = block_best(next);
-        best.token = found.token, best.logit = found.logit;
+        best.logit = found.logit, best.token = found.token;
+        if (threadIdx.x == 0) out[place] = told(best.token, best.logit);
     }
 }

@@ -292,3 +292,46 @@ def test_activations_far_outside_half_precision(factor, tmp_path):
 def test_an_allocation_that_fails_is_one_line(cuda):
     with pytest.raises(kqprefill.BackendError, match="out of memory"):
         cuda.gpu.allocate(1 << 50, "a test")
+
+
+@pytest.mark.parametrize("kind", ["random", "few values", "equal", "some -inf", "descending"])
+@pytest.mark.parametrize("n", [1, 7, 1000, 5003, 151936])
+def test_ranks_of_logits(cuda, n, kind):
+    """A target's log-probability and the likeliest tokens, the lowest ids of equals first, however many there are and are asked for."""
+    from ctypes import c_int32 as i32
+
+    from kqprefill.backends.cuda.ops import _RANKED, HEAD
+
+    rng, rows = np.random.default_rng(), 3
+    logits = (3 * rng.standard_normal((rows, n))).astype(np.float32)
+    if kind == "few values":
+        logits = np.round(logits)
+    elif kind == "equal":
+        logits[:] = 1.5
+    elif kind == "some -inf":
+        logits[:, 1::2] = -np.inf
+    elif kind == "descending":
+        logits = -np.sort(-logits, axis=1)
+    targets = rng.integers(0, n, rows).astype(np.int32)
+    order = np.argsort(-logits, axis=1, kind="stable")
+    exact = logits.astype(np.float64)
+    exact -= exact.max(axis=1, keepdims=True)
+    exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
+    addresses = [cuda.workspace.get(f"rank {name}", size) for name, size in (("logits", logits.nbytes), ("targets", targets.nbytes))]
+    for address, array in zip(addresses, (logits, targets)):
+        cuda.gpu.upload(address, array)
+    for top in sorted({min(n, top) for top in (1, 2, 33, 1000, 1024, 1030)}):
+        found = np.empty((rows, top + 1), _RANKED)
+        out = cuda.workspace.get("rank out", found.nbytes)
+        cuda.gpu.upload(out, np.full(found.nbytes, 0xFF, np.uint8))
+        cuda.kernels.launch(HEAD, "rank", rows, 1024, addresses[0], i32(n), addresses[1], i32(top), out)
+        cuda.gpu.download(found, out)
+        assert np.array_equal(found["token"][:, 0], targets) and np.array_equal(found["token"][:, 1:], order[:, :top])
+        wanted = np.take_along_axis(exact, found["token"].astype(int), axis=1)
+        finite = np.isfinite(wanted)
+        assert np.abs(found["logprob"] - wanted)[finite].max() <= 1e-5 and (found["logprob"][~finite] == -np.inf).all()
+    logits[1, n // 2] = np.nan
+    cuda.gpu.upload(addresses[0], logits)
+    cuda.kernels.launch(HEAD, "rank", rows, 1024, addresses[0], i32(n), addresses[1], i32(top), out)
+    cuda.gpu.download(found, out)
+    assert (found["token"][1] == -1).all() and np.isnan(found["logprob"][1]).all() and (found["token"][[0, 2]] >= 0).all()

@@ -186,6 +186,21 @@ def force(monkeypatch, resident):
 
 
 @pytest.mark.gpu
+def test_packed_batches_are_streamed_too(monkeypatch):
+    """One batch after another, each launched before the one before has been read."""
+    rng = np.random.default_rng()
+    prompts = [rng.integers(0, 256, n).tolist() for n in rng.integers(1, 200, 60)]
+    with kqprefill.load(EXAMPLE, backend="cuda") as model:
+        expected = [scored.logprobs for scored in model.score(prompts)]
+    force(monkeypatch, [1])
+    with kqprefill.load(EXAMPLE, backend="cuda") as model:
+        assert model.backend.plan.streamed
+        for batch_tokens in (500, 8192):
+            found = [scored.logprobs for scored in model.score(prompts, batch_tokens)]
+            assert all(map(np.array_equal, expected, found))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("kernels", ["auto", "portable"])
 @pytest.mark.parametrize("path", MODELS, ids=lambda p: p.stem)
 @pytest.mark.parametrize("n", [5, 700])

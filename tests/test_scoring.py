@@ -178,3 +178,22 @@ def test_bad_records_are_one_line(record, why):
     with kqprefill.load(EXAMPLE, backend="cpu") as model, pytest.raises(kqprefill.InputError, match=why) as error:
         list(model.score([record]))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernels", ["auto", "portable"])
+def test_prompts_longer_than_any_batch(kernels):
+    """A prompt past the batch's tokens, and past the tokens whose sums exist at a time, with choices: the same bits as in one piece."""
+    from kqprefill.engine.model import open_model
+    from kqprefill.gguf.synthetic import Shape, SyntheticFile
+    from kqprefill.gguf.types import GGML
+
+    file = SyntheticFile(Shape("qwen3", 2, 256, 4, 2, 64, 512, 256, 40960, 1e6), lambda *_: GGML.Q4_K, "long")
+    with open_model(file, "cuda", kernels=kernels, max_tokens=1000, ranks=True) as model:
+        rng = np.random.default_rng()
+        prompt, choices = rng.integers(0, 256, 17000).tolist(), [rng.integers(0, 256, n).tolist() for n in (3, 500, 1)]
+        shared, short = model.score([{"tokens": prompt, "choices": choices}, [1, 2, 3]], batch_tokens=20000)
+        for choice, scored in zip(choices, shared):
+            whole = next(model.score([prompt + choice], batch_tokens=1000))
+            assert np.array_equal(whole.logprobs[-len(choice) :], scored.logprobs) and np.isfinite(scored.logprobs).all()
+        assert np.array_equal(next(model.score([[1, 2, 3]])).logprobs, short.logprobs)
