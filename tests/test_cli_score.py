@@ -253,6 +253,24 @@ def test_two_processes_do_not_write_one_output(long_input, tmp_path):
     first.communicate()
 
 
+def test_reading_ahead_is_bounded(tmp_path):
+    """A corpus is not read into memory while its first texts are scored."""
+    from kqprefill.cli import records
+
+    class Item:
+        tokens = 10_000
+
+    (tmp_path / "in").write_bytes(b'{"tokens": []}\n' * 500)
+    made = []
+    reader = records.Records(str(tmp_path / "in"), lambda content: made.append(1) or Item())
+    taken = iter(reader)
+    for count in range(1, 30):
+        next(taken)
+        time.sleep(0.002)
+        assert len(made) <= count + records._AHEAD // 10_000 + 2
+    assert sum(record is not None for record in taken) == 500 - 29
+
+
 # The page, and perplexity --------------------------------------------------------------------------------------------
 
 

@@ -12,21 +12,27 @@ import threading
 from ..errors import InputError, KqprefillError
 from .common import STDIO
 
-_AHEAD = 1024  # records read before they are needed
+_AHEAD = 1 << 16  # tokens that are read before they are needed, about: some batches
+_RECORD = 64  # what a record costs by itself, in tokens
+ASKED = "tokens", "prompt", "completion", "choices"  # keys of a record that say what to score
 _LINGER = 0.05  # seconds to wait for more, before what there is runs in a smaller batch
 
 
 @dataclass(frozen=True)
 class Record:
-    """One line of the input: its place among the records (from 0) and in the file (from 1), where it ends in it (bytes), what it
-    holds, and the Item made of it, or what is wrong with it."""
+    """One line of the input: its place among the records (from 0) and in the file (from 1), where it ends in it (bytes), its other
+    keys, and the Item made of it, or what is wrong with it."""
 
     index: int
     line: int
     end: int
-    content: dict
+    extras: dict
     item: object = None
     error: str | None = None
+
+    @property
+    def cost(self):
+        return _RECORD + (self.item.tokens if self.item else 0)
 
 
 class Records:
@@ -43,7 +49,8 @@ class Records:
             raise InputError(f"{path}: {error.strerror}") from None
         self.name = "stdin" if path == STDIO else path
         self.nbytes = os.path.getsize(path) if os.path.isfile(path) else None
-        self._make, self._skip, self._queue = make, skip, queue.Queue(_AHEAD)
+        self._make, self._skip, self._queue = make, skip, queue.Queue()
+        self._ahead, self._taken = 0, threading.Condition()
         self.last_skipped = None  # a Record
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -62,6 +69,9 @@ class Records:
             if isinstance(found, BaseException):
                 raise found
             waiting = True
+            with self._taken:
+                self._ahead -= found.cost
+                self._taken.notify()
             yield found
 
     def _read(self):
@@ -72,7 +82,11 @@ class Records:
                 if not text.strip():
                     continue
                 if index >= self._skip:
-                    self._queue.put(self._record(index, line, end, text))
+                    record = self._record(index, line, end, text)
+                    with self._taken:
+                        self._taken.wait_for(lambda: self._ahead < _AHEAD)
+                        self._ahead += record.cost
+                    self._queue.put(record)
                 elif index == self._skip - 1:
                     self.last_skipped = self._record(index, line, end, text)
                 index += 1
@@ -83,20 +97,20 @@ class Records:
             self._queue.put(error)
 
     def _record(self, index, line, end, text):
-        content = {}
+        extras = {}
         try:
             content = json.loads(text.decode("utf-8"), parse_constant=_refuse)
             if not isinstance(content, dict):
-                content = {}
                 raise InputError("a record must be a JSON object")
-            return Record(index, line, end, content, self._make(content))
+            extras = {key: value for key, value in content.items() if key not in ASKED}
+            return Record(index, line, end, extras, self._make(content))
         except InputError as error:
             why = str(error)
         except UnicodeDecodeError as error:
             why = f"byte {error.start + 1} is no UTF-8"
         except (ValueError, RecursionError) as error:
             why = f"no JSON: {error}"
-        return Record(index, line, end, content, error=why)
+        return Record(index, line, end, extras, error=why)
 
 
 def _refuse(constant):

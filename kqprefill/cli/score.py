@@ -13,7 +13,6 @@ from ..errors import InputError, KqprefillError
 from .common import STDIO, batch_option, device_options, load_lines, memory_option, open_file, output_file, progress_bars, volume_options, warner
 from .records import Lines, Records
 
-_ASKED = "tokens", "prompt", "completion", "choices"  # keys of a record that are not handed on
 _OURS = frozenset(
     "index n_tokens logprob mean_logprob perplexity best best_per_token choices error token_logprobs greedy_tokens top_tokens top_logprobs".split()
 )
@@ -127,21 +126,29 @@ class _Run:
                 return
 
     def _check_resumed(self):
-        """That the last line of a resumed output is of the record that is in its place."""
+        """That the last line of a resumed output is of the record that is in its place, and was made with these options."""
         before, last = self._records.last_skipped, self._lines.last
         self._lines.last = None
         if last is None or before is None:
             return
-        found, item = last.get("choices", [last])[0], before.item
-        same = ("error" in last) == (before.error is not None) and all(
-            last.get(key) == value for key, value in _extras(before.content, _OURS).items()
-        )
-        if same and item is not None:
-            counts = [len(c) - (not item.prompt) for c in item.continuations or [item.prompt[1:]]]
-            same = [f["n_tokens"] for f in last.get("choices", [last])] == counts
+        try:
+            same = self._is_of(last, before)
+        except (TypeError, KeyError, IndexError):
+            same = False
+        if not same:
+            raise InputError(
+                f"{self._lines.name}: its last line was made of another record, or with other options, than line {before.line} of {self._records.name}"
+            )
+
+    def _is_of(self, line, record):
+        if any(line.get(key) != value for key, value in record.extras.items() if key not in _OURS):
+            return False
+        if "error" in line and not line.keys() & {"n_tokens", "best"}:
+            return True  # perhaps of its text, perhaps of its result
+        found, item = line.get("choices", [line]), record.item
+        counts = [len(c) - (not item.prompt) for c in item.continuations or [item.prompt[1:]]] if item else []
         options = {"token_logprobs": self._wanted["per_token"], "greedy_tokens": self._wanted["greedy"], "top_tokens": self._wanted["top"] > 0}
-        if not same or item is not None and any((key in found) != asked for key, asked in options.items()):
-            raise InputError(f"{self._lines.name}: its last line was made of another record, or with other options, than line {before.line} of {self._records.name}")
+        return [f["n_tokens"] for f in found] == counts and all((key in found[0]) == asked for key, asked in options.items())
 
     def _write_bad(self):
         """The lines of bad records that come next, or stop at the first."""
@@ -154,7 +161,7 @@ class _Run:
             self._stopped_by = record.line, error
             return
         self.bad += 1
-        self._lines.write({"index": record.index, "error": f"line {record.line}: {error}", **_extras(record.content)})
+        self._write_line({"index": record.index, "error": f"line {record.line}: {error}"}, record)
 
     def _write(self, record, result):
         several = result if isinstance(result, list) else [result]
@@ -169,13 +176,16 @@ class _Run:
             line |= {"best": best, "best_per_token": per_token, "choices": found}
         else:
             line |= found[0]
-        self._lines.write(line | _extras(record.content, line))
+        self._write_line(line, record)
         self.scored += 1
         self.tokens += record.item.tokens
         if self._progress and self._records.nbytes:
             self._progress("score", record.end, self._records.nbytes)
         if self._page:
             self._page.add(record.index, record.item, several)
+
+    def _write_line(self, line, record):
+        self._lines.write(line | {key: value for key, value in record.extras.items() if key not in line})
 
     def _describe(self, scored):
         perplexity = scored.perplexity
@@ -191,10 +201,6 @@ class _Run:
             line["top_tokens"] = scored.top_tokens[:, :top].tolist()
             line["top_logprobs"] = [_numbers(row) for row in scored.top_logprobs[:, :top]]
         return line
-
-
-def _extras(content, taken=()):
-    return {key: value for key, value in content.items() if key not in _ASKED and key not in taken}
 
 
 def _numbers(floats):
