@@ -96,10 +96,12 @@ struct Rotation {
 
 // qkv: float32 [T, (nq + 2 nkv) * head_dim]. q, k, v: halves [T, heads, padded], zeros from head_dim to there. A warp a head;
 // blockIdx.x is the token; kv_rows says which rows of k and v are the tokens', where they are not in order. norms may be null.
+// q at position p becomes (1 + beta ln(1 + p / beta_length)) times as large.
 extern "C" __global__ void __launch_bounds__(32 * kWarps)
     rotate_qkv(const float* qkv, half_t* q, half_t* k, half_t* v, int nq, int nkv, int head_dim, int padded,
                const float* q_norm, const float* k_norm, float epsilon, const float2* table, int pairs, int interleaved,
-               const float* q_scale, const float* k_scale, const float* v_scale, const int* kv_rows) {
+               const float* q_scale, const float* k_scale, const float* v_scale, const int* kv_rows,
+               const int* positions, float beta, int beta_length) {
     begin_kernel();
     __shared__ float heads[kWarps][kMaxHead];
     int warp = threadIdx.x / 32, head = blockIdx.y * kWarps + warp, token = blockIdx.x;
@@ -114,6 +116,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps)
         head_dim, padded, pairs, epsilon,
         is_q ? *q_scale : is_v ? *v_scale : *k_scale,
     };
+    if (is_q && beta > 0.0f) rotation.scale *= 1.0f + beta * log1pf(static_cast<float>(positions[token] / beta_length));
     if (head_dim % 4 == 0 && pairs % 4 == 0 && !interleaved) rotation.rotate_fours(threadIdx.x % 32);
     else rotation.rotate(threadIdx.x % 32, heads[warp], interleaved);
 }

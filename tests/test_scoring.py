@@ -4,11 +4,15 @@ import numpy as np
 import pytest
 
 import kqprefill
-from conftest import CONFORMANCE_FOLDERS, EXAMPLE, log_softmax
+from conftest import BACKENDS, CONFORMANCE_FOLDERS, EXAMPLE, log_softmax
 from kqprefill.backends.base import Segment
 from kqprefill.backends.cuda.packing import lay_out
 from kqprefill.backends.cuda.tiles import AttentionTile
+from kqprefill.engine.model import open_model
+from kqprefill.engine.perplexity import perplexity
 from kqprefill.engine.scoring import Item, groups, item_of
+from kqprefill.gguf.synthetic import SHAPES, Shape, SyntheticFile
+from kqprefill.gguf.types import GGML
 
 FOUND = {path.stem: path for folder in reversed(CONFORMANCE_FOLDERS) for path in folder.glob("*.gguf")}
 # Windows of 32; soft-caps; experts, one of them shared; sinks. Those that are not released run where they are.
@@ -180,14 +184,33 @@ def test_bad_records_are_one_line(record, why):
     assert "\n" not in str(error.value)
 
 
+MISTRAL3 = Shape("mistral3", 2, 256, 4, 2, 64, 512, 256, 4096, 1e6, yarn=8.0)
+# What llama-perplexity (llama.cpp as in llama-cpp-python 0.3.36, on a CPU) prints for these models in F32, over the text below.
+LLAMA_CPP = {
+    "windows": (SHAPES["tiny"], {}, 512, 276.7514),
+    "YaRN": (MISTRAL3, {}, 4096, 274.3067),
+    "queries that grow": (MISTRAL3, {"attention.temperature_scale": 1.5}, 4096, 274.4089),
+    "YaRN's multiplier": (MISTRAL3, {"attention.temperature_scale": 1.5, "rope.scaling.yarn_log_multiplier": 1.0}, 4096, 274.2426),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", LLAMA_CPP)
+def test_perplexity_equals_llama_cpps(case, backend):
+    shape, metadata, context, figure = LLAMA_CPP[case]
+    text = "".join(chr(32 + (i * i * 7 + i // 3) % 90) for i in range(8192))
+    file = SyntheticFile(shape, lambda *_: GGML.F32, case)
+    file.metadata.update({f"{shape.architecture}.{key}": value for key, value in metadata.items()})
+    with open_model(file, backend) as model:
+        found = perplexity(model, model.tokenize(text), context)
+    assert found.value == pytest.approx(figure, rel=3e-6 if backend == "cpu" else 1e-4)
+    assert found.n_tokens == 8192 // context * (context // 2 - 1)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernels", ["auto", "portable"])
 def test_prompts_longer_than_any_batch(kernels):
     """A prompt past the batch's tokens, and past the tokens whose sums exist at a time, with choices: the same bits as in one piece."""
-    from kqprefill.engine.model import open_model
-    from kqprefill.gguf.synthetic import Shape, SyntheticFile
-    from kqprefill.gguf.types import GGML
-
     file = SyntheticFile(Shape("qwen3", 2, 256, 4, 2, 64, 512, 256, 40960, 1e6), lambda *_: GGML.Q4_K, "long")
     with open_model(file, "cuda", kernels=kernels, max_tokens=1000, ranks=True) as model:
         rng = np.random.default_rng()

@@ -15,11 +15,18 @@ class Rope:
     inv_freq: float64 [rot/2], radians per position, scaling (linear, YaRN, rope_freqs) already in it.
     magnitude: what cos and sin are multiplied by (YaRN's attention temperature; 1 otherwise).
     interleaved: pairs are (2i, 2i+1), as in ggml's GGML_ROPE_TYPE_NORMAL; else (i, i + rot/2), its NEOX type.
+    beta, beta_length: queries at position p are multiplied by `temperature(p)` (Llama 4's and Mistral 3's).
     """
 
     inv_freq: np.ndarray
     magnitude: float = 1.0
     interleaved: bool = False
+    beta: float = 0.0
+    beta_length: int = 1
+
+    def temperature(self, positions):
+        """1 + beta ln(1 + floor(position / beta_length)) (llama.cpp: llm_graph_input_attn_temp), float64."""
+        return 1 + self.beta * np.log1p(np.floor_divide(positions, self.beta_length))
 
     @property
     def width(self):
@@ -145,6 +152,8 @@ def read_rope(meta, head_dim, *, interleaved, base=None, scaled=True, factors=No
     if kind == "yarn":
         ramp = _yarn_ramp(meta, width, base)
         magnitude = meta.number("rope.scaling.attn_factor", 1.0) * (1.0 + 0.1 * math.log(factor))
+        if meta.has("rope.scaling.yarn_log_multiplier"):  # DeepSeek's mscale_all_dim, whose square the scores have lost
+            magnitude /= 1.0 + 0.1 * meta.number("rope.scaling.yarn_log_multiplier") * math.log(factor)
         return Rope(inv_freq / factor * (1 - ramp) + inv_freq * ramp, magnitude, interleaved)
     raise meta.error(f"rope.scaling.type {kind!r} is not supported (none, linear and yarn are)")
 

@@ -1,4 +1,7 @@
-"""Mistral 3 and what follows it: Llama's layers, with YaRN from the metadata."""
+"""Mistral 3 and Ministral 3: Llama's layers, with YaRN from the metadata, and queries that grow with their position past the context
+that the model was first trained on (arXiv 2501.19399)."""
+
+from dataclasses import replace
 
 from .llama import Llama
 
@@ -9,4 +12,5 @@ class Mistral3(Llama):
     def read_hyper_parameters(self):
         super().read_hyper_parameters()
         if self.meta.has("attention.temperature_scale"):
-            raise self.meta.error("attention.temperature_scale (queries scaled by position) is not supported yet")
+            beta, length = self.meta.number("attention.temperature_scale"), self.meta.integer("rope.scaling.original_context_length")
+            self.rope = replace(self.rope, beta=beta, beta_length=length)

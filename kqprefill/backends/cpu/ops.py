@@ -39,7 +39,11 @@ class CpuOps(Ops):
         q, k, v = (self.linear(h, w) for w in (wq, wk, wv))
         q, k = (x if n is None else self.rms_norm(x.reshape(len(h), -1, *n.shape), n) for x, n in ((q, q_norm), (k, k_norm)))
         q, k, v = (x.reshape(len(h), -1, self.config.head_dim) for x in (q, k, v))
-        return (q, k, v) if rope is None else (self._rotate(q, rope), self._rotate(k, rope), v)
+        if rope is None:
+            return q, k, v
+        if rope.beta:
+            q = q * rope.temperature(self.batch.positions).astype(np.float32)[:, None, None]
+        return self._rotate(q, rope), self._rotate(k, rope), v
 
     def _rotate(self, x, rope):
         self.enter("rest")

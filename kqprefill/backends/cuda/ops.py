@@ -168,6 +168,8 @@ class CudaOps(ExpertOps, Ops):
         start = self.batch.start if self.cache is not None else 0
         norms = [self.weights.vector(w.tensor)[0] if w is not None and w.shape == (c.head_dim,) else 0 for w in (q_norm, k_norm)]
         pairs = rope.width // 2 if rope is not None else 0
+        growth = _ROTATION_GROWTH * rope.magnitude if rope is not None else 1.0
+        growths = growth * (float(rope.temperature(c.context_length)) if rope is not None else 1.0), growth, 1.0
         heads = c.head_count + 2 * c.head_count_kv
         for t in range(0, n, _TILE_TOKENS):
             m = min(_TILE_TOKENS, n - t)
@@ -181,7 +183,7 @@ class CudaOps(ExpertOps, Ops):
                         sums + at, self.weights.vector(norm.tensor)[0], i32(norm.shape[0]), i32(width), f32(c.rms_epsilon),
                     )  # fmt: skip
             scales = [
-                self._rotated_scale(h, w, b, norm, rope) for w, b, norm in zip(matrices, biases, (q_norm, k_norm, None))
+                self._rotated_scale(h, w, b, norm, g) for w, b, norm, g in zip(matrices, biases, (q_norm, k_norm, None), growths)
             ]
             # Of a batch whose rows of k and v are in another order than its tokens, the kernel looks them up.
             to = q + t * q_row, *(x if self.n_copies else x + (start + t) * kv_row for x in (k, v))
@@ -190,6 +192,7 @@ class CudaOps(ExpertOps, Ops):
                 sums, *to, i32(c.head_count), i32(c.head_count_kv), i32(c.head_dim), i32(padded_dim), *norms,
                 f32(c.rms_epsilon), self._rope_table(rope) + 8 * t * pairs if pairs else 0, i32(pairs),
                 i32(pairs > 0 and rope.interleaved), *scales, self.kv_row_of and self.kv_row_of + 4 * t,
+                self.positions + 4 * t, f32(rope.beta if pairs else 0.0), i32(rope.beta_length if pairs else 1),
             )  # fmt: skip
         if self.n_copies:
             self.kernels.launch(ROPE, "copy_rows", self.n_copies, 128, k, v, i32(kv_row // 16), self.copies)
@@ -213,9 +216,9 @@ class CudaOps(ExpertOps, Ops):
         )  # fmt: skip
         return Operand(out, c.q_width, v.scale, self.n)
 
-    def _rotated_scale(self, h, matrix, bias, norm, rope):
-        """The scale of q, k or v: bounded by its norm where it has one, else by its matrix's rows, already measured."""
-        growth = _ROTATION_GROWTH * rope.magnitude if rope is not None else 1.0
+    def _rotated_scale(self, h, matrix, bias, norm, growth):
+        """The scale of q, k or v, which may grow by a factor: bounded by its norm where it has one, else by its matrix's rows,
+        already measured."""
         if norm is not None:
             _, host = self.weights.vector(norm.tensor)
             return self.weights.constant_scale(math.sqrt(len(host)) * np.abs(host).max() * growth)
