@@ -39,7 +39,9 @@ _WARM_UP = 2  # runs; on a GPU the first compiles, and the second makes the CUDA
 @memory_option
 @volume_options
 def bench(model, lengths, repetitions, delay, output, detail, picture, backend, device, kernels, vram, quiet, verbose):
-    """Measure prefill speed: mean and standard deviation of tokens/s, warm-up excluded.
+    """Measure prefill speed by prompt length.
+
+    Mean and standard deviation of tokens/s, warm-up excluded.
 
     MODEL is a GGUF file, or a SHAPE:RECIPE such as qwen3-8b:Q4_K_M, which is made in memory with random weights.
 

@@ -11,7 +11,9 @@ from .common import size
 @click.option("--clear", is_flag=True, help="Remove them; they are compiled again when needed.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, sizes in bytes.")
 def cache(clear, as_json):
-    """Show or clear the cache of compiled kernels ($KQPREFILL_CACHE_DIR, or kqprefill in the user's cache folder).
+    """Show or clear the compiled kernels on disk.
+
+    They lie in $KQPREFILL_CACHE_DIR, or kqprefill in the user's cache folder.
 
     \b
     kqprefill cache

@@ -7,7 +7,9 @@ import click
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(context, shell):
-    """Print what makes a shell complete kqprefill's commands and options, for the file that it reads at its start.
+    """Print a shell's completion script.
+
+    For the file that the shell reads at its start.
 
     \b
     kqprefill completion bash >> ~/.bashrc

@@ -14,7 +14,9 @@ from .common import size
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @click.pass_context
 def doctor(context, device, as_json):
-    """Say whether the GPU can be used, with which kernels, and what to do where something is wrong.
+    """Say what there is to run on, and what to mend.
+
+    Whether the GPU can be used, with which kernels, and what to do where something is wrong.
 
     Exit status 1 where the GPU cannot be used (the CPU always can).
 

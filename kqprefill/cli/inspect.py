@@ -21,7 +21,9 @@ _ORDER = ("embedding", "attention", "feed-forward", "experts", "output", "norms 
 @click.option("--metadata", "key", is_flag=False, flag_value="", metavar="[KEY]", help="All metadata, or what is under KEY.")
 @click.option("--json", "as_json", is_flag=True, help="JSON, sizes in bytes.")
 def inspect(model, tensors, key, as_json):
-    """Say what a GGUF file holds: architecture, sizes, quantisation by kind of tensor, and whether kqprefill runs it.
+    """Say what a GGUF file holds.
+
+    Architecture, sizes, quantisation by kind of tensor, and whether kqprefill runs it.
 
     Only the header is read, so it is instant on a file of any size.
 

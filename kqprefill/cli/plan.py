@@ -15,7 +15,9 @@ from .common import memory_option, open_file, plan_lines, size
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, sizes in bytes.")
 @memory_option
 def plan(model, tokens, device, as_json, vram):
-    """Say where a model's weights would live, what takes GPU memory, and what bounds the speed.
+    """Say what would stay in GPU memory.
+
+    Where a model's weights would live, what takes GPU memory, and what bounds the speed.
 
     With a GPU, its bus is measured and its free memory is the budget; without one, give --vram.
 

@@ -39,7 +39,9 @@ _HTML_TOP = 5  # alternatives on the page
 def score(
     model, records, output, resume, on_error, per_token, greedy, top, html, batch_tokens, backend, device, kernels, vram, quiet, verbose
 ):
-    """Write the log-probability of each prompt of a JSONL file (or stdin), one JSON object a line, in order.
+    """Write the log-probabilities of many prompts.
+
+    Of each line of a JSONL file (or stdin), one JSON object a line, in order.
 
     A line has "prompt" (text) or "tokens" (ids), and perhaps "completion", which is then scored given the prompt, or
     "choices", several of them; its other keys are handed on. logprob is the natural logarithm, over n_tokens tokens: all but

@@ -9,7 +9,7 @@ from .common import STDIO, output_file
 @click.argument("name", metavar="SHAPE:RECIPE")
 @click.argument("out", type=click.Path())
 def synth(name, out):
-    """Write a model of a known shape with random quantised weights.
+    """Write a model of a known shape, with random weights.
 
     Its tensors are valid and its text is noise: for benchmarks, here or in llama.cpp.
 

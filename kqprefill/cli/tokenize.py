@@ -13,7 +13,9 @@ from .common import read_text
 @click.option("--no-special", is_flag=True, help="Without the BOS and EOS that the file asks for.")
 @click.option("--json", "as_json", is_flag=True, help="A JSON array of {id, text}.")
 def tokenize(model, text, no_special, as_json):
-    """Print a text's token ids, by the tokenizer in the model's file, as --tokens takes them.
+    """Print a text's token ids.
+
+    By the tokenizer in the model's file, as --tokens takes them.
 
     TEXT is the text itself, `@FILE` or `-` for stdin.
 
