@@ -201,11 +201,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
             if (column >= n) return;
             bool both = column + 1 < n;
             uint64_t at = static_cast<uint64_t>(row) * ldo + column;
-            float a = acc[i][j][2 * half] * alpha, b = acc[i][j][2 * half + 1] * alpha;
-            if (bias != nullptr) {
-                a += bias[tile.expert * n + column];
-                if (both) b += bias[tile.expert * n + column + 1];
-            }
+            auto bias_of = [&](int c) { return bias != nullptr && column + c < n ? bias[tile.expert * n + column + c] : 0.0f; };
+            float a = fmaf(acc[i][j][2 * half], alpha, bias_of(0)), b = fmaf(acc[i][j][2 * half + 1], alpha, bias_of(1));
             if (both && paired) {
                 float2 r = residual != nullptr ? *reinterpret_cast<const float2*>(residual + at) : make_float2(0.0f, 0.0f);
                 *reinterpret_cast<float2*>(out + at) = make_float2(a + r.x, b + r.y);
@@ -235,9 +232,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
                 bool inside = f + c < features;
-                float gate = acc[i][j][2 * half + c] * alpha, up = acc[i][j + 1][2 * half + c] * alpha;
-                if (gate_bias != nullptr && inside) gate += gate_bias[tile.expert * features + f + c];
-                if (up_bias != nullptr && inside) up += up_bias[tile.expert * features + f + c];
+                auto bias_of = [&](const float* bias) { return bias != nullptr && inside ? bias[tile.expert * features + f + c] : 0.0f; };
+                float gate = fmaf(acc[i][j][2 * half + c], alpha, bias_of(gate_bias)), up = fmaf(acc[i][j + 1][2 * half + c], alpha, bias_of(up_bias));
                 y[c] = inside ? gated(gate, up, activation) * scale : 0.0f;
             }
             *reinterpret_cast<uint32_t*>(out + static_cast<uint64_t>(row) * ldo + operand_position(f)) = pack_half2(y[0], y[1]);

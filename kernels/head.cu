@@ -46,7 +46,7 @@ __device__ Candidate block_best(Candidate own) {
     return own;
 }
 
-constexpr int kMostCandidates = 4096;
+constexpr int kSets = 4, kMostCandidates = kSets * kThreads;
 
 // Candidates in shared memory, to be sorted.
 struct Candidates {
@@ -70,15 +70,28 @@ struct Candidates {
         __syncthreads();
     }
 
-    // Finds the `top` likeliest of n logits, of which `own` is the likeliest that this thread has seen (every logit was seen by one
-    // thread). As that many threads have seen no less than the `top`th of these, no smaller logit can be among them: few
-    // are left to sort. Returns false where too many are (many are equal).
-    __device__ bool find(const float* from, int n, int top, const Candidate& own) const {
+    // Finds the `top` likeliest of n logits. Each thread looks through a set of them, or several: of the sets' largest the
+    // `top`th is a bound, as that many logits are no smaller; what is below it cannot be among them, and few are left to sort.
+    // own_largest: of this thread's single set. Returns false where too many are left (where many are equal, or asked for).
+    __device__ bool find(const float* from, int n, int top, float own_largest) const {
         __shared__ int found;
-        if (top > kThreads) return false;
-        put(threadIdx.x, own.logit, own.token);
+        int sets = top <= kThreads / 4 ? 1 : kSets;
+        if (top > sets * kThreads) return false;
+        float largest[kSets];
+        largest[0] = own_largest;
+        if (sets > 1) {
+#pragma unroll
+            for (int set = 0; set < kSets; ++set) largest[set] = Candidate().logit;
+            for (int i = threadIdx.x; i < n; i += kMostCandidates)
+#pragma unroll
+                for (int set = 0; set < kSets; ++set)
+                    if (i + set * kThreads < n) largest[set] = fmaxf(largest[set], from[i + set * kThreads]);
+        }
+#pragma unroll
+        for (int set = 0; set < kSets; ++set)
+            if (set < sets) put(set * kThreads + threadIdx.x, largest[set], threadIdx.x);
         if (threadIdx.x == 0) found = 0;
-        sort(kThreads);
+        sort(sets * kThreads);
         float least = logits[top - 1];
         __syncthreads();
         for (int i = threadIdx.x; i < n; i += kThreads)
@@ -95,7 +108,7 @@ struct Candidates {
 };
 
 // Of each row of n logits: out[0] is its target's (targets may be null), then come the `top` (1 to n) likeliest. A block a row.
-extern "C" __global__ void __launch_bounds__(kThreads) rank(const float* logits, int n, const int* targets, int top, Ranked* out) {
+extern "C" __global__ void __launch_bounds__(kThreads, 1) rank(const float* logits, int n, const int* targets, int top, Ranked* out) {
     begin_kernel();
     __shared__ float candidate_logits[kMostCandidates];
     __shared__ int candidate_tokens[kMostCandidates];
@@ -123,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) rank(const float* logits,
     }
     if (top == 1) return;
     Candidates candidates = {candidate_logits, candidate_tokens};
-    if (candidates.find(logits, n, top, own)) {
+    if (candidates.find(logits, n, top, own.logit)) {
         for (int i = threadIdx.x; i < top; i += kThreads) out[1 + i] = told(candidates.at(i).token, candidates.at(i).logit);
         return;
     }

@@ -13,5 +13,5 @@ __device__ __forceinline__ float gated(float g, float u, int activation) {
         g = g > 7.0f ? 7.0f : g, u = (u > 7.0f ? 7.0f : u < -7.0f ? -7.0f : u) + 1.0f;  // NaN stays
         z = 1.702f * g;
     }
-    return __fdividef(g, 1.0f + exp2_approx(-1.4426950409f * z)) * u;
+    return g * reciprocal_approx(1.0f + exp2_approx(-1.4426950409f * z)) * u;
 }

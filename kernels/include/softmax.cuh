@@ -23,7 +23,7 @@ struct Scale {
         if (softcap <= 0.0f) return;
 #pragma unroll
         for (int i = 0; i < kScores; ++i)
-            scores[i] = __fdividef(2.0f, 1.0f + exp2_approx(-2.0f * 1.4426950408889634f * cap_factor * scores[i])) - 1.0f;
+            scores[i] = fmaf(2.0f, reciprocal_approx(1.0f + exp2_approx(-2.0f * 1.4426950408889634f * cap_factor * scores[i])), -1.0f);
     }
 };
 
@@ -66,7 +66,7 @@ struct Softmax {
                     scores[i + c] = exp2_approx(fmaf(scores[i + c], factor, -offset));
                     sum += scores[i + c];
                 }
-            row_sum[r] = row_sum[r] * correction[r] + sum;
+            row_sum[r] = fmaf(row_sum[r], correction[r], sum);
         }
     }
     // sink: one more score (times log2(e)), which takes its share of the sum; -inf for none.
@@ -74,6 +74,6 @@ struct Softmax {
         float sum = row_sum[r];
         sum += __shfl_xor_sync(0xffffffffu, sum, 1);
         sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        return 1.0f / (sum + exp2_approx(sink - row_max[r] * factor));
+        return 1.0f / (sum + exp2_approx(fmaf(-row_max[r], factor, sink)));
     }
 };

@@ -13,7 +13,7 @@ from .codebooks import definitions
 from .device import cuda_errors, import_cuda
 
 _INCLUDE = re.compile(r'^\s*#include\s+"([^"]+)"\s*$')
-_CACHE_VERSION = 1  # part of every key: raise it when the entries' layout changes
+_CACHE_VERSION = 2  # part of every key: raise it when the entries' layout, or the options, change
 _DIGEST = hashlib.sha256
 _ENTRY = re.compile(r"[0-9a-f]{64}\.(cubin|ptx)|tmp\w+\.tmp")
 
@@ -89,6 +89,7 @@ def compile_program(program, code_type, arch, logs=None):
         arch=arch,
         std="c++17",
         define_macro=list(program.defines) or None,
+        fma=False,  # fused where the source says so: left to the compiler, which outputs of a tile have it depends on their place
         ptxas_options=["-v"] if logs is not None else None,
     )
     with cuda_errors(f"compiling {program} for {arch}"):
