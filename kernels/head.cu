@@ -46,6 +46,11 @@ __device__ Candidate block_best(Candidate own) {
     return own;
 }
 
+#if __CUDA_ARCH__ >= 1000
+constexpr int kUnroll = 1;  // NVRTC spills there (13.0 in one loop, 13.5 in another)
+#else
+constexpr int kUnroll = 4;
+#endif
 constexpr int kSets = 4, kMostCandidates = kSets * kThreads;
 
 // Candidates in shared memory, to be sorted.
@@ -61,6 +66,7 @@ struct Candidates {
         for (int size = 2; size <= n; size *= 2)
             for (int step = size / 2; step; step /= 2) {
                 __syncthreads();
+#pragma unroll kUnroll
                 for (int i = threadIdx.x; i < n / 2; i += kThreads) {
                     int low = 2 * i - (i & (step - 1)), high = low + step;
                     Candidate a = at(low), b = at(high);
@@ -142,6 +148,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) rank(const float* logi
     }
     for (int place = 2; place <= top; ++place) {
         Candidate next;
+#pragma unroll kUnroll
         for (int i = threadIdx.x; i < n; i += kThreads)
             if (best.before(logits[i], i)) next.take(logits[i], i);
         Candidate found = block_best(next);
