@@ -238,6 +238,8 @@ def test_outputs_are_not_overwritten_or_mixed_up(long_input, tmp_path):
     assert "has 3 records, but the output to continue has 8" in refused("--resume", source=other)
     other.write_bytes(lines([*records[:6], {"tokens": [1] * 150, "i": 6}, {"tokens": [1, 2], "i": 7}, *records[8:]]))
     assert "another record" in refused("--resume", source=other)
+    out.unlink()
+    assert kq("score", tmp_path / "no.gguf", path, "-o", out, "--backend", "cpu").returncode == 1 and not out.exists()
     assert score(path, "--resume").returncode == 2
     assert score(tmp_path / "absent.jsonl").returncode == 2
 

@@ -57,7 +57,8 @@ def open_file(name):
     from ..gguf import GGUFFile
     from ..gguf.synthetic import SyntheticFile
 
-    return GGUFFile(name) if os.path.exists(name) else SyntheticFile.named(name)
+    is_file = os.path.exists(name) or name.endswith(".gguf") or os.sep in name
+    return GGUFFile(name) if is_file else SyntheticFile.named(name)
 
 
 def plan_lines(plan, family):

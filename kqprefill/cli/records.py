@@ -131,6 +131,7 @@ class Lines:
         if path == STDIO:
             self._handle = sys.stdout.fileno()
             return
+        self._is_new = not os.path.lexists(path)
         try:
             self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             if not os.path.isfile(path):  # a pipe or a device
@@ -196,6 +197,8 @@ class Lines:
         for number, handler in getattr(self, "_before", {}).items():
             signal.signal(number, handler)
         if self.name != "stdout":
+            if self._is_new and os.path.isfile(self.name) and not os.fstat(self._handle).st_size and exc[0]:
+                os.unlink(self.name)  # a run that failed before its first line
             os.close(self._handle)
 
 

@@ -67,9 +67,9 @@ def score(
         loaded = stack.enter_context(
             open_model(open_file(model), backend, device, kernels, progress, warner(quiet), vram, max_tokens=batch_tokens, ranks=True)
         )
-        top = max(top, int(greedy), _HTML_TOP if html else 0)
         if top > loaded.config.vocab_size:
             raise InputError(f"--top {top}: the vocabulary has {loaded.config.vocab_size} tokens")
+        top = max(top, int(greedy), min(_HTML_TOP, loaded.config.vocab_size) if html else 0)
         page = None
         if html:
             from .page import Page

@@ -36,13 +36,15 @@ class Item:
         """The item as Items of about that many tokens at most, each with some of the continuations."""
         if self.continuations is None or self.tokens <= batch_tokens:
             return [self]
-        found, part = [], []
+        parts, room = [[]], 0
         for continuation in self.continuations:
-            if part and len(self.prompt) + sum(map(len, part)) + len(continuation) > batch_tokens:
-                found.append(Item(self.prompt, part, self.choices))
-                part = []
-            part.append(continuation)
-        return [*found, Item(self.prompt, part, self.choices)]
+            if parts[-1] and len(continuation) > room:
+                parts.append([])
+            if not parts[-1]:
+                room = batch_tokens - len(self.prompt)
+            parts[-1].append(continuation)
+            room -= len(continuation)
+        return [Item(self.prompt, part, self.choices) for part in parts]
 
     @property
     def tokens(self):
