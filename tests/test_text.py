@@ -15,6 +15,7 @@ import pytest
 import kqprefill
 from conftest import EXAMPLE, GOLDEN_FOLDERS
 from kqprefill.gguf import GGUFFile
+from kqprefill.gguf.synthetic import SyntheticFile, write_gguf
 from kqprefill.gguf.vocabulary import byte_pieces
 from kqprefill.text import Tokenizer
 from test_cli import kq
@@ -146,8 +147,24 @@ def test_prompts_that_are_none(args, stdin, complaint):
 
 def test_tokenizing_without_the_library_says_what_to_install(tmp_path):
     (tmp_path / "tokenizers.py").write_text("raise ImportError('not here')")
+    model = SyntheticFile.named("tiny:Q4_0")
+    model.metadata["tokenizer.ggml.merges"] = ["a b"]
+    write_gguf(model, tmp_path / "merges.gguf")
     done = subprocess.run(
-        [sys.executable, "-m", "kqprefill", "tokenize", str(EXAMPLE), "x"], capture_output=True,
+        [sys.executable, "-m", "kqprefill", "tokenize", tmp_path / "merges.gguf", "x"], capture_output=True,
         env={**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
     )  # fmt: skip
     assert done.returncode == 2 and b"pip install 'kqprefill[text]'" in done.stderr
+
+
+def test_a_token_a_byte_needs_no_library(monkeypatch):
+    """And gives what the library gives."""
+    from kqprefill.text.bpe import BytePairs
+
+    pieces, text = [*byte_pieces(), "Ġa"], "Hello, wörld 123 \n\t <|x|> 日本 😀 a"
+    with_library = BytePairs(pieces[:256], ["no merge"], "default", ValueError)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    without = BytePairs(pieces[:256], [], "default", ValueError)
+    assert without.encode(text) == with_library.encode(text) and len(without.encode(text)) == len(text.encode())
+    with pytest.raises(kqprefill.InputError, match="tokenizers"):
+        BytePairs(pieces, ["Ġ a"], "default", ValueError)

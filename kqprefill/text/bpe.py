@@ -4,6 +4,7 @@ A text is first cut into words by the patterns of the model's own tokenizer, whi
 """
 
 from ..errors import InputError
+from ..gguf.vocabulary import byte_pieces
 
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
@@ -61,11 +62,15 @@ class BytePairs:
     def __init__(self, pieces, merges, pre, error):
         if pre not in _BY_NAME:
             raise error(f"its pre-tokenizer {pre!r} is not supported; give --tokens ({', '.join(sorted(_BY_NAME))} are)")
+        vocabulary = {piece: i for i, piece in enumerate(pieces)}
+        self._bytes = [vocabulary.get(piece) for piece in byte_pieces()]
+        if not merges and pre not in _WHOLE_WORDS and None not in self._bytes:  # a token a byte (the example's) needs no library
+            return
+        self._bytes = None
         try:
             from tokenizers import Regex, Tokenizer, models, pre_tokenizers
         except ImportError:
             raise InputError("this vocabulary needs the tokenizers library: pip install 'kqprefill[text]'") from None
-        vocabulary = {piece: i for i, piece in enumerate(pieces)}
         pairs = []
         for merge in merges:
             at = merge.find(" ", 1)
@@ -79,4 +84,6 @@ class BytePairs:
 
     def encode(self, text):
         """Token ids."""
+        if self._bytes:
+            return [self._bytes[byte] for byte in text.encode()]
         return self._tokenizer.encode(text, add_special_tokens=False).ids
