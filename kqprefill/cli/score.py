@@ -30,7 +30,7 @@ _HTML_TOP = 5  # alternatives on the page
 )  # fmt: skip
 @click.option("--per-token", is_flag=True, help="Add token_logprobs.")
 @click.option("--greedy", is_flag=True, help="Add greedy_tokens, the likeliest at each place.")
-@click.option("--top", default=0, metavar="K", type=click.IntRange(0), help="Add top_tokens and top_logprobs, the K likeliest at each place.")
+@click.option("--top", default=0, metavar="K", type=click.IntRange(0, 1024), help="Add top_tokens and top_logprobs, the K likeliest at each place.")
 @click.option("--html", metavar="FILE", help="Also write one page that shows the texts, shaded by log-probability.")
 @batch_option
 @device_options
