@@ -6,7 +6,6 @@ import io
 import json
 import math
 import os
-import statistics
 import time
 
 import click
@@ -52,6 +51,8 @@ def bench(model, lengths, repetitions, delay, output, detail, picture, backend, 
         lengths = [int(word) for word in lengths.split(",")]
     except ValueError:
         raise click.BadParameter(f"{lengths!r} is no list of lengths such as 128,512,2048", param_hint="-p") from None
+    import statistics
+
     kind = picture and check_plot(picture)
     wake_gpu(backend, device)
     import numpy as np

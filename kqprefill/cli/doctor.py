@@ -1,6 +1,5 @@
 """kqprefill doctor: what there is to run on, what will run, and what to mend."""
 
-from importlib.metadata import PackageNotFoundError, version
 import json
 import platform
 
@@ -66,6 +65,8 @@ def doctor(context, device, as_json):
 
 
 def _version(package):
+    from importlib.metadata import PackageNotFoundError, version  # 20 ms that other commands need not spend
+
     try:
         return version(package)
     except PackageNotFoundError:
