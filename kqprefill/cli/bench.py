@@ -13,7 +13,7 @@ import click
 from ..backends.wake import wake_gpu
 from ..errors import InputError
 from .common import (
-    device_options, load_lines, memory_option, open_file, output_file, progress_bars, size, table, volume_options, warner,
+    device_options, memory_option, open_file, output_file, progress_bars, say_loaded, size, table, volume_options, warner,
 )  # fmt: skip
 from .plot import check_plot, draw
 
@@ -71,8 +71,7 @@ def bench(model, lengths, repetitions, delay, output, detail, picture, backend, 
                 raise InputError(f"-p {length}: the model's context is 1 to {config.context_length} tokens")
         matrices = loaded.family.matrices()
         if verbose:
-            for line in load_lines(loaded):
-                click.echo(line, err=True)
+            say_loaded(loaded)
         for length in lengths:
             tokens = np.random.default_rng(length).integers(0, config.vocab_size, length)
             for _ in range(_WARM_UP):

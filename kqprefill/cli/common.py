@@ -72,13 +72,20 @@ def plan_lines(plan, family):
     )
 
 
-def load_lines(model):
-    """What an open Model's backend has loaded, and where, for people."""
+def say_loaded(model):
+    """What an open Model's backend has loaded, and where, on stderr."""
     if model.backend.plan is None:
         return
     nbytes, seconds = model.backend.weights.loaded
-    yield f"weights that stay: {size(nbytes)} in {seconds:.3f} s, {nbytes / seconds / 1e9:.1f} GB/s"
-    yield from plan_lines(model.backend.plan, model.family)
+    click.echo(f"weights that stay: {size(nbytes)} in {seconds:.3f} s, {nbytes / seconds / 1e9:.1f} GB/s", err=True)
+    for line in plan_lines(model.backend.plan, model.family):
+        click.echo(line, err=True)
+
+
+def say_summary(line, quiet, verbose):
+    """What was done, on stderr: for a person who looks on, or where it is asked for."""
+    if verbose or (sys.stderr.isatty() and not quiet):
+        click.echo(line, err=True)
 
 
 def read_text(text, option):

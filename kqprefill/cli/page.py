@@ -49,7 +49,7 @@ class Page:
 
     def __init__(self, file, model, name, top):
         self._file, self._text, self._top = file, model.token_text, top
-        self._known, self._records, self._tokens = {}, 0, 0
+        self._records = self._tokens = 0
         edges = [0, *_SHADES]
         legend = " ".join(f'<span class="t s{i}">&nbsp;≥&nbsp;{edge:g}&nbsp;</span>' for i, edge in enumerate(edges))
         shades = " ".join(f".s{i} {{ --n: {i}; }}" for i in range(len(edges)))
@@ -79,10 +79,8 @@ class Page:
         return f'<span class="t s{bisect(_SHADES, -logprob)}" data-p="{logprob:.4f}" data-a="{escape(others)}">{escape(shown)}</span>'
 
     def _name(self, token):
-        if token not in self._known:
-            text = self._text(token)
-            self._known[token] = f" {token}" if text is None else text
-        return self._known[token]
+        text = self._text(token)
+        return f" {token}" if text is None else text
 
     def _write(self, text):
         self._file.write(text.encode("utf-8", "replace"))

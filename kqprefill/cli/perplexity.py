@@ -3,13 +3,15 @@
 from contextlib import ExitStack
 import json
 import math
-import sys
 
 import click
 
 from ..backends.wake import wake_gpu
 from ..errors import KqprefillError
-from .common import batch_option, device_options, load_lines, memory_option, open_file, progress_bars, read_text, read_tokens, volume_options, warner
+from .common import (
+    batch_option, device_options, memory_option, open_file, progress_bars, read_text, read_tokens, say_loaded, say_summary, volume_options,
+    warner,
+)  # fmt: skip
 
 
 @click.command()
@@ -60,10 +62,9 @@ def perplexity(model, text, tokens, context, chunks, as_json, batch_tokens, back
         if math.isnan(found.value):
             raise KqprefillError("the logits hold NaN: the file's weights are damaged or out of range")
         if verbose:
-            for line in load_lines(loaded):
-                click.echo(line, err=True)
-    if verbose or (sys.stderr.isatty() and not quiet):
-        click.echo(f"{found.n_tokens} tokens of {found.windows} windows of {context}, {loaded.backend.name} ({loaded.backend.device_name})", err=True)
+            say_loaded(loaded)
+    where = f"{loaded.backend.name} ({loaded.backend.device_name})"
+    say_summary(f"{found.n_tokens} tokens of {found.windows} windows of {context}, {where}", quiet, verbose)
     if as_json:
         described = {
             "perplexity": found.value, "stderr": found.error, "n_tokens": found.n_tokens, "windows": found.windows,

@@ -10,7 +10,8 @@ import click
 from ..backends.wake import wake_gpu
 from ..errors import InputError
 from .common import (
-    STDIO, device_options, load_lines, memory_option, output_file, progress_bars, read_text, read_tokens, size, table, volume_options, warner,
+    STDIO, device_options, memory_option, output_file, progress_bars, read_text, read_tokens, say_loaded, say_summary, size, table,
+    volume_options, warner,
 )  # fmt: skip
 
 
@@ -99,10 +100,8 @@ def run(model, tokens, prompt, as_json, as_text, top, logits, all_positions, bac
             for token, logprob in (result.likeliest(top) if top else ())
         ]
         if verbose:
-            for line in load_lines(loaded):
-                click.echo(line, err=True)
-    if verbose or (sys.stderr.isatty() and not quiet):
-        click.echo(summary, err=True)
+            say_loaded(loaded)
+    say_summary(summary, quiet, verbose)
     if top:
         described["top"] = likeliest
     if as_json:

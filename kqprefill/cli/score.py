@@ -10,7 +10,9 @@ import click
 
 from ..backends.wake import wake_gpu
 from ..errors import InputError, KqprefillError
-from .common import STDIO, batch_option, device_options, load_lines, memory_option, open_file, output_file, progress_bars, volume_options, warner
+from .common import (
+    STDIO, batch_option, device_options, memory_option, open_file, output_file, progress_bars, say_loaded, say_summary, volume_options, warner,
+)  # fmt: skip
 from .records import Lines, Records
 
 _OURS = frozenset(
@@ -82,13 +84,9 @@ def score(
         if page:
             page.end()
         if verbose:
-            for line in load_lines(loaded):
-                click.echo(line, err=True)
-    if verbose or (sys.stderr.isatty() and not quiet):
-        click.echo(
-            f"{run.scored} records, {run.tokens} tokens, {run.tokens / seconds:.0f} tokens/s, {loaded.backend.name} "
-            f"({loaded.backend.device_name})", err=True,
-        )  # fmt: skip
+            say_loaded(loaded)
+    rate, where = run.tokens / seconds, f"{loaded.backend.name} ({loaded.backend.device_name})"
+    say_summary(f"{run.scored} records, {run.tokens} tokens, {rate:.0f} tokens/s, {where}", quiet, verbose)
     if run.bad and not quiet:
         click.echo(f"kqprefill: {run.bad} of {run.bad + run.scored} records could not be scored; their lines say why", err=True)
 

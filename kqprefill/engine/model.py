@@ -119,8 +119,7 @@ class Model:
     def item(self, record):
         """A record, checked and tokenised (`score`). Raises InputError."""
         item = item_of(record, lambda ids: self._check_tokens(ids).tolist(), self.tokenize)
-        for sequence in item.sequences:
-            self._check_room(0, len(sequence), None)
+        self._check_room(0, item.longest, None)
         return item
 
     def _start(self, group, top):

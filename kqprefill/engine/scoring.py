@@ -32,6 +32,11 @@ class Item:
         """The whole sequences, as one would run them."""
         return [self.prompt] if self.continuations is None else [self.prompt + c for c in self.continuations]
 
+    @property
+    def longest(self):
+        """Tokens of the longest sequence."""
+        return len(self.prompt) + max(map(len, self.continuations or [()]))
+
     def pieces(self, batch_tokens):
         """The item as Items of about that many tokens at most, each with some of the continuations."""
         if self.continuations is None or self.tokens <= batch_tokens:

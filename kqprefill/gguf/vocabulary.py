@@ -1,15 +1,22 @@
 """Token ids to text, as the file's vocabulary spells it."""
 
+from functools import cache
 import re
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
+@cache
 def byte_pieces():
     """GPT-2's spelling of the 256 bytes: printable characters stand for themselves, the rest for U+0100 onwards."""
     shifted = iter(range(0x100, 0x200))
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     return tuple(chr(byte) if byte in printable else chr(next(shifted)) for byte in range(256))
+
+
+@cache
+def _byte_of():
+    return {character: byte for byte, character in enumerate(byte_pieces())}
 
 
 def token_text(metadata, token):
@@ -22,7 +29,7 @@ def token_text(metadata, token):
         return None
     piece = pieces[token]
     if metadata.get("tokenizer.ggml.model") == "gpt2":  # byte-level BPE
-        byte_of = {character: byte for byte, character in enumerate(byte_pieces())}
+        byte_of = _byte_of()
         if all(character in byte_of for character in piece):
             return bytes(byte_of[character] for character in piece).decode("utf-8", "replace")
         return piece
