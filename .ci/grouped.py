@@ -34,7 +34,11 @@ def main(tokens=8192):
     gate_up, down = random(EXPERTS, HIDDEN, 2 * WIDTH), random(EXPERTS, WIDTH, HIDDEN)
     grouped = getattr(torch, "_grouped_mm", None) or F.grouped_mm
     experts = milliseconds(lambda: (grouped(x, gate_up, offs=ends), grouped(act, down, offs=ends)))
-    h, qkv, o = random(tokens, HIDDEN), random((HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN), random(HIDDEN, HEADS * HEAD_DIM)
+    h, qkv, o = (
+        random(tokens, HIDDEN),
+        random((HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN),
+        random(HIDDEN, HEADS * HEAD_DIM),
+    )
     a = random(tokens, HEADS * HEAD_DIM)
     dense = milliseconds(lambda: (h @ qkv.t(), a @ o.t()))
     q, kv = random(1, HEADS, tokens, HEAD_DIM), random(1, KV_HEADS, tokens, HEAD_DIM)

@@ -55,7 +55,9 @@ def main(what="qwen3-8b:Q4_K_M", *rest):
         else:
             found = rate(sum(len(p["tokens"]) for p in prompts), lambda: list(model.score(prompts)))
         after = one_prompt()
-    print(f"{found:.0f} tok/s, {2 * found / (before + after):.3f} of one 8192-token prompt ({before:.0f} before, {after:.0f} after)")
+    print(
+        f"{found:.0f} tok/s, {2 * found / (before + after):.3f} of one 8192-token prompt ({before:.0f} before, {after:.0f} after)"
+    )
 
 
 main(*sys.argv[1:])

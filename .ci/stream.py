@@ -29,7 +29,9 @@ def main(name, vram, lengths, repetitions=3):
         for n in lengths:
             tokens = np.random.default_rng(n).integers(0, model.config.vocab_size, n)
             times = [model.prefill(tokens).timings["prefill"] for _ in range(2 + int(repetitions))][2:]
-            rates.append(f"T={n} {n / statistics.mean(times):.0f} ± {n * statistics.pstdev(times) / statistics.mean(times) ** 2:.0f} tok/s")
+            rates.append(
+                f"T={n} {n / statistics.mean(times):.0f} ± {n * statistics.pstdev(times) / statistics.mean(times) ** 2:.0f} tok/s"
+            )
         with open("/proc/self/status", encoding="utf-8") as file:
             status = dict(line.split(":", 1) for line in file)
         host = ", ".join(f"{key} {int(status[key].split()[0]) >> 10} MiB" for key in ("RssAnon", "RssFile"))

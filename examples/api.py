@@ -17,7 +17,9 @@ with kqprefill.load(path) as model:  # backend="auto", device=0, vram=None ("8G"
     # Log-probabilities of many prompts, packed into batches: records as in `kqprefill score`'s lines, or token ids.
     records = [prompt, {"prompt": "The capital of Italy is", "choices": [" Rome.", " Paris."]}]
     whole, choices = model.score(records)
-    print(f"the prompt: {whole.n_tokens} tokens, log-probability {whole.logprob:.4f}, perplexity {whole.perplexity:.2f}")
+    print(
+        f"the prompt: {whole.n_tokens} tokens, log-probability {whole.logprob:.4f}, perplexity {whole.perplexity:.2f}"
+    )
     print("the likelier choice:", max(range(len(choices)), key=lambda i: choices[i].logprob))
 
     # One long prompt in pieces, over a key/value cache: the same bits on a GPU.

@@ -10,7 +10,8 @@
 
 constexpr int kThreads = 32 * WARPS, kBlockQ = 16 * WARPS;
 constexpr int kDimSteps = HEAD_DIM / 16, kKvFrags = BLOCK_KV / 8;
-constexpr int kRowBytes = HEAD_DIM * 2 + 16;  // an odd number of 16-byte chunks: ldmatrix's rows fall into different banks
+constexpr int kRowBytes =
+    HEAD_DIM * 2 + 16;  // an odd number of 16-byte chunks: ldmatrix's rows fall into different banks
 constexpr int kTileBytes = BLOCK_KV * kRowBytes;
 static_assert(HEAD_DIM % 16 == 0 && BLOCK_KV % 16 == 0, "whole mma steps");
 
@@ -93,13 +94,13 @@ extern "C" __global__ void __launch_bounds__(kThreads)
             for (int j = 0; j < kKvFrags / 2; ++j) {
                 uint32_t b[4];
                 ldmatrix_x4(b, k_tile + (j * 16 + lane / 16 * 8 + lane % 8) * kRowBytes + (2 * d + lane / 8 % 2) * 16);
-                const uint32_t(&a)[4] = q_fragments[Q_IN_REGISTERS ? d : 0];
+                const uint32_t (&a)[4] = q_fragments[Q_IN_REGISTERS ? d : 0];
                 mma_m16n8k16(scores[2 * j], a, b[0], b[1]);
                 mma_m16n8k16(scores[2 * j + 1], a, b[2], b[3]);
             }
         }
 
-        float(&all_scores)[4 * kKvFrags] = reinterpret_cast<float(&)[4 * kKvFrags]>(scores);
+        float (&all_scores)[4 * kKvFrags] = reinterpret_cast<float (&)[4 * kKvFrags]>(scores);
         to_log2.cap(all_scores);
         bool diagonal = (index + 1) * BLOCK_KV > tile.position + warp * 16 + 1;
         bool window_edge = window > 0 && index * BLOCK_KV <= tile.position + warp * 16 + 15 - window;
@@ -113,7 +114,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
 #pragma unroll
         for (int s = 0; s < BLOCK_KV / 16; ++s) {
-            uint32_t p[4] = {pack_half2(scores[2 * s][0], scores[2 * s][1]), pack_half2(scores[2 * s][2], scores[2 * s][3]),
+            uint32_t p[4] = {pack_half2(scores[2 * s][0], scores[2 * s][1]),
+                             pack_half2(scores[2 * s][2], scores[2 * s][3]),
                              pack_half2(scores[2 * s + 1][0], scores[2 * s + 1][1]),
                              pack_half2(scores[2 * s + 1][2], scores[2 * s + 1][3])};
 #pragma unroll
@@ -136,6 +138,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int d = 0; d < kDimSteps * 2; ++d)
             if (int column = d * 8 + pair; column < head_dim)  // head_dim is even
-                *reinterpret_cast<uint32_t*>(to + operand_position(head * head_dim + column)) = pack_half2(output[d][2 * r] * inverse, output[d][2 * r + 1] * inverse);
+                *reinterpret_cast<uint32_t*>(to + operand_position(head * head_dim + column)) =
+                    pack_half2(output[d][2 * r] * inverse, output[d][2 * r + 1] * inverse);
     }
 }

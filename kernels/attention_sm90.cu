@@ -21,7 +21,8 @@ struct Ring {  // of tiles of keys or of values, by shared addresses
     __device__ uint32_t tile(int stage) const { return tiles + stage * kTileBytes; }
 };
 
-__device__ __forceinline__ void bring(const Ring& ring, const RingPosition<STAGES>& at, const void* map, int column, int row) {
+__device__ __forceinline__ void bring(const Ring& ring, const RingPosition<STAGES>& at, const void* map, int column,
+                                      int row) {
     barrier_wait(ring.empty + 8 * at.stage, at.phase ^ 1);
     barrier_arrive_expect(ring.full + 8 * at.stage, kTileBytes);
 #pragma unroll
@@ -36,8 +37,8 @@ __device__ __forceinline__ void give_back(const Ring& ring, const RingPosition<S
 // As in attention_sm80.cu, but q, k and v by tensor maps: boxes of 64 halves by kBlockQ, BLOCK_KV and BLOCK_KV rows.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     attention(const void* q_map, const void* k_map, const void* v_map, half_t* out, const Tile* tiles, int nq, int nkv,
-              int head_dim, int out_stride, float scale, const float* q_scale, const float* k_scale, int window, float softcap,
-              const float* sinks) {
+              int head_dim, int out_stride, float scale, const float* q_scale, const float* k_scale, int window,
+              float softcap, const float* sinks) {
     extern __shared__ __align__(1024) uint8_t shared[];
     uint32_t base = shared_address(shared), barrier = base + kBarriers, q_full = barrier;
     Ring keys = {base + kRing, barrier + 8, barrier + 8 + 8 * STAGES};
@@ -100,7 +101,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int s = 0; s < BLOCK_KV / 16; ++s)
             wgmma_f16<true>(output, weights[4 * s], weights[4 * s + 1], weights[4 * s + 2], weights[4 * s + 3],
-                            wgmma_operand(values.tile(value_at.stage), kPanelKv) + s * (16 * 128 / 16), accumulate || s > 0);
+                            wgmma_operand(values.tile(value_at.stage), kPanelKv) + s * (16 * 128 / 16),
+                            accumulate || s > 0);
         wgmma_commit();
     };
     auto done = [&](const Ring& ring, RingPosition<STAGES>& at) {
@@ -111,7 +113,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     auto weigh = [&](int index, float (&correction)[2]) {
         to_log2.cap(scores);
         int behind = position - index * BLOCK_KV - pair, warp_first = tile.position + warp * 16;
-        bool diagonal = (index + 1) * BLOCK_KV > warp_first + 1, window_edge = window > 0 && index * BLOCK_KV <= warp_first + 15 - window;
+        bool diagonal = (index + 1) * BLOCK_KV > warp_first + 1,
+             window_edge = window > 0 && index * BLOCK_KV <= warp_first + 15 - window;
         if (diagonal || window_edge) mask(scores, behind, window);
         softmax.update(scores, to_log2.factor, correction);
     };
@@ -154,8 +157,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
             uint32_t four[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                four[i] = pack_half2(output[4 * (j + 2 * i) + 2 * r] * inverse, output[4 * (j + 2 * i) + 2 * r + 1] * inverse);
-            *reinterpret_cast<uint4*>(to + operand_position(head * HEAD_DIM + 8 * j + pair)) = make_uint4(four[0], four[1], four[2], four[3]);
+                four[i] = pack_half2(output[4 * (j + 2 * i) + 2 * r] * inverse,
+                                     output[4 * (j + 2 * i) + 2 * r + 1] * inverse);
+            *reinterpret_cast<uint4*>(to + operand_position(head * HEAD_DIM + 8 * j + pair)) =
+                make_uint4(four[0], four[1], four[2], four[3]);
         }
     }
 }

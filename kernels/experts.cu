@@ -10,7 +10,8 @@ constexpr int kMostExperts = 1024;  // 32 a lane
 // The `used` largest of each token's scores, the lowest numbers of equals first, and their shares: of a softmax over all scores,
 // or (routed_after) over theirs; normalise: made to add up to 1. A warp a token.
 extern "C" __global__ void __launch_bounds__(256)
-    route(const float* scores, int n, int experts, int used, int normalise, int routed_after, int* expert_of, float* share_of) {
+    route(const float* scores, int n, int experts, int used, int normalise, int routed_after, int* expert_of,
+          float* share_of) {
     begin_kernel();
     int token = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (token >= n) return;
@@ -29,7 +30,8 @@ extern "C" __global__ void __launch_bounds__(256)
         for (int offset = 16; offset; offset >>= 1) {
             float other = __shfl_xor_sync(0xffffffffu, best, offset);
             int other_index = __shfl_xor_sync(0xffffffffu, index, offset);
-            if (other > best || (other == best && other_index < index) || index == 0x7fffffff) best = other, index = other_index;
+            if (other > best || (other == best && other_index < index) || index == 0x7fffffff)
+                best = other, index = other_index;
         }
         if (index % 32 == lane) taken |= 1u << index / 32;
         if (slot == 0) {
@@ -57,7 +59,8 @@ extern "C" __global__ void __launch_bounds__(256) count(const int* expert_of, in
 
 // place_of[entry] = its row among all entries ordered by expert, then by entry. A block an expert.
 constexpr int kPlacing = 1024;
-extern "C" __global__ void __launch_bounds__(kPlacing) place(const int* expert_of, int entries, const int* counts, int* place_of) {
+extern "C" __global__ void __launch_bounds__(kPlacing)
+    place(const int* expert_of, int entries, const int* counts, int* place_of) {
     begin_kernel();
     __shared__ int in_warp[kPlacing / 32];
     int expert = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, next = 0;
@@ -92,7 +95,8 @@ extern "C" __global__ void __launch_bounds__(kMostExperts)
 }
 
 // sorted[place_of[entry]] = x[entry / used]: rows of `stride` halves. A block an entry.
-extern "C" __global__ void __launch_bounds__(128) gather(const half_t* x, int used, int stride, const int* place_of, half_t* sorted) {
+extern "C" __global__ void __launch_bounds__(128)
+    gather(const half_t* x, int used, int stride, const int* place_of, half_t* sorted) {
     begin_kernel();
     const uint4* from = reinterpret_cast<const uint4*>(x + static_cast<uint64_t>(blockIdx.x / used) * stride);
     uint4* to = reinterpret_cast<uint4*>(sorted + static_cast<uint64_t>(place_of[blockIdx.x]) * stride);
@@ -114,8 +118,8 @@ extern "C" __global__ void __launch_bounds__(256)
 }
 
 // x[t, :] += sigmoid(h[t, :] · weight) * y[t, :]; h: halves of *scale times the values, in operand order, rows `stride` apart.
-extern "C" __global__ void __launch_bounds__(256)
-    add_gated(float* x, const float* y, const half_t* h, int columns, int stride, const float* scale, const float* weight) {
+extern "C" __global__ void __launch_bounds__(256) add_gated(float* x, const float* y, const half_t* h, int columns,
+                                                            int stride, const float* scale, const float* weight) {
     begin_kernel();
     x += static_cast<uint64_t>(blockIdx.x) * columns;
     y += static_cast<uint64_t>(blockIdx.x) * columns;

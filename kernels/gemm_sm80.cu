@@ -44,7 +44,8 @@ struct Rows {
 __device__ __forceinline__ Tile tile_of(int block, const Rows& rows, int n) {
     int tiles_m = rows.tiles(), tiles_n = ceil_div(n, BLOCK_N);
     int group = block / (kGroupM * tiles_n), within = block % (kGroupM * tiles_n);
-    int height = min(kGroupM, tiles_m - group * kGroupM), tile = group * kGroupM + within % height, n0 = within / height * BLOCK_N;
+    int height = min(kGroupM, tiles_m - group * kGroupM), tile = group * kGroupM + within % height,
+        n0 = within / height * BLOCK_N;
     if (!GROUPED) return {tile * BLOCK_M, rows.m, n0, 0};
     Group found = rows.groups[tile];
     return {found.first, found.end, n0, found.expert - rows.first_expert};
@@ -81,7 +82,8 @@ struct Loader {
     __device__ void load(uint32_t stage, int k_step) const {
 #pragma unroll
         for (int i = 0; i < kCopies; ++i)
-            cp_async16(stage + destination + i * kRowStep * BLOCK_K * 2, source + (i * row_step + k_step * BLOCK_K), row + i * kRowStep < rows_left);
+            cp_async16(stage + destination + i * kRowStep * BLOCK_K * 2, source + (i * row_step + k_step * BLOCK_K),
+                       row + i * kRowStep < rows_left);
     }
 };
 
@@ -95,8 +97,9 @@ struct Fragments {
             ldmatrix_x4(x[i], stage + chunk_offset(warp_m * kWarpM + i * 16 + lane % 16, 2 * k16 + lane / 16));
 #pragma unroll
         for (int j = 0; j < kFragsN / 2; ++j)
-            ldmatrix_x4(w[j], stage + kStageX + chunk_offset(warp_n * kWarpN + j * 16 + lane / 16 * 8 + lane % 8,
-                                                             2 * k16 + lane / 8 % 2));
+            ldmatrix_x4(w[j],
+                        stage + kStageX +
+                            chunk_offset(warp_n * kWarpN + j * 16 + lane / 16 * 8 + lane % 8, 2 * k16 + lane / 8 % 2));
     }
 };
 
@@ -105,7 +108,8 @@ using Accumulators = float[kFragsM][kFragsN][4];
 // Multiplies this block's tiles, gridDim.x apart; calls write(tile, accumulators) after each, while the next one's first
 // stages are on their way.
 template <class Write>
-__device__ __forceinline__ void multiply_tiles(const half_t* x, const half_t* w, const Rows& rows, int n, int k, Write write) {
+__device__ __forceinline__ void multiply_tiles(const half_t* x, const half_t* w, const Rows& rows, int n, int k,
+                                               Write write) {
     extern __shared__ __align__(128) uint8_t shared[];
     uint32_t ring = shared_address(shared);
     int warp = threadIdx.x / 32, warp_m = warp / WARPS_N, warp_n = warp % WARPS_N;
@@ -158,7 +162,8 @@ __device__ __forceinline__ void multiply_tiles(const half_t* x, const half_t* w,
 #pragma unroll
                 for (int i = 0; i < kFragsM; ++i)
 #pragma unroll
-                    for (int j = 0; j < kFragsN; ++j) mma_m16n8k16(acc[i][j], f.x[i], f.w[j / 2][j % 2 * 2], f.w[j / 2][j % 2 * 2 + 1]);
+                    for (int j = 0; j < kFragsN; ++j)
+                        mma_m16n8k16(acc[i][j], f.x[i], f.w[j / 2][j % 2 * 2], f.w[j / 2][j % 2 * 2 + 1]);
             }
         }
         cp_async_wait<0>();
@@ -191,27 +196,32 @@ __device__ __forceinline__ void for_each_pair(Tile tile, int first_frag, int fra
 // residual may be out itself.
 extern "C" __global__ void __launch_bounds__(kThreads)
     gemm_linear(const half_t* x, const half_t* w, int m, int n, int k, float* out, int ldo, const float* x_scale,
-                const float* w_scale, const float* bias, const float* residual, const Group* groups, const int* group_count,
-                int first_expert, int last_expert) {
+                const float* w_scale, const float* bias, const float* residual, const Group* groups,
+                const int* group_count, int first_expert, int last_expert) {
     begin_kernel();
-    multiply_tiles(x, w, {m, groups, group_count, first_expert, last_expert}, n, k, [&](Tile tile, const Accumulators& acc) {
-        float alpha = 1.0f / *x_scale / *w_scale;
-        bool paired = ldo % 2 == 0;  // both of a pair's addresses are then 8-byte aligned
-        for_each_pair(tile, 0, 1, [&](int row, int column, int i, int j, int half) {
-            if (column >= n) return;
-            bool both = column + 1 < n;
-            uint64_t at = static_cast<uint64_t>(row) * ldo + column;
-            auto bias_of = [&](int c) { return bias != nullptr && column + c < n ? bias[tile.expert * n + column + c] : 0.0f; };
-            float a = fmaf(acc[i][j][2 * half], alpha, bias_of(0)), b = fmaf(acc[i][j][2 * half + 1], alpha, bias_of(1));
-            if (both && paired) {
-                float2 r = residual != nullptr ? *reinterpret_cast<const float2*>(residual + at) : make_float2(0.0f, 0.0f);
-                *reinterpret_cast<float2*>(out + at) = make_float2(a + r.x, b + r.y);
-            } else {
-                out[at] = residual != nullptr ? a + residual[at] : a;
-                if (both) out[at + 1] = residual != nullptr ? b + residual[at + 1] : b;
-            }
+    multiply_tiles(
+        x, w, {m, groups, group_count, first_expert, last_expert}, n, k, [&](Tile tile, const Accumulators& acc) {
+            float alpha = 1.0f / *x_scale / *w_scale;
+            bool paired = ldo % 2 == 0;  // both of a pair's addresses are then 8-byte aligned
+            for_each_pair(tile, 0, 1, [&](int row, int column, int i, int j, int half) {
+                if (column >= n) return;
+                bool both = column + 1 < n;
+                uint64_t at = static_cast<uint64_t>(row) * ldo + column;
+                auto bias_of = [&](int c) {
+                    return bias != nullptr && column + c < n ? bias[tile.expert * n + column + c] : 0.0f;
+                };
+                float a = fmaf(acc[i][j][2 * half], alpha, bias_of(0)),
+                      b = fmaf(acc[i][j][2 * half + 1], alpha, bias_of(1));
+                if (both && paired) {
+                    float2 r =
+                        residual != nullptr ? *reinterpret_cast<const float2*>(residual + at) : make_float2(0.0f, 0.0f);
+                    *reinterpret_cast<float2*>(out + at) = make_float2(a + r.x, b + r.y);
+                } else {
+                    out[at] = residual != nullptr ? a + residual[at] : a;
+                    if (both) out[at + 1] = residual != nullptr ? b + residual[at + 1] : b;
+                }
+            });
         });
-    });
 }
 
 // out[m, f] = half(*out_scale * act(gate) * up), rows `ldo` apart, in operand order: w's rows are gate and up, 8 and 8 in turn
@@ -223,20 +233,25 @@ extern "C" __global__ void __launch_bounds__(kThreads)
                const float* out_scale, int activation, const Group* groups, const int* group_count, int first_expert,
                int last_expert) {
     begin_kernel();
-    multiply_tiles(x, w, {m, groups, group_count, first_expert, last_expert}, 2 * width, k, [&](Tile tile, const Accumulators& acc) {
-        float alpha = 1.0f / *x_scale / *w_scale, scale = *out_scale;
-        for_each_pair(tile, 0, 2, [&](int row, int column, int i, int j, int half) {
-            int f = column / 16 * 8 + column % 8;
-            if (f >= width) return;
-            float y[2];
+    multiply_tiles(x, w, {m, groups, group_count, first_expert, last_expert}, 2 * width, k,
+                   [&](Tile tile, const Accumulators& acc) {
+                       float alpha = 1.0f / *x_scale / *w_scale, scale = *out_scale;
+                       for_each_pair(tile, 0, 2, [&](int row, int column, int i, int j, int half) {
+                           int f = column / 16 * 8 + column % 8;
+                           if (f >= width) return;
+                           float y[2];
 #pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                bool inside = f + c < features;
-                auto bias_of = [&](const float* bias) { return bias != nullptr && inside ? bias[tile.expert * features + f + c] : 0.0f; };
-                float gate = fmaf(acc[i][j][2 * half + c], alpha, bias_of(gate_bias)), up = fmaf(acc[i][j + 1][2 * half + c], alpha, bias_of(up_bias));
-                y[c] = inside ? gated(gate, up, activation) * scale : 0.0f;
-            }
-            *reinterpret_cast<uint32_t*>(out + static_cast<uint64_t>(row) * ldo + operand_position(f)) = pack_half2(y[0], y[1]);
-        });
-    });
+                           for (int c = 0; c < 2; ++c) {
+                               bool inside = f + c < features;
+                               auto bias_of = [&](const float* bias) {
+                                   return bias != nullptr && inside ? bias[tile.expert * features + f + c] : 0.0f;
+                               };
+                               float gate = fmaf(acc[i][j][2 * half + c], alpha, bias_of(gate_bias)),
+                                     up = fmaf(acc[i][j + 1][2 * half + c], alpha, bias_of(up_bias));
+                               y[c] = inside ? gated(gate, up, activation) * scale : 0.0f;
+                           }
+                           *reinterpret_cast<uint32_t*>(out + static_cast<uint64_t>(row) * ldo + operand_position(f)) =
+                               pack_half2(y[0], y[1]);
+                       });
+                   });
 }

@@ -23,8 +23,8 @@ using Formats = FormatList<FORMATS>;
 
 // Sizes -------------------------------------------------------------------------------------------------------------------
 
-constexpr int kStep = kOperandGroup;                    // columns multiplied at a time
-constexpr int kUnitSteps = Formats::kElements / kStep;  // steps that one unit gives
+constexpr int kStep = kOperandGroup;                           // columns multiplied at a time
+constexpr int kUnitSteps = Formats::kElements / kStep;         // steps that one unit gives
 constexpr int kSub = STEPS < kUnitSteps ? STEPS : kUnitSteps;  // steps of a stage of x
 constexpr int kBlockTiles = WARPGROUPS * TILES;
 constexpr int kXStep = TOKENS * kStep * 2, kXBytes = kSub * kXStep, kRawBytes = kBlockTiles * Formats::kTileBytes;
@@ -59,11 +59,13 @@ struct RowTile {
 };
 
 // Row tiles of so many rows, rounded up so that those of a warpgroup are of one matrix.
-__device__ __forceinline__ int whole_tiles(int rows) { return ceil_div(rows, kTileRows * TILES) * TILES; }
+__device__ __forceinline__ int whole_tiles(int rows) {
+    return ceil_div(rows, kTileRows * TILES) * TILES;
+}
 
 __device__ __forceinline__ RowTile row_tile(const Matrices& matrices, int index, int units, int expert) {
     int stacked = GROUPED ? expert * ceil_div(matrices.rows[0], kTileRows) : 0;  // row tiles before this matrix
-    if (GATED) {  // gate's and up's in turn
+    if (GATED) {                                                                 // gate's and up's in turn
         int tile = index >> 1, rows = min(kTileRows, matrices.rows[0] - tile * kTileRows);
         const uint8_t* weights = index & 1 ? matrices.weights[1] : matrices.weights[0];
         if (rows <= 0) return {nullptr, 0, 0, tile * kTileRows};
@@ -102,7 +104,8 @@ struct Walk {
     int row_tiles, token_tiles, tile;
     const Rows& x;
 
-    __device__ Walk(int row_tiles, const Rows& x) : row_tiles(row_tiles), token_tiles(x.tiles()), tile(blockIdx.x / CLUSTER), x(x) {}
+    __device__ Walk(int row_tiles, const Rows& x)
+        : row_tiles(row_tiles), token_tiles(x.tiles()), tile(blockIdx.x / CLUSTER), x(x) {}
     __device__ int tiles_n() const { return ceil_div(row_tiles, kBlockTiles * CLUSTER); }
     __device__ int tiles_m() const { return token_tiles; }
     __device__ bool more() const { return tile < tiles_n() * tiles_m(); }
@@ -110,7 +113,9 @@ struct Walk {
     __device__ int group() const { return tile / (kTokenGroup * tiles_n()); }
     __device__ int within() const { return tile % (kTokenGroup * tiles_n()); }
     __device__ int width() const { return min(kTokenGroup, tiles_m() - group() * kTokenGroup); }
-    __device__ int first_row_tile() const { return (within() / width() * CLUSTER + blockIdx.x % CLUSTER) * kBlockTiles; }
+    __device__ int first_row_tile() const {
+        return (within() / width() * CLUSTER + blockIdx.x % CLUSTER) * kBlockTiles;
+    }
     __device__ int token_tile() const { return group() * kTokenGroup + within() % width(); }
     __device__ int first_token() const { return x.first(token_tile()); }
     __device__ int expert() const { return x.expert(token_tile()); }
@@ -118,7 +123,8 @@ struct Walk {
 
 // The work of kBlockTiles lanes of a warp: each has the copy engine bring a row tile of W, unit by unit. Nothing that runs
 // writes weights, so this does not wait for earlier kernels (but where one of them said which).
-__device__ __forceinline__ void bring_w(const Rings& rings, const Matrices& matrices, const Rows& rows, int units, int row_tiles) {
+__device__ __forceinline__ void bring_w(const Rings& rings, const Matrices& matrices, const Rows& rows, int units,
+                                        int row_tiles) {
     int lane = threadIdx.x % 32;
     RingPosition<RAW_STAGES> raw;
     for (Walk walk(row_tiles, rows); walk.more(); walk.next()) {
@@ -126,7 +132,8 @@ __device__ __forceinline__ void bring_w(const Rings& rings, const Matrices& matr
         int bytes = tile.raw != nullptr ? Formats::tile_bytes(tile.format) : 0;
 #pragma unroll 1  // few registers are left
         for (int unit = 0; unit < units; ++unit, raw.advance()) {
-            uint32_t full = rings.raw_full + 8 * raw.stage, to = rings.base + kRawOffset + raw.stage * kRawBytes + lane * Formats::kTileBytes;
+            uint32_t full = rings.raw_full + 8 * raw.stage,
+                     to = rings.base + kRawOffset + raw.stage * kRawBytes + lane * Formats::kTileBytes;
             barrier_wait(rings.raw_empty + 8 * raw.stage, raw.phase ^ 1);
             barrier_arrive_expect(full, bytes);
             if (bytes) bulk_copy(to, tile.raw, bytes, full);
@@ -139,11 +146,14 @@ __device__ __forceinline__ void bring_w(const Rings& rings, const Matrices& matr
 __device__ __forceinline__ void bring_share(uint32_t to, const void* x_map, int column, int token, uint32_t full) {
     int rank = blockIdx.x % CLUSTER;
     if (CLUSTER == 1) tensor_copy(to, x_map, column, token, full);
-    else tensor_copy(to + rank * (kXStep / CLUSTER), x_map, column, token + rank * (TOKENS / CLUSTER), full, (1 << CLUSTER) - 1);
+    else
+        tensor_copy(to + rank * (kXStep / CLUSTER), x_map, column, token + rank * (TOKENS / CLUSTER), full,
+                    (1 << CLUSTER) - 1);
 }
 
 // One thread's: to have it bring x, stage by stage.
-__device__ __forceinline__ void bring_x(const Rings& rings, const void* x_map, const Rows& rows, int units, int row_tiles) {
+__device__ __forceinline__ void bring_x(const Rings& rings, const void* x_map, const Rows& rows, int units,
+                                        int row_tiles) {
     RingPosition<STAGES> stage;
     for (Walk walk(row_tiles, rows); walk.more(); walk.next()) {
         int token = walk.first_token();
@@ -154,7 +164,8 @@ __device__ __forceinline__ void bring_x(const Rings& rings, const void* x_map, c
             barrier_arrive_expect(full, kXBytes);
 #pragma unroll
             for (int sub = 0; sub < kSub; ++sub)
-                bring_share(rings.base + stage.stage * kXBytes + sub * kXStep, x_map, (step + sub) * kStep, token, full);
+                bring_share(rings.base + stage.stage * kXBytes + sub * kXStep, x_map, (step + sub) * kStep, token,
+                            full);
         }
     }
 }
@@ -176,7 +187,8 @@ __device__ __forceinline__ int row_of_thread() {
 
 struct Consumer {
     const Rings& rings;
-    int units, first, row, column;  // first: this warpgroup's row tile, of the block's; row, column: this thread's, of a tile and a step
+    int units, first, row,
+        column;  // first: this warpgroup's row tile, of the block's; row, column: this thread's, of a tile and a step
     float scale;
     RingPosition<STAGES> stage;
     RingPosition<RAW_STAGES> raw;
@@ -190,7 +202,8 @@ struct Consumer {
         auto load = [&](int step) {
             const uint8_t* from = rings.generic + kRawOffset + raw.stage * kRawBytes + first * Formats::kTileBytes;
 #pragma unroll
-            for (int i = 0; i < TILES; ++i) loaded[i] = load_fields<Format>(from + i * Formats::kTileBytes, row, step * kStep + column);
+            for (int i = 0; i < TILES; ++i)
+                loaded[i] = load_fields<Format>(from + i * Formats::kTileBytes, row, step * kStep + column);
         };
         auto decode = [&](int i, int step, uint32_t (&to)[2][8]) {
             if (i < TILES) decode_halves<Format>(loaded[i], step * kStep + column, scale, to[i]);
@@ -206,9 +219,10 @@ struct Consumer {
             for (int step = 0; step < kUnitSteps; ++step) {
                 if (step % kSub == 0) barrier_wait(rings.full + 8 * stage.stage, stage.phase);
                 uint64_t x = wgmma_operand(rings.base + stage.stage * kXBytes + step % kSub * kXStep);
-                uint32_t(&now)[2][8] = w[step % 2], (&next)[2][8] = w[(step + 1) % 2];
+                uint32_t (&now)[2][8] = w[step % 2], (&next)[2][8] = w[(step + 1) % 2];
                 auto multiply = [&](int k16) {
-                    wgmma_f16(acc, now[0][2 * k16], now[1][2 * k16], now[0][2 * k16 + 1], now[1][2 * k16 + 1], x + 2 * k16, unit > 0 || step > 0 || k16 > 0);
+                    wgmma_f16(acc, now[0][2 * k16], now[1][2 * k16], now[0][2 * k16 + 1], now[1][2 * k16 + 1],
+                              x + 2 * k16, unit > 0 || step > 0 || k16 > 0);
                 };
                 // The matrix units take one instruction after another, and a warp that gives them the next waits until there
                 // is room: the decoding stands between them, so as to run beside them.
@@ -241,8 +255,14 @@ struct Consumer {
 // Multiplies this block's tiles; calls write(accumulators, alpha, row tiles, row, first token, their end, expert) after each: accumulators
 // 4j + 2i and 4j + 2i + 1 of a thread are row `row` of row tile i, tokens 8j + lane%4*2 and the next.
 template <class Write>
-__device__ __forceinline__ void consume(const Rings& rings, const Matrices& matrices, const Rows& rows, int units, int row_tiles, float alpha, float scale, Write write) {
-    Consumer consumer = {rings, units, static_cast<int>(threadIdx.x) / 128 * TILES, row_of_thread(), static_cast<int>(threadIdx.x) % 4 * 16, scale};
+__device__ __forceinline__ void consume(const Rings& rings, const Matrices& matrices, const Rows& rows, int units,
+                                        int row_tiles, float alpha, float scale, Write write) {
+    Consumer consumer = {rings,
+                         units,
+                         static_cast<int>(threadIdx.x) / 128 * TILES,
+                         row_of_thread(),
+                         static_cast<int>(threadIdx.x) % 4 * 16,
+                         scale};
     for (Walk walk(row_tiles, rows); walk.more(); walk.next()) {
         auto tile = [&](int i) { return row_tile(matrices, walk.first_row_tile() + consumer.first + i, units, 0); };
         Accumulators acc;
@@ -260,11 +280,12 @@ __device__ __forceinline__ void sync_cluster() {
 }
 
 template <class Write>
-__device__ __forceinline__ void run(const Matrices& matrices, const void* x_map, const Rows& rows, int k, const float* x_scale, const float* w_scale,
-                                    int row_tiles, Write write) {
+__device__ __forceinline__ void run(const Matrices& matrices, const void* x_map, const Rows& rows, int k,
+                                    const float* x_scale, const float* w_scale, int row_tiles, Write write) {
     extern __shared__ __align__(1024) uint8_t shared[];
     uint32_t base = shared_address(shared), barriers = base + kBarrierOffset;
-    Rings rings = {base, barriers, barriers + 8 * STAGES, barriers + 16 * STAGES, barriers + 16 * STAGES + 8 * RAW_STAGES, shared};
+    Rings rings = {
+        base, barriers, barriers + 8 * STAGES, barriers + 16 * STAGES, barriers + 16 * STAGES + 8 * RAW_STAGES, shared};
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(rings.full + 8 * i, 1);
@@ -294,7 +315,8 @@ __device__ __forceinline__ void run(const Matrices& matrices, const void* x_map,
         }
         __syncwarp();
     }
-    if (CLUSTER > 1) cluster_sync();  // until then others may write to this block's shared memory and arrive at its barriers
+    if (CLUSTER > 1)
+        cluster_sync();  // until then others may write to this block's shared memory and arrive at its barriers
 }
 
 #if !GATED
@@ -308,24 +330,25 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(kTh
     Matrices matrices = {{w0, w1, w2}, {rows0, rows1, rows2}, {format0, format1, format2}};
     int row_tiles = whole_tiles(rows0) + whole_tiles(rows1) + whole_tiles(rows2);
     Rows rows = {m, groups, group_count};
-    run(matrices, x_map, rows, k, x_scale, w_scale, row_tiles, [&](Accumulators& acc, float alpha, const RowTile (&tiles)[TILES], int row, int token, int end, int expert) {
-        token += threadIdx.x % 4 * 2;
+    run(matrices, x_map, rows, k, x_scale, w_scale, row_tiles,
+        [&](Accumulators& acc, float alpha, const RowTile(&tiles)[TILES], int row, int token, int end, int expert) {
+            token += threadIdx.x % 4 * 2;
 #pragma unroll
-        for (int i = 0; i < TILES; ++i) {
-            if (row >= tiles[i].rows) continue;
-            int column = tiles[i].column + row;
-            float b = bias != nullptr ? bias[expert * rows0 + column] : 0.0f;
-            float* to = out + static_cast<uint64_t>(token) * ldo + column;
+            for (int i = 0; i < TILES; ++i) {
+                if (row >= tiles[i].rows) continue;
+                int column = tiles[i].column + row;
+                float b = bias != nullptr ? bias[expert * rows0 + column] : 0.0f;
+                float* to = out + static_cast<uint64_t>(token) * ldo + column;
 #pragma unroll
-            for (int j = 0; j < TOKENS / 8; ++j, to += 8 * static_cast<uint64_t>(ldo))
+                for (int j = 0; j < TOKENS / 8; ++j, to += 8 * static_cast<uint64_t>(ldo))
 #pragma unroll
-                for (int c = 0; c < 2; ++c) {
-                    float y = fmaf(acc[4 * j + 2 * i + c], alpha, b);
-                    // The L2 cache adds: nothing is waited for, and as each output is added to once, the sum is always the same.
-                    if (token + 8 * j + c < end) add ? reduce_add(to + c * ldo, y) : void(to[c * ldo] = y);
-                }
-        }
-    });
+                    for (int c = 0; c < 2; ++c) {
+                        float y = fmaf(acc[4 * j + 2 * i + c], alpha, b);
+                        // The L2 cache adds: nothing is waited for, and as each output is added to once, the sum is always the same.
+                        if (token + 8 * j + c < end) add ? reduce_add(to + c * ldo, y) : void(to[c * ldo] = y);
+                    }
+            }
+        });
 }
 
 #else
@@ -333,47 +356,48 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(kTh
 // out[m, f] = half(*out_scale * act(gate) * up), rows `ldo` apart, in operand order; gate_bias and up_bias [features], for each
 // expert, may be null. Columns from `features` to the next multiple of 64 become zero.
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(kThreads, BLOCKS)
-    gemm_gated(const uint8_t* gate, const uint8_t* up, int features, const void* x_map, int m,
-               int k, half_t* out, int ldo, const float* x_scale, const float* w_scale, const float* gate_bias,
-               const float* up_bias, const float* out_scale, int activation, const Group* groups, const int* group_count) {
+    gemm_gated(const uint8_t* gate, const uint8_t* up, int features, const void* x_map, int m, int k, half_t* out,
+               int ldo, const float* x_scale, const float* w_scale, const float* gate_bias, const float* up_bias,
+               const float* out_scale, int activation, const Group* groups, const int* group_count) {
     Matrices matrices = {{gate, up, nullptr}, {features, features, 0}, {0, 0, 0}};
     int row_tiles = 2 * ceil_div(features, kOperandGroup) * (kOperandGroup / kTileRows);
     Rows rows = {m, groups, group_count};
-    run(matrices, x_map, rows, k, x_scale, w_scale, row_tiles, [&](Accumulators& acc, float alpha, const RowTile (&tiles)[TILES], int row, int token, int end, int expert) {
-        token += threadIdx.x % 4 * 2;
-        int f = tiles[0].column + row;
-        float scale = *out_scale;
-        bool inside = f < ceil_div(features, kOperandGroup) * kOperandGroup;
-        float gate_b = gate_bias != nullptr && f < features ? gate_bias[expert * features + f] : 0.0f;
-        float up_b = up_bias != nullptr && f < features ? up_bias[expert * features + f] : 0.0f;
-        // Of the outputs of 16 tokens, in two batches of 8: a thread has two neighbouring tokens of one f in each. Lanes of
-        // neighbouring f trade a token, then those of neighbouring pairs of f trade a batch, so that each writes four
-        // neighbours of one token.
-        bool odd = row & 1, second = row & 16;
-        uint32_t keep = f < features ? ~0u : 0;  // a select would be compiled to a branch around each
-        half_t* to = out + operand_position(f & ~17);
-        static_assert(TOKENS % 16 == 0, "whole batches");
+    run(matrices, x_map, rows, k, x_scale, w_scale, row_tiles,
+        [&](Accumulators& acc, float alpha, const RowTile(&tiles)[TILES], int row, int token, int end, int expert) {
+            token += threadIdx.x % 4 * 2;
+            int f = tiles[0].column + row;
+            float scale = *out_scale;
+            bool inside = f < ceil_div(features, kOperandGroup) * kOperandGroup;
+            float gate_b = gate_bias != nullptr && f < features ? gate_bias[expert * features + f] : 0.0f;
+            float up_b = up_bias != nullptr && f < features ? up_bias[expert * features + f] : 0.0f;
+            // Of the outputs of 16 tokens, in two batches of 8: a thread has two neighbouring tokens of one f in each. Lanes of
+            // neighbouring f trade a token, then those of neighbouring pairs of f trade a batch, so that each writes four
+            // neighbours of one token.
+            bool odd = row & 1, second = row & 16;
+            uint32_t keep = f < features ? ~0u : 0;  // a select would be compiled to a branch around each
+            half_t* to = out + operand_position(f & ~17);
+            static_assert(TOKENS % 16 == 0, "whole batches");
 #pragma unroll
-        for (int j = 0; j < TOKENS / 8; j += 2) {
-            uint32_t pair[2];
+            for (int j = 0; j < TOKENS / 8; j += 2) {
+                uint32_t pair[2];
 #pragma unroll
-            for (int batch = 0; batch < 2; ++batch) {
-                float y[2];
+                for (int batch = 0; batch < 2; ++batch) {
+                    float y[2];
 #pragma unroll
-                for (int c = 0; c < 2; ++c) {
-                    int at = 4 * (j + batch) + c;
-                    float g = fmaf(acc[at], alpha, gate_b), u = fmaf(acc[at + 2], alpha, up_b);
-                    y[c] = bits_to_float(__float_as_uint(gated(g, u, activation) * scale) & keep);
+                    for (int c = 0; c < 2; ++c) {
+                        int at = 4 * (j + batch) + c;
+                        float g = fmaf(acc[at], alpha, gate_b), u = fmaf(acc[at + 2], alpha, up_b);
+                        y[c] = bits_to_float(__float_as_uint(gated(g, u, activation) * scale) & keep);
+                    }
+                    float given = __shfl_xor_sync(0xffffffffu, odd ? y[0] : y[1], 4);
+                    pair[batch] = odd ? pack_half2(given, y[1]) : pack_half2(y[0], given);
                 }
-                float given = __shfl_xor_sync(0xffffffffu, odd ? y[0] : y[1], 4);
-                pair[batch] = odd ? pack_half2(given, y[1]) : pack_half2(y[0], given);
+                uint32_t given = __shfl_xor_sync(0xffffffffu, second ? pair[0] : pair[1], 8);
+                int t = token + 8 * (j + second) + odd;
+                uint2 four = second ? make_uint2(given, pair[1]) : make_uint2(pair[0], given);
+                if (t < end && inside) *reinterpret_cast<uint2*>(to + static_cast<uint64_t>(t) * ldo) = four;
             }
-            uint32_t given = __shfl_xor_sync(0xffffffffu, second ? pair[0] : pair[1], 8);
-            int t = token + 8 * (j + second) + odd;
-            uint2 four = second ? make_uint2(given, pair[1]) : make_uint2(pair[0], given);
-            if (t < end && inside) *reinterpret_cast<uint2*>(to + static_cast<uint64_t>(t) * ldo) = four;
-        }
-    });
+        });
 }
 
 #endif

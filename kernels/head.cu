@@ -10,7 +10,8 @@ struct Ranked {
 constexpr int kThreads = 1024;
 
 // logits = cap(scale * logits), cap(y) = softcap * tanh(y / softcap) where softcap > 0 (arXiv 2408.00118).
-extern "C" __global__ void __launch_bounds__(kThreads) finish_logits(float* logits, uint64_t n, float scale, float softcap) {
+extern "C" __global__ void __launch_bounds__(kThreads)
+    finish_logits(float* logits, uint64_t n, float scale, float softcap) {
     begin_kernel();
     uint64_t i = blockIdx.x * static_cast<uint64_t>(kThreads) + threadIdx.x;
     if (i >= n) return;
@@ -70,7 +71,8 @@ struct Candidates {
                 for (int i = threadIdx.x; i < n / 2; i += kThreads) {
                     int low = 2 * i - (i & (step - 1)), high = low + step;
                     Candidate a = at(low), b = at(high);
-                    if (a.before(b.logit, b.token) == ((low & size) != 0)) put(low, b.logit, b.token), put(high, a.logit, a.token);
+                    if (a.before(b.logit, b.token) == ((low & size) != 0))
+                        put(low, b.logit, b.token), put(high, a.logit, a.token);
                 }
             }
         __syncthreads();
@@ -114,7 +116,8 @@ struct Candidates {
 };
 
 // Of each row of n logits: out[0] is its target's (targets may be null), then come the `top` (1 to n) likeliest. A block a row.
-extern "C" __global__ void __launch_bounds__(kThreads, 1) rank(const float* logits, int n, const int* targets, int top, Ranked* out) {
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    rank(const float* logits, int n, const int* targets, int top, Ranked* out) {
     begin_kernel();
     __shared__ float candidate_logits[kMostCandidates];
     __shared__ int candidate_tokens[kMostCandidates];
@@ -143,7 +146,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) rank(const float* logi
     if (top == 1) return;
     Candidates candidates = {candidate_logits, candidate_tokens};
     if (candidates.find(logits, n, top, own.logit)) {
-        for (int i = threadIdx.x; i < top; i += kThreads) out[1 + i] = told(candidates.at(i).token, candidates.at(i).logit);
+        for (int i = threadIdx.x; i < top; i += kThreads)
+            out[1 + i] = told(candidates.at(i).token, candidates.at(i).logit);
         return;
     }
     for (int place = 2; place <= top; ++place) {

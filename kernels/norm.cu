@@ -23,9 +23,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     out += static_cast<uint64_t>(blockIdx.x) * stride;
     bool aligned = columns % 4 == 0;
     auto load = [&](const float* from, int i) {
-        if (aligned) return i < columns ? *reinterpret_cast<const float4*>(from + i) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        return make_float4(i < columns ? from[i] : 0.0f, i + 1 < columns ? from[i + 1] : 0.0f, i + 2 < columns ? from[i + 2] : 0.0f,
-                           i + 3 < columns ? from[i + 3] : 0.0f);
+        if (aligned)
+            return i < columns ? *reinterpret_cast<const float4*>(from + i) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        return make_float4(i < columns ? from[i] : 0.0f, i + 1 < columns ? from[i + 1] : 0.0f,
+                           i + 2 < columns ? from[i + 2] : 0.0f, i + 3 < columns ? from[i + 3] : 0.0f);
     };
     float4 kept[kKept];
     float sum = 0.0f;
@@ -33,7 +34,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     for (int j = 0; j < kKept; ++j) kept[j] = load(x, 4 * (threadIdx.x + j * kThreads));
 #pragma unroll
     for (int j = 0; j < kKept; ++j) sum = add_squares(sum, kept[j]);
-    for (int i = 4 * (threadIdx.x + kKept * kThreads); i < columns; i += 4 * kThreads) sum = add_squares(sum, load(x, i));
+    for (int i = 4 * (threadIdx.x + kKept * kThreads); i < columns; i += 4 * kThreads)
+        sum = add_squares(sum, load(x, i));
     float r = *scale / sqrtf(block_sum<kThreads>(sum) / static_cast<float>(columns) + epsilon);
     auto write = [&](const float4& v, int i) {
         if (i >= stride) return;

@@ -63,10 +63,11 @@ struct Rotation {
             auto turn = [&](float a, float wa, float b, float wb, float cosine, float sine) {
                 return fmaf(a * r * wa, cosine, b * sign * wb * sine) * scale;
             };
-            const float4 &a = own[j], &b = other[j], &wa = weight[j], &wb = other_weight[j], &low = angle[j][0], &high = angle[j][1];
-            *reinterpret_cast<uint2*>(out + i) =
-                make_uint2(pack_half2(turn(a.x, wa.x, b.x, wb.x, low.x, low.y), turn(a.y, wa.y, b.y, wb.y, low.z, low.w)),
-                           pack_half2(turn(a.z, wa.z, b.z, wb.z, high.x, high.y), turn(a.w, wa.w, b.w, wb.w, high.z, high.w)));
+            const float4 &a = own[j], &b = other[j], &wa = weight[j], &wb = other_weight[j], &low = angle[j][0],
+                         &high = angle[j][1];
+            *reinterpret_cast<uint2*>(out + i) = make_uint2(
+                pack_half2(turn(a.x, wa.x, b.x, wb.x, low.x, low.y), turn(a.y, wa.y, b.y, wb.y, low.z, low.w)),
+                pack_half2(turn(a.z, wa.z, b.z, wb.z, high.x, high.y), turn(a.w, wa.w, b.w, wb.w, high.z, high.w)));
         }
     }
 
@@ -110,11 +111,20 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps)
     int slot = is_q ? head : is_v ? head - nq - nkv : head - nq, kv_row = kv_rows != nullptr ? kv_rows[token] : token;
     Rotation rotation = {
         qkv + (static_cast<uint64_t>(token) * (nq + 2 * nkv) + head) * head_dim,
-        (is_q ? q + static_cast<uint64_t>(token) * nq * padded : (is_v ? v : k) + static_cast<uint64_t>(kv_row) * nkv * padded) + slot * padded,
-        is_q ? q_norm : is_v ? nullptr : k_norm,
+        (is_q ? q + static_cast<uint64_t>(token) * nq * padded
+              : (is_v ? v : k) + static_cast<uint64_t>(kv_row) * nkv * padded) +
+            slot * padded,
+        is_q   ? q_norm
+        : is_v ? nullptr
+               : k_norm,
         is_v ? nullptr : table + static_cast<uint64_t>(token) * pairs,
-        head_dim, padded, pairs, epsilon,
-        is_q ? *q_scale : is_v ? *v_scale : *k_scale,
+        head_dim,
+        padded,
+        pairs,
+        epsilon,
+        is_q   ? *q_scale
+        : is_v ? *v_scale
+               : *k_scale,
     };
     if (is_q && beta > 0.0f) rotation.scale *= 1.0f + beta * log1pf(static_cast<float>(positions[token] / beta_length));
     if (head_dim % 4 == 0 && pairs % 4 == 0 && !interleaved) rotation.rotate_fours(threadIdx.x % 32);

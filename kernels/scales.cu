@@ -29,9 +29,8 @@ extern "C" __global__ void divide_scale(const float* from, float factor, float* 
 
 // *scale for outputs bounded by gain * a[i] + |bias_a[i]|, or by that times gain * b[i] + |bias_b[i]| where b is given;
 // the biases may be null. One block of 256.
-extern "C" __global__ void __launch_bounds__(256)
-    output_scale(const float* a, const float* bias_a, const float* b, const float* bias_b, int n, float gain,
-                 float* scale) {
+extern "C" __global__ void __launch_bounds__(256) output_scale(const float* a, const float* bias_a, const float* b,
+                                                               const float* bias_b, int n, float gain, float* scale) {
     begin_kernel();
     __shared__ float partial[8];
     float largest = 0.0f;

@@ -20,13 +20,18 @@ __device__ __forceinline__ void decode_at(const uint8_t* weights, int row, int c
 // takes REPACK_UNITS units of a tile row through shared memory, so that whole lines are read and written.
 extern "C" __global__ void __launch_bounds__(256)
     repack(const uint8_t* source, uint64_t row_bytes, int rows, uint8_t* tiles, int units) {
-    constexpr int kSpan = REPACK_UNITS * Format::kBytes, kStride = ((kSpan + 7) / 4 | 1) * 4;  // odd words: no bank conflicts
+    constexpr int kSpan = REPACK_UNITS * Format::kBytes,
+                  kStride = ((kSpan + 7) / 4 | 1) * 4;  // odd words: no bank conflicts
     constexpr int kPieces = Format::kBytes / 16, kTail = Format::kBytes % 16, kTailAt = kPieces * 16;
     __shared__ __align__(4) uint8_t staged[kTileRows * kStride];
     begin_kernel();
     int first = blockIdx.x * REPACK_UNITS, count = min(REPACK_UNITS, units - first);
-    int valid = static_cast<int>(min(static_cast<uint64_t>(kSpan), row_bytes - static_cast<uint64_t>(first) * Format::kBytes));
-    auto start_of = [&](int row) { return source + (blockIdx.y * static_cast<uint64_t>(kTileRows) + row) * row_bytes + static_cast<uint64_t>(first) * Format::kBytes; };
+    int valid =
+        static_cast<int>(min(static_cast<uint64_t>(kSpan), row_bytes - static_cast<uint64_t>(first) * Format::kBytes));
+    auto start_of = [&](int row) {
+        return source + (blockIdx.y * static_cast<uint64_t>(kTileRows) + row) * row_bytes +
+               static_cast<uint64_t>(first) * Format::kBytes;
+    };
     auto skew_of = [&](int row) { return static_cast<int>(reinterpret_cast<uint64_t>(start_of(row)) & 3); };
     for (int row = threadIdx.x / 32; row < kTileRows; row += 8) {
         bool inside = static_cast<int>(blockIdx.y) * kTileRows + row < rows;
@@ -53,10 +58,12 @@ extern "C" __global__ void __launch_bounds__(256)
             for (int b = 0; b < 4; ++b) bytes[b] = from[Format::source_of(16 * piece + 4 * w + b)];
             words[w] = bytes[0] | bytes[1] << 8 | bytes[2] << 16 | bytes[3] << 24;
         }
-        *reinterpret_cast<uint4*>(to + static_cast<uint64_t>(unit) * kTileBytes + (piece * kTileRows + slot) * 16) = make_uint4(words[0], words[1], words[2], words[3]);
+        *reinterpret_cast<uint4*>(to + static_cast<uint64_t>(unit) * kTileBytes + (piece * kTileRows + slot) * 16) =
+            make_uint4(words[0], words[1], words[2], words[3]);
     }
     for (int i = threadIdx.x; i < count * kTail * kTileRows; i += 256) {
-        int unit = i / (kTileRows * (kTail ? kTail : 1)), row = i / (kTail ? kTail : 1) % kTileRows, at = i % (kTail ? kTail : 1);
+        int unit = i / (kTileRows * (kTail ? kTail : 1)), row = i / (kTail ? kTail : 1) % kTileRows,
+            at = i % (kTail ? kTail : 1);
         to[static_cast<uint64_t>(unit) * kTileBytes + kTailAt * kTileRows + row * kTail + at] =
             staged[row * kStride + skew_of(row) + unit * Format::kBytes + Format::source_of(kTailAt + at)];
     }
@@ -66,15 +73,16 @@ extern "C" __global__ void __launch_bounds__(256)
 // operand order. A thread makes 16. They go to rows first_out .. of out, `stride` apart. gated: leave room for another matrix
 // between groups of 8 rows, so that gate and up interleave.
 extern "C" __global__ void __launch_bounds__(256)
-    dequantize(const uint8_t* weights, int units, int first, int rows, half_t* out, int stride, int first_out, int gated,
-               const float* scale) {
+    dequantize(const uint8_t* weights, int units, int first, int rows, half_t* out, int stride, int first_out,
+               int gated, const float* scale) {
     begin_kernel();
     uint32_t index = blockIdx.x * 256u + threadIdx.x;
     int row = index / (stride / 16), column = index % (stride / 16) * 16;
     bool inside = row < rows;
     if (!inside) row = column = 0;  // its lane is still needed below
     uint32_t w[8];
-    Fields fields = load_fields<Format>(tile_at(weights, first + row, column, units), (first + row) % kTileRows, column % Format::kElements);
+    Fields fields = load_fields<Format>(tile_at(weights, first + row, column, units), (first + row) % kTileRows,
+                                        column % Format::kElements);
     decode_halves<Format>(fields, column % Format::kElements, *scale, w);
     // Four lanes have the 64 weights of an operand's group, and the words of each 16 bytes of it: they trade, first with the
     // lane two away, then with the next, so that each can write 32 bytes in a run.
@@ -123,7 +131,8 @@ extern "C" __global__ void __launch_bounds__(8 * kTileRows)
     __shared__ float partial[8][kTileRows];
     int row = threadIdx.x % kTileRows, slice = threadIdx.x / kTileRows;
     float sum = 0.0f;
-    uint32_t largest = 0;  // as bits, not fmaxf, which would drop a NaN: its bits are above every number's, and are kept
+    uint32_t largest =
+        0;  // as bits, not fmaxf, which would drop a NaN: its bits are above every number's, and are kept
     for (int column = slice * 16; column < columns; column += 8 * 16) {
         float w[16];
         decode_at(weights, blockIdx.x * kTileRows + row, column, units, w);

@@ -258,7 +258,9 @@ def test_inspect():
     assert described["bytes"] == sum(t.nbytes for t in tensors) == sum(g["bytes"] for g in described["groups"].values())
     assert described["parameters"] == sum(int(np.prod(t.shape)) for t in tensors)
     assert (described["architecture"], described["layers"], described["backends"]) == ("qwen3", 2, ["cpu", "cuda"])
-    assert described["groups"]["attention"]["tensors"] == 8 and described["groups"]["norms and biases"]["types"] == {"F32": 9}
+    assert described["groups"]["attention"]["tensors"] == 8 and described["groups"]["norms and biases"]["types"] == {
+        "F32": 9
+    }
     text = kq("inspect", EXAMPLE).stdout.decode()
     assert name in text and "kqprefill runs it (cpu, cuda)" in text and "feed-forward" in text
     assert len(json.loads(kq("inspect", EXAMPLE, "--tensors", "--json").stdout)) == len(tensors)
@@ -272,7 +274,11 @@ def test_inspect_says_what_does_not_run(tmp_path):
     raw = EXAMPLE.read_bytes().replace(b"qwen3", b"qwenX")
     (tmp_path / "model.gguf").write_bytes(raw)
     done = kq("inspect", tmp_path / "model.gguf")
-    assert done.returncode == 0 and b"kqprefill does not run it" in done.stdout and b"'qwenX' is not supported" in done.stdout
+    assert (
+        done.returncode == 0
+        and b"kqprefill does not run it" in done.stdout
+        and b"'qwenX' is not supported" in done.stdout
+    )
 
 
 def test_cache_and_doctor(tmp_path):

@@ -45,9 +45,12 @@ def expected(model, ids, given=1):
 def test_a_line_for_each_record(model):
     prompt, more = model.tokenize("Hello there"), model.tokenize(", you")
     records = [
-        {"prompt": "Hello there", **EXTRA}, {"tokens": prompt}, {"prompt": "Hello there", "completion": ", you"},
-        {"tokens": prompt, "choices": [more, more[:1]], "index": "ours wins"}, {"tokens": [7]},
-    ]  # fmt: skip
+        {"prompt": "Hello there", **EXTRA},
+        {"tokens": prompt},
+        {"prompt": "Hello there", "completion": ", you"},
+        {"tokens": prompt, "choices": [more, more[:1]], "index": "ours wins"},
+        {"tokens": [7]},
+    ]
     done = score("--per-token", "--greedy", "--top", 2, stdin=b"\n" + lines(records) + b"  \n")
     assert (done.returncode, done.stderr) == (0, b"")
     found = read(done.stdout)
@@ -70,9 +73,16 @@ def test_a_line_for_each_record(model):
     assert found[3]["best"] == int(np.argmax([c["logprob"] for c in choices]))
     assert found[3]["best_per_token"] == int(np.argmax([c["mean_logprob"] for c in choices]))
     assert found[4] == {
-        "index": 4, "n_tokens": 0, "logprob": 0.0, "mean_logprob": None, "perplexity": None,
-        "token_logprobs": [], "greedy_tokens": [], "top_tokens": [], "top_logprobs": [],
-    }  # fmt: skip
+        "index": 4,
+        "n_tokens": 0,
+        "logprob": 0.0,
+        "mean_logprob": None,
+        "perplexity": None,
+        "token_logprobs": [],
+        "greedy_tokens": [],
+        "top_tokens": [],
+        "top_logprobs": [],
+    }
 
 
 def test_batches_change_nothing():
@@ -84,9 +94,15 @@ def test_batches_change_nothing():
 
 
 BAD = [
-    (b'{"prompt": "x"', "no JSON"), (b"[1, 2]", "must be a JSON object"), (b'{"promt": "x"}', "tokens"), (b'{"tokens": [999]}', "vocabulary"),
-    (b'{"tokens": [1], "x": NaN}', "NaN"), (b'{"prompt": "\xff"}', "UTF-8"), (b"[" * 100_000, "no JSON"), (b'{"prompt": "\\ud800"}', "UTF-8"),
-]  # fmt: skip
+    (b'{"prompt": "x"', "no JSON"),
+    (b"[1, 2]", "must be a JSON object"),
+    (b'{"promt": "x"}', "tokens"),
+    (b'{"tokens": [999]}', "vocabulary"),
+    (b'{"tokens": [1], "x": NaN}', "NaN"),
+    (b'{"prompt": "\xff"}', "UTF-8"),
+    (b"[" * 100_000, "no JSON"),
+    (b'{"prompt": "\\ud800"}', "UTF-8"),
+]
 
 
 @pytest.mark.parametrize("bad,why", BAD, ids=range(len(BAD)))
@@ -122,7 +138,9 @@ def test_damaged_weights_are_said(tmp_path):
 
 def test_lines_come_as_they_are_ready():
     """Whoever feeds a pipe line by line gets each answer before giving the next."""
-    with subprocess.Popen([*ENTRY, "score", EXAMPLE, "--backend", "cpu"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [*ENTRY, "score", EXAMPLE, "--backend", "cpu"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
         for index in range(3):
             process.stdin.write(b'{"tokens": [1, 2, 3]}\n')
             process.stdin.flush()
@@ -149,8 +167,9 @@ def long_input(tmp_path_factory):
 def start(path, out, *more):
     return subprocess.Popen(
         [*ENTRY, "score", EXAMPLE, path, "-o", out, "--batch-tokens", "200", "--backend", "cpu", *more],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
 
 
 def wait_for_lines(process, out):
@@ -215,7 +234,12 @@ def test_a_full_disk_and_resuming(long_input, tmp_path):
 
 def test_stdout_that_is_full():
     with open("/dev/full", "wb") as full:
-        done = subprocess.run([*ENTRY, "score", EXAMPLE, "--backend", "cpu"], input=b'{"tokens": [1, 2]}\n', stdout=full, stderr=subprocess.PIPE)
+        done = subprocess.run(
+            [*ENTRY, "score", EXAMPLE, "--backend", "cpu"],
+            input=b'{"tokens": [1, 2]}\n',
+            stdout=full,
+            stderr=subprocess.PIPE,
+        )
     assert done.returncode == 1 and done.stderr.count(b"\n") == 1 and b"stdout cannot be written" in done.stderr
 
 
@@ -303,7 +327,12 @@ def test_perplexity_is_llama_cpps(model, tmp_path):
     assert found["stderr"] == pytest.approx(error, rel=1e-4)
     printed = kq("perplexity", EXAMPLE, "--tokens", ",".join(map(str, ids)), "-c", 64, "--backend", "cpu")
     assert printed.stdout.decode() == f"PPL = {found['perplexity']:.4f} +/- {found['stderr']:.5f}\n"
-    assert json.loads(kq("perplexity", EXAMPLE, "--file", "-", "-c", 64, "--chunks", 2, "--json", stdin=text.encode()).stdout)["windows"] == 2
+    assert (
+        json.loads(
+            kq("perplexity", EXAMPLE, "--file", "-", "-c", 64, "--chunks", 2, "--json", stdin=text.encode()).stdout
+        )["windows"]
+        == 2
+    )
 
 
 def test_windows_begin_with_bos(tmp_path):
@@ -321,18 +350,22 @@ def test_windows_begin_with_bos(tmp_path):
     model = Model()
     found = perplexity(model, range(10, 31), context=8, bos=1)
     assert model.records == [
-        {"tokens": [1, 11, 12, 13, 14], "completion": [15, 16, 17]}, {"tokens": [1, 19, 20, 21, 22], "completion": [23, 24, 25]},
-    ]  # fmt: skip
+        {"tokens": [1, 11, 12, 13, 14], "completion": [15, 16, 17]},
+        {"tokens": [1, 19, 20, 21, 22], "completion": [23, 24, 25]},
+    ]
     assert found.value == pytest.approx(math.e) and found.n_tokens == 6 and found.windows == 2
 
 
 @pytest.mark.parametrize(
     "args,complaint",
     [
-        (["--tokens", "1,2,3"], "one window takes 512"), (["--tokens", "1,2,3", "-c", 3], "4 to the model's"),
-        (["--file", "absent"], "absent"), ([], "--file"), (["--tokens", "1", "--file", "x"], "either"),
+        (["--tokens", "1,2,3"], "one window takes 512"),
+        (["--tokens", "1,2,3", "-c", 3], "4 to the model's"),
+        (["--file", "absent"], "absent"),
+        ([], "--file"),
+        (["--tokens", "1", "--file", "x"], "either"),
     ],
-)  # fmt: skip
+)
 def test_perplexity_refuses(args, complaint):
     done = kq("perplexity", EXAMPLE, "--backend", "cpu", *args)
     assert done.returncode == 2 and complaint in done.stderr.decode()

@@ -31,7 +31,12 @@ def tree(tmp_path):
     command.write_text('#!/bin/sh\nexec {} "$@"\n'.format(" ".join(f"'{word}'" for word in ENTRY)))
     command.chmod(0o755)
     path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    own = {"PATH": path, "HOME": str(tmp_path), "KQPREFILL_BACKEND": "cpu", "KQPREFILL_CACHE_DIR": str(tmp_path / "cache")}
+    own = {
+        "PATH": path,
+        "HOME": str(tmp_path),
+        "KQPREFILL_BACKEND": "cpu",
+        "KQPREFILL_CACHE_DIR": str(tmp_path / "cache"),
+    }
     return tmp_path, {**os.environ, **own}
 
 
@@ -65,7 +70,12 @@ def test_every_option_and_command_says_what_it_is():
 
 def test_what_a_cluster_sets_is_in_the_environment(tree):
     folder, environment = tree
-    environment |= {"KQPREFILL_BATCH_TOKENS": "30", "KQPREFILL_ON_ERROR": "skip", "KQPREFILL_QUIET": "1", "KQPREFILL_VRAM": "8G"}
+    environment |= {
+        "KQPREFILL_BATCH_TOKENS": "30",
+        "KQPREFILL_ON_ERROR": "skip",
+        "KQPREFILL_QUIET": "1",
+        "KQPREFILL_VRAM": "8G",
+    }
     done = shell(tree, "kqprefill score examples/tiny-qwen3.gguf", input=b'{"tokens": [1, 2]}\nx\n')
     assert done.returncode == 0 and done.stdout.count(b"\n") == 2 and done.stderr == b""
     environment["KQPREFILL_BACKEND"] = "nonsense"
@@ -78,7 +88,10 @@ def test_what_a_cluster_sets_is_in_the_environment(tree):
 def test_completion_completes(tree):
     script = shell(tree, "kqprefill completion bash").stdout.decode()
     assert "complete" in script
-    done = shell(tree, script + "\nCOMP_WORDS=(kqprefill sc); COMP_CWORD=1; _kqprefill_completion kqprefill; echo ${COMPREPLY[@]}")
+    done = shell(
+        tree,
+        script + "\nCOMP_WORDS=(kqprefill sc); COMP_CWORD=1; _kqprefill_completion kqprefill; echo ${COMPREPLY[@]}",
+    )
     assert done.stdout.decode().split() == ["score"], done.stderr
     for name in ("zsh", "fish"):
         assert b"_KQPREFILL_COMPLETE" in shell(tree, f"kqprefill completion {name}").stdout
@@ -87,7 +100,9 @@ def test_completion_completes(tree):
 def in_a_terminal(*args, **environment):
     """(status, what a command prints) where stdout and stderr are a terminal."""
     master, terminal = pty.openpty()
-    with subprocess.Popen([*ENTRY, *map(str, args)], stdout=terminal, stderr=terminal, env={**os.environ, **environment}) as process:
+    with subprocess.Popen(
+        [*ENTRY, *map(str, args)], stdout=terminal, stderr=terminal, env={**os.environ, **environment}
+    ) as process:
         os.close(terminal)
         shown = b""
         try:
@@ -107,7 +122,11 @@ def test_the_likeliest_tokens():
     assert [t["probability"] for t in piped] == sorted((t["probability"] for t in piped), reverse=True)
     assert [str(t["token"]) for t in piped] == [line.split("|")[3].strip() for line in table[2:]]
     whole = json.loads(kq("run", EXAMPLE, "--tokens", TOKENS, "--top", 3, "--json", "--backend", "cpu").stdout)
-    assert whole["top"] == piped and piped[0]["token"] == whole["token"] and piped[0]["logprob"] == pytest.approx(whole["logprob"], abs=1e-6)
+    assert (
+        whole["top"] == piped
+        and piped[0]["token"] == whole["token"]
+        and piped[0]["logprob"] == pytest.approx(whole["logprob"], abs=1e-6)
+    )
     assert kq("run", EXAMPLE, "--tokens", TOKENS, "--top", 999, "--backend", "cpu").returncode == 2
 
 
@@ -116,19 +135,25 @@ def test_no_color():
     colour = re.compile(r"\x1b\[[0-9;]*(?:3[0-8]|4[0-8]|9[0-7])[0-9;]*m")
     plain = {"TERM": "xterm-256color", "KQPREFILL_QUIET": ""}
     assert colour.search(in_a_terminal("run", EXAMPLE, "--tokens", TOKENS, "--backend", "cpu", **plain)[1])
-    assert not colour.search(in_a_terminal("run", EXAMPLE, "--tokens", TOKENS, "--backend", "cpu", NO_COLOR="1", **plain)[1])
+    assert not colour.search(
+        in_a_terminal("run", EXAMPLE, "--tokens", TOKENS, "--backend", "cpu", NO_COLOR="1", **plain)[1]
+    )
 
 
 def test_arrays_that_other_tools_read(tmp_path):
     safetensors = pytest.importorskip("safetensors.numpy")
     found = []
     for name in ("a.npy", "a.npz", "a.safetensors"):
-        done = kq("run", EXAMPLE, "--tokens", TOKENS, "--logits", tmp_path / name, "--all-positions", "--backend", "cpu")
+        done = kq(
+            "run", EXAMPLE, "--tokens", TOKENS, "--logits", tmp_path / name, "--all-positions", "--backend", "cpu"
+        )
         assert done.returncode == 0
         found.append(safetensors.load_file(tmp_path / name) if "safe" in name else np.load(tmp_path / name))
     plain, *named = found
     for arrays in named:
-        assert np.array_equal(arrays["logits"], plain) and arrays["tokens"].tolist() == [int(t) for t in TOKENS.split(",")]
+        assert np.array_equal(arrays["logits"], plain) and arrays["tokens"].tolist() == [
+            int(t) for t in TOKENS.split(",")
+        ]
 
 
 @pytest.mark.parametrize("kind,magic", [("png", b"\x89PNG"), ("svg", b"<?xml")])
@@ -150,9 +175,13 @@ def test_the_plot_shows_the_floors(tmp_path):
 
     family = read_model(SyntheticFile.named("qwen3-32b:Q4_K_M"))
     rows = [
-        {"prompt_tokens": n, "tokens_per_second": 1e3 * n, "tokens_per_second_stddev": 1.0, "model": "m", "device": "d"} for n in (1, 64)
+        {"prompt_tokens": n, "tokens_per_second": 1e3 * n, "tokens_per_second_stddev": 1.0, "model": "m", "device": "d"}
+        for n in (1, 64)
     ]
-    for budget, words in ((80 << 30, "reading each weight once: 3.35 TB/s"), (8 << 30, "streamed weights over the bus: 55 GB/s")):
+    for budget, words in (
+        (80 << 30, "reading each weight once: 3.35 TB/s"),
+        (8 << 30, "streamed weights over the bus: 55 GB/s"),
+    ):
         kind = check_plot(str(tmp_path / "x.svg"))
         with open(tmp_path / "x.svg", "wb") as file:
             made = floors(make_plan(family, H100, True, budget, 2048), family, H100)
@@ -211,7 +240,10 @@ print(code[:4] == b"\\x7fELF", hit)
 
 def compile_in(folder, before=""):
     done = subprocess.run(
-        [sys.executable, "-c", before + COMPILE], capture_output=True, text=True, env={**os.environ, "KQPREFILL_CACHE_DIR": str(folder)}
+        [sys.executable, "-c", before + COMPILE],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "KQPREFILL_CACHE_DIR": str(folder)},
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
@@ -242,7 +274,9 @@ def test_nothing_is_fetched():
     """No command opens a socket."""
     code = "import socket, sys\ndef no(*_, **__): sys.exit('a socket')\nsocket.socket = no\nfrom kqprefill.cli import main\nmain()"
     done = subprocess.run(
-        [sys.executable, "-c", code, "score", EXAMPLE, "--backend", "cpu"], input=b'{"prompt": "Hello"}\n', capture_output=True
+        [sys.executable, "-c", code, "score", EXAMPLE, "--backend", "cpu"],
+        input=b'{"prompt": "Hello"}\n',
+        capture_output=True,
     )
     assert done.returncode == 0 and b"logprob" in done.stdout, done.stderr
 

@@ -25,7 +25,9 @@ CASES = sorted(name for name, path in FOUND.items() if is_supported(path))
 def limit(name, backend):
     """llama.cpp's CPU reads GELU from a half-precision table, so the Gemma references are less exact."""
     if backend == "cuda":
-        return 1e-4 if "moe" in name or name.startswith("gpt-oss") else 1e-5  # experts: a near tie between two may fall the other way
+        return (
+            1e-4 if "moe" in name or name.startswith("gpt-oss") else 1e-5
+        )  # experts: a near tie between two may fall the other way
     return 1e-6 if name.startswith("gemma") else 1e-10
 
 

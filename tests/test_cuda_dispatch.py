@@ -79,23 +79,25 @@ def test_launches(model, capability, portable):
         for logits in (None, "last", "all", "ranks"):
             kernels.launched.clear(), kernels.prepared.clear()
             targets = Targets(np.arange(n, dtype=np.int32), tokens, 2) if logits == "ranks" else None
-            ops = CudaOps(backend, family.config, Batch(tokens, segments=half if targets else (), targets=targets), None)
+            ops = CudaOps(
+                backend, family.config, Batch(tokens, segments=half if targets else (), targets=targets), None
+            )
             ops.prepare(family, logits, lambda *_: None)
             x = family.embed(ops, tokens)
             for index, weights in enumerate(family.blocks):
                 x = family.layer(ops, weights, x, index)
             if logits == "ranks":
                 family.head(ops, x, logits)
-                assert [name for _, name in kernels.launched].count("copy_rows") == (len(family.blocks) if ops.n_copies else 0)
+                assert [name for _, name in kernels.launched].count("copy_rows") == (
+                    len(family.blocks) if ops.n_copies else 0
+                )
             else:
                 h = ops.rms_norm(x, family.output_norm, rows=ops._head_rows(family.config.vocab_size, logits))
                 ops._multiply(h, [ops.weights.matrix(family.output)], 1 << 50, h.rows)
             # Every GEMM was compiled ahead (loading compiled the rest).
             launched = {p for p, _ in kernels.launched if p.source.startswith("gemm")}
             assert launched <= kernels.prepared
-            assert any(
-                p.source == ("gemm_sm90.cu" if hopper else "gemm_sm80.cu") for p in launched
-            )
+            assert any(p.source == ("gemm_sm90.cu" if hopper else "gemm_sm80.cu") for p in launched)
 
 
 def test_graphs_wait_for_steady_buffers():
@@ -110,9 +112,13 @@ def test_graphs_wait_for_steady_buffers():
     )
     gpu.driver = SimpleNamespace(
         CUstreamCaptureMode=SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1),
-        cuStreamBeginCapture=lambda *_: (OK,), cuStreamEndCapture=lambda *_: (OK, 7), cuGraphDestroy=lambda *_: (OK,),
-        cuGraphInstantiate=lambda *_: (OK, next(captured)), cuGraphExecDestroy=lambda *_: (OK,), cuGraphLaunch=lambda *_: (OK,),
-    )  # fmt: skip
+        cuStreamBeginCapture=lambda *_: (OK,),
+        cuStreamEndCapture=lambda *_: (OK, 7),
+        cuGraphDestroy=lambda *_: (OK,),
+        cuGraphInstantiate=lambda *_: (OK, next(captured)),
+        cuGraphExecDestroy=lambda *_: (OK,),
+        cuGraphLaunch=lambda *_: (OK,),
+    )
     workspace = Workspace(gpu)
     graphs, calls = Graphs(gpu, workspace), []
 

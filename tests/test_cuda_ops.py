@@ -190,7 +190,9 @@ def test_attention_with(cuda, name, window, more):
         scale = 1.0 if more == "soft-cap" else 0.01  # scores that are capped, or that leave a sink its share
         free = both.cpu.attention(q[0], k[0], v[0], scale=scale, window=window)
         sinks = Weight(SyntheticTensor("attn_sinks.weight", (family.config.head_count,), GGML.F32))
-        changed = both.attention(q, k, v, scale=scale, window=window, **({"softcap": 0.5} if more == "soft-cap" else {"sinks": sinks}))
+        changed = both.attention(
+            q, k, v, scale=scale, window=window, **({"softcap": 0.5} if more == "soft-cap" else {"sinks": sinks})
+        )
         assert relative_error(changed[0], free) > 10 * TOLERANCE  # it does something
     finally:
         cuda.weights.close()
@@ -211,7 +213,9 @@ class TileModel:
         from kqprefill.engine.model import open_model
 
         def kind(name, _):
-            return GGML.F32 if name == "ffn_gate_inp" else GGML.Q6_K if "attn_v" in name or "down" in name else GGML.Q4_K
+            return (
+                GGML.F32 if name == "ffn_gate_inp" else GGML.Q6_K if "attn_v" in name or "down" in name else GGML.Q4_K
+            )
 
         def choose(m, row_tiles, gated, *rest):
             if tile is not None and tile.gated == gated:
@@ -226,7 +230,9 @@ class TileModel:
                 return [model.prefill(self.tokens[:n], logits="all").logits for n in (5, 300)]
 
 
-GPT_OSS = shape("gpt-oss", 512, 8, 2, 64, 192, 160, experts=16, used=3, layers=2, window=50)  # biases, sinks, its activation
+GPT_OSS = shape(
+    "gpt-oss", 512, 8, 2, 64, 192, 160, experts=16, used=3, layers=2, window=50
+)  # biases, sinks, its activation
 EXPERTS = shape("qwen3moe", 512, 4, 2, 128, 256, 160, experts=16, used=3, layers=2)
 
 
@@ -317,7 +323,10 @@ def test_ranks_of_logits(cuda, n, kind):
     exact = logits.astype(np.float64)
     exact -= exact.max(axis=1, keepdims=True)
     exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
-    addresses = [cuda.workspace.get(f"rank {name}", size) for name, size in (("logits", logits.nbytes), ("targets", targets.nbytes))]
+    addresses = [
+        cuda.workspace.get(f"rank {name}", size)
+        for name, size in (("logits", logits.nbytes), ("targets", targets.nbytes))
+    ]
     for address, array in zip(addresses, (logits, targets)):
         cuda.gpu.upload(address, array)
     for top in sorted({min(n, top) for top in (1, 2, 33, 256, 257, 1030, 5000)}):
@@ -329,9 +338,14 @@ def test_ranks_of_logits(cuda, n, kind):
         assert np.array_equal(found["token"][:, 0], targets) and np.array_equal(found["token"][:, 1:], order[:, :top])
         wanted = np.take_along_axis(exact, found["token"].astype(int), axis=1)
         finite = np.isfinite(wanted)
-        assert np.abs(found["logprob"][finite] - wanted[finite]).max() <= 1e-5 and (found["logprob"][~finite] == -np.inf).all()
+        assert (
+            np.abs(found["logprob"][finite] - wanted[finite]).max() <= 1e-5
+            and (found["logprob"][~finite] == -np.inf).all()
+        )
     logits[1, n // 2] = np.nan
     cuda.gpu.upload(addresses[0], logits)
     cuda.kernels.launch(HEAD, "rank", rows, 1024, addresses[0], i32(n), addresses[1], i32(top), out)
     cuda.gpu.download(found, out)
-    assert (found["token"][1] == -1).all() and np.isnan(found["logprob"][1]).all() and (found["token"][[0, 2]] >= 0).all()
+    assert (
+        (found["token"][1] == -1).all() and np.isnan(found["logprob"][1]).all() and (found["token"][[0, 2]] >= 0).all()
+    )

@@ -129,10 +129,20 @@ def test_kernels_equal_the_host(gpu, kind, rows, columns):
         d_embedded,
     )
     kernels.launch(
-        program, "dequantize", -(-rows * stride // 16 // 256), 256,
-        d_tiles, c_int32(matrix.units), c_int32(0), c_int32(rows), d_halves, c_int32(stride), c_int32(0), c_int32(0),
+        program,
+        "dequantize",
+        -(-rows * stride // 16 // 256),
+        256,
+        d_tiles,
+        c_int32(matrix.units),
+        c_int32(0),
+        c_int32(rows),
+        d_halves,
+        c_int32(stride),
+        c_int32(0),
+        c_int32(0),
         d_scale,
-    )  # fmt: skip
+    )
     gpu.download(embedded, d_embedded)
     gpu.download(halves, d_halves)
     for buffer in buffers:

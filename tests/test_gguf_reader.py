@@ -69,7 +69,10 @@ UNSOUND = {
     "string past the end": (header(metadata=1) + struct.pack("<Q", LONG) + b"\0" * 32, "metadata key of"),
     "value past the end": (header(metadata=1) + pair("k", 8, struct.pack("<Q", LONG)), "truncated"),
     "array past the end": (header(metadata=1) + pair("k", 9, struct.pack("<IQ", 5, LONG)), "count"),
-    "string array past the end": (header(metadata=1) + pair("k", 9, struct.pack("<IQ", 8, 2) + string("a") + struct.pack("<Q", 99)), "truncated"),
+    "string array past the end": (
+        header(metadata=1) + pair("k", 9, struct.pack("<IQ", 8, 2) + string("a") + struct.pack("<Q", 99)),
+        "truncated",
+    ),
     "array of arrays": (header(metadata=1) + pair("k", 9, struct.pack("<IQ", 9, 1) + b"\0" * 16), "not supported"),
     "unknown value type": (header(metadata=1) + pair("k", 77, b"\0" * 8), "unknown type"),
     "key twice": (header(metadata=2) + pair("k", 4, b"\0" * 4) * 2, "twice"),
@@ -87,7 +90,7 @@ UNSOUND = {
     "data past the end": (with_data(tensor_info(dims=(32, 1000))), "truncated"),
     "tensor twice": (with_data(tensor_info() * 2, count=2), "twice"),
     "name too long": (with_data(tensor_info(name="n" * 64)), "tensor name of 64"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", UNSOUND)
@@ -205,7 +208,9 @@ def test_the_first_of_a_split_model_opens_all(split):
         assert set(parts.tensors) == set(whole.tensors)
         assert all(np.array_equal(parts.tensors[name].data, t.data) for name, t in whole.tensors.items())
     with kqprefill.load(EXAMPLE, backend="cpu") as one, kqprefill.load(split[0], backend="cpu") as many:
-        assert np.array_equal(one.prefill([1, 2, 3], logits="last").logits, many.prefill([1, 2, 3], logits="last").logits)
+        assert np.array_equal(
+            one.prefill([1, 2, 3], logits="last").logits, many.prefill([1, 2, 3], logits="last").logits
+        )
 
 
 def test_split_models_that_are_not_whole(split, tmp_path):

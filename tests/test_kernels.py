@@ -30,7 +30,11 @@ def test_all_compile_without_spills(arch):
 
 
 def test_tiles_fit_every_gpu():
-    tiles = [large_tile(SMALLEST_SHARED_MEMORY), SMALL_TILE, *(attention_tile(d, False) for d in (32, 64, 80, 96, 112, 128, 192, 256))]
+    tiles = [
+        large_tile(SMALLEST_SHARED_MEMORY),
+        SMALL_TILE,
+        *(attention_tile(d, False) for d in (32, 64, 80, 96, 112, 128, 192, 256)),
+    ]
     assert all(tile.shared_bytes <= SMALLEST_SHARED_MEMORY for tile in tiles)
 
 

@@ -52,9 +52,14 @@ REFUSED = {
     "frequencies of another type": (dict(tensors={"rope_freqs.weight": np.ones(32, np.int32)}), "has type I32"),
     "frequencies of another length": (dict(tensors={"rope_freqs.weight": ones(31)}), "rope_freqs.weight is [31]"),
     "frequencies of 0": (dict(tensors={"rope_freqs.weight": 0 * ones(32)}), "positive factors"),
-    "rotary scaling of a new kind": (dict(metadata={"qwen3.rope.scaling.type": "longrope"}), "'longrope' is not supported"),
+    "rotary scaling of a new kind": (
+        dict(metadata={"qwen3.rope.scaling.type": "longrope"}),
+        "'longrope' is not supported",
+    ),
     "rotary base 1": (
-        dict(metadata={"qwen3.rope.freq_base": 1.0, "qwen3.rope.scaling.type": "yarn", "qwen3.rope.scaling.factor": 4.0}),
+        dict(
+            metadata={"qwen3.rope.freq_base": 1.0, "qwen3.rope.scaling.type": "yarn", "qwen3.rope.scaling.factor": 4.0}
+        ),
         "out of range",
     ),
     "rotary beta 1e-310": (
@@ -63,7 +68,7 @@ REFUSED = {
     ),
     "negative epsilon": (dict(metadata={"qwen3.attention.layer_norm_rms_epsilon": -1.0}), "not a positive number"),
     "more blocks than tensors": (dict(metadata={"qwen3.block_count": 2**31 - 1}), "block_count"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)

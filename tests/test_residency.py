@@ -27,7 +27,17 @@ def plan_of(name, budget, tokens, **more):
     return make_plan(read_model(SyntheticFile.named(name)), H100, True, budget, tokens, **more)
 
 
-@pytest.mark.parametrize("text,nbytes", [("8G", 8 * GIB), ("512M", GIB // 2), ("1.5GiB", 3 * GIB // 2), ("75%", 60 * GIB), (4096, 4096), (" 2 gb", 2 * GIB)])  # fmt: skip
+@pytest.mark.parametrize(
+    "text,nbytes",
+    [
+        ("8G", 8 * GIB),
+        ("512M", GIB // 2),
+        ("1.5GiB", 3 * GIB // 2),
+        ("75%", 60 * GIB),
+        (4096, 4096),
+        (" 2 gb", 2 * GIB),
+    ],
+)
 def test_budgets(text, nbytes):
     assert Budget.parse(text).of(80 * GIB) == nbytes
 
@@ -41,10 +51,19 @@ def test_bad_budgets(text):
 def test_all_stays_where_it_fits():
     plan = plan_of("qwen3-8b:Q4_K_M", 80 * GIB, 2048)
     assert plan.resident == tuple(range(36)) and not plan.streamed and plan.streamed_bytes == 0
-    assert set(plan.parts) == {"CUDA context", "output", "embedding", "layers that stay", "activations, K, V", "allocator's slack"}
+    assert set(plan.parts) == {
+        "CUDA context",
+        "output",
+        "embedding",
+        "layers that stay",
+        "activations, K, V",
+        "allocator's slack",
+    }
 
 
-@pytest.mark.parametrize("name,gib,tokens", [("qwen3-32b:Q4_K_M", 8, 8192), ("llama3-70b:Q4_K_M", 12, 8192), ("qwen3-8b:Q8_0", 6, 40000)])  # fmt: skip
+@pytest.mark.parametrize(
+    "name,gib,tokens", [("qwen3-32b:Q4_K_M", 8, 8192), ("llama3-70b:Q4_K_M", 12, 8192), ("qwen3-8b:Q8_0", 6, 40000)]
+)
 def test_as_many_as_fit_stay_and_are_spread(name, gib, tokens):
     plan = plan_of(name, gib * GIB, tokens)
     layers = sorted(plan.resident + plan.streamed)
@@ -88,7 +107,9 @@ def test_experts_are_planned_for():
     plan = plan_of("qwen3-30b-a3b:Q4_K_M", 8 * GIB, 4096)
     assert plan.streamed and plan.resident and plan.nbytes <= 8 * GIB
     family = read_model(SyntheticFile.named("qwen3-30b-a3b:Q4_K_M"))
-    dense = estimate(plan_of("qwen3-8b:Q4_K_M", 80 * GIB, 4096), read_model(SyntheticFile.named("qwen3-8b:Q4_K_M")), H100)
+    dense = estimate(
+        plan_of("qwen3-8b:Q4_K_M", 80 * GIB, 4096), read_model(SyntheticFile.named("qwen3-8b:Q4_K_M")), H100
+    )
     assert estimate(plan, family, H100)["compute_seconds"] < dense["compute_seconds"]  # 8 of 128 are used
 
 

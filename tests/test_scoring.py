@@ -96,7 +96,9 @@ def test_packing_changes_no_bit(model):
         for other in others:
             for name in ("logprobs", "top_tokens", "top_logprobs"):
                 assert np.array_equal(getattr(one, name), getattr(other, name))
-        assert np.array_equal(one.logprobs, whole.logprobs[len(whole.logprobs) - one.n_tokens :])  # choices share; the same bits
+        assert np.array_equal(
+            one.logprobs, whole.logprobs[len(whole.logprobs) - one.n_tokens :]
+        )  # choices share; the same bits
 
 
 def test_ties_go_to_the_lowest_token(model):
@@ -124,7 +126,9 @@ def test_results_come_as_soon_as_they_can():
 
 
 def test_groups_are_full_and_in_order():
-    items = [Item(list(range(n))) for n in (60, 50, 30, 200, 5)] + [Item([1] * 50, [[2] * 30, [3] * 30, [4] * 10], True)]
+    items = [Item(list(range(n))) for n in (60, 50, 30, 200, 5)] + [
+        Item([1] * 50, [[2] * 30, [3] * 30, [4] * 10], True)
+    ]
     found = list(groups(items, 100))
     sizes = [[piece.tokens for piece, _ in group] for group in found]
     assert sizes == [[60], [50, 30], [200], [5, 80], [90]]
@@ -170,14 +174,24 @@ def test_where_a_completion_begins(record, prompt, continuations):
 @pytest.mark.parametrize(
     "record,why",
     [
-        ({}, 'either "tokens" or "prompt"'), ({"prompt": 3}, "must be a text"), ({"tokens": []}, "empty"),
-        ({"prompt": "a", "tokens": [1]}, "either"), ({"tokens": [1], "completion": "a"}, "must be token ids"),
-        ({"prompt": "a", "choices": []}, "at least one"), ({"prompt": "a", "choices": ["b", ""]}, "empty"),
-        ({"prompt": "a", "choices": "b"}, "must be a list"), ({"tokens": [1, 2.5]}, "integers"), ({"tokens": [[1]]}, "integers"),
-        ({"tokens": [1, 99999]}, "not in the vocabulary"), ({"tokens": [1] * 99999}, "context"), ({"tokens": "12"}, "integers"),
-        ({"tokens": {"a": 1}}, "integers"), ({"tokens": None}, "integers"), ({"tokens": [True]}, "integers"),
+        ({}, 'either "tokens" or "prompt"'),
+        ({"prompt": 3}, "must be a text"),
+        ({"tokens": []}, "empty"),
+        ({"prompt": "a", "tokens": [1]}, "either"),
+        ({"tokens": [1], "completion": "a"}, "must be token ids"),
+        ({"prompt": "a", "choices": []}, "at least one"),
+        ({"prompt": "a", "choices": ["b", ""]}, "empty"),
+        ({"prompt": "a", "choices": "b"}, "must be a list"),
+        ({"tokens": [1, 2.5]}, "integers"),
+        ({"tokens": [[1]]}, "integers"),
+        ({"tokens": [1, 99999]}, "not in the vocabulary"),
+        ({"tokens": [1] * 99999}, "context"),
+        ({"tokens": "12"}, "integers"),
+        ({"tokens": {"a": 1}}, "integers"),
+        ({"tokens": None}, "integers"),
+        ({"tokens": [True]}, "integers"),
     ],
-)  # fmt: skip
+)
 def test_bad_records_are_one_line(record, why):
     with kqprefill.load(EXAMPLE, backend="cpu") as model, pytest.raises(kqprefill.InputError, match=why) as error:
         list(model.score([record]))
@@ -190,7 +204,12 @@ LLAMA_CPP = {
     "windows": (SHAPES["tiny"], {}, 512, 276.7514),
     "YaRN": (MISTRAL3, {}, 4096, 274.3067),
     "queries that grow": (MISTRAL3, {"attention.temperature_scale": 1.5}, 4096, 274.4089),
-    "YaRN's multiplier": (MISTRAL3, {"attention.temperature_scale": 1.5, "rope.scaling.yarn_log_multiplier": 1.0}, 4096, 274.2426),
+    "YaRN's multiplier": (
+        MISTRAL3,
+        {"attention.temperature_scale": 1.5, "rope.scaling.yarn_log_multiplier": 1.0},
+        4096,
+        274.2426,
+    ),
 }
 
 
@@ -218,5 +237,7 @@ def test_prompts_longer_than_any_batch(kernels):
         shared, short = model.score([{"tokens": prompt, "choices": choices}, [1, 2, 3]], batch_tokens=20000)
         for choice, scored in zip(choices, shared):
             whole = next(model.score([prompt + choice], batch_tokens=1000))
-            assert np.array_equal(whole.logprobs[-len(choice) :], scored.logprobs) and np.isfinite(scored.logprobs).all()
+            assert (
+                np.array_equal(whole.logprobs[-len(choice) :], scored.logprobs) and np.isfinite(scored.logprobs).all()
+            )
         assert np.array_equal(next(model.score([[1, 2, 3]])).logprobs, short.logprobs)

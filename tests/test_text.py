@@ -29,9 +29,14 @@ def sentencepieces(pieces, **more):
     fixed = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     kinds = [2, 3, 3, *[6] * 256, *[1] * len(pieces)]
     values = {
-        "model": "llama", "tokens": fixed + [p for p, _ in pieces], "token_type": np.array(kinds, np.int32),
-        "scores": np.array([0.0] * len(fixed) + [s for _, s in pieces], np.float32), "bos_token_id": 1, "eos_token_id": 2, **more,
-    }  # fmt: skip
+        "model": "llama",
+        "tokens": fixed + [p for p, _ in pieces],
+        "token_type": np.array(kinds, np.int32),
+        "scores": np.array([0.0] * len(fixed) + [s for _, s in pieces], np.float32),
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **more,
+    }
     return Tokenizer({f"tokenizer.ggml.{key}": value for key, value in values.items()}, "test"), len(fixed)
 
 
@@ -62,9 +67,13 @@ def test_byte_level_bpe():
     bytes_ = list(byte_pieces())
     pieces = [*bytes_, "he", "ll", "hell", "\u0120he", "<|end|>"]
     metadata = {
-        "model": "gpt2", "pre": "gpt-2", "tokens": pieces, "token_type": np.array([1] * 260 + [3], np.int32),
-        "merges": ["h e", "l l", "he ll", "\u0120 he", "not there"], "eos_token_id": 260,
-    }  # fmt: skip
+        "model": "gpt2",
+        "pre": "gpt-2",
+        "tokens": pieces,
+        "token_type": np.array([1] * 260 + [3], np.int32),
+        "merges": ["h e", "l l", "he ll", "\u0120 he", "not there"],
+        "eos_token_id": 260,
+    }
     tokenizer = Tokenizer({f"tokenizer.ggml.{key}": value for key, value in metadata.items()}, "test")
     ids = {piece: i for i, piece in enumerate(pieces)}
     assert tokenizer.encode("hello") == [ids["hell"], ids["o"]]
@@ -151,9 +160,10 @@ def test_tokenizing_without_the_library_says_what_to_install(tmp_path):
     model.metadata["tokenizer.ggml.merges"] = ["a b"]
     write_gguf(model, tmp_path / "merges.gguf")
     done = subprocess.run(
-        [sys.executable, "-m", "kqprefill", "tokenize", tmp_path / "merges.gguf", "x"], capture_output=True,
+        [sys.executable, "-m", "kqprefill", "tokenize", tmp_path / "merges.gguf", "x"],
+        capture_output=True,
         env={**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
-    )  # fmt: skip
+    )
     assert done.returncode == 2 and b"pip install 'kqprefill[text]'" in done.stderr
 
 

@@ -13,16 +13,44 @@ from kqprefill.text import Tokenizer
 from test_text import KINDS, VOCABS
 
 SCRIPTS = [
-    (0x20, 0x7F), (0xA0, 0x180), (0x300, 0x370), (0x400, 0x460), (0x5D0, 0x5F0), (0x900, 0x950), (0xE00, 0xE40), (0x2000, 0x2070),
-    (0x3040, 0x30FF), (0x4E00, 0x4E80), (0xAC00, 0xAC40), (0x1F600, 0x1F640),
-]  # fmt: skip
+    (0x20, 0x7F),
+    (0xA0, 0x180),
+    (0x300, 0x370),
+    (0x400, 0x460),
+    (0x5D0, 0x5F0),
+    (0x900, 0x950),
+    (0xE00, 0xE40),
+    (0x2000, 0x2070),
+    (0x3040, 0x30FF),
+    (0x4E00, 0x4E80),
+    (0xAC00, 0xAC40),
+    (0x1F600, 0x1F640),
+]
 HARD = [
-    "", " ", "\n\n \t\r\n x", "don't WON'T I'LL you'Ve 'S", "👩‍👩‍👧‍👦🏳️‍🌈🇩🇪 ☺️✊🏿", "e\u0301 a\u0300\u0323 Z\u0335\u0321a\u0334", "1234567890" * 4,
-    "3.14159 1,000,000 0x1F ٣٤٥ १२३ Ⅳ ½ ²", "def f(x):\n    return {'a': [1, x**2]}\n\n\tif  x:  #   c\n", "你好，世界！我們 한국어 こんにちは ﾊﾝｶｸ",
-    "مرحبا שלום नमस्ते สวัสดี", "\x00\x01\x1b[31mred\x7f\x85\u200b\ufeff\u2028\u00a0x\u3000y", " <|end|>  <|user|> \n x <|assistant|>",
-    "<s></s><unk><|endoftext|><|im_start|>user\nhi<|im_end|>\n<|begin_of_text|><|eot_id|><bos><end_of_turn>", "ǅ ß İ ı ﬀ ª º ᾳ",
-    "   leading and trailing   ", "\U0001f600" * 20, "x" * 300, " " * 100, "!" * 50, "𝕳𝖊𝖑𝖑𝖔 𠀀 \U0010ffff", "<0x0A> ▁▁ ▁a", "\r\r\n\r",
-]  # fmt: skip
+    "",
+    " ",
+    "\n\n \t\r\n x",
+    "don't WON'T I'LL you'Ve 'S",
+    "👩‍👩‍👧‍👦🏳️‍🌈🇩🇪 ☺️✊🏿",
+    "e\u0301 a\u0300\u0323 Z\u0335\u0321a\u0334",
+    "1234567890" * 4,
+    "3.14159 1,000,000 0x1F ٣٤٥ १२३ Ⅳ ½ ²",
+    "def f(x):\n    return {'a': [1, x**2]}\n\n\tif  x:  #   c\n",
+    "你好，世界！我們 한국어 こんにちは ﾊﾝｶｸ",
+    "مرحبا שלום नमस्ते สวัสดี",
+    "\x00\x01\x1b[31mred\x7f\x85\u200b\ufeff\u2028\u00a0x\u3000y",
+    " <|end|>  <|user|> \n x <|assistant|>",
+    "<s></s><unk><|endoftext|><|im_start|>user\nhi<|im_end|>\n<|begin_of_text|><|eot_id|><bos><end_of_turn>",
+    "ǅ ß İ ı ﬀ ª º ᾳ",
+    "   leading and trailing   ",
+    "\U0001f600" * 20,
+    "x" * 300,
+    " " * 100,
+    "!" * 50,
+    "𝕳𝖊𝖑𝖑𝖔 𠀀 \U0010ffff",
+    "<0x0A> ▁▁ ▁a",
+    "\r\r\n\r",
+]
 
 
 def hard_strings():
@@ -36,9 +64,15 @@ def tiny_model(vocabulary, path):
     writer, rng = gguf.GGUFWriter(path, "llama"), np.random.default_rng(0)
     n = len(vocabulary.metadata["tokenizer.ggml.tokens"])
     sizes = {
-        "context_length": 4096, "embedding_length": 64, "block_count": 1, "feed_forward_length": 64, "attention.head_count": 1,
-        "attention.head_count_kv": 1, "vocab_size": n, "rope.dimension_count": 64,
-    }  # fmt: skip
+        "context_length": 4096,
+        "embedding_length": 64,
+        "block_count": 1,
+        "feed_forward_length": 64,
+        "attention.head_count": 1,
+        "attention.head_count_kv": 1,
+        "vocab_size": n,
+        "rope.dimension_count": 64,
+    }
     for key, value in sizes.items():
         writer.add_uint32(f"llama.{key}", value)
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)

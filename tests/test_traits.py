@@ -26,7 +26,20 @@ def decode(tmp_path_factory):
     names = [kind.name for kind in FORMATS]
     tables = definitions(names) + f"#define TRY_ALL {' '.join(f'TRY({name})' for name in names)}\n"
     (folder / "decode.cpp").write_text(tables + (ROOT / "tests" / "host" / "decode.cpp").read_text())
-    subprocess.run([compiler, "-std=c++17", "-O1", "-ffp-contract=off", "-I", folder, folder / "decode.cpp", "-o", folder / "decode"], check=True)  # fmt: skip
+    subprocess.run(
+        [
+            compiler,
+            "-std=c++17",
+            "-O1",
+            "-ffp-contract=off",
+            "-I",
+            folder,
+            folder / "decode.cpp",
+            "-o",
+            folder / "decode",
+        ],
+        check=True,
+    )
     return folder / "decode"
 
 

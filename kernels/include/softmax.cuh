@@ -9,7 +9,9 @@
 struct Tile {
     int q_row, rows, position, kv_row, shared, shared_row;
 
-    __device__ int key_row(int index, int block) const { return (index < shared ? shared_row : kv_row) + index * block; }
+    __device__ int key_row(int index, int block) const {
+        return (index < shared ? shared_row : kv_row) + index * block;
+    }
 };
 
 // From scores to exponents of 2: softmax's scale, or, with a soft-cap, cap * tanh(scale * score / cap).
@@ -17,13 +19,17 @@ struct Scale {
     float factor, cap_factor, softcap;
 
     __device__ Scale(float scale, float softcap)
-        : factor((softcap > 0.0f ? softcap : scale) * 1.4426950408889634f), cap_factor(scale / softcap), softcap(softcap) {}
+        : factor((softcap > 0.0f ? softcap : scale) * 1.4426950408889634f),
+          cap_factor(scale / softcap),
+          softcap(softcap) {}
     template <int kScores>
     __device__ void cap(float (&scores)[kScores]) const {  // 2 / (1 + exp(-2z)) - 1 is tanh(z)
         if (softcap <= 0.0f) return;
 #pragma unroll
         for (int i = 0; i < kScores; ++i)
-            scores[i] = fmaf(2.0f, reciprocal_approx(1.0f + exp2_approx(-2.0f * 1.4426950408889634f * cap_factor * scores[i])), -1.0f);
+            scores[i] =
+                fmaf(2.0f, reciprocal_approx(1.0f + exp2_approx(-2.0f * 1.4426950408889634f * cap_factor * scores[i])),
+                     -1.0f);
     }
 };
 

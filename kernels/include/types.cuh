@@ -60,6 +60,10 @@ __device__ __forceinline__ void begin_kernel() {
 #endif
 }
 
-__device__ __forceinline__ float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ float bits_to_float(uint32_t bits) {
+    return __uint_as_float(bits);
+}
 
-__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int ceil_div(int a, int b) {
+    return (a + b - 1) / b;
+}

@@ -11,7 +11,9 @@ __device__ __forceinline__ void flip(uint32_t signs, uint32_t* q) {
     for (int i = 0; i < 4; ++i) q[i] ^= (signs << (15 - 2 * i) & 0x8000u) | (signs << (30 - 2 * i) & 0x80000000u);
 }
 // Eight signs from seven bits: their number is even.
-__device__ __forceinline__ uint32_t even_signs(uint32_t seven) { return (seven & 127) | (__popc(seven & 127) & 1) << 7; }
+__device__ __forceinline__ uint32_t even_signs(uint32_t seven) {
+    return (seven & 127) | (__popc(seven & 127) & 1) << 7;
+}
 
 // Eight bytes as pairs of halves.
 __device__ __forceinline__ void grid_to_pairs(uint2 entry, uint32_t* q) {
@@ -49,7 +51,9 @@ struct IQ2_XXS : HalfLast<66> {  // (4 bytes of indices, 4 of signs and scale) [
 #endif
 
 // The scale of 16 weights where a byte has those of 32.
-__device__ __forceinline__ float quarter_scale(uint32_t byte, int at) { return (0.5f + static_cast<float>(byte >> (at & 16 ? 4 : 0) & 15)) * 0.25f; }
+__device__ __forceinline__ float quarter_scale(uint32_t byte, int at) {
+    return (0.5f + static_cast<float>(byte >> (at & 16 ? 4 : 0) & 15)) * 0.25f;
+}
 
 #ifdef GRID_IQ2_XS
 __device__ const uint2 kGridIQ2_XS[512] = {GRID_IQ2_XS};
@@ -75,7 +79,8 @@ __device__ const uint2 kGridIQ2_S[1024] = {GRID_IQ2_S};
 struct IQ2_S : HalfLast<82> {  // low bits of indices[32], signs[32], high bits[8], scales[8], d
     template <class U>
     __device__ static void integers(const U& unit, int at, uint32_t (&q)[8]) {
-        uint32_t low = unit.u16(at / 8), signs = unit.u16(32 + at / 8), high = unit.u8(64 + at / 32) >> (at & 16 ? 4 : 0);
+        uint32_t low = unit.u16(at / 8), signs = unit.u16(32 + at / 8),
+                 high = unit.u8(64 + at / 32) >> (at & 16 ? 4 : 0);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             grid_to_pairs(kGridIQ2_S[(low >> (8 * i) & 255) | (high >> (2 * i) & 3) << 8], q + 4 * i);
@@ -111,15 +116,19 @@ struct IQ3_XXS : HalfLast<98> {  // indices[64], (4 x 7 signs, scale) [8], d
 
 #ifdef GRID_IQ3_S
 __device__ const uint32_t kGridIQ3_S[512] = {GRID_IQ3_S};
-struct IQ3_S : HalfLast<110> {  // low bits of indices[64], signs[32], ninth bits[8], scales[4], d; the file has ninth bits before signs
+struct IQ3_S
+    : HalfLast<
+          110> {  // low bits of indices[64], signs[32], ninth bits[8], scales[4], d; the file has ninth bits before signs
     __host__ __device__ static constexpr int source_of(int to) {
         return to < 64 ? 2 + to : to < 96 ? 74 + to - 64 : to < 104 ? 66 + to - 96 : to < 108 ? 2 + to : to - 108;
     }
     template <class U>
     __device__ static void integers(const U& unit, int at, uint32_t (&q)[8]) {
-        uint32_t low = unit.u32(at / 4), signs = unit.u16(64 + at / 8), ninth = unit.u8(96 + at / 32) >> (at & 16 ? 4 : 0);
+        uint32_t low = unit.u32(at / 4), signs = unit.u16(64 + at / 8),
+                 ninth = unit.u8(96 + at / 32) >> (at & 16 ? 4 : 0);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) bytes_to_pairs<0>(kGridIQ3_S[(low >> (8 * i) & 255) | (ninth >> i & 1) << 8], q + 2 * i);
+        for (int i = 0; i < 4; ++i)
+            bytes_to_pairs<0>(kGridIQ3_S[(low >> (8 * i) & 255) | (ninth >> i & 1) << 8], q + 2 * i);
         flip(signs, q);
         flip(signs >> 8, q + 4);
     }
@@ -155,7 +164,8 @@ struct IQ1_S : HalfLast<50> {  // low bits of indices[32], (4 x 3 high bits, sca
     }
 };
 
-struct IQ1_M : KQuant {  // low bits of indices[32], (3 high bits, direction) [32] in half bytes, (4 x 3 bits of scale, 4 of d) [4]
+struct IQ1_M
+    : KQuant {  // low bits of indices[32], (3 high bits, direction) [32] in half bytes, (4 x 3 bits of scale, 4 of d) [4]
     static constexpr int kBytes = 56, kCenter = 0;
     static constexpr bool kHasMin = false;
     __host__ __device__ static constexpr int source_of(int to) { return to; }
@@ -168,7 +178,8 @@ struct IQ1_M : KQuant {  // low bits of indices[32], (3 high bits, direction) [3
     template <class U>
     __device__ static void affine(const U& unit, int at, float& d, float&) {
         uint32_t s[4] = {unit.u16(48), unit.u16(50), unit.u16(52), unit.u16(54)};
-        float whole = half_to_float(static_cast<half_t>(s[0] >> 12 | (s[1] >> 8 & 0xf0) | (s[2] >> 4 & 0xf00) | (s[3] & 0xf000)));
+        float whole =
+            half_to_float(static_cast<half_t>(s[0] >> 12 | (s[1] >> 8 & 0xf0) | (s[2] >> 4 & 0xf00) | (s[3] & 0xf000)));
         uint32_t own = at < 128 ? (at < 64 ? s[0] : s[1]) : (at < 192 ? s[2] : s[3]);
         d = whole * static_cast<float>(2 * (own >> (3 * (at / 16 % 4)) & 7) + 1) * 0.125f;
     }
@@ -196,7 +207,8 @@ struct TQ1_0 : KQuant {  // five ternary digits a byte: qs[48], four: qh[4], d
         uint32_t power = digit == 0 ? 1 : digit == 1 ? 3 : digit == 2 ? 9 : digit == 3 ? 27 : 81;
         uint4 qs = unit.load16(at < 160 ? at & 16 : 32);
         uint32_t low = unit.u16(48), high = unit.u16(50);
-        uint32_t qh = (low & 0xffu) | (high & 0xffu) << 8 | (low >> 8) << 16 | (high >> 8) << 24;  // bytes 0, 2, 1, 3: paired
+        uint32_t qh =
+            (low & 0xffu) | (high & 0xffu) << 8 | (low >> 8) << 16 | (high >> 8) << 24;  // bytes 0, 2, 1, 3: paired
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
             constexpr uint32_t kPowers[4] = {1, 3, 9, 27};
@@ -228,7 +240,9 @@ struct TQ2_0 : KQuant {  // qs[64], d
 struct Q1_0 : KQuant {  // two blocks of 128: (bits[16]) [2], d[2]
     static constexpr int kBytes = 36, kCenter = 0;
     static constexpr bool kHasMin = false;
-    __host__ __device__ static constexpr int source_of(int to) { return to < 32 ? to / 16 * 18 + 2 + to % 16 : (to - 32) / 2 * 18 + to % 2; }
+    __host__ __device__ static constexpr int source_of(int to) {
+        return to < 32 ? to / 16 * 18 + 2 + to % 16 : (to - 32) / 2 * 18 + to % 2;
+    }
     template <class U>
     __device__ static void integers(const U& unit, int at, uint32_t (&q)[8]) {
         uint32_t bits = ~unit.u16(at / 8);
@@ -246,7 +260,9 @@ struct Q1_0 : KQuant {  // two blocks of 128: (bits[16]) [2], d[2]
 // 4-bit floats: 0, 1, 2, 3, 4, 6, 8, 12 (halves of E2M1's values) and their negatives --------------------------------------------------
 
 // Of four numbers 0..15, one a byte: four signed bytes.
-__device__ __forceinline__ uint32_t e2m1_values(uint32_t q) { return table_values(q, 0x03020100u, 0x0c080604u, 0xfdfeff00u, 0xf4f8fafcu); }
+__device__ __forceinline__ uint32_t e2m1_values(uint32_t q) {
+    return table_values(q, 0x03020100u, 0x0c080604u, 0xfdfeff00u, 0xf4f8fafcu);
+}
 
 struct MXFP4 : KQuant {  // eight blocks: qs[16] [8], exponents[8]
     static constexpr int kBytes = 136, kCenter = 0;
@@ -258,7 +274,8 @@ struct MXFP4 : KQuant {  // eight blocks: qs[16] [8], exponents[8]
     __device__ static void integers(const U& unit, int at, uint32_t (&q)[8]) {
         uint4 qs = unit.load16(at / 32 * 16);
 #pragma unroll
-        for (int w = 0; w < 4; ++w) signed_bytes_to_pairs(e2m1_values(word_of(qs, w) >> (at & 16 ? 4 : 0) & 0x0f0f0f0fu), q + 2 * w);
+        for (int w = 0; w < 4; ++w)
+            signed_bytes_to_pairs(e2m1_values(word_of(qs, w) >> (at & 16 ? 4 : 0) & 0x0f0f0f0fu), q + 2 * w);
     }
     template <class U>
     __device__ static void affine(const U& unit, int at, float& d, float&) {
@@ -285,7 +302,8 @@ struct NVFP4 : KQuant {  // four blocks of 64: qs[32] [4], scales[4] [4]
     template <class U>
     __device__ static void affine(const U& unit, int at, float& d, float&) {
         uint32_t s = unit.u8(128 + at / 16), e = s >> 3 & 15, mantissa = s & 7;  // ggml_ue4m3_to_fp32, halved
-        float normal = bits_to_float((e + 119) << 23 | mantissa << 20), subnormal = static_cast<float>(mantissa) * 0x1p-10f;
+        float normal = bits_to_float((e + 119) << 23 | mantissa << 20),
+              subnormal = static_cast<float>(mantissa) * 0x1p-10f;
         d = s == 0x7f ? 0.0f : e ? normal : subnormal;
     }
 };

@@ -39,12 +39,16 @@ struct Unit {
     __device__ float half(int offset) const { return half_to_float(static_cast<half_t>(u16(offset))); }
 };
 
-__device__ __forceinline__ uint32_t word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+__device__ __forceinline__ uint32_t word_of(const uint4& v, int i) {
+    return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
 
 // Packed integers -----------------------------------------------------------------------------------------------------------
 // A pair of halves is made of two bytes 16 bits apart, so each word of packed bytes has its middle two exchanged: bytes 0 and
 // 2 are then neighbouring weights, and bytes 1 and 3 the two after them.
-__host__ __device__ constexpr int paired(int to) { return (to & ~3) | (to & 1) << 1 | (to >> 1 & 1); }
+__host__ __device__ constexpr int paired(int to) {
+    return (to & ~3) | (to & 1) << 1 | (to >> 1 & 1);
+}
 
 // The two pairs of q that a word of paired bytes holds, less kOffset: 0x6400 | i is the half 1024 + i, and the difference is
 // exact.
@@ -54,7 +58,9 @@ __device__ __forceinline__ void bytes_to_pairs(uint32_t word, uint32_t* q) {
     q[0] = half2_add(__byte_perm(word, 0x64646464u, 0x4240), kLess);
     q[1] = half2_add(__byte_perm(word, 0x64646464u, 0x4341), kLess);
 }
-__device__ __forceinline__ void signed_bytes_to_pairs(uint32_t word, uint32_t* q) { bytes_to_pairs<128>(word ^ 0x80808080u, q); }
+__device__ __forceinline__ void signed_bytes_to_pairs(uint32_t word, uint32_t* q) {
+    bytes_to_pairs<128>(word ^ 0x80808080u, q);
+}
 
 // Of four numbers 0..15, one a byte: the bytes at those places of a table, whose words the arguments are.
 __device__ __forceinline__ uint32_t table_values(uint32_t q, uint32_t t0, uint32_t t4, uint32_t t8, uint32_t t12) {
@@ -66,7 +72,9 @@ __device__ __forceinline__ uint32_t table_values(uint32_t q, uint32_t t0, uint32
     return (low & ~mask) | (high & mask);
 }
 // ggml's kvalues_iq4nl (IQ4_NL, IQ4_XS): signed bytes.
-__device__ __forceinline__ uint32_t iq4_values(uint32_t q) { return table_values(q, 0xbfad9881u, 0xf6eaddcfu, 0x26190d01u, 0x71594535u); }
+__device__ __forceinline__ uint32_t iq4_values(uint32_t q) {
+    return table_values(q, 0xbfad9881u, 0xf6eaddcfu, 0x26190d01u, 0x71594535u);
+}
 
 // Loading ahead ---------------------------------------------------------------------------------------------------------------
 // What `integers` and `affine` read for 16 weights, in the order in which they read it. They run twice: once to load (what
@@ -81,10 +89,18 @@ struct Reader {
     Unit<Format::kBytes> unit;  // where kLoads
     mutable int pieces = 0, values = 0;
 
-    __device__ uint4 load16(int offset) const { return kLoads ? fields.pieces[pieces++] = unit.load16(offset) : fields.pieces[pieces++]; }
-    __device__ uint32_t u32(int offset) const { return kLoads ? fields.values[values++] = unit.u32(offset) : fields.values[values++]; }
-    __device__ uint32_t u16(int offset) const { return kLoads ? fields.values[values++] = unit.u16(offset) : fields.values[values++]; }
-    __device__ uint32_t u8(int offset) const { return kLoads ? fields.values[values++] = unit.u8(offset) : fields.values[values++]; }
+    __device__ uint4 load16(int offset) const {
+        return kLoads ? fields.pieces[pieces++] = unit.load16(offset) : fields.pieces[pieces++];
+    }
+    __device__ uint32_t u32(int offset) const {
+        return kLoads ? fields.values[values++] = unit.u32(offset) : fields.values[values++];
+    }
+    __device__ uint32_t u16(int offset) const {
+        return kLoads ? fields.values[values++] = unit.u16(offset) : fields.values[values++];
+    }
+    __device__ uint32_t u8(int offset) const {
+        return kLoads ? fields.values[values++] = unit.u8(offset) : fields.values[values++];
+    }
     __device__ float half(int offset) const { return half_to_float(static_cast<half_t>(u16(offset))); }
 };
 

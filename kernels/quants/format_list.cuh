@@ -6,10 +6,13 @@ template <class First, class... Rest>
 struct FormatList {
     using Next = FormatList<Rest...>;
     static constexpr int kElements = First::kElements;
-    static constexpr int kTileBytes = kTileRows * First::kBytes > Next::kTileBytes ? kTileRows * First::kBytes : Next::kTileBytes;
+    static constexpr int kTileBytes =
+        kTileRows * First::kBytes > Next::kTileBytes ? kTileRows * First::kBytes : Next::kTileBytes;
     static_assert(First::kElements == Next::kElements, "formats of one launch have units of one length");
 
-    __device__ static int tile_bytes(int format) { return format == 0 ? kTileRows * First::kBytes : Next::tile_bytes(format - 1); }
+    __device__ static int tile_bytes(int format) {
+        return format == 0 ? kTileRows * First::kBytes : Next::tile_bytes(format - 1);
+    }
     // consumer.multiply_tile<that format>(acc)
     template <class Consumer, class Accumulators>
     __device__ __forceinline__ static void multiply_tile(int format, Consumer& consumer, Accumulators& acc) {

@@ -3,8 +3,12 @@
 #include "common.cuh"
 
 // Q2_K, Q3_K and Q6_K hold two halves of 128 weights, each four runs of 32 that share bytes.
-__device__ __forceinline__ int half_of(int at) { return at >> 7; }
-__device__ __forceinline__ int run_of(int at) { return at >> 5 & 3; }
+__device__ __forceinline__ int half_of(int at) {
+    return at >> 7;
+}
+__device__ __forceinline__ int run_of(int at) {
+    return at >> 5 & 3;
+}
 
 struct KQuant {
     static constexpr bool kUnquantised = false;
@@ -19,7 +23,8 @@ struct Q2_K : KQuant {
     __device__ static void integers(const U& unit, int at, uint32_t (&q)[8]) {
         uint4 qs = unit.load16(16 + 32 * half_of(at) + (at & 16));
 #pragma unroll
-        for (int w = 0; w < 4; ++w) bytes_to_pairs<kCenter>(word_of(qs, w) >> (2 * run_of(at)) & 0x03030303u, q + 2 * w);
+        for (int w = 0; w < 4; ++w)
+            bytes_to_pairs<kCenter>(word_of(qs, w) >> (2 * run_of(at)) & 0x03030303u, q + 2 * w);
     }
     template <class U>
     __device__ static void affine(const U& unit, int at, float& d, float& m) {
@@ -45,7 +50,8 @@ struct Q3_K : KQuant {
     template <class U>
     __device__ static void affine(const U& unit, int at, float& d, float&) {
         int s = at >> 4;
-        uint32_t low = unit.u8(96 + (s & 7)) >> (s & 8 ? 4 : 0) & 0xf, high = unit.u8(104 + (s & 3)) >> (2 * (s >> 2)) & 3;
+        uint32_t low = unit.u8(96 + (s & 7)) >> (s & 8 ? 4 : 0) & 0xf,
+                 high = unit.u8(104 + (s & 3)) >> (2 * (s >> 2)) & 3;
         d = unit.half(108) * (static_cast<float>(low | high << 4) - 32.0f);
     }
 };
@@ -107,7 +113,8 @@ struct Q6_K : KQuant {
     template <class U>
     __device__ static void integers(const U& unit, int at, uint32_t (&q)[8]) {
         int run = run_of(at);
-        uint4 ql = unit.load16(64 * half_of(at) + 32 * (run & 1) + (at & 16)), qh = unit.load16(128 + 32 * half_of(at) + (at & 16));
+        uint4 ql = unit.load16(64 * half_of(at) + 32 * (run & 1) + (at & 16)),
+              qh = unit.load16(128 + 32 * half_of(at) + (at & 16));
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
             uint32_t low = word_of(ql, w) >> (run & 2 ? 4 : 0) & 0x0f0f0f0fu;
@@ -123,7 +130,9 @@ struct Q6_K : KQuant {
 struct Q8_K : KQuant {
     static constexpr int kBytes = 292, kCenter = 0;  // in the file: float d, qs[256], bsums[16]; here d comes after qs
     static constexpr bool kHasMin = false;
-    __host__ __device__ static constexpr int source_of(int to) { return to < 256 ? 4 + paired(to) : to < 260 ? to - 256 : to; }
+    __host__ __device__ static constexpr int source_of(int to) {
+        return to < 256 ? 4 + paired(to) : to < 260 ? to - 256 : to;
+    }
     template <class U>
     __device__ static void integers(const U& unit, int at, uint32_t (&q)[8]) {
         uint4 qs = unit.load16(at);

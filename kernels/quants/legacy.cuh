@@ -24,7 +24,9 @@ struct Gathered {
         if constexpr (kHasMin) m = -unit.half(16 + at / 32 * 2);  // these formats add theirs
     }
     // Word w of the 16 nibbles of weights at .. at+15, a byte each.
-    __device__ static uint32_t nibbles(const uint4& qs, int at, int w) { return word_of(qs, w) >> (at & 16 ? 4 : 0) & 0x0f0f0f0fu; }
+    __device__ static uint32_t nibbles(const uint4& qs, int at, int w) {
+        return word_of(qs, w) >> (at & 16 ? 4 : 0) & 0x0f0f0f0fu;
+    }
     // Bits 4w .. 4w+3 of `bits` as bit 4 of a paired word's bytes.
     __device__ static uint32_t fifth_bits(uint32_t bits, int w) {
         uint32_t b = bits >> (4 * w);

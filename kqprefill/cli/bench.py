@@ -13,8 +13,17 @@ import click
 from ..backends.wake import wake_gpu
 from ..errors import InputError
 from .common import (
-    device_options, memory_option, open_file, output_file, progress_bars, say_loaded, size, table, volume_options, warner,
-)  # fmt: skip
+    device_options,
+    memory_option,
+    open_file,
+    output_file,
+    progress_bars,
+    say_loaded,
+    size,
+    table,
+    volume_options,
+    warner,
+)
 from .plot import check_plot, draw
 
 
@@ -26,14 +35,19 @@ _WARM_UP = 2  # runs; on a GPU the first compiles, and the second makes the CUDA
 @click.option("-p", "--prompt", "lengths", default="512", show_default=True, metavar="T,T,…", help="Prompt lengths.")
 @click.option("-r", "--repetitions", default=5, show_default=True, type=click.IntRange(1))
 @click.option(
-    "--delay", default=0.0, metavar="SECONDS", type=click.FloatRange(0, 3600),
+    "--delay",
+    default=0.0,
+    metavar="SECONDS",
+    type=click.FloatRange(0, 3600),
     help="Pause before each repetition: what one prompt takes on a rested GPU, where its power limit slows one after another.",
 )
 @click.option("-o", "--output", type=click.Choice(["md", "json", "jsonl", "csv"]), default="md", show_default=True)
 @click.option(
     "--detail", is_flag=True, help="Also time by stage, with TFLOP/s and the GB/s of reading each weight once."
 )
-@click.option("--plot", "picture", metavar="FILE.png", help="Also draw tokens/s by prompt length, beside what the GPU allows.")
+@click.option(
+    "--plot", "picture", metavar="FILE.png", help="Also draw tokens/s by prompt length, beside what the GPU allows."
+)
 @device_options
 @memory_option
 @volume_options
@@ -117,12 +131,16 @@ def _markdown(rows):
     head = ["model", "size", "params", "backend", "device", "test", "t/s"]
     lines = [
         [
-            row["model"], size(row["size_bytes"]), f"{row['parameters'] / 1e9:.2f} B", row["backend"],
-            row["device"], f"pp{row['prompt_tokens']}",
+            row["model"],
+            size(row["size_bytes"]),
+            f"{row['parameters'] / 1e9:.2f} B",
+            row["backend"],
+            row["device"],
+            f"pp{row['prompt_tokens']}",
             f"{row['tokens_per_second']:.2f} ± {row['tokens_per_second_stddev']:.2f}",
         ]
         for row in rows
-    ]  # fmt: skip
+    ]
     speeds = table(head, lines)
     if "stages" not in rows[0]:
         return speeds

@@ -16,32 +16,51 @@ STDIO = "-"
 def device_options(command):
     """--backend, --device, --kernels."""
     command = click.option(
-        "--kernels", type=click.Choice(KERNELS), default="auto", show_default=True, envvar="KQPREFILL_KERNELS", show_envvar=True,
+        "--kernels",
+        type=click.Choice(KERNELS),
+        default="auto",
+        show_default=True,
+        envvar="KQPREFILL_KERNELS",
+        show_envvar=True,
         help="portable: those of every GPU, where this one has its own.",
-    )(command)  # fmt: skip
-    command = click.option("--device", default=0, metavar="N", envvar="KQPREFILL_DEVICE", show_envvar=True, help="CUDA device number.")(
-        command
-    )
+    )(command)
+    command = click.option(
+        "--device", default=0, metavar="N", envvar="KQPREFILL_DEVICE", show_envvar=True, help="CUDA device number."
+    )(command)
     return click.option(
-        "--backend", type=click.Choice(NAMES), default="auto", show_default=True, envvar="KQPREFILL_BACKEND", show_envvar=True,
+        "--backend",
+        type=click.Choice(NAMES),
+        default="auto",
+        show_default=True,
+        envvar="KQPREFILL_BACKEND",
+        show_envvar=True,
         help="auto takes the GPU where it can be used.",
-    )(command)  # fmt: skip
+    )(command)
 
 
 def memory_option(command):
     """--vram."""
     return click.option(
-        "--vram", metavar="SIZE", envvar="KQPREFILL_VRAM", show_envvar=True,
+        "--vram",
+        metavar="SIZE",
+        envvar="KQPREFILL_VRAM",
+        show_envvar=True,
         help="GPU memory to take at most, such as 8G or 75%; layers beyond it are streamed.  [default: all that is free]",
-    )(command)  # fmt: skip
+    )(command)
 
 
 def batch_option(command):
     """--batch-tokens."""
     return click.option(
-        "--batch-tokens", default=8192, show_default=True, metavar="T", type=click.IntRange(1), envvar="KQPREFILL_BATCH_TOKENS",
-        show_envvar=True, help="Tokens that are packed into one batch, at most.",
-    )(command)  # fmt: skip
+        "--batch-tokens",
+        default=8192,
+        show_default=True,
+        metavar="T",
+        type=click.IntRange(1),
+        envvar="KQPREFILL_BATCH_TOKENS",
+        show_envvar=True,
+        help="Tokens that are packed into one batch, at most.",
+    )(command)
 
 
 def volume_options(command):

@@ -9,7 +9,9 @@ from .common import size
 
 
 @click.command()
-@click.option("--device", default=0, metavar="N", envvar="KQPREFILL_DEVICE", show_envvar=True, help="CUDA device number.")
+@click.option(
+    "--device", default=0, metavar="N", envvar="KQPREFILL_DEVICE", show_envvar=True, help="CUDA device number."
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @click.pass_context
 def doctor(context, device, as_json):
@@ -30,7 +32,9 @@ def doctor(context, device, as_json):
     for package in ("numpy", "gguf", "cuda-python", "cuda-core", "nvidia-cuda-nvrtc", "tokenizers"):
         found[package] = _version(package)
     if found["tokenizers"] is None:
-        problems.append("tokenizers is not installed: --prompt needs it for byte-level vocabularies (pip install 'kqprefill[text]')")
+        problems.append(
+            "tokenizers is not installed: --prompt needs it for byte-level vocabularies (pip install 'kqprefill[text]')"
+        )
     try:
         gpu = Gpu(device)
     except BackendError as error:
@@ -43,7 +47,9 @@ def doctor(context, device, as_json):
         driver = gpu.driver.cuDriverGetVersion()[1]
         found["driver"] = f"for CUDA {driver // 1000}.{driver % 1000 // 10}"
         try:
-            found["kernels"] = f"{'Hopper' if gpu.capability == (9, 0) else 'portable'}, compiled to {' for '.join(target_of(gpu.capability))}"
+            found["kernels"] = (
+                f"{'Hopper' if gpu.capability == (9, 0) else 'portable'}, compiled to {' for '.join(target_of(gpu.capability))}"
+            )
         except (BackendError, ImportError, RuntimeError) as error:
             usable = False
             problems.append(f"kernels cannot be compiled: {error}; pip install 'nvidia-cuda-nvrtc>=13,<14'")

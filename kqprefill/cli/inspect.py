@@ -10,15 +10,21 @@ from ..errors import InputError, KqprefillError
 from .common import open_file, size, table
 
 _GROUPS = [  # what a tensor's name begins with, after blk.N. -> group
-    ("token_embd", "embedding"), ("output.", "output"), (r"ffn_\w+_exps", "experts"), ("attn_", "attention"), ("ffn_", "feed-forward"),
-]  # fmt: skip
+    ("token_embd", "embedding"),
+    ("output.", "output"),
+    (r"ffn_\w+_exps", "experts"),
+    ("attn_", "attention"),
+    ("ffn_", "feed-forward"),
+]
 _ORDER = ("embedding", "attention", "feed-forward", "experts", "output", "norms and biases", "other")
 
 
 @click.command()
 @click.argument("model", metavar="MODEL|SHAPE:RECIPE")
 @click.option("--tensors", is_flag=True, help="The table of tensors.")
-@click.option("--metadata", "key", is_flag=False, flag_value="", metavar="[KEY]", help="All metadata, or what is under KEY.")
+@click.option(
+    "--metadata", "key", is_flag=False, flag_value="", metavar="[KEY]", help="All metadata, or what is under KEY."
+)
 @click.option("--json", "as_json", is_flag=True, help="JSON, sizes in bytes.")
 def inspect(model, tensors, key, as_json):
     """Say what a GGUF file holds.
@@ -35,7 +41,8 @@ def inspect(model, tensors, key, as_json):
     with open_file(model) as file:
         if tensors:
             rows = [
-                {"name": t.name, "type": t.type.name, "shape": list(t.shape), "bytes": t.nbytes} for t in file.tensors.values()
+                {"name": t.name, "type": t.type.name, "shape": list(t.shape), "bytes": t.nbytes}
+                for t in file.tensors.values()
             ]
             lines = [[r["name"], r["type"], " x ".join(map(str, r["shape"])), size(r["bytes"])] for r in rows]
             click.echo(json.dumps(rows) if as_json else table(["tensor", "type", "shape", "size"], lines))
@@ -98,16 +105,21 @@ def _for_people(d):
         f"{d['model']}: {shown(d['name'])}",
         f"architecture {shown(d['architecture'])}, {d['parameters'] / 1e9:.2f} B parameters in {size(d['bytes'])}, {bits:.2f} bits each",
         f"{shown(d['layers'])} layers, context {shown(d['context'])}, vocabulary {shown(d['vocabulary'])} ({shown(d['tokenizer'])})",
-        f"kqprefill runs it ({', '.join(d['backends'])})" if d["backends"] else f"kqprefill does not run it: {d['problem']}",
+        f"kqprefill runs it ({', '.join(d['backends'])})"
+        if d["backends"]
+        else f"kqprefill does not run it: {d['problem']}",
         "",
     ]
     rows = [
         [
-            name, str(group["tensors"]), ", ".join(f"{count} {kind}" for kind, count in sorted(group["types"].items())),
-            size(group["bytes"]), f"{group['bits_per_weight']:.2f}",
+            name,
+            str(group["tensors"]),
+            ", ".join(f"{count} {kind}" for kind, count in sorted(group["types"].items())),
+            size(group["bytes"]),
+            f"{group['bits_per_weight']:.2f}",
         ]
         for name, group in d["groups"].items()
-    ]  # fmt: skip
+    ]
     return "\n".join(lines) + table(["tensors", "", "types", "size", "bits a weight"], rows)
 
 

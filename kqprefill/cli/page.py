@@ -63,7 +63,9 @@ class Page:
             if scored.n_tokens:
                 figures = f"{scored.n_tokens} tokens, mean log-probability {scored.mean_logprob:.4f}, perplexity {scored.perplexity:.4g}"
             which = f"record {index}" + (f", choice {number}" if item.choices else "")
-            self._write(f'<h2>{which} <small>{figures}</small></h2>\n<div class="x"><span class="p">{escape("".join(map(self._name, given)))}</span>')
+            self._write(
+                f'<h2>{which} <small>{figures}</small></h2>\n<div class="x"><span class="p">{escape("".join(map(self._name, given)))}</span>'
+            )
             for place, token in enumerate(scored.tokens.tolist()):
                 self._write(self._token(scored, place, token))
             self._write("</div>\n")
@@ -73,7 +75,9 @@ class Page:
     def _token(self, scored, place, token):
         logprob = float(scored.logprobs[place])
         top = zip(scored.top_tokens[place, : self._top].tolist(), scored.top_logprobs[place, : self._top].tolist())
-        others = json.dumps([[json.dumps(self._name(t), ensure_ascii=False), round(p, 4)] for t, p in top], ensure_ascii=False)
+        others = json.dumps(
+            [[json.dumps(self._name(t), ensure_ascii=False), round(p, 4)] for t, p in top], ensure_ascii=False
+        )
         text = self._name(token)
         shown = "↵\n" if text == "\n" else text
         return f'<span class="t s{bisect(_SHADES, -logprob)}" data-p="{logprob:.4f}" data-a="{escape(others)}">{escape(shown)}</span>'

@@ -11,7 +11,9 @@ from .common import memory_option, open_file, plan_lines, size
 @click.command()
 @click.argument("model", metavar="MODEL|SHAPE:RECIPE")
 @click.option("-p", "--prompt", "tokens", default=4096, show_default=True, metavar="T", help="Tokens of the prompt.")
-@click.option("--device", default=0, metavar="N", envvar="KQPREFILL_DEVICE", show_envvar=True, help="CUDA device number.")
+@click.option(
+    "--device", default=0, metavar="N", envvar="KQPREFILL_DEVICE", show_envvar=True, help="CUDA device number."
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, sizes in bytes.")
 @memory_option
 def plan(model, tokens, device, as_json, vram):
@@ -40,7 +42,9 @@ def plan(model, tokens, device, as_json, vram):
             gpu = Gpu(device)
         except BackendError as error:
             if budget is None or budget.is_share:
-                raise BackendError(f"{error}; without a GPU, say how much memory to plan for, such as --vram 8G") from None
+                raise BackendError(
+                    f"{error}; without a GPU, say how much memory to plan for, such as --vram 8G"
+                ) from None
             facts, may_take, name = H100, budget.of(0), "no GPU here: an H100 is assumed"
         else:
             facts, may_take, name = gpu, budget_of(gpu, budget), gpu.name
@@ -48,11 +52,18 @@ def plan(model, tokens, device, as_json, vram):
         bounds = estimate(made, family, facts)
     if as_json:
         described = {
-            "model": model, "device": name, "budget_bytes": made.budget, "planned_bytes": made.nbytes,
-            "parts": made.parts, "prompt_tokens": tokens, "layers": len(family.blocks),
-            "resident_layers": list(made.resident), "streamed_layers": list(made.streamed),
-            "streamed_bytes": made.streamed_bytes, **bounds,
-        }  # fmt: skip
+            "model": model,
+            "device": name,
+            "budget_bytes": made.budget,
+            "planned_bytes": made.nbytes,
+            "parts": made.parts,
+            "prompt_tokens": tokens,
+            "layers": len(family.blocks),
+            "resident_layers": list(made.resident),
+            "streamed_layers": list(made.streamed),
+            "streamed_bytes": made.streamed_bytes,
+            **bounds,
+        }
         click.echo(json.dumps(described))
         return
     click.echo(f"{model} on {name}, prompts of {tokens} tokens")

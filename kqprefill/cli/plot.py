@@ -30,9 +30,13 @@ def draw(rows, floors, file, kind):
     for (what, seconds), style in zip(floors, ("--", ":")):
         axes.plot(steps, [n / seconds(n) for n in steps], style, color="0.45", linewidth=1.3, label=f"bound by {what}")
     rates, spread = [row["tokens_per_second"] for row in rows], [row["tokens_per_second_stddev"] for row in rows]
-    axes.errorbar(lengths, rates, spread, marker="o", color="C0", capsize=3, label="measured (mean and standard deviation)")
+    axes.errorbar(
+        lengths, rates, spread, marker="o", color="C0", capsize=3, label="measured (mean and standard deviation)"
+    )
     for n, rate in zip(lengths, rates):
-        axes.annotate(f"{rate:.0f}", (n, rate), textcoords="offset points", xytext=(0, -16), ha="center", fontsize=8, color="C0")
+        axes.annotate(
+            f"{rate:.0f}", (n, rate), textcoords="offset points", xytext=(0, -16), ha="center", fontsize=8, color="C0"
+        )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlim(low, high)

@@ -144,7 +144,9 @@ class Lines:
         if resume:
             self._find_end()
         elif os.fstat(self._handle).st_size:
-            raise InputError(f"{path} holds something already: --resume continues an interrupted output; else remove it, or name another")
+            raise InputError(
+                f"{path} holds something already: --resume continues an interrupted output; else remove it, or name another"
+            )
 
     def _find_end(self):
         end = 0
@@ -157,7 +159,9 @@ class Lines:
                     if found["index"] != self.done:
                         raise ValueError
                 except (ValueError, TypeError, KeyError, RecursionError):
-                    raise InputError(f"{self.name}: line {self.done + 1} is no result of record {self.done}; this is no output to resume") from None
+                    raise InputError(
+                        f"{self.name}: line {self.done + 1} is no result of record {self.done}; this is no output to resume"
+                    ) from None
                 self.done, self.last, end = self.done + 1, found, end + len(line)
         os.ftruncate(self._handle, end)
         os.lseek(self._handle, end, os.SEEK_SET)
@@ -175,7 +179,9 @@ class Lines:
         except BrokenPipeError:
             raise
         except OSError as error:
-            raise KqprefillError(f"{self.name} cannot be written: {error.strerror}; --resume goes on from the last whole line") from None
+            raise KqprefillError(
+                f"{self.name} cannot be written: {error.strerror}; --resume goes on from the last whole line"
+            ) from None
         finally:
             self._writing = False
         if self._signalled:

@@ -10,9 +10,20 @@ import click
 from ..backends.wake import wake_gpu
 from ..errors import InputError
 from .common import (
-    STDIO, device_options, memory_option, output_file, progress_bars, read_text, read_tokens, say_loaded, say_summary, size, table,
-    volume_options, warner,
-)  # fmt: skip
+    STDIO,
+    device_options,
+    memory_option,
+    output_file,
+    progress_bars,
+    read_text,
+    read_tokens,
+    say_loaded,
+    say_summary,
+    size,
+    table,
+    volume_options,
+    warner,
+)
 
 
 @click.command()
@@ -21,16 +32,25 @@ from .common import (
 @click.option("--prompt", metavar="TEXT", help="Text, for the file's own tokenizer; `-` reads stdin, `@FILE` a file.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the token id.")
 @click.option("--text", "as_text", is_flag=True, help="The token's text instead of its id.")
-@click.option("--top", default=0, metavar="K", type=click.IntRange(0), help="The K likeliest next tokens: a table on a terminal, JSON in a pipe.")
 @click.option(
-    "--logits", metavar="FILE",
+    "--top",
+    default=0,
+    metavar="K",
+    type=click.IntRange(0),
+    help="The K likeliest next tokens: a table on a terminal, JSON in a pipe.",
+)
+@click.option(
+    "--logits",
+    metavar="FILE",
     help="Write the last position's logits, float32 [V]: .npy, or with the prompt's tokens .npz or .safetensors; `-` is stdout.",
 )
 @click.option("--all-positions", is_flag=True, help="With --logits: every position's, float32 [T, V].")
 @device_options
 @memory_option
 @volume_options
-def run(model, tokens, prompt, as_json, as_text, top, logits, all_positions, backend, device, kernels, vram, quiet, verbose):
+def run(
+    model, tokens, prompt, as_json, as_text, top, logits, all_positions, backend, device, kernels, vram, quiet, verbose
+):
     """Print the greedy next token after a prompt.
 
     \b
@@ -40,7 +60,9 @@ def run(model, tokens, prompt, as_json, as_text, top, logits, all_positions, bac
     if all_positions and logits is None:
         raise click.UsageError("--all-positions says which logits --logits FILE writes; give that too")
     if logits == STDIO and (as_json or top):
-        raise click.UsageError(f"--logits - and {'--json' if as_json else '--top'} both want stdout; write the logits to a file")
+        raise click.UsageError(
+            f"--logits - and {'--json' if as_json else '--top'} both want stdout; write the logits to a file"
+        )
     if (tokens is None) == (prompt is None):
         raise click.UsageError("give the prompt either as --tokens IDS or as --prompt TEXT")
     if as_json and as_text:
@@ -107,7 +129,15 @@ def run(model, tokens, prompt, as_json, as_text, top, logits, all_positions, bac
     if as_json:
         click.echo(json.dumps(described, ensure_ascii=False))
     elif top and sys.stdout.isatty():
-        cells = [[f"{100 * t['probability']:.2f}%", f"{t['logprob']:.4f}", str(t["token"]), json.dumps(t["text"], ensure_ascii=False)] for t in likeliest]
+        cells = [
+            [
+                f"{100 * t['probability']:.2f}%",
+                f"{t['logprob']:.4f}",
+                str(t["token"]),
+                json.dumps(t["text"], ensure_ascii=False),
+            ]
+            for t in likeliest
+        ]
         click.echo(table(["", "log-probability", "token", "text"], cells))
     elif top:
         click.echo(json.dumps(likeliest, ensure_ascii=False))

@@ -11,8 +11,18 @@ import click
 from ..backends.wake import wake_gpu
 from ..errors import InputError, KqprefillError
 from .common import (
-    STDIO, batch_option, device_options, memory_option, open_file, output_file, progress_bars, say_loaded, say_summary, volume_options, warner,
-)  # fmt: skip
+    STDIO,
+    batch_option,
+    device_options,
+    memory_option,
+    open_file,
+    output_file,
+    progress_bars,
+    say_loaded,
+    say_summary,
+    volume_options,
+    warner,
+)
 from .records import Lines, Records
 
 _OURS = frozenset(
@@ -24,22 +34,52 @@ _HTML_TOP = 5  # alternatives on the page
 @click.command()
 @click.argument("model", type=click.Path())
 @click.argument("records", metavar="[JSONL]", type=click.Path(), default=STDIO)
-@click.option("-o", "--output", metavar="FILE", default=STDIO, help="Where the results go, line by line; stdout unless given.")
-@click.option("--resume", is_flag=True, help="Continue an interrupted --output: records that have their line are skipped.")
 @click.option(
-    "--on-error", type=click.Choice(["stop", "skip"]), default="stop", show_default=True, envvar="KQPREFILL_ON_ERROR", show_envvar=True,
-    help="At a bad line: end with status 1, or write {\"index\", \"error\"} and go on.",
-)  # fmt: skip
+    "-o", "--output", metavar="FILE", default=STDIO, help="Where the results go, line by line; stdout unless given."
+)
+@click.option(
+    "--resume", is_flag=True, help="Continue an interrupted --output: records that have their line are skipped."
+)
+@click.option(
+    "--on-error",
+    type=click.Choice(["stop", "skip"]),
+    default="stop",
+    show_default=True,
+    envvar="KQPREFILL_ON_ERROR",
+    show_envvar=True,
+    help='At a bad line: end with status 1, or write {"index", "error"} and go on.',
+)
 @click.option("--per-token", is_flag=True, help="Add token_logprobs.")
 @click.option("--greedy", is_flag=True, help="Add greedy_tokens, the likeliest at each place.")
-@click.option("--top", default=0, metavar="K", type=click.IntRange(0, 1024), help="Add top_tokens and top_logprobs, the K likeliest at each place.")
+@click.option(
+    "--top",
+    default=0,
+    metavar="K",
+    type=click.IntRange(0, 1024),
+    help="Add top_tokens and top_logprobs, the K likeliest at each place.",
+)
 @click.option("--html", metavar="FILE", help="Also write one page that shows the texts, shaded by log-probability.")
 @batch_option
 @device_options
 @memory_option
 @volume_options
 def score(
-    model, records, output, resume, on_error, per_token, greedy, top, html, batch_tokens, backend, device, kernels, vram, quiet, verbose
+    model,
+    records,
+    output,
+    resume,
+    on_error,
+    per_token,
+    greedy,
+    top,
+    html,
+    batch_tokens,
+    backend,
+    device,
+    kernels,
+    vram,
+    quiet,
+    verbose,
 ):
     """Write the log-probabilities of many prompts.
 
@@ -67,7 +107,17 @@ def score(
         progress = stack.enter_context(progress_bars(not quiet and not (output == STDIO and sys.stdout.isatty())))
         page_file = stack.enter_context(output_file(html)) if html else None
         loaded = stack.enter_context(
-            open_model(open_file(model), backend, device, kernels, progress, warner(quiet), vram, max_tokens=batch_tokens, ranks=True)
+            open_model(
+                open_file(model),
+                backend,
+                device,
+                kernels,
+                progress,
+                warner(quiet),
+                vram,
+                max_tokens=batch_tokens,
+                ranks=True,
+            )
         )
         if top > loaded.config.vocab_size:
             raise InputError(f"--top {top}: the vocabulary has {loaded.config.vocab_size} tokens")
@@ -88,7 +138,9 @@ def score(
     rate, where = run.tokens / seconds, f"{loaded.backend.name} ({loaded.backend.device_name})"
     say_summary(f"{run.scored} records, {run.tokens} tokens, {rate:.0f} tokens/s, {where}", quiet, verbose)
     if run.bad and not quiet:
-        click.echo(f"kqprefill: {run.bad} of {run.bad + run.scored} records could not be scored; their lines say why", err=True)
+        click.echo(
+            f"kqprefill: {run.bad} of {run.bad + run.scored} records could not be scored; their lines say why", err=True
+        )
 
 
 class _Run:
@@ -147,8 +199,14 @@ class _Run:
             return True  # perhaps of its text, perhaps of its result
         found, item = line.get("choices", [line]), record.item
         counts = [len(c) - (not item.prompt) for c in item.continuations or [item.prompt[1:]]] if item else []
-        options = {"token_logprobs": self._wanted["per_token"], "greedy_tokens": self._wanted["greedy"], "top_tokens": self._wanted["top"] > 0}
-        return [f["n_tokens"] for f in found] == counts and all((key in found[0]) == asked for key, asked in options.items())
+        options = {
+            "token_logprobs": self._wanted["per_token"],
+            "greedy_tokens": self._wanted["greedy"],
+            "top_tokens": self._wanted["top"] > 0,
+        }
+        return [f["n_tokens"] for f in found] == counts and all(
+            (key in found[0]) == asked for key, asked in options.items()
+        )
 
     def _write_bad(self):
         """The lines of bad records that come next, or stop at the first."""
@@ -172,7 +230,10 @@ class _Run:
         line = {"index": record.index}
         if isinstance(result, list):
             best = max(range(len(found)), key=lambda i: found[i]["logprob"])
-            per_token = max(range(len(found)), key=lambda i: -math.inf if several[i].mean_logprob is None else several[i].mean_logprob)
+            per_token = max(
+                range(len(found)),
+                key=lambda i: -math.inf if several[i].mean_logprob is None else several[i].mean_logprob,
+            )
             line |= {"best": best, "best_per_token": per_token, "choices": found}
         else:
             line |= found[0]
@@ -190,9 +251,11 @@ class _Run:
     def _describe(self, scored):
         perplexity = scored.perplexity
         line = {
-            "n_tokens": scored.n_tokens, "logprob": scored.logprob, "mean_logprob": scored.mean_logprob,
+            "n_tokens": scored.n_tokens,
+            "logprob": scored.logprob,
+            "mean_logprob": scored.mean_logprob,
             "perplexity": None if perplexity == math.inf else perplexity,
-        }  # fmt: skip
+        }
         if self._wanted["per_token"]:
             line["token_logprobs"] = _numbers(scored.logprobs)
         if self._wanted["greedy"]:

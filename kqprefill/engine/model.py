@@ -105,7 +105,9 @@ class Model:
         the device; results are the same however records are packed. Raises InputError for a bad record; BackendError.
         """
         if batch_tokens < 1 or not 0 <= top <= self.config.vocab_size:
-            raise InputError(f"batch_tokens {batch_tokens} and top {top}: at least 1, and 0 to the vocabulary's {self.config.vocab_size}")
+            raise InputError(
+                f"batch_tokens {batch_tokens} and top {top}: at least 1, and 0 to the vocabulary's {self.config.vocab_size}"
+            )
         items = (r if r is None or isinstance(r, Item) else self.item(r) for r in records)
         running, found = None, []
         for group in groups(items, batch_tokens):
@@ -222,7 +224,14 @@ def load(path, backend="auto", device=0, kernels="auto", progress=None, warn=Non
 
 
 def open_model(
-    file, backend="auto", device=0, kernels="auto", progress=None, warn=None, vram=None, max_tokens=None,
+    file,
+    backend="auto",
+    device=0,
+    kernels="auto",
+    progress=None,
+    warn=None,
+    vram=None,
+    max_tokens=None,
     ranks=False,
 ):
     """`load`, for a file that is open already (a GGUFFile or a SyntheticFile); closes it on failure. ranks: max_tokens is of the

@@ -34,7 +34,9 @@ def perplexity(model, tokens, context=CONTEXT, most=None, bos=None, batch_tokens
     tokens = list(tokens)
     count = len(tokens) // context
     if not count:
-        raise InputError(f"the text has {len(tokens)} tokens, but one window takes {context}: give a longer text, or a smaller context")
+        raise InputError(
+            f"the text has {len(tokens)} tokens, but one window takes {context}: give a longer text, or a smaller context"
+        )
     count, half = min(count, most or count), context // 2
 
     def window(index):

@@ -121,7 +121,9 @@ def item_of(record, check, encode):
     if more is None:
         return _whole(encode(prompt) if key == "prompt" else check(prompt))
     if not all(isinstance(m, str) if key == "prompt" else isinstance(m, list) for m in more):
-        raise InputError(f'"{"choices" if "choices" in record else "completion"}" must be {"text" if key == "prompt" else "token ids"}, as "{key}" is')
+        raise InputError(
+            f'"{"choices" if "choices" in record else "completion"}" must be {"text" if key == "prompt" else "token ids"}, as "{key}" is'
+        )
     if not all(more):
         raise InputError("a completion is empty")
     if key == "tokens":

@@ -25,10 +25,18 @@ _MAX_KEY = 65535
 
 # gguf_type: value -> (name, struct code, bytes)
 _SCALARS = {
-    0: ("uint8", "B", 1), 1: ("int8", "b", 1), 2: ("uint16", "H", 2), 3: ("int16", "h", 2), 4: ("uint32", "I", 4),
-    5: ("int32", "i", 4), 6: ("float32", "f", 4), 7: ("bool", "?", 1), 10: ("uint64", "Q", 8), 11: ("int64", "q", 8),
+    0: ("uint8", "B", 1),
+    1: ("int8", "b", 1),
+    2: ("uint16", "H", 2),
+    3: ("int16", "h", 2),
+    4: ("uint32", "I", 4),
+    5: ("int32", "i", 4),
+    6: ("float32", "f", 4),
+    7: ("bool", "?", 1),
+    10: ("uint64", "Q", 8),
+    11: ("int64", "q", 8),
     12: ("float64", "d", 8),
-}  # fmt: skip
+}
 _STRING, _ARRAY = 8, 9
 
 
@@ -158,7 +166,9 @@ class GGUFFile:
                 self.tensors[name] = tensor
         expected = self.metadata.get("split.tensors.count", len(self.tensors))
         if expected != len(self.tensors):
-            raise self._error(f"the {count} files of this split model have {len(self.tensors)} tensors, not {expected!r}")
+            raise self._error(
+                f"the {count} files of this split model have {len(self.tensors)} tensors, not {expected!r}"
+            )
 
     def _of_split(self, i, count):
         """The name of file i (from 0) of a split model."""

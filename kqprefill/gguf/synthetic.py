@@ -45,7 +45,9 @@ SHAPES = {
     "qwen3-8b-yarn": Shape("qwen3", 36, 4096, 32, 8, 128, 12288, 151936, 131072, 1e6, yarn=4.0),
     "qwen3-32b": Shape("qwen3", 64, 5120, 64, 8, 128, 25600, 151936, 40960, 1e6),
     "qwen3-30b-a3b": Shape("qwen3moe", 48, 2048, 32, 4, 128, 768, 151936, 40960, 1e6, experts=128, used=8),
-    "gpt-oss-20b": Shape("gpt-oss", 24, 2880, 64, 8, 64, 2880, 201088, 131072, 1.5e5, window=128, yarn=32.0, experts=32, used=4),
+    "gpt-oss-20b": Shape(
+        "gpt-oss", 24, 2880, 64, 8, 64, 2880, 201088, 131072, 1.5e5, window=128, yarn=32.0, experts=32, used=4
+    ),
     "llama3-8b": Shape("llama", 32, 4096, 32, 8, 128, 14336, 128256, 131072, 5e5),
     "llama3-70b": Shape("llama", 80, 8192, 64, 8, 128, 28672, 128256, 131072, 5e5),
 }
@@ -61,7 +63,9 @@ def _q4_k_m(shape, name, layer):
         return GGML.Q6_K
     if name == "ffn_gate_inp":  # the router
         return GGML.F32
-    if name.removesuffix("_exps") in ("attn_v", "ffn_down") and (layer < n // 8 or layer >= 7 * n // 8 or (layer - n // 8) % 3 == 2):
+    if name.removesuffix("_exps") in ("attn_v", "ffn_down") and (
+        layer < n // 8 or layer >= 7 * n // 8 or (layer - n // 8) % 3 == 2
+    ):
         return GGML.Q6_K
     if name == "attn_v" and (shape.architecture, n) == ("llama", 80):  # the 70B: eight heads share each row of v
         return GGML.Q5_K
@@ -84,7 +88,6 @@ class SyntheticTensor:
     @property
     def data(self):
         return _random_weights(self.shape, self.type, self.name.split(".")[-2])
-
 
     def item(self, index):
         """As `reader.Tensor.item`."""
@@ -111,20 +114,27 @@ class SyntheticFile:
     def __init__(self, shape, type_of, name):
         s, self.path = shape, name
         values = {
-            "context_length": s.context, "embedding_length": s.hidden, "block_count": s.layers,
-            "feed_forward_length": s.ffn, "attention.head_count": s.heads, "attention.head_count_kv": s.kv_heads,
-            "attention.key_length": s.head_dim, "attention.value_length": s.head_dim,
-            "attention.layer_norm_rms_epsilon": 1e-6, "rope.freq_base": s.rope_base,
-        }  # fmt: skip
+            "context_length": s.context,
+            "embedding_length": s.hidden,
+            "block_count": s.layers,
+            "feed_forward_length": s.ffn,
+            "attention.head_count": s.heads,
+            "attention.head_count_kv": s.kv_heads,
+            "attention.key_length": s.head_dim,
+            "attention.value_length": s.head_dim,
+            "attention.layer_norm_rms_epsilon": 1e-6,
+            "rope.freq_base": s.rope_base,
+        }
         if s.window:
             values["attention.sliding_window"] = s.window
         if s.experts:
             values |= {"expert_count": s.experts, "expert_used_count": s.used, "expert_feed_forward_length": s.ffn}
         if s.yarn:
             values |= {
-                "rope.scaling.type": "yarn", "rope.scaling.factor": s.yarn,
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": s.yarn,
                 "rope.scaling.original_context_length": int(s.context / s.yarn),
-            }  # fmt: skip
+            }
         self.metadata = {"general.architecture": s.architecture, "general.name": self.path}
         self.metadata.update({f"{s.architecture}.{key}": value for key, value in values.items()})
         if s.vocab == 256:  # a token is a byte, written as GPT-2's vocabularies do
@@ -149,10 +159,16 @@ class SyntheticFile:
             add("", "output", s.vocab, s.hidden)
         for i in range(s.layers):
             dims = {
-                "attn_norm": (s.hidden,), "attn_q": (q, s.hidden), "attn_k": (kv, s.hidden), "attn_v": (kv, s.hidden),
-                "attn_output": (s.hidden, q), "ffn_norm": (s.hidden,), "ffn_gate": (s.ffn, s.hidden),
-                "ffn_up": (s.ffn, s.hidden), "ffn_down": (s.hidden, s.ffn),
-            }  # fmt: skip
+                "attn_norm": (s.hidden,),
+                "attn_q": (q, s.hidden),
+                "attn_k": (kv, s.hidden),
+                "attn_v": (kv, s.hidden),
+                "attn_output": (s.hidden, q),
+                "ffn_norm": (s.hidden,),
+                "ffn_gate": (s.ffn, s.hidden),
+                "ffn_up": (s.ffn, s.hidden),
+                "ffn_down": (s.hidden, s.ffn),
+            }
             if s.experts:
                 stacks = {f"{name}_exps": (s.experts, *dims.pop(name)) for name in ("ffn_gate", "ffn_up", "ffn_down")}
                 dims |= {"ffn_gate_inp": (s.experts, s.hidden), **stacks}
@@ -165,7 +181,12 @@ class SyntheticFile:
                 dims["attn_sinks"] = (s.heads,)
             for name, shape in dims.items():
                 add(f"blk.{i}.", name, *shape, layer=i)
-                if name in ("attn_q", "attn_k", "attn_v") and s.architecture == "qwen2" or len(shape) > 1 and s.architecture == "gpt-oss":
+                if (
+                    name in ("attn_q", "attn_k", "attn_v")
+                    and s.architecture == "qwen2"
+                    or len(shape) > 1
+                    and s.architecture == "gpt-oss"
+                ):
                     add(f"blk.{i}.", name, *shape[:-1], part="bias")
 
     @classmethod

@@ -18,8 +18,22 @@ from .qwen3moe import Qwen3Moe
 from .smollm3 import SmolLM3
 
 _PAGES = (
-    Qwen3, Qwen3Moe, Llama, Qwen2, Qwen2Moe, Gemma, Gemma2, Gemma3, Mistral3, Phi3, Olmo2, Olmoe, Granite, SmolLM3, GptOss,
-)  # fmt: skip
+    Qwen3,
+    Qwen3Moe,
+    Llama,
+    Qwen2,
+    Qwen2Moe,
+    Gemma,
+    Gemma2,
+    Gemma3,
+    Mistral3,
+    Phi3,
+    Olmo2,
+    Olmoe,
+    Granite,
+    SmolLM3,
+    GptOss,
+)
 FAMILIES = {family.architecture: family for family in _PAGES}
 
 

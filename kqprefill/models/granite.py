@@ -15,7 +15,9 @@ class Granite(Family):
         self.residual_scale = self.meta.number("residual_scale", 1.0)
         self.logit_scale = 1 / self.meta.number("logit_scale", 1.0)
         if any(w.bias is not None for block in self.blocks for w in (block.attn_output, block.ffn_down)):
-            raise self.meta.error("biases on what is added to the residual stream are not supported beside residual_scale")
+            raise self.meta.error(
+                "biases on what is added to the residual stream are not supported beside residual_scale"
+            )
 
     def embed(self, ops, tokens):
         return ops.embed(self.token_embd, tokens, scale=self.embedding_scale)

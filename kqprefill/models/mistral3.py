@@ -12,5 +12,8 @@ class Mistral3(Llama):
     def read_hyper_parameters(self):
         super().read_hyper_parameters()
         if self.meta.has("attention.temperature_scale"):
-            beta, length = self.meta.number("attention.temperature_scale"), self.meta.integer("rope.scaling.original_context_length")
+            beta, length = (
+                self.meta.number("attention.temperature_scale"),
+                self.meta.integer("rope.scaling.original_context_length"),
+            )
             self.rope = replace(self.rope, beta=beta, beta_length=length)

@@ -9,14 +9,23 @@ class Olmo2(Family):
 
     def block_shapes(self):
         c = self.config
-        shapes = {name: shape for name, shape in super().block_shapes().items() if name not in ("attn_norm", "ffn_norm")}
+        shapes = {
+            name: shape for name, shape in super().block_shapes().items() if name not in ("attn_norm", "ffn_norm")
+        }
         width = (c.embedding_length,)
-        norms = {"attn_q_norm": (c.q_width,), "attn_k_norm": (c.kv_width,), "post_attention_norm": width, "post_ffw_norm": width}
+        norms = {
+            "attn_q_norm": (c.q_width,),
+            "attn_k_norm": (c.kv_width,),
+            "post_attention_norm": width,
+            "post_ffw_norm": width,
+        }
         return {**shapes, **norms}
 
     def read_hyper_parameters(self):
         super().read_hyper_parameters()
-        self.window = self.meta.integer("attention.sliding_window") if self.meta.has("attention.sliding_window") else None
+        self.window = (
+            self.meta.integer("attention.sliding_window") if self.meta.has("attention.sliding_window") else None
+        )
         self.pattern = self.meta.integer("attention.sliding_window_pattern", 4)
         self.rope_local = self.read_rope(scaled=False)
 

@@ -10,8 +10,15 @@ class Phi3(Family):
 
     def block_shapes(self):
         c = self.config
-        shapes = {name: shape for name, shape in super().block_shapes().items() if name not in ("attn_q", "attn_k", "attn_v", "ffn_gate")}
-        fused = {"attn_qkv": (c.q_width + 2 * c.kv_width, c.embedding_length), "ffn_up": (2 * c.feed_forward_length, c.embedding_length)}
+        shapes = {
+            name: shape
+            for name, shape in super().block_shapes().items()
+            if name not in ("attn_q", "attn_k", "attn_v", "ffn_gate")
+        }
+        fused = {
+            "attn_qkv": (c.q_width + 2 * c.kv_width, c.embedding_length),
+            "ffn_up": (2 * c.feed_forward_length, c.embedding_length),
+        }
         return {**shapes, **fused}
 
     def block_parts(self):
@@ -26,7 +33,9 @@ class Phi3(Family):
 
     def read_hyper_parameters(self):
         super().read_hyper_parameters()
-        self.window = self.meta.integer("attention.sliding_window") if self.meta.has("attention.sliding_window") else None
+        self.window = (
+            self.meta.integer("attention.sliding_window") if self.meta.has("attention.sliding_window") else None
+        )
 
     def rope_factors(self):
         """By the context that the model has, not by each prompt's length: so no prompt's beginning depends on its end

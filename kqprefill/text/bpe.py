@@ -19,7 +19,9 @@ _PATTERNS = {  # one after another, each cutting what the one before left
     "digits": [r"\p{N}", _GPT2],
     "llama3": [_LLAMA3],
     "qwen2": [_QWEN2],
-    "qwen35": [_CONTRACTION + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"],
+    "qwen35": [
+        _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ],
     "tekken": [_CASED % ("", "", "")],
     "gpt4o": [_CASED % (_CONTRACTION + "?", _CONTRACTION + "?", "{1,3}")],
     "deepseek3": [
@@ -28,8 +30,13 @@ _PATTERNS = {  # one after another, each cutting what the one before left
         r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     ],
     "deepseek-llm": [
-        r"[\r\n]", r"\s?[\p{Lu}\p{Ll}\p{Lt}]+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", r"[一-龥ࠀ-一가-퟿]+", r"\p{N}+",
-    ],  # fmt: skip
+        r"[\r\n]",
+        r"\s?[\p{Lu}\p{Ll}\p{Lt}]+",
+        r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+        r"\s+$",
+        r"[一-龥ࠀ-一가-퟿]+",
+        r"\p{N}+",
+    ],
     "deepseek-coder": [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", r"\p{N}"],
     "falcon": [r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]"],
     "default": [r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"],
@@ -61,10 +68,14 @@ class BytePairs:
 
     def __init__(self, pieces, merges, pre, error):
         if pre not in _BY_NAME:
-            raise error(f"its pre-tokenizer {pre!r} is not supported; give --tokens ({', '.join(sorted(_BY_NAME))} are)")
+            raise error(
+                f"its pre-tokenizer {pre!r} is not supported; give --tokens ({', '.join(sorted(_BY_NAME))} are)"
+            )
         vocabulary = {piece: i for i, piece in enumerate(pieces)}
         self._bytes = [vocabulary.get(piece) for piece in byte_pieces()]
-        if not merges and pre not in _WHOLE_WORDS and None not in self._bytes:  # a token a byte (the example's) needs no library
+        if (
+            not merges and pre not in _WHOLE_WORDS and None not in self._bytes
+        ):  # a token a byte (the example's) needs no library
             return
         self._bytes = None
         try:

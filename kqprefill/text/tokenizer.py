@@ -38,8 +38,14 @@ class Tokenizer:
             add_bos, self._space_prefix = pre in ADDS_BOS, False
         else:
             raise self._error(f"its vocabulary is of kind {kind!r}; 'llama' and 'gpt2' are supported: give --tokens")
-        self.bos = self._special(metadata, "bos", len(pieces)) if metadata.get("tokenizer.ggml.add_bos_token", add_bos) else None
-        self._eos = self._special(metadata, "eos", len(pieces)) if metadata.get("tokenizer.ggml.add_eos_token", False) else None
+        self.bos = (
+            self._special(metadata, "bos", len(pieces))
+            if metadata.get("tokenizer.ggml.add_bos_token", add_bos)
+            else None
+        )
+        self._eos = (
+            self._special(metadata, "eos", len(pieces)) if metadata.get("tokenizer.ggml.add_eos_token", False) else None
+        )
         marked = [i for i, t in enumerate(types) if t in (_UNKNOWN, _CONTROL, _USER_DEFINED) or pieces[i] in _UNMARKED]
         self._specials = sorted(((pieces[i], i) for i in marked if pieces[i]), key=lambda piece: -len(piece[0]))
         # Phi-3's special tokens swallow the white space after them, but for those that are Llama's.

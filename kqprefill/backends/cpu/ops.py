@@ -37,7 +37,9 @@ class CpuOps(Ops):
 
     def qkv(self, h, wq, wk, wv, *, rope, q_norm=None, k_norm=None):
         q, k, v = (self.linear(h, w) for w in (wq, wk, wv))
-        q, k = (x if n is None else self.rms_norm(x.reshape(len(h), -1, *n.shape), n) for x, n in ((q, q_norm), (k, k_norm)))
+        q, k = (
+            x if n is None else self.rms_norm(x.reshape(len(h), -1, *n.shape), n) for x, n in ((q, q_norm), (k, k_norm))
+        )
         q, k, v = (x.reshape(len(h), -1, self.config.head_dim) for x in (q, k, v))
         if rope is None:
             return q, k, v
@@ -155,7 +157,13 @@ class CpuOps(Ops):
         return x + y / (1 + np.exp(-(h * _vector(weight.tensor)).sum(axis=-1)))[:, None]
 
     def head(self, x, norm, output, logits, scale=1.0, softcap=None):
-        rows = np.arange(len(x)) if logits == "all" else self.batch.targets.rows if logits == "ranks" else np.array([len(x) - 1])
+        rows = (
+            np.arange(len(x))
+            if logits == "all"
+            else self.batch.targets.rows
+            if logits == "ranks"
+            else np.array([len(x) - 1])
+        )
         self.enter("head", [output], len(rows))
         parts = (
             (at, part if softcap is None else np.float32(softcap) * np.tanh(part / np.float32(softcap)))
@@ -177,7 +185,10 @@ class CpuOps(Ops):
 def _ranks(parts, targets):
     """Ranks from logits that come some columns at a time: (first column, float32 [S, columns])."""
     n, every = len(targets.rows), np.arange(len(targets.rows))
-    largest, total = np.full(n, -np.inf, np.float32), np.zeros(n)  # of all so far; the sum of exponentials, relative to it
+    largest, total = (
+        np.full(n, -np.inf, np.float32),
+        np.zeros(n),
+    )  # of all so far; the sum of exponentials, relative to it
     wanted, best, best_ids = np.zeros(n), np.empty((n, 0), np.float32), np.empty((n, 0), np.int32)
     for first, part in parts:
         here = (targets.tokens >= first) & (targets.tokens < first + part.shape[1])

@@ -91,7 +91,11 @@ class CudaBackend(Backend):
         """Let layers leave the device where a batch of so many tokens, or `more` bytes for a cache, need their room."""
         plan = make_plan(model, self.gpu, self.hopper, self._budget, tokens, self._cache_bytes() + more, self._ranks)
         placed = self.weights.plan
-        if placed is None or (plan.resident, plan.slot_bytes, plan.tile_bytes) != (placed.resident, placed.slot_bytes, placed.tile_bytes):
+        if placed is None or (plan.resident, plan.slot_bytes, plan.tile_bytes) != (
+            placed.resident,
+            placed.slot_bytes,
+            placed.tile_bytes,
+        ):
             self._graphs.clear()
             self.weights.place(plan, progress)
         self.plan = plan

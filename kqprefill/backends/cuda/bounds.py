@@ -12,7 +12,12 @@ _OTHERS_OPERATIONS = 512  # GeForce and its like
 _HOPPER_SHARE, _PORTABLE_SHARE = 0.6, 0.35
 
 H100 = SimpleNamespace(
-    capability=(9, 0), multiprocessors=132, shared_memory=227 << 10, clock=1.98e9, memory_rate=3.35e12, bus_rate=lambda: 55e9
+    capability=(9, 0),
+    multiprocessors=132,
+    shared_memory=227 << 10,
+    clock=1.98e9,
+    memory_rate=3.35e12,
+    bus_rate=lambda: 55e9,
 )
 
 
@@ -38,7 +43,11 @@ def estimate(plan, family, facts):
     if plan.streamed:
         bus = facts.bus_rate()
         enough = (n for n in range(64, 1 << 20, 64) if flops(family, n) / rate >= plan.streamed_bytes / bus)
-        found |= {"bus_seconds": plan.streamed_bytes / bus, "bus_gb_per_s": bus / 1e9, "free_from_tokens": next(enough, 1 << 20)}
+        found |= {
+            "bus_seconds": plan.streamed_bytes / bus,
+            "bus_gb_per_s": bus / 1e9,
+            "free_from_tokens": next(enough, 1 << 20),
+        }
     return found
 
 
@@ -48,6 +57,9 @@ def floors(plan, family, facts):
     found = [(f"arithmetic: {rate / 1e12:.0f} TFLOP/s", lambda tokens: flops(family, tokens) / rate)]
     if plan.streamed:
         bus = facts.bus_rate()
-        return [*found, (f"streamed weights over the bus: {bus / 1e9:.0f} GB/s", lambda tokens: plan.streamed_bytes / bus)]
+        return [
+            *found,
+            (f"streamed weights over the bus: {bus / 1e9:.0f} GB/s", lambda tokens: plan.streamed_bytes / bus),
+        ]
     memory = facts.memory_rate
     return [*found, (f"reading each weight once: {memory / 1e12:.2f} TB/s", lambda tokens: nbytes / memory)]

@@ -6,10 +6,14 @@ import numpy as np
 
 # The macro that each type's struct needs, and the type whose grid it is.
 _MACROS = {
-    "IQ2_XXS": ("GRID_IQ2_XXS", "IQ2_XXS"), "IQ2_XS": ("GRID_IQ2_XS", "IQ2_XS"), "IQ2_S": ("GRID_IQ2_S", "IQ2_S"),
-    "IQ3_XXS": ("GRID_IQ3_XXS", "IQ3_XXS"), "IQ3_S": ("GRID_IQ3_S", "IQ3_S"),
-    "IQ1_S": ("GRID_IQ1", "IQ1_S"), "IQ1_M": ("GRID_IQ1", "IQ1_S"),
-}  # fmt: skip
+    "IQ2_XXS": ("GRID_IQ2_XXS", "IQ2_XXS"),
+    "IQ2_XS": ("GRID_IQ2_XS", "IQ2_XS"),
+    "IQ2_S": ("GRID_IQ2_S", "IQ2_S"),
+    "IQ3_XXS": ("GRID_IQ3_XXS", "IQ3_XXS"),
+    "IQ3_S": ("GRID_IQ3_S", "IQ3_S"),
+    "IQ1_S": ("GRID_IQ1", "IQ1_S"),
+    "IQ1_M": ("GRID_IQ1", "IQ1_S"),
+}
 
 
 def definitions(type_names):
@@ -29,4 +33,6 @@ def _grid(name):
     values = 8 * values + 15 if name == "IQ1_S" else values  # eighths, less the smaller of the two steps, positive
     words = np.ascontiguousarray(values.astype(np.uint8).reshape(-1, 4)[:, [0, 2, 1, 3]]).view("<u4")[:, 0]
     entries = words.reshape(len(values), -1)
-    return ",".join("{" + ",".join(f"{w}u" for w in entry) + "}" if len(entry) > 1 else f"{entry[0]}u" for entry in entries)
+    return ",".join(
+        "{" + ",".join(f"{w}u" for w in entry) + "}" if len(entry) > 1 else f"{entry[0]}u" for entry in entries
+    )

@@ -25,7 +25,9 @@ class ExpertOps:
         return {m * experts.used for m in {min(self.n, step), self.n % step} - {0}}
 
     def moe(self, h, w, experts, *, activation, residual):
-        router, *stacks = (self.weights.matrix(m) for m in (w.ffn_gate_inp, w.ffn_gate_exps, w.ffn_up_exps, w.ffn_down_exps))
+        router, *stacks = (
+            self.weights.matrix(m) for m in (w.ffn_gate_inp, w.ffn_gate_exps, w.ffn_up_exps, w.ffn_down_exps)
+        )
         count, used, hidden = experts.count, experts.used, h.columns
         g, u, d = (replace(stack, rows=stack.rows // count) for stack in stacks)  # an expert's
         self.enter("linear", [w.ffn_gate_exps, w.ffn_up_exps, w.ffn_down_exps], self.n * used // count)
@@ -40,19 +42,27 @@ class ExpertOps:
             scores = self.work.get("scores", 4 * m * count)
             self._multiply(h.rows_from(t), [router], scores, m, self._bias(w.ffn_gate_inp))
             chosen, shares, places, counts = (
-                self.work.get(name, 4 * n) for name, n in (("experts", rows), ("shares", rows), ("places", rows), ("counts", count))
+                self.work.get(name, 4 * n)
+                for name, n in (("experts", rows), ("shares", rows), ("places", rows), ("counts", count))
             )
             launch = partial(self.kernels.launch, EXPERTS)
             launch(
-                "route", -(-m // 8), 256,
-                scores, i32(m), i32(count), i32(used), i32(experts.normalise), i32(experts.routed_after), chosen, shares,
-            )  # fmt: skip
+                "route",
+                -(-m // 8),
+                256,
+                scores,
+                i32(m),
+                i32(count),
+                i32(used),
+                i32(experts.normalise),
+                i32(experts.routed_after),
+                chosen,
+                shares,
+            )
             launch("count", count, 256, chosen, i32(rows), counts)
             launch("place", count, 1024, chosen, i32(rows), counts, places)
             x = replace(h, address=self.work.get("sorted", 2 * rows * padded(hidden)), rows=rows)
-            launch(
-                "gather", rows, 128, h.rows_from(t).address, i32(used), i32(padded(hidden)), places, x.address
-            )
+            launch("gather", rows, 128, h.rows_from(t).address, i32(used), i32(padded(hidden)), places, x.address)
             act = Operand(self.work.get("activated", 2 * rows * g.rows), g.rows, act_scale, rows)
             groups = self._groups(counts, count, rows, gated.group_rows(rows, [g, u], True, count))
             gated.gated(x, g, u, act, rows, w_scale, biases, ACTIVATIONS[activation], groups)

@@ -91,10 +91,27 @@ class PortableGemm:
                 first += matrix.rows
             tile = choose_gemm_tile(m, end - begin, self._gpu)
             self._kernels.launch(
-                tile.program(), "gemm_linear", tile.grid(m, end - begin, self._gpu.multiprocessors), tile.threads,
-                a.address, scratch, i32(m), i32(end - begin), i32(k), out + 4 * begin, i32(total), a.scale, w_scale,
-                bias and bias + 4 * begin, out + 4 * begin if add else 0, 0, 0, i32(0), i32(0), shared_bytes=tile.shared_bytes,
-            )  # fmt: skip
+                tile.program(),
+                "gemm_linear",
+                tile.grid(m, end - begin, self._gpu.multiprocessors),
+                tile.threads,
+                a.address,
+                scratch,
+                i32(m),
+                i32(end - begin),
+                i32(k),
+                out + 4 * begin,
+                i32(total),
+                a.scale,
+                w_scale,
+                bias and bias + 4 * begin,
+                out + 4 * begin if add else 0,
+                0,
+                0,
+                i32(0),
+                i32(0),
+                shared_bytes=tile.shared_bytes,
+            )
 
     def _stacked_linear(self, a, matrix, out, m, w_scale, bias, groups):
         k, rows = padded(a.columns), matrix.rows
@@ -102,10 +119,27 @@ class PortableGemm:
         for first, last, scratch in self._experts_at_once(2 * rows * k, groups):
             dequantise(self._kernels, matrix, first * rows, (last - first) * rows, scratch, k, w_scale)
             self._kernels.launch(
-                tile.program(True), "gemm_linear", tile.grid(m, rows, self._gpu.multiprocessors, groups.experts), tile.threads,
-                a.address, scratch, i32(m), i32(rows), i32(k), out, i32(rows), a.scale, w_scale, bias and bias + 4 * first * rows, 0,
-                groups.address, groups.count, i32(first), i32(last), shared_bytes=tile.shared_bytes,
-            )  # fmt: skip
+                tile.program(True),
+                "gemm_linear",
+                tile.grid(m, rows, self._gpu.multiprocessors, groups.experts),
+                tile.threads,
+                a.address,
+                scratch,
+                i32(m),
+                i32(rows),
+                i32(k),
+                out,
+                i32(rows),
+                a.scale,
+                w_scale,
+                bias and bias + 4 * first * rows,
+                0,
+                groups.address,
+                groups.count,
+                i32(first),
+                i32(last),
+                shared_bytes=tile.shared_bytes,
+            )
 
     def _experts_at_once(self, nbytes, groups):
         """(first, last + 1, scratch) of as many of a stack's matrices, of nbytes each, as the scratch holds."""
@@ -119,12 +153,33 @@ class PortableGemm:
         tile = choose_gemm_tile(m, 2 * rows, self._gpu, groups.experts)
         for first, last, scratch in self._experts_at_once(4 * rows * k, groups):
             for matrix, place in ((gate, 0), (up, 8)):
-                dequantise(self._kernels, matrix, first * rows, (last - first) * rows, scratch, k, w_scale, place, gated=True)
+                dequantise(
+                    self._kernels, matrix, first * rows, (last - first) * rows, scratch, k, w_scale, place, gated=True
+                )
             self._kernels.launch(
-                tile.program(True), "gemm_gated", tile.grid(m, 2 * rows, self._gpu.multiprocessors, groups.experts), tile.threads,
-                a.address, scratch, i32(m), i32(rows), i32(rows), i32(k), act.address, i32(rows), a.scale, w_scale,
-                *(bias and bias + 4 * first * rows for bias in biases), act.scale, i32(activation), groups.address, groups.count, i32(first), i32(last), shared_bytes=tile.shared_bytes,
-            )  # fmt: skip
+                tile.program(True),
+                "gemm_gated",
+                tile.grid(m, 2 * rows, self._gpu.multiprocessors, groups.experts),
+                tile.threads,
+                a.address,
+                scratch,
+                i32(m),
+                i32(rows),
+                i32(rows),
+                i32(k),
+                act.address,
+                i32(rows),
+                a.scale,
+                w_scale,
+                *(bias and bias + 4 * first * rows for bias in biases),
+                act.scale,
+                i32(activation),
+                groups.address,
+                groups.count,
+                i32(first),
+                i32(last),
+                shared_bytes=tile.shared_bytes,
+            )
 
     def gated(self, a, gate, up, act, m, w_scale, biases, activation, groups=_NO_GROUPS):
         if groups.experts:
@@ -139,19 +194,49 @@ class PortableGemm:
                 dequantise(self._kernels, matrix, at, features, scratch, k, w_scale, first, gated=True)
             tile = choose_gemm_tile(m, 2 * width, self._gpu)
             self._kernels.launch(
-                tile.program(), "gemm_gated", tile.grid(m, 2 * width, self._gpu.multiprocessors), tile.threads,
-                a.address, scratch, i32(m), i32(features), i32(width), i32(k), act.address + 2 * at, i32(stride),
-                a.scale, w_scale, *(bias and bias + 4 * at for bias in biases), act.scale, i32(activation), 0, 0, i32(0), i32(0), shared_bytes=tile.shared_bytes,
-            )  # fmt: skip
+                tile.program(),
+                "gemm_gated",
+                tile.grid(m, 2 * width, self._gpu.multiprocessors),
+                tile.threads,
+                a.address,
+                scratch,
+                i32(m),
+                i32(features),
+                i32(width),
+                i32(k),
+                act.address + 2 * at,
+                i32(stride),
+                a.scale,
+                w_scale,
+                *(bias and bias + 4 * at for bias in biases),
+                act.scale,
+                i32(activation),
+                0,
+                0,
+                i32(0),
+                i32(0),
+                shared_bytes=tile.shared_bytes,
+            )
 
 
 def dequantise(kernels, matrix, first, rows, out, stride, scale, first_out=0, gated=False):
     """Launch weights.cu's dequantize: `rows` rows of a matrix from row `first`, as halves."""
     if rows:
         kernels.launch(
-            weight_program(matrix.type), "dequantize", -(-rows * (stride // 16) // 256), 256,
-            matrix.address, i32(matrix.units), i32(first), i32(rows), out, i32(stride), i32(first_out), i32(gated), scale,
-        )  # fmt: skip
+            weight_program(matrix.type),
+            "dequantize",
+            -(-rows * (stride // 16) // 256),
+            256,
+            matrix.address,
+            i32(matrix.units),
+            i32(first),
+            i32(rows),
+            out,
+            i32(stride),
+            i32(first_out),
+            i32(gated),
+            scale,
+        )
 
 
 def _types(matrices):
@@ -178,20 +263,52 @@ class HopperGemm:
         described = [v for w in matrices for v in (w.address, i32(w.rows), i32(types.index(w.type)))]
         described += (0, i32(0), i32(0)) * (3 - len(matrices))
         self._launch(
-            "gemm_linear", tile, types, m, row_tiles, groups,
-            *described, self._maps.of(a.address, a.columns, a.rows, tile.tokens // tile.cluster), i32(m), i32(a.columns), out, i32(sum(w.rows for w in matrices)), a.scale,
-            w_scale, bias, i32(add), groups.address, groups.count,
-        )  # fmt: skip
+            "gemm_linear",
+            tile,
+            types,
+            m,
+            row_tiles,
+            groups,
+            *described,
+            self._maps.of(a.address, a.columns, a.rows, tile.tokens // tile.cluster),
+            i32(m),
+            i32(a.columns),
+            out,
+            i32(sum(w.rows for w in matrices)),
+            a.scale,
+            w_scale,
+            bias,
+            i32(add),
+            groups.address,
+            groups.count,
+        )
 
     def gated(self, a, gate, up, act, m, w_scale, biases, activation, groups=_NO_GROUPS):
         types, row_tiles = (gate.type,), gate.row_tiles + up.row_tiles
         tile = self._tile(m, row_tiles, True, groups.experts)
         self._launch(
-            "gemm_gated", tile, types, m, row_tiles, groups,
-            gate.address, up.address, i32(gate.rows),
-            self._maps.of(a.address, a.columns, a.rows, tile.tokens // tile.cluster), i32(m), i32(a.columns), act.address, i32(padded(act.columns)), a.scale, w_scale,
-            *biases, act.scale, i32(activation), groups.address, groups.count,
-        )  # fmt: skip
+            "gemm_gated",
+            tile,
+            types,
+            m,
+            row_tiles,
+            groups,
+            gate.address,
+            up.address,
+            i32(gate.rows),
+            self._maps.of(a.address, a.columns, a.rows, tile.tokens // tile.cluster),
+            i32(m),
+            i32(a.columns),
+            act.address,
+            i32(padded(act.columns)),
+            a.scale,
+            w_scale,
+            *biases,
+            act.scale,
+            i32(activation),
+            groups.address,
+            groups.count,
+        )
 
     def _tile(self, m, row_tiles, gated, experts):
         return choose_hopper_tile(m, row_tiles, gated, self._gpu.multiprocessors, experts)

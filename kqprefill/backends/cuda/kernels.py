@@ -38,7 +38,9 @@ def every_program(arch):
         mixes = [*((t,) for t in sorted(SUPPORTED)), (GGML.Q4_K, GGML.Q6_K)]
         tiles = [(tile, types) for types in mixes for tile in HOPPER_TILES if len(types) == 1 or not tile.gated]
         programs.update(dict.fromkeys(tile.program(types) for tile, types in tiles))
-        stacks = [((t,), tile) for t in (GGML.Q4_K, GGML.Q6_K, GGML.MXFP4) for tile in HOPPER_TILES]  # the types of most experts
+        stacks = [
+            ((t,), tile) for t in (GGML.Q4_K, GGML.Q6_K, GGML.MXFP4) for tile in HOPPER_TILES
+        ]  # the types of most experts
         programs.update(dict.fromkeys(tile.program(types, grouped=True) for types, tile in stacks))
     return list(programs)
 

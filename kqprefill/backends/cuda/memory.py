@@ -230,7 +230,9 @@ class Uploader:
             self._make_ring()
         pieces = [source[at : at + self.SLOT_BYTES] for at in range(0, source.size, self.SLOT_BYTES)]
         for first in range(0, len(pieces), self.SLOTS):
-            filled = [self._pool.submit(self._fill, i, piece) for i, piece in enumerate(pieces[first : first + self.SLOTS])]
+            filled = [
+                self._pool.submit(self._fill, i, piece) for i, piece in enumerate(pieces[first : first + self.SLOTS])
+            ]
             for slot, future in enumerate(filled):
                 self._gpu.upload(address, future.result(), self._stream)
                 self._stream.record(self._events[slot])

@@ -57,7 +57,9 @@ class CudaOps(ExpertOps, Ops):
         self.kv_rows, self.n_tiles, self.n_copies = layout.rows, len(layout.tiles), len(layout.copies)
         self.tiles = self._upload("tiles", layout.tiles)
         self.kv_row_of, self.copies = (
-            (self._upload("kv rows", layout.row_of), self._upload("kv copies", layout.copies)) if self.n_copies else (0, 0)
+            (self._upload("kv rows", layout.row_of), self._upload("kv copies", layout.copies))
+            if self.n_copies
+            else (0, 0)
         )
         if batch.targets is not None:
             self.target_rows = self._upload("target rows", batch.targets.rows)
@@ -116,9 +118,17 @@ class CudaOps(ExpertOps, Ops):
 
     def _embed(self, matrix, tokens, n, scale, out):
         self.kernels.launch(
-            weight_program(matrix.type), "embed", n, 256,
-            matrix.address, i32(matrix.units), i32(matrix.columns), tokens, f32(scale), out,
-        )  # fmt: skip
+            weight_program(matrix.type),
+            "embed",
+            n,
+            256,
+            matrix.address,
+            i32(matrix.units),
+            i32(matrix.columns),
+            tokens,
+            f32(scale),
+            out,
+        )
 
     def rms_norm(self, x, weight, rows=None, picked=0):
         """rows: how many, the first of x's or (picked: device address of int32 row numbers) any; all unless given."""
@@ -129,9 +139,19 @@ class CudaOps(ExpertOps, Ops):
         out = self.work.get("normed", 2 * rows * padded(columns))
         scale = self.weights.constant_scale(math.sqrt(columns) * np.abs(host).max())
         self.kernels.launch(
-            NORM, "rms_norm", rows, 256,
-            x, vector, out, i32(columns), i32(padded(columns)), f32(self.config.rms_epsilon), scale, picked,
-        )  # fmt: skip
+            NORM,
+            "rms_norm",
+            rows,
+            256,
+            x,
+            vector,
+            out,
+            i32(columns),
+            i32(padded(columns)),
+            f32(self.config.rms_epsilon),
+            scale,
+            picked,
+        )
         return Operand(out, columns, scale, rows, vector, math.sqrt(columns))
 
     def cast(self, x):
@@ -166,7 +186,10 @@ class CudaOps(ExpertOps, Ops):
         q = self.work.get("q", n * q_row)
         k, v = self._kv_addresses()
         start = self.batch.start if self.cache is not None else 0
-        norms = [self.weights.vector(w.tensor)[0] if w is not None and w.shape == (c.head_dim,) else 0 for w in (q_norm, k_norm)]
+        norms = [
+            self.weights.vector(w.tensor)[0] if w is not None and w.shape == (c.head_dim,) else 0
+            for w in (q_norm, k_norm)
+        ]
         pairs = rope.width // 2 if rope is not None else 0
         growth = _ROTATION_GROWTH * rope.magnitude if rope is not None else 1.0
         growths = growth * (float(rope.temperature(c.context_length)) if rope is not None else 1.0), growth, 1.0
@@ -179,21 +202,44 @@ class CudaOps(ExpertOps, Ops):
             for norm, at in ((q_norm, 0), (k_norm, 4 * c.q_width)):  # over all heads
                 if norm is not None and norm.shape != (c.head_dim,):
                     self.kernels.launch(
-                        NORM, "rms_norm_in_place", m, 256,
-                        sums + at, self.weights.vector(norm.tensor)[0], i32(norm.shape[0]), i32(width), f32(c.rms_epsilon),
-                    )  # fmt: skip
+                        NORM,
+                        "rms_norm_in_place",
+                        m,
+                        256,
+                        sums + at,
+                        self.weights.vector(norm.tensor)[0],
+                        i32(norm.shape[0]),
+                        i32(width),
+                        f32(c.rms_epsilon),
+                    )
             scales = [
-                self._rotated_scale(h, w, b, norm, g) for w, b, norm, g in zip(matrices, biases, (q_norm, k_norm, None), growths)
+                self._rotated_scale(h, w, b, norm, g)
+                for w, b, norm, g in zip(matrices, biases, (q_norm, k_norm, None), growths)
             ]
             # Of a batch whose rows of k and v are in another order than its tokens, the kernel looks them up.
             to = q + t * q_row, *(x if self.n_copies else x + (start + t) * kv_row for x in (k, v))
             self.kernels.launch(
-                ROPE, "rotate_qkv", (m, -(-heads // 8)), 256,
-                sums, *to, i32(c.head_count), i32(c.head_count_kv), i32(c.head_dim), i32(padded_dim), *norms,
-                f32(c.rms_epsilon), self._rope_table(rope) + 8 * t * pairs if pairs else 0, i32(pairs),
-                i32(pairs > 0 and rope.interleaved), *scales, self.kv_row_of and self.kv_row_of + 4 * t,
-                self.positions + 4 * t, f32(rope.beta if pairs else 0.0), i32(rope.beta_length if pairs else 1),
-            )  # fmt: skip
+                ROPE,
+                "rotate_qkv",
+                (m, -(-heads // 8)),
+                256,
+                sums,
+                *to,
+                i32(c.head_count),
+                i32(c.head_count_kv),
+                i32(c.head_dim),
+                i32(padded_dim),
+                *norms,
+                f32(c.rms_epsilon),
+                self._rope_table(rope) + 8 * t * pairs if pairs else 0,
+                i32(pairs),
+                i32(pairs > 0 and rope.interleaved),
+                *scales,
+                self.kv_row_of and self.kv_row_of + 4 * t,
+                self.positions + 4 * t,
+                f32(rope.beta if pairs else 0.0),
+                i32(rope.beta_length if pairs else 1),
+            )
         if self.n_copies:
             self.kernels.launch(ROPE, "copy_rows", self.n_copies, 128, k, v, i32(kv_row // 16), self.copies)
         return Heads(q, scales[0]), Heads(k, scales[1]), Heads(v, scales[2])
@@ -209,11 +255,25 @@ class CudaOps(ExpertOps, Ops):
             kv_width = c.head_count_kv * tile.head_dim
             inputs = q_map, *(self.maps.of(x.address, kv_width, kv_rows, tile.block_kv) for x in (k, v))
         self.kernels.launch(
-            tile.program, "attention", (c.head_count, self.n_tiles), tile.threads,
-            *inputs, out, self.tiles, i32(c.head_count), i32(c.head_count_kv), i32(c.head_dim),
-            i32(padded(c.q_width)), f32(scale), q.scale, k.scale, i32(window or 0), f32(softcap or 0.0),
-            self.weights.vector(sinks.tensor)[0] if sinks is not None else 0, shared_bytes=tile.shared_bytes,
-        )  # fmt: skip
+            tile.program,
+            "attention",
+            (c.head_count, self.n_tiles),
+            tile.threads,
+            *inputs,
+            out,
+            self.tiles,
+            i32(c.head_count),
+            i32(c.head_count_kv),
+            i32(c.head_dim),
+            i32(padded(c.q_width)),
+            f32(scale),
+            q.scale,
+            k.scale,
+            i32(window or 0),
+            f32(softcap or 0.0),
+            self.weights.vector(sinks.tensor)[0] if sinks is not None else 0,
+            shared_bytes=tile.shared_bytes,
+        )
         return Operand(out, c.q_width, v.scale, self.n)
 
     def _rotated_scale(self, h, matrix, bias, norm, growth):
@@ -238,9 +298,17 @@ class CudaOps(ExpertOps, Ops):
             half_turns = self.weights.constant(rope.inv_freq / math.pi)
             table = self.work.get(f"rope {len(self._tables)}", 8 * self.n * pairs)
             self.kernels.launch(
-                ROPE, "rope_table", -(-self.n * pairs // 256), 256,
-                self.positions, half_turns, i32(self.n), i32(pairs), f32(rope.magnitude), table,
-            )  # fmt: skip
+                ROPE,
+                "rope_table",
+                -(-self.n * pairs // 256),
+                256,
+                self.positions,
+                half_turns,
+                i32(self.n),
+                i32(pairs),
+                f32(rope.magnitude),
+                table,
+            )
             self._tables[id(rope)] = table
         return self._tables[id(rope)]
 
@@ -303,10 +371,18 @@ class CudaOps(ExpertOps, Ops):
             self.gpu.zero(absmax, 4)
             for matrix in matrices:
                 self.kernels.launch(
-                    weight_program(matrix.type), "measure", matrix.row_tiles, 8 * TILE_ROWS,
-                    matrix.address, i32(matrix.units), i32(matrix.rows), i32(matrix.columns), a.norm or 0,
-                    self._row_norms(matrix), absmax,
-                )  # fmt: skip
+                    weight_program(matrix.type),
+                    "measure",
+                    matrix.row_tiles,
+                    8 * TILE_ROWS,
+                    matrix.address,
+                    i32(matrix.units),
+                    i32(matrix.rows),
+                    i32(matrix.columns),
+                    a.norm or 0,
+                    self._row_norms(matrix),
+                    absmax,
+                )
             self.kernels.launch(SCALES, "weight_scale", 1, 1, absmax, address)
 
         return self.weights.scale(("weights", *(m.name for m in matrices)), make)
@@ -314,9 +390,18 @@ class CudaOps(ExpertOps, Ops):
     def _output_scale(self, name, n, gain, a, bias_a, b=None, bias_b=0):
         def make(address):
             self.kernels.launch(
-                SCALES, "output_scale", 1, 256,
-                self._row_norms(a), bias_a, self._row_norms(b) if b else 0, bias_b, i32(n), f32(gain), address,
-            )  # fmt: skip
+                SCALES,
+                "output_scale",
+                1,
+                256,
+                self._row_norms(a),
+                bias_a,
+                self._row_norms(b) if b else 0,
+                bias_b,
+                i32(n),
+                f32(gain),
+                address,
+            )
 
         return self.weights.scale(("output", name), make)
 
@@ -356,7 +441,14 @@ class CudaOps(ExpertOps, Ops):
             self._multiply(h, [matrix], device, m, self._bias(output))
             if scale != 1.0 or softcap is not None:
                 self.kernels.launch(
-                    HEAD, "finish_logits", -(-m * vocab // 1024), 1024, device, m * vocab, f32(scale), f32(softcap or 0.0)
+                    HEAD,
+                    "finish_logits",
+                    -(-m * vocab // 1024),
+                    1024,
+                    device,
+                    m * vocab,
+                    f32(scale),
+                    f32(softcap or 0.0),
                 )
             if logits == "ranks":
                 rank(0, m, self.target_tokens + 4 * at, ranked_address + at * ranked[0].nbytes)
@@ -395,4 +487,6 @@ class CudaOps(ExpertOps, Ops):
 def _ranks(ranked, top):
     """Ranks of rank's output, [S, 1 + at least top]."""
     likeliest = ranked[:, 1 : 1 + top]
-    return Ranks(*(np.ascontiguousarray(x) for x in (ranked["logprob"][:, 0], likeliest["token"], likeliest["logprob"])))
+    return Ranks(
+        *(np.ascontiguousarray(x) for x in (ranked["logprob"][:, 0], likeliest["token"], likeliest["logprob"]))
+    )

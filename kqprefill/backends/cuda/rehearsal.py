@@ -85,13 +85,20 @@ def stand_in(facts, hopper, kernels=None, host_embedding=False):
         pass
 
     gpu = SimpleNamespace(
-        capability=facts.capability, multiprocessors=facts.multiprocessors, shared_memory=facts.shared_memory,
-        upload=nothing, zero=nothing,
-    )  # fmt: skip
+        capability=facts.capability,
+        multiprocessors=facts.multiprocessors,
+        shared_memory=facts.shared_memory,
+        upload=nothing,
+        zero=nothing,
+    )
     return SimpleNamespace(
-        gpu=gpu, hopper=hopper, kernels=kernels or NoKernels(), workspace=Sizes(), weights=NoWeights(host_embedding),
+        gpu=gpu,
+        hopper=hopper,
+        kernels=kernels or NoKernels(),
+        workspace=Sizes(),
+        weights=NoWeights(host_embedding),
         downloads=SimpleNamespace(start=nothing),
-    )  # fmt: skip
+    )
 
 
 def batch_of(tokens, ranks):

@@ -17,7 +17,10 @@ from .tiles import TILE_ROWS
 from .weights import layer_tensors, tile_bytes
 
 CONTEXT_BYTES = 560 << 20  # that the driver takes for a context and our kernels (an H100: 540 MiB)
-_SLACK_BYTES, _SLACK_SHARE = 64 << 20, 0.012  # that its allocator takes beyond what is asked for (an H100: 20 to 230 MiB)
+_SLACK_BYTES, _SLACK_SHARE = (
+    64 << 20,
+    0.012,
+)  # that its allocator takes beyond what is asked for (an H100: 20 to 230 MiB)
 SPARE_BYTES = 128 << 20  # left free where no budget is given
 _LOCKED_IN_PASSING = 32 << 30  # host memory that is locked at a time where it is read once: unlocking can wait
 
@@ -45,7 +48,9 @@ class Plan:
         """Host memory that may stay locked: a model that is streamed, where it is the lesser part of the machine's; a part
         of one that is read in passing."""
         memory = host_memory()
-        wanted = self.streamed_bytes + 4 * WINDOW * len(self.streamed)  # a layer's first and last windows are not all its own
+        wanted = self.streamed_bytes + 4 * WINDOW * len(
+            self.streamed
+        )  # a layer's first and last windows are not all its own
         return wanted if self.streamed and wanted < memory // 2 else min(_LOCKED_IN_PASSING, memory // 4)
 
 

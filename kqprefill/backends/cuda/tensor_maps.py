@@ -21,15 +21,19 @@ class TensorMaps:
             stride = padded(columns)
             descriptor = check(
                 d.cuTensorMapEncodeTiled(
-                    d.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, address,
-                    [d.cuuint64_t(stride), d.cuuint64_t(rows)], [d.cuuint64_t(2 * stride)],
-                    [d.cuuint32_t(64), d.cuuint32_t(box_rows)], [d.cuuint32_t(1)] * 2,
+                    d.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                    2,
+                    address,
+                    [d.cuuint64_t(stride), d.cuuint64_t(rows)],
+                    [d.cuuint64_t(2 * stride)],
+                    [d.cuuint32_t(64), d.cuuint32_t(box_rows)],
+                    [d.cuuint32_t(1)] * 2,
                     d.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
                     d.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
                     d.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                     d.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
                 )
-            )  # fmt: skip
+            )
             self._gpu.upload(to, np.array([int(word) for word in descriptor.opaque], np.uint64))
 
         return self._weights.descriptor((address, columns, rows, box_rows), encode)

@@ -99,11 +99,20 @@ class HopperTile:
         over a stack of experts of one type."""
         blocks, stages, raw_stages, _ = self._layout(types)
         constants = {
-            "GATED": self.gated, "TOKENS": self.tokens, "WARPGROUPS": self.warpgroups, "TILES": self.tiles,
-            "BLOCKS": blocks, "CLUSTER": self.cluster, "STEPS": self._steps(), "STAGES": stages, "RAW_STAGES": raw_stages,
-            "PRODUCER_REGISTERS": _PRODUCER_REGISTERS, "CONSUMER_REGISTERS": self._consumer_registers(blocks),
-            "FORMATS": ",".join(t.name for t in types), "GROUPED": int(grouped),
-        }  # fmt: skip
+            "GATED": self.gated,
+            "TOKENS": self.tokens,
+            "WARPGROUPS": self.warpgroups,
+            "TILES": self.tiles,
+            "BLOCKS": blocks,
+            "CLUSTER": self.cluster,
+            "STEPS": self._steps(),
+            "STAGES": stages,
+            "RAW_STAGES": raw_stages,
+            "PRODUCER_REGISTERS": _PRODUCER_REGISTERS,
+            "CONSUMER_REGISTERS": self._consumer_registers(blocks),
+            "FORMATS": ",".join(t.name for t in types),
+            "GROUPED": int(grouped),
+        }
         return Program("gemm_sm90.cu", tuple((name, str(value)) for name, value in constants.items()))
 
     @property
@@ -124,7 +133,11 @@ class HopperTile:
 
     def _count(self, m, row_tiles, experts):
         """Blocks' tiles, in whole clusters. Each expert's last tile is half full, at a guess."""
-        return (-(-m // self.tokens) + experts // 2) * -(-row_tiles // (self.warpgroups * self.tiles * self.cluster)) * self.cluster
+        return (
+            (-(-m // self.tokens) + experts // 2)
+            * -(-row_tiles // (self.warpgroups * self.tiles * self.cluster))
+            * self.cluster
+        )
 
     def _steps(self):
         """Steps in a stage of x: a whole unit's where they are small, so that there is less waiting."""
