@@ -1,6 +1,10 @@
 """Where a prefill's time goes: by stage, with the work that each stage was given."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 STAGES = ("linear", "attention", "rest", "head")
 
@@ -17,16 +21,17 @@ class Stage:
 class Timeline:
     """Ops say when they enter a stage; what follows belongs to it. now(): a mark; between(a, b): seconds."""
 
-    def __init__(self, now, between):
-        self._now, self._between, self._marks = now, between, []
+    def __init__(self, now: Callable[[], Any], between: Callable[[Any, Any], float]) -> None:
+        self._now, self._between = now, between
+        self._marks: list[tuple[str, Any, int, int]] = []
 
-    def enter(self, stage, flops=0, weight_bytes=0):
+    def enter(self, stage: str, flops: int = 0, weight_bytes: int = 0) -> None:
         """The head is the last stage: the ops that it calls are part of it."""
         if not self._marks or self._marks[-1][0] != "head":
             self._marks.append((stage, self._now(), flops, weight_bytes))
 
-    def stages(self):
-        """{name: Stage}, once all is done."""
+    def stages(self) -> dict[str, Stage]:
+        """What was entered, by name, once all is done."""
         result, end = {name: Stage() for name in STAGES}, self._now()
         marks = [mark for _, mark, _, _ in self._marks[1:]] + [end]
         for (name, start, flops, weight_bytes), until in zip(self._marks, marks):

@@ -1,0 +1,39 @@
+"""Numbers that the host and the kernels must agree on. Every program is compiled with all of them as defines, so that a
+change here changes both sides."""
+
+from __future__ import annotations
+
+TILE_ROWS = 32  # rows of a tile of quantised weights (kernels/quants/common.cuh)
+OPERAND_GROUP = 64  # columns that an operand is padded to and permuted within (kernels/include/operand.cuh)
+MAX_HEAD_DIM = 256  # that rope.cu and the attention kernels take
+MOST_EXPERTS = 1024  # of a layer (experts.cu)
+MOST_USED_EXPERTS = 32  # by a token
+
+# The activations of gated feed-forward networks, by the numbers that the GEMMs are told (kernels/include/activation.cuh).
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "swiglu_oai": 2}
+
+# Threads of a block: the define, its value, and the kernels that are launched with so many.
+_THREADS = {
+    "NORM_THREADS": (256, "rms_norm rms_norm_in_place cast add_rms_norm"),
+    "ROPE_TABLE_THREADS": (256, "rope_table"),
+    "ROTATE_THREADS": (256, "rotate_qkv"),
+    "COPY_THREADS": (128, "copy_rows gather"),
+    "SINGLE_THREAD": (1, "weight_scale divide_scale"),
+    "OUTPUT_SCALE_THREADS": (256, "output_scale"),
+    "HEAD_THREADS": (1024, "finish_logits rank"),
+    "EXPERT_THREADS": (256, "route count combine add_gated"),
+    "PLACE_THREADS": (1024, "place"),
+    "MAKE_GROUPS_THREADS": (MOST_EXPERTS, "make_groups"),
+    "WEIGHT_THREADS": (256, "repack dequantize embed measure"),
+}
+THREADS = {kernel: threads for threads, kernels in _THREADS.values() for kernel in kernels.split()}
+
+SHARED_DEFINES = {
+    "TILE_ROWS": TILE_ROWS,
+    "OPERAND_GROUP": OPERAND_GROUP,
+    "MAX_HEAD_DIM": MAX_HEAD_DIM,
+    "MOST_EXPERTS": MOST_EXPERTS,
+    "MOST_USED_EXPERTS": MOST_USED_EXPERTS,
+    **{f"ACTIVATION_{name.upper()}": number for name, number in ACTIVATIONS.items()},
+    **{name: threads for name, (threads, _) in _THREADS.items()},
+}

@@ -1,0 +1,149 @@
+"""What all parts of the package speak of: the batch that is computed, what is asked of it, and what comes back.
+
+Shapes: T tokens in the batch, S targets, V vocab_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int32Array: TypeAlias = NDArray[np.int32]
+Float32Array: TypeAlias = NDArray[np.float32]
+
+# Hears how far something is: progress(stage, done, total).
+Progress: TypeAlias = Callable[[str, int, int], None]
+
+# Which logits are asked for: none, the last position's, every position's, or those that a batch's targets need ("ranks").
+Logits: TypeAlias = Literal["last", "all", "ranks"] | None
+
+# Attention walks a sequence's keys in blocks of at most so many, which begin at multiples of the block's size. A segment
+# that continues another has its own copy of the keys of the block that it begins in: fewer than this.
+LARGEST_KEY_BLOCK = 128
+
+# Whoever packs a batch keeps its rows of keys, such copies included, to so many times its tokens; the backend plans its
+# memory for that many.
+KEYS_PER_TOKEN = 2
+
+
+def no_progress(stage: str, done: int, total: int) -> None:
+    """A Progress for those who do not want to hear."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows of a batch that follow one another in a sequence: `length` of them from row `first`, at `position` and on.
+
+    after: which of the batch's segments holds all the tokens before these, from the sequence's first on; None where there
+    are none, or where a cache has them. Several segments may come after the same one.
+    """
+
+    first: int
+    length: int
+    position: int = 0
+    after: int | None = None
+
+    @property
+    def rows(self) -> slice:
+        """Its rows of the batch."""
+        return slice(self.first, self.first + self.length)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Whose log-probabilities are asked for: token tokens[i], coming after row rows[i] of the batch; int32 [S] each.
+
+    top: how many of the likeliest tokens are to be named as well.
+    """
+
+    rows: Int32Array
+    tokens: Int32Array
+    top: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The tokens of one prefill, int32 [T]: those of each segment, one segment after another.
+
+    Without segments they are one sequence's, from position `start` on. A token sees the tokens before it in its own
+    sequence, and no others.
+    """
+
+    tokens: Int32Array
+    start: int = 0
+    segments: tuple[Segment, ...] = ()
+    targets: Targets | None = None
+
+    def __post_init__(self) -> None:
+        if not self.segments:
+            object.__setattr__(self, "segments", (Segment(0, len(self.tokens), self.start),))
+
+    @property
+    def positions(self) -> Int32Array:
+        """Each token's place in its sequence, int32 [T]."""
+        return np.concatenate([np.arange(s.position, s.position + s.length, dtype=np.int32) for s in self.segments])
+
+    def count(self, logits: Logits) -> int:
+        """How many of the positions have their logits computed."""
+        if logits == "all":
+            return len(self.tokens)
+        if logits == "ranks":
+            return len(self.targets.rows) if self.targets is not None else 0
+        return 1
+
+
+@dataclass(frozen=True)
+class HeadResult:
+    """The last position's greedy token, its logit and natural log-probability; and the logits that were asked for, float32
+    [V] or [T, V], or None."""
+
+    token: int
+    logit: float
+    logprob: float
+    logits: Float32Array | None
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What Targets asked for.
+
+    logprobs: natural log-probabilities, float32 [S], NaN where a logit is. top_tokens: the likeliest tokens, int32 [S, top],
+    of equals the lowest ids first; top_logprobs: theirs, float32 [S, top].
+    """
+
+    logprobs: Float32Array
+    top_tokens: Int32Array
+    top_logprobs: Float32Array
+
+
+# Waits for what the head of a batch computes. It must be called before the next batch but one is run.
+PendingHead: TypeAlias = Callable[[], HeadResult | Ranks]
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """What one layer keeps of a sequence so that the sequence can be continued: one subclass for each kind.
+
+    A family declares its layers' (`Family.layer_states`); a backend stores them, in a cache or for a batch only.
+    """
+
+
+@dataclass(frozen=True)
+class KeysValues(LayerState):
+    """A row of keys and a row of values for each token, `heads` x `head_dim` values each.
+
+    window: a query sees that many tokens, itself the last; None where it sees all.
+    """
+
+    heads: int
+    head_dim: int
+    window: int | None = None
+
+    @property
+    def width(self) -> int:
+        """Values of one token's keys."""
+        return self.heads * self.head_dim
