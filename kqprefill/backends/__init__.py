@@ -1,16 +1,24 @@
 """Backends: the same ops, in NumPy (the reference) and in CUDA."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 from ..errors import BackendError, InputError
+
+if TYPE_CHECKING:
+    from .base import Backend
 
 NAMES = ("auto", "cpu", "cuda")
 KERNELS = ("auto", "portable")
 
 
-def open_backend(name, device, kernels, warn):
+def open_backend(name: str, device: int, kernels: str, warn: Callable[[str], None]) -> Backend:
     """The backend called `name`. "auto" takes CUDA where it can be used and says through warn(str) where it cannot.
 
-    kernels: "auto", or "portable" for those that run on every supported GPU. Raises BackendError where "cuda" is asked
-    for and unusable, InputError for an unknown name.
+    device: the CUDA device's number. kernels: "auto", or "portable" for those that run on every supported GPU. Raises
+    BackendError where "cuda" is asked for and unusable, InputError for an unknown name.
     """
     if name not in NAMES:
         raise InputError(f"backend {name!r} is unknown; choose one of {', '.join(NAMES)}")
@@ -20,7 +28,7 @@ def open_backend(name, device, kernels, warn):
         try:
             from .cuda.backend import CudaBackend
 
-            return CudaBackend(device, portable=kernels == "portable")
+            return CudaBackend(device, kernels)
         except BackendError as error:
             if name == "cuda":
                 raise

@@ -1,4 +1,6 @@
-"""How much device memory may be taken, as people say it: `8G`, `512M`, `75%`."""
+"""Amounts of device memory as people say them: `8G`, `512M`, `75%`."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 import re
@@ -8,17 +10,24 @@ from ..errors import InputError
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
+def gib(nbytes: float) -> str:
+    """Bytes for people, in GiB."""
+    return f"{nbytes / 2**30:.2f} GiB"
+
+
 @dataclass(frozen=True)
 class Budget:
-    """A number of bytes, or a share of the device's memory."""
+    """How much device memory may be taken: a number of bytes, or a share of the device's memory."""
 
     amount: float
     is_share: bool = False
 
     @classmethod
-    def parse(cls, value):
+    def parse(cls, value: Budget | str | int) -> Budget:
         """From bytes (an integer) or text: digits and K, M, G or T (powers of 1024; `GB` and `GiB` are the same), or `N%`.
-        Raises InputError."""
+
+        Raises InputError.
+        """
         if isinstance(value, cls):
             return value
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[KMGT]?)(?:I?B)?", str(value).strip().upper())
@@ -28,6 +37,6 @@ class Budget:
             return cls(float(match[1]) / 100, True)
         return cls(float(match[1]) * _UNITS[match[2]])
 
-    def of(self, total):
+    def of(self, total: int) -> int:
         """Bytes, on a device that has `total`."""
         return int(self.amount * total if self.is_share else self.amount)

@@ -1,16 +1,18 @@
 """Wakes the NVIDIA driver early: initialising it and a context takes 0.2 s, which can pass while Python imports."""
 
+from __future__ import annotations
+
 import ctypes
 from threading import Thread
 
 
-def wake_gpu(backend, device):
+def wake_gpu(backend: str, device: int) -> None:
     """Begin to wake the device, unless the backend is "cpu". Returns at once; failures are left for later to report."""
     if backend != "cpu" and device >= 0:
         Thread(target=_wake, args=(device,), daemon=True).start()
 
 
-def _wake(device):
+def _wake(device: int) -> None:
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:

@@ -1,129 +1,228 @@
 """The CUDA backend: opens a GPU, decides what of a model stays on it, runs batches."""
 
-from concurrent.futures import ThreadPoolExecutor
+from __future__ import annotations
 
-from ..base import Backend
-from ..timeline import Timeline
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from ...core import KEYS_PER_TOKEN, Batch, Logits, PendingHead, Progress, no_progress
+from ...errors import BackendError
+from ...models.family import Family
+from ..base import Backend, Cache
+from ..budget import Budget
+from ..timeline import Stage, Timeline
 from .bounds import floors
-from .cache import DeviceCache, HostCache
-from .device import Gpu, cuda_errors
-from .graphs import Graphs
-from .kernels import Kernels, programs_for
-from .memory import Downloads, Workspace
-from .ops import CudaOps
-from .rehearsal import products_of
-from .residency import budget_of, make_plan
-from .weights import DeviceWeights
+from .device.gpu import Gpu, cuda_errors
+from .device.graphs import Graphs
+from .device.launcher import Launcher
+from .device.workspace import Downloads, Workspace
+from .gemm.tensor_maps import TensorMaps
+from .kernel_set import kernel_set_of
+from .kv_cache import DeviceCache, HostCache
+from .ops.attention_layout import attention_layout
+from .ops.batch import Residual
+from .ops.context import Context
+from .ops.cuda_ops import CudaOps
+from .programs import weight_program
+from .rehearsal import plan_model, rehearse
+from .weights.plan import Plan, budget_of
+from .weights.small_arrays import SmallArrays
+from .weights.store import WeightsOnDevice
 
 PLANNED_TOKENS = 4096  # of the longest prompt, where the caller does not say; a longer one makes room for itself
 
 
 class CudaBackend(Backend):
-    """Raises BackendError where the GPU cannot be used."""
+    """Runs one model on one GPU. Raises BackendError where the GPU cannot be used."""
 
     name = "cuda"
+    plan: Plan | None = None
 
-    def __init__(self, device, portable=False):
+    def __init__(self, device: int, kernels: str = "auto") -> None:
         self.gpu = Gpu(device)
-        self.hopper = self.gpu.capability == (9, 0) and not portable  # whether Hopper's own kernels run
         self.device_name = self.gpu.name
-        self.kernels, self.workspace, self.weights = Kernels(self.gpu), Workspace(self.gpu), None
-        self.downloads = Downloads(self.gpu)
-        self._graphs, self._prepared, self._caches = Graphs(self.gpu, self.workspace), set(), []
-        self._ran = False  # whether a batch has been through
+        with cuda_errors("NVRTC"):
+            self.kernel_set = kernel_set_of(self.gpu.capability, kernels)
+        self.launcher = Launcher(self.gpu, self.kernel_set.target)
+        self.work, self.downloads, self.maps = Workspace(self.gpu), Downloads(self.gpu), TensorMaps(self.gpu)
+        self._graphs = Graphs(self.gpu, lambda: (self.work.generation, self.maps.generation))
+        self._caches: list[DeviceCache] = []
+        self._small: SmallArrays | None = None
+        self._weights: WeightsOnDevice | None = None
+        self._context: Context | None = None
+        self._budget = 0
+        self._ranks = False  # whether the plan is for batches with targets
+        self._ran = self._closed = False  # whether a batch has been through; whether all has been given back
 
-    def load(self, model, progress, vram=None, tokens=None, ranks=False):
-        types = {weight.tensor.type for weight in model.matrices()}
+    @property
+    def context(self) -> Context:
+        """What ops work with, once a model is loaded."""
+        if self._context is None:
+            raise BackendError("no model has been loaded")
+        return self._context
+
+    @property
+    def weights(self) -> WeightsOnDevice:
+        """The loaded model's."""
+        if self._weights is None:
+            raise BackendError("no model has been loaded")
+        return self._weights
+
+    @property
+    def loaded(self) -> Any:
+        return self._weights.loaded if self._weights is not None else None
+
+    def load(
+        self,
+        family: Family,
+        progress: Progress,
+        vram: Budget | None = None,
+        tokens: int | None = None,
+        ranks: bool = False,
+    ) -> None:
         tokens = tokens or PLANNED_TOKENS
         if not ranks:  # one prompt
-            tokens = min(tokens, model.config.context_length)
+            tokens = min(tokens, family.config.context_length)
         self._ranks = ranks
         with cuda_errors("loading the model"):
             self._budget = budget_of(self.gpu, vram)
-            plan = make_plan(model, self.gpu, self.hopper, self._budget, tokens, ranks=ranks)
-            self.kernels.prepare(programs_for(model.config.head_dim, types, self.hopper), progress)
-            self.weights = DeviceWeights(self.gpu, self.kernels, model)
-            products = products_of(model, self.gpu, self.hopper, tokens, ranks)
+            plan = self._make_plan(family, tokens, 0)
+            weight_programs = {weight_program(weight.tensor.type) for weight in family.matrices()}
+            self.launcher.prepare(weight_programs, progress)  # which placing launches
+            self._small, self._weights = SmallArrays(self.gpu), WeightsOnDevice(self.gpu, self.launcher, family)
+            self._context = Context.of(
+                self.gpu,
+                self.kernel_set,
+                self.launcher,
+                self.work,
+                self.downloads,
+                self.maps,
+                self._weights,
+                self._small,
+            )
             with ThreadPoolExecutor(1, initializer=self.gpu.device.set_current) as pool:
-                compiled = pool.submit(self.kernels.prepare, products, progress)
-                self.weights.place(plan, progress)
+                compiled = pool.submit(self.launcher.prepare, plan.needs.programs, progress)
+                self._weights.place(plan, progress)
                 compiled.result()
-            self._prepared.add((tokens, tokens if ranks else 1))
             self.plan = plan
 
-    def new_cache(self, model, capacity):
+    def new_cache(self, family: Family, capacity: int) -> Cache:
+        plan, states = self.plan, family.layer_states
+        assert plan is not None, "a model is loaded before it is given a cache"
         with cuda_errors("making a cache"):
             kind = DeviceCache
-            others = self.plan.nbytes - self.plan.parts.get("caches", 0) + self._cache_bytes()
-            if others + kind.bytes_needed(model.config, capacity) > self._budget:
+            others = plan.nbytes - plan.parts.get("caches", 0) + self._cache_bytes()
+            if others + kind.bytes_needed(states, capacity) > self._budget:
                 kind = HostCache
-                self._make_room(model, self.plan.tokens, kind.bytes_needed(model.config, capacity), lambda *_: None)
-            cache = kind(self.gpu, model.config, capacity)
+                self._make_room(family, plan.tokens, kind.bytes_needed(states, capacity), no_progress)
+            cache = kind(self.gpu, states, capacity)
         self._caches.append(cache)
         return cache
 
-    def run(self, model, batch, cache, logits, forward, progress, timed=False):
+    def run(
+        self,
+        family: Family,
+        batch: Batch,
+        cache: Cache | None,
+        logits: Logits,
+        progress: Progress,
+        timed: bool = False,
+    ) -> tuple[PendingHead, dict[str, Stage] | None]:
+        assert cache is None or isinstance(cache, DeviceCache), "a cache of another backend"
         with cuda_errors("prefill"):
             self.gpu.device.set_current()
             if self._ran:
                 self.weights.settle()
-            ranks = self._ranks or batch.targets is not None
-            if len(batch.tokens) > self.plan.tokens or self.weights.plan is None or ranks != self._ranks:
-                self._ranks = ranks
-                self._make_room(model, max(len(batch.tokens), self.plan.tokens), 0, progress)
-            ops = CudaOps(self, model.config, batch, cache)
-            shape = ops.n, ops.positions_of(logits)
-            if shape not in self._prepared:
-                ops.prepare(model, logits, progress)
-                self._prepared.add(shape)
-            if timed:
-                ops.timeline = self._timeline()
-            one_by_one = timed or cache is not None or self.plan.streamed or len(batch.segments) > 1
-            x = forward(ops) if one_by_one else self._graphs.run(ops, forward)
-            head = model.head(ops, x, logits)
-            self._ran = True
-            return head, ops.timeline.stages() if timed else None
+            self._make_room_for(family, batch, progress)
+            self.maps.make_room()
 
-    def _cache_bytes(self):
+            def upcoming() -> tuple[Any, ...]:
+                return rehearse(family, self.gpu, self.kernel_set, batch, logits).programs
+
+            with self.launcher.expecting(upcoming, progress):
+                ops = CudaOps(self.context, family, batch, cache)
+                if timed:
+                    ops.timeline = self._timeline()
+
+                def forward() -> Residual:
+                    residual: Residual = family.forward(ops, progress)
+                    return residual
+
+                one_by_one = timed or cache is not None or self.weights.streaming or len(batch.segments) > 1
+                x = forward() if one_by_one else self._graphs.run(ops.n, forward)
+                pending = family.head(ops, x, logits)
+            self._ran = True
+            if ops.timeline is None:
+                return self._reporting(pending), None
+            result = pending()
+            return lambda: result, ops.timeline.stages()
+
+    @staticmethod
+    def _reporting(pending: PendingHead) -> PendingHead:
+        """The same, its CUDA errors made ours."""
+
+        def wait() -> Any:
+            with cuda_errors("prefill"):
+                return pending()
+
+        return wait
+
+    def _cache_bytes(self) -> int:
         return sum(cache.device_bytes for cache in self._caches)
 
-    def _make_room(self, model, tokens, more, progress):
+    def _make_room_for(self, family: Family, batch: Batch, progress: Progress) -> None:
+        """Plan anew where a batch takes more than was planned for: tokens, rows of keys, or targets."""
+        plan, ranks = self.plan, self._ranks or batch.targets is not None
+        assert plan is not None
+        needed = len(batch.tokens)
+        if batch.targets is not None:
+            keys = attention_layout(batch.segments, self.kernel_set.attention(family.config.head_dim)).rows
+            needed = max(needed, -(-keys // KEYS_PER_TOKEN))
+        if needed > plan.tokens or self.weights.plan is None or ranks != self._ranks:
+            self._ranks = ranks
+            self._make_room(family, max(needed, plan.tokens), 0, progress)
+
+    def _make_room(self, family: Family, tokens: int, more: int, progress: Progress) -> None:
         """Let layers leave the device where a batch of so many tokens, or `more` bytes for a cache, need their room."""
-        plan = make_plan(model, self.gpu, self.hopper, self._budget, tokens, self._cache_bytes() + more, self._ranks)
-        placed = self.weights.plan
-        if placed is None or (plan.resident, plan.slot_bytes, plan.tile_bytes) != (
-            placed.resident,
-            placed.slot_bytes,
-            placed.tile_bytes,
-        ):
+        plan, placed = self._make_plan(family, tokens, self._cache_bytes() + more), self.weights.plan
+        if placed is None or not plan.places_as(placed):
             self._graphs.clear()
             self.weights.place(plan, progress)
         self.plan = plan
 
-    def _timeline(self):
+    def _make_plan(self, family: Family, tokens: int, cache_bytes: int) -> Plan:
+        return plan_model(
+            family, self.gpu, self.kernel_set, self._budget, tokens, cache_bytes, self._ranks, self.gpu.index
+        )
+
+    def _timeline(self) -> Timeline:
         """Marks are events on the stream: what happens between two of them is the GPU's time."""
-        self.kernels.overlap = False
+        self.launcher.overlap = False
         options = self.gpu.core.EventOptions(timing_enabled=True)
 
-        def between(start, end):
+        def between(start: Any, end: Any) -> float:
             end.sync()
-            return (end - start) / 1e3
+            return float(end - start) / 1e3
 
         return Timeline(lambda: self.gpu.stream.record(options=options), between)
 
-    def floors(self, model):
-        return floors(self.plan, model, self.gpu)
+    def floors(self, family: Family) -> list[tuple[str, Callable[[int], float]]]:
+        assert self.plan is not None
+        return floors(self.plan, family, self.gpu)
 
-    def memory_used(self):
+    def memory_used(self) -> int | None:
         return self.gpu.memory_peak()
 
-    def close(self):
-        if self.gpu is None:
+    def close(self) -> None:
+        if self._closed:
             return
+        self._closed = True
         self._graphs.clear()
-        self.workspace.close()
+        self.work.close()
         self.downloads.close()
-        if self.weights is not None:
-            self.weights.close()
+        self.maps.close()
+        for held in (self._weights, self._small):
+            if held is not None:
+                held.close()
         self.gpu.close()
-        self.gpu = None

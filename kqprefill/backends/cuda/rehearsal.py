@@ -1,130 +1,209 @@
-"""How much work memory a batch takes: its ops are gone through without a GPU, and the buffers that they ask for are counted."""
+"""What a batch needs, found by going through its ops without a GPU: work memory, programs, operations."""
 
-from types import SimpleNamespace
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ..base import Batch, Targets
-from .memory import aligned
-from .ops import CudaOps
-from .weights import matrix_of
+from ...core import KEYS_PER_TOKEN, Batch, Float32Array, Logits, Targets
+from ...gguf import ModelTensor
+from ...models.family import Family
+from ...models.weights import Weight
+from ..timeline import Timeline
+from .device.arrays import FLOAT32, UINT8, DeviceArray
+from .device.compiler import Program
+from .device.gpu import Gpu, GpuFacts
+from .device.launcher import Grid
+from .device.signatures import Argument, signatures_of
+from .device.workspace import Downloads, Workspace, aligned
+from .gemm.operand import HALVES, OperandFormat
+from .gemm.tensor_maps import TensorMaps
+from .kernel_set import KernelSet
+from .ops.context import Context
+from .ops.cuda_ops import CudaOps
+from .weights.matrix import Matrix, matrix_of
+from .weights.plan import BatchNeeds, Plan, make_plan, refuse_unsupported
+from .weights.small_arrays import SmallArrays
+
+_LIKELIEST = 32  # tokens that are asked for at each place, at a guess
 
 
-_TOP = 32  # likeliest tokens asked for, at a guess
+@dataclass
+class _NoBuffer:
+    """In place of device memory."""
+
+    handle: int
+    size: int
+
+    def close(self, stream: Any) -> None:
+        pass
 
 
-class Sizes:
-    """In place of a Workspace: the largest size asked for under each name."""
+class NoGpu(Gpu):
+    """In place of a Gpu with such facts: it gives addresses, and copies nothing."""
 
-    def __init__(self):
-        self.sizes = {}
+    def __init__(self, facts: GpuFacts) -> None:
+        self.index = 0
+        self.capability, self.multiprocessors = facts.capability, facts.multiprocessors
+        self.shared_memory = facts.shared_memory
+        self.stream = None
+        self._addresses = count(1 << 40, 1 << 40)
 
-    def get(self, name, nbytes):
-        self.sizes[name] = max(self.sizes.get(name, 0), aligned(nbytes))
-        return 1 << 40
+    def allocate(self, nbytes: int, what: str) -> _NoBuffer:
+        return _NoBuffer(next(self._addresses), aligned(nbytes))
+
+    def upload(self, address: int, array: NDArray[Any], stream: Any = None) -> None:
+        pass
+
+    def download(self, array: NDArray[Any], address: int) -> None:
+        pass
+
+    def zero(self, address: int, nbytes: int) -> None:
+        pass
+
+
+class _MeasuredWorkspace(Workspace):
+    """A Workspace that knows how large it has become."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.size for buffer in self._buffers.values())
+
+
+class _NoDownloads(Downloads):
+    def start(self, to: NDArray[Any], source: DeviceArray) -> Callable[[], None]:
+        return lambda: None
+
+
+class _NoTensorMaps(TensorMaps):
+    def of(self, array: DeviceArray, box_rows: int, format: OperandFormat = HALVES) -> DeviceArray:
+        return DeviceArray(1 << 40, UINT8, (128,))
+
+
+class _OnesForVectors(SmallArrays):
+    """Norms and biases of ones: nothing is read from the file."""
+
+    def vector(self, *tensors: ModelTensor | int) -> tuple[DeviceArray, Float32Array]:
+        shapes = [(t,) if isinstance(t, int) else t.shape for t in tensors]
+        shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        key: Hashable = ("vector", *(t if isinstance(t, int) else t.name for t in tensors))
+        return self.once(key, FLOAT32, shape, lambda array: None), np.ones(shape, np.float32)
 
 
 class NoWeights:
-    """In place of DeviceWeights: the matrices' shapes, and norms of ones."""
+    """In place of WeightsOnDevice: the matrices' shapes."""
 
     streaming = False
 
-    def __init__(self, host_embedding):
+    def __init__(self, host_embedding: bool) -> None:
         self._host_embedding = host_embedding
 
-    def matrix(self, weight):
+    def matrix(self, weight: Weight) -> Matrix:
         return matrix_of(weight.tensor, 1 << 40)
 
-    def on_host(self, weight):
+    def on_host(self, weight: Weight) -> bool:
         return self._host_embedding
 
-    def host_rows(self, weight, rows):
+    def host_rows(self, weight: Weight, rows: NDArray[np.int32]) -> NDArray[np.uint8]:
         return np.empty((len(rows), weight.tensor.nbytes // weight.shape[0]), np.uint8)
 
-    def vector(self, *tensors):
-        return 1 << 40, np.ones(sum(t if isinstance(t, int) else t.shape[0] for t in tensors), np.float32)
-
-    def scale(self, key, make):
-        make(1 << 40)
-        return 1 << 40
-
-    def absmax(self, weight):
+    def absmax(self, weight: Weight) -> float:
         return 1.0
 
-    def constant(self, array):
-        return 1 << 40
-
-    constant_scale = constant
-
-    def descriptor(self, key, make):
-        return 1 << 40
-
-
-class NoKernels:
-    """In place of Kernels: launches nothing; programs: those that were to be prepared."""
-
-    overlap, programs = False, ()
-
-    def prepare(self, programs, progress):
-        self.programs = list(programs)
-
-    def launch(self, *args, **kwargs):
+    def begin_layer(self, index: int) -> None:
         pass
 
-    def fence(self):
+    def prefetch(self) -> None:
         pass
 
 
-def stand_in(facts, hopper, kernels=None, host_embedding=False):
-    """What CudaOps takes for a backend, without a GPU.
+@dataclass
+class LaunchRecorder:
+    """In place of a Launcher: notes the programs, and holds each kernel's arguments against its signature."""
 
-    facts: has capability, multiprocessors and shared_memory (bytes a block may have), as a Gpu does.
-    """
+    overlap: bool = False
+    programs: dict[Program, None] = field(default_factory=dict)
+    _checked: set[tuple[str, str]] = field(default_factory=set)
 
-    def nothing(*_, **__):
+    def launch(self, program: Program, kernel: str, grid: Grid, **arguments: Argument) -> None:
+        self.programs[program] = None
+        if (program.source, kernel) not in self._checked:
+            signatures_of(program.source)[kernel].check(arguments)
+            self._checked.add((program.source, kernel))
+
+    def fence(self) -> None:
         pass
 
-    gpu = SimpleNamespace(
-        capability=facts.capability,
-        multiprocessors=facts.multiprocessors,
-        shared_memory=facts.shared_memory,
-        upload=nothing,
-        zero=nothing,
-    )
-    return SimpleNamespace(
-        gpu=gpu,
-        hopper=hopper,
-        kernels=kernels or NoKernels(),
-        workspace=Sizes(),
-        weights=NoWeights(host_embedding),
-        downloads=SimpleNamespace(start=nothing),
+
+def stand_in(
+    facts: GpuFacts, kernel_set: KernelSet, launcher: LaunchRecorder, work: Workspace, host_embedding: bool = False
+) -> Context:
+    """A Context without a GPU."""
+    gpu = NoGpu(facts)
+    return Context.of(
+        gpu,
+        kernel_set,
+        launcher,
+        work,
+        _NoDownloads(gpu),
+        _NoTensorMaps(gpu),
+        NoWeights(host_embedding),
+        _OnesForVectors(gpu),
     )
 
 
-def batch_of(tokens, ranks):
+def planned_batch(tokens: int, ranks: bool) -> Batch:
     """A batch of so many tokens: a prompt, or (ranks) sequences of which each position is a target."""
     ids = np.zeros(tokens, np.int32)
-    return Batch(ids, targets=Targets(np.arange(tokens, dtype=np.int32), ids, _TOP) if ranks else None)
+    return Batch(ids, targets=Targets(np.arange(tokens, dtype=np.int32), ids, _LIKELIEST) if ranks else None)
 
 
-def rehearse(family, facts, hopper, tokens, ranks=False, host_embedding=False):
-    """Bytes of work buffers of such a batch (`batch_of`), the logits of all of a prompt's positions apart."""
-    backend = stand_in(facts, hopper, host_embedding=host_embedding)
-    ops = CudaOps(backend, family.config, batch_of(tokens, ranks), None)
-    if ranks:  # many short sequences: as many keys again, that several have for themselves
-        ops.kv_rows *= 2
-    x = family.embed(ops, ops.batch.tokens)
-    for index, weights in enumerate(family.blocks):
-        ops.begin_layer(index)
-        x = family.layer(ops, weights, x, index)
-    if ranks:
-        family.head(ops, x, "ranks")
-    backend.workspace.get("logits", 4 * family.config.vocab_size)
-    return sum(backend.workspace.sizes.values())
+def rehearse(
+    family: Family,
+    facts: GpuFacts,
+    kernel_set: KernelSet,
+    batch: Batch,
+    logits: Logits = None,
+    host_embedding: bool = False,
+) -> BatchNeeds:
+    """What a batch needs whose head is asked for `logits`.
+
+    host_embedding: the embedding's rows come from the host. For "ranks" there is room for as many rows of keys as the batch
+    may have.
+    """
+    work, launcher = _MeasuredWorkspace(NoGpu(facts)), LaunchRecorder()
+    context = stand_in(facts, kernel_set, launcher, work, host_embedding)
+    key_rows = KEYS_PER_TOKEN * len(batch.tokens) if logits == "ranks" else 0
+    ops = CudaOps(context, family, batch, None, key_rows)
+    ops.timeline = Timeline(lambda: None, lambda start, end: 0.0)
+    family.head(ops, family.forward(ops), logits)
+    return BatchNeeds(work.nbytes, tuple(launcher.programs), ops.timeline.stages()["linear"].flops)
 
 
-def products_of(family, facts, hopper, tokens, ranks=False):
-    """The programs that multiply, for such a batch."""
-    backend = stand_in(facts, hopper)
-    CudaOps(backend, family.config, batch_of(tokens, ranks), None).prepare(family, "ranks" if ranks else None, None)
-    return backend.kernels.programs
+def plan_model(
+    family: Family,
+    facts: GpuFacts,
+    kernel_set: KernelSet,
+    budget: int,
+    tokens: int,
+    cache_bytes: int = 0,
+    ranks: bool = False,
+    device: int = 0,
+) -> Plan:
+    """The Plan (weights/plan.py) for a model on a GPU with these facts that may take `budget` bytes.
+
+    tokens: of the longest prompt, or (ranks) of the largest batch with targets. cache_bytes: device memory that caches hold.
+    Raises BackendError where the model does not run there.
+    """
+    refuse_unsupported(family)
+    batch, logits = planned_batch(tokens, ranks), "ranks" if ranks else None
+
+    def needs(host_embedding: bool) -> BatchNeeds:
+        return rehearse(family, facts, kernel_set, batch, logits, host_embedding)
+
+    return make_plan(family, budget, tokens, needs, cache_bytes, device)

@@ -1,0 +1,76 @@
+"""CUDA graphs of a batch's launches, for prompts short enough that launching from Python takes longer than running."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from .gpu import Gpu, check
+
+LONGEST = 2048  # tokens; beyond, the GPU is busy for longer than the launches take (8 ms for 36 layers)
+KEPT = 16  # prompt lengths
+
+Result = TypeVar("Result")
+
+
+def capture(gpu: Gpu, launch: Callable[[], Result]) -> tuple[Any, Result]:
+    """(an executable graph of what launch() launches, launch()'s result)"""
+    driver, stream = gpu.driver, gpu.stream.handle
+    check(driver.cuStreamBeginCapture(stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL))
+    try:
+        result = launch()
+    finally:
+        captured = check(driver.cuStreamEndCapture(stream))
+    try:
+        return check(driver.cuGraphInstantiate(captured, 0)), result
+    finally:
+        check(driver.cuGraphDestroy(captured))
+
+
+class Graphs:
+    """Runs the launches of prompts: the second and later ones of a length are one graph launch each.
+
+    The first prompt of a length makes what is made once (scales, tensor maps), which a graph must not hold; the second is
+    captured. A graph holds the addresses of work arrays and tensor maps, so all graphs are dropped when one of these has
+    moved: generation() changes then.
+    """
+
+    def __init__(self, gpu: Gpu, generation: Callable[[], object]) -> None:
+        self._gpu, self._generation_now = gpu, generation
+        self._graphs: dict[int, tuple[Any, Any]] = {}
+        self._seen: set[int] = set()
+        self._generation: object = None
+
+    def run(self, tokens: int, launch: Callable[[], Result]) -> Result:
+        """launch()'s result, for a prompt of so many tokens whose inputs have been uploaded; launch only launches."""
+        if tokens > LONGEST:
+            return launch()
+        self._forget_if_moved()
+        if tokens not in self._graphs:
+            if tokens not in self._seen:
+                result = launch()
+                self._forget_if_moved()  # work arrays have grown: later graphs hold their new addresses
+                self._seen.add(tokens)
+                return result
+            if len(self._graphs) == KEPT:
+                self._drop(next(iter(self._graphs)))
+            self._graphs[tokens] = capture(self._gpu, launch)
+        graph, captured = self._graphs[tokens]
+        check(self._gpu.driver.cuGraphLaunch(graph, self._gpu.stream.handle))
+        return cast(Result, captured)
+
+    def _forget_if_moved(self) -> None:
+        if self._generation != self._generation_now():
+            self.clear()
+            self._generation = self._generation_now()
+
+    def _drop(self, tokens: int) -> None:
+        graph, _ = self._graphs.pop(tokens)
+        self._gpu.stream.sync()
+        check(self._gpu.driver.cuGraphExecDestroy(graph))
+
+    def clear(self) -> None:
+        """Drop all graphs."""
+        for tokens in list(self._graphs):
+            self._drop(tokens)
+        self._seen.clear()

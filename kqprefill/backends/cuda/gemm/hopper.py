@@ -1,0 +1,251 @@
+"""kernels/gemm_sm90.cu: W is dequantised inside the kernel, for each output tile anew; nothing expanded is in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from ....gguf.types import GGML
+from ..constants import ACTIVATIONS, OPERAND_GROUP, TILE_ROWS
+from ..device.arrays import DeviceArray
+from ..device.compiler import Program
+from ..device.gpu import GpuFacts
+from ..device.launcher import Launches
+from ..units import unit_size
+from ..weights.matrix import Matrix
+from .operand import Gemm, Groups, Operand
+from .tensor_maps import TensorMaps
+
+_PRODUCER_REGISTERS = 24  # of a thread, the fewest there can be
+_REGISTERS = 65536  # of a multiprocessor
+_BARRIERS = 512  # bytes: more than the stages' barriers take
+_SHARED_MEMORY = 228 << 10  # of a multiprocessor of compute capability 9.0; each block takes 1 KB of it besides its own
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """The constants of gemm_sm90.cu, and what a step of OPERAND_GROUP columns costs.
+
+    A block has `warpgroups` that multiply `tiles` row tiles of TILE_ROWS rows each (gated: of gate and of up) by `tokens`
+    tokens; `blocks` of them share a multiprocessor; a `cluster` of them shares the tokens that it brings. alone, shared:
+    nanoseconds of a step of a block by itself, and those that each block adds where several share a multiprocessor
+    (an H100, Q4_K: tests/bench/tile_costs.py).
+    """
+
+    gated: int
+    tokens: int
+    warpgroups: int
+    tiles: int
+    blocks: int
+    cluster: int
+    alone: int
+    shared: int
+
+    @cache  # noqa: B019: there are sixteen of them
+    def program(self, types: tuple[GGML, ...], grouped: bool = False) -> Program:
+        """For launches over matrices of these ggml types (distinct, in the order of their format numbers).
+
+        grouped: over a stack of experts of one type.
+        """
+        layout = self._layout(types)
+        constants = {
+            "GATED": self.gated,
+            "TOKENS": self.tokens,
+            "WARPGROUPS": self.warpgroups,
+            "TILES": self.tiles,
+            "BLOCKS": layout.blocks,
+            "CLUSTER": self.cluster,
+            "STEPS": self._steps,
+            "STAGES": layout.stages,
+            "RAW_STAGES": layout.raw_stages,
+            "PRODUCER_REGISTERS": _PRODUCER_REGISTERS,
+            "CONSUMER_REGISTERS": self._consumer_registers(layout.blocks),
+            "FORMATS": ",".join(t.name for t in types),
+            "GROUPED": int(grouped),
+        }
+        defines = tuple((name, str(value)) for name, value in constants.items())
+        return Program("gemm_sm90.cu", defines, self.threads, layout.shared_bytes)
+
+    @property
+    def threads(self) -> int:
+        """Of a block: the consumers' warpgroups and one of producers."""
+        return 128 * (self.warpgroups + 1)
+
+    def grid(self, m: int, row_tiles: int, multiprocessors: int, experts: int = 0) -> int:
+        """Blocks to launch: as many as run at once, or fewer where there are fewer output tiles."""
+        at_once = multiprocessors * self.blocks // self.cluster * self.cluster
+        return min(at_once, self.output_tiles(m, row_tiles, 2 * experts))
+
+    def cost(self, m: int, row_tiles: int, multiprocessors: int, experts: int = 0) -> int:
+        """Nanoseconds of a step of all output tiles; experts: of which each has some of the m rows."""
+        rounds = -(-self.output_tiles(m, row_tiles, experts) // multiprocessors)  # of one for each multiprocessor
+        return max(-(-rounds // self.blocks) * self.alone, rounds * self.shared)
+
+    def output_tiles(self, m: int, row_tiles: int, experts: int) -> int:
+        """In whole clusters. Each expert's last one is half full, at a guess."""
+        row_tiles_a_cluster = self.warpgroups * self.tiles * self.cluster
+        return (-(-m // self.tokens) + experts // 2) * -(-row_tiles // row_tiles_a_cluster) * self.cluster
+
+    @property
+    def _steps(self) -> int:
+        """Steps in a stage of x: a whole unit's where they are small, so that there is less waiting."""
+        return max(1, min(4, 128 // self.tokens))
+
+    def _consumer_registers(self, blocks: int) -> int:
+        """Of each thread: all that the blocks of a multiprocessor may have, less the producers'."""
+        launched = _REGISTERS // (self.threads * blocks) // 8 * 8
+        return (launched * (self.warpgroups + 1) - _PRODUCER_REGISTERS) // self.warpgroups // 8 * 8
+
+    def _layout(self, types: tuple[GGML, ...]) -> _Layout:
+        """As many blocks of a multiprocessor, and stages of each, as fit its shared memory."""
+        unit = unit_size(types[0])[0]
+        raw = self.warpgroups * self.tiles * TILE_ROWS * max(unit_size(t)[1] for t in types)
+        steps = min(self._steps, unit // OPERAND_GROUP)
+        x, stages_of_unit = steps * self.tokens * 2 * OPERAND_GROUP, unit // OPERAND_GROUP // steps
+        for blocks in range(self.blocks, 0, -1):  # fewer where units are large
+            room = (_SHARED_MEMORY >> 10) // blocks * 1024 - 1024 - _BARRIERS
+            raw_stages = max(2, min(8, room // (raw + stages_of_unit * x)))
+            stages = min(raw_stages * stages_of_unit, (room - raw_stages * raw) // x)
+            if stages >= 2:
+                break
+        return _Layout(blocks, stages, raw_stages, stages * x + raw_stages * raw + _BARRIERS)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Blocks on a multiprocessor; stages of x and of quantised tiles, and bytes of shared memory, of each."""
+
+    blocks: int
+    stages: int
+    raw_stages: int
+    shared_bytes: int
+
+
+# fmt: off
+CONFIGS = (
+    #       gated, tokens, warpgroups, tiles, blocks, cluster, alone, shared
+    HopperConfig(0, 16, 1, 1, 4, 1, 146, 105),
+    HopperConfig(0, 16, 1, 2, 3, 1, 178, 160),
+    HopperConfig(0, 32, 1, 1, 3, 1, 157, 135),
+    HopperConfig(0, 32, 1, 2, 3, 1, 200, 180),
+    HopperConfig(0, 64, 1, 1, 3, 1, 185, 149),
+    HopperConfig(0, 64, 1, 2, 2, 1, 215, 195),
+    HopperConfig(0, 128, 1, 1, 2, 1, 236, 199),
+    HopperConfig(0, 128, 1, 2, 2, 1, 266, 259),
+    HopperConfig(0, 128, 2, 2, 1, 1, 473, 473),
+    HopperConfig(0, 256, 2, 2, 1, 2, 700, 700),
+    HopperConfig(1, 16, 1, 2, 3, 1, 178, 154),
+    HopperConfig(1, 32, 1, 2, 3, 1, 200, 160),
+    HopperConfig(1, 64, 1, 2, 3, 1, 215, 181),
+    HopperConfig(1, 128, 1, 2, 2, 1, 330, 253),
+    HopperConfig(1, 128, 2, 2, 1, 1, 469, 469),
+    HopperConfig(1, 256, 2, 2, 1, 2, 740, 740),
+)
+# fmt: on
+
+
+@cache
+def best_config(m: int, row_tiles: int, gated: bool, multiprocessors: int, experts: int = 0) -> HopperConfig:
+    """The cheapest for m tokens by that many row tiles of W, or of each of so many experts' W."""
+    return min(
+        (config for config in CONFIGS if bool(config.gated) == gated),
+        key=lambda config: config.cost(m, row_tiles, multiprocessors, experts),
+    )
+
+
+class HopperGemm(Gemm):
+    """One fused pass. It takes matrices whose units are equally long, and gate and up of one type."""
+
+    def __init__(self, facts: GpuFacts, launcher: Launches, maps: TensorMaps) -> None:
+        self._facts, self._launcher, self._maps = facts, launcher, maps
+
+    def group_rows(self, m: int, matrices: Sequence[Matrix], gated: bool, experts: int) -> int:
+        return self._config(m, matrices, gated, experts).tokens
+
+    def linear(
+        self,
+        a: Operand,
+        matrices: Sequence[Matrix],
+        out: DeviceArray,
+        weight_scale: DeviceArray,
+        bias: DeviceArray | None,
+        add: bool,
+        groups: Groups | None = None,
+    ) -> None:
+        types = _types(matrices)
+        config = self._config(a.rows, matrices, False, groups.experts if groups else 0)
+        described: dict[str, DeviceArray | int | None] = {}
+        for i in range(3):  # up to three matrices, one under another
+            matrix = matrices[i] if i < len(matrices) else None
+            described[f"w{i}"] = matrix.array if matrix else None
+            described[f"rows{i}"] = matrix.rows if matrix else 0
+            described[f"format{i}"] = types.index(matrix.type) if matrix else 0
+        self._launcher.launch(
+            config.program(types, groups is not None),
+            "gemm_linear",
+            grid=self._grid(config, a.rows, matrices, groups),
+            **described,
+            x_map=self._maps.of(a.values, config.tokens // config.cluster, a.format),
+            m=a.rows,
+            k=a.columns,
+            out=out,
+            ldo=sum(matrix.rows for matrix in matrices),
+            x_scale=a.scale,
+            w_scale=weight_scale,
+            bias=bias,
+            add=int(add),
+            groups=groups.groups if groups else None,
+            group_count=groups.count if groups else None,
+        )
+
+    def gated(
+        self,
+        a: Operand,
+        gate: Matrix,
+        up: Matrix,
+        act: Operand,
+        weight_scale: DeviceArray,
+        biases: tuple[DeviceArray | None, DeviceArray | None],
+        activation: str,
+        groups: Groups | None = None,
+    ) -> None:
+        config = self._config(a.rows, (gate, up), True, groups.experts if groups else 0)
+        gate_bias, up_bias = biases
+        self._launcher.launch(
+            config.program((gate.type,), groups is not None),
+            "gemm_gated",
+            grid=self._grid(config, a.rows, (gate, up), groups),
+            gate=gate.array,
+            up=up.array,
+            features=gate.rows,
+            x_map=self._maps.of(a.values, config.tokens // config.cluster, a.format),
+            m=a.rows,
+            k=a.columns,
+            out=act.values,
+            ldo=act.values.shape[1],
+            x_scale=a.scale,
+            w_scale=weight_scale,
+            gate_bias=gate_bias,
+            up_bias=up_bias,
+            out_scale=act.scale,
+            activation=ACTIVATIONS[activation],
+            groups=groups.groups if groups else None,
+            group_count=groups.count if groups else None,
+        )
+
+    def _config(self, m: int, matrices: Sequence[Matrix], gated: bool, experts: int) -> HopperConfig:
+        return best_config(m, _row_tiles(matrices), gated, self._facts.multiprocessors, experts)
+
+    def _grid(self, config: HopperConfig, m: int, matrices: Sequence[Matrix], groups: Groups | None) -> int:
+        experts = groups.experts if groups else 0
+        return config.grid(m, _row_tiles(matrices), self._facts.multiprocessors, experts)
+
+
+def _row_tiles(matrices: Sequence[Matrix]) -> int:
+    return sum(matrix.row_tiles for matrix in matrices)
+
+
+def _types(matrices: Sequence[Matrix]) -> tuple[GGML, ...]:
+    """The distinct ggml types of matrices: what gemm_sm90.cu is compiled for. A type's place is its number there."""
+    return tuple(dict.fromkeys(matrix.type for matrix in matrices))

@@ -1,0 +1,116 @@
+"""The operands of matrix products, and what every way to multiply them gives."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..constants import OPERAND_GROUP
+from ..device.arrays import FLOAT16, DeviceArray
+from ..weights.matrix import Matrix
+
+
+@dataclass(frozen=True)
+class OperandFormat:
+    """How the activations that a GEMM multiplies are stored (kernels/include/operand.cuh: store_operand writes them).
+
+    dtype: of a value. group: columns that are permuted among themselves; rows are padded to whole groups with zeros.
+    rows_a_scale: how many rows share a power-of-two scale; None where all of an operand's do. tensor_map_type: the copy
+    engine's name for the dtype (CUtensorMapDataType).
+    """
+
+    name: str
+    dtype: np.dtype
+    group: int
+    rows_a_scale: int | None
+    tensor_map_type: str
+
+    def padded(self, columns: int) -> int:
+        """Values from one row to the next."""
+        return -(-columns // self.group) * self.group
+
+
+HALVES = OperandFormat("f16", FLOAT16, OPERAND_GROUP, None, "CU_TENSOR_MAP_DATA_TYPE_FLOAT16")
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A matrix of activations that a GEMM reads.
+
+    values: [rows, format.padded(columns)], each the activation times *scale. norm: the RMSNorm weight whose output this is,
+    or None. length: a row's Euclidean length after division by `norm` is at most this, where it is known; together the two
+    bound what a matrix makes of a row.
+    """
+
+    values: DeviceArray
+    columns: int
+    scale: DeviceArray
+    norm: DeviceArray | None = None
+    length: float | None = None
+    format: OperandFormat = HALVES
+
+    @property
+    def rows(self) -> int:
+        """Tokens."""
+        return self.values.shape[0]
+
+    def part(self, first: int, last: int) -> Operand:
+        """The rows from `first` to before `last`."""
+        return replace(self, values=self.values.rows(first, last))
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The rows of an operand that each of so many experts multiplies, as kernels/experts.cu's make_groups lists them.
+
+    groups: int32 [at most so many, 4], kernels/include/groups.cuh's Group. count: int32 [1], how many there are.
+    """
+
+    groups: DeviceArray
+    count: DeviceArray
+    experts: int
+
+
+class Gemm(ABC):
+    """A way to multiply an operand by quantised matrices.
+
+    Where `groups` are given, a matrix is the first of a stack of as many as there are experts, one under another, and each
+    group of rows is multiplied by its expert's.
+    """
+
+    @abstractmethod
+    def group_rows(self, m: int, matrices: Sequence[Matrix], gated: bool, experts: int) -> int:
+        """Rows that a group may have at most, for m rows that so many experts share: what `groups` are to be made of."""
+
+    @abstractmethod
+    def linear(
+        self,
+        a: Operand,
+        matrices: Sequence[Matrix],
+        out: DeviceArray,
+        weight_scale: DeviceArray,
+        bias: DeviceArray | None,
+        add: bool,
+        groups: Groups | None = None,
+    ) -> None:
+        """out = a · [matrices, one under another]ᵀ + bias, and + out if `add`; float32 [as many rows, all matrices' rows].
+
+        weight_scale: of the halves that the weights are multiplied as. bias: float32 [all rows], or [experts, rows], or None.
+        """
+
+    @abstractmethod
+    def gated(
+        self,
+        a: Operand,
+        gate: Matrix,
+        up: Matrix,
+        act: Operand,
+        weight_scale: DeviceArray,
+        biases: tuple[DeviceArray | None, DeviceArray | None],
+        activation: str,
+        groups: Groups | None = None,
+    ) -> None:
+        """act = act(a · gateᵀ + bias) * (a · upᵀ + bias), of as many rows; activation: one of constants.ACTIVATIONS."""

@@ -1,0 +1,284 @@
+"""kernels/gemm_sm80.cu: slices of W dequantised to halves in a scratch buffer, then multiplied. For sm_80 and later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+
+from ..constants import ACTIVATIONS, THREADS
+from ..device.arrays import FLOAT16, DeviceArray
+from ..device.compiler import Program
+from ..device.gpu import GpuFacts
+from ..device.launcher import Launches
+from ..device.workspace import Workspace
+from ..programs import weight_program
+from ..weights.matrix import Matrix
+from .operand import Gemm, Groups, Operand
+
+_SCRATCH_BYTES = 256 << 20  # of dequantised weights at a time
+_GATED_ROWS = 8  # gate's and up's rows follow one another so many at a time (weights.cu: dequantize's `gated`)
+_WEIGHTS_A_THREAD = 16  # that dequantize decodes
+
+
+@dataclass(frozen=True)
+class PortableConfig:
+    """The constants of gemm_sm80.cu: a block's output tile, its steps, and how its warps share them."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    stages: int
+    warps_m: int
+    warps_n: int
+
+    @cache  # noqa: B019: there are three of them
+    def program(self, grouped: bool = False) -> Program:
+        """grouped: over a stack of experts."""
+        constants = ((field.name.upper(), str(getattr(self, field.name))) for field in fields(self))
+        grouping = ("GROUPED", str(int(grouped)))
+        threads = 32 * self.warps_m * self.warps_n
+        return Program("gemm_sm80.cu", (*constants, grouping), threads, self.shared_bytes)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a block."""
+        return self.stages * (self.block_m + self.block_n) * self.block_k * 2
+
+    def output_tiles(self, m: int, n: int, experts: int = 0) -> int:
+        """Of m by n outputs; experts: of which each has some of the m rows (an estimate)."""
+        return (-(-m // self.block_m) + experts // 2) * -(-n // self.block_n)
+
+    def grid(self, m: int, n: int, multiprocessors: int, experts: int = 0) -> int:
+        """Blocks to launch: of large tiles as many as run at once, each of which makes several."""
+        tiles = self.output_tiles(m, n, 2 * experts)
+        if self is SMALL:
+            return min(tiles, 4 * multiprocessors) if experts else tiles
+        return min(tiles, multiprocessors)
+
+
+#                   M    N    K  stages warps
+LARGE = (
+    PortableConfig(128, 256, 64, 3, 2, 4),  # 144 KB: an H100's, 3% faster than the next
+    PortableConfig(128, 256, 32, 4, 2, 4),  # the 99 KB that a block of sm_86, sm_89 or sm_120 may have
+)
+SMALL = PortableConfig(64, 64, 64, 5, 2, 2)
+
+
+def largest_config(shared_memory: int) -> PortableConfig:
+    """The first of LARGE that a block which may have this much shared memory (bytes) can run."""
+    return next(config for config in LARGE if config.shared_bytes <= shared_memory)
+
+
+def best_config(m: int, n: int, facts: GpuFacts, experts: int = 0) -> PortableConfig:
+    """For m by n outputs. The large tile does twice the work for each byte that it loads; the small one serves where large
+    ones would leave the GPU idle."""
+    large = largest_config(facts.shared_memory)
+    return large if large.output_tiles(m, n, experts) >= facts.multiprocessors * 3 // 4 else SMALL
+
+
+class PortableGemm(Gemm):
+    """Slices of W dequantised, then multiplied."""
+
+    def __init__(self, facts: GpuFacts, launcher: Launches, work: Workspace) -> None:
+        self._facts, self._launcher, self._work = facts, launcher, work
+
+    def group_rows(self, m: int, matrices: Sequence[Matrix], gated: bool, experts: int) -> int:
+        return best_config(m, sum(matrix.rows for matrix in matrices), self._facts, experts).block_m
+
+    def linear(
+        self,
+        a: Operand,
+        matrices: Sequence[Matrix],
+        out: DeviceArray,
+        weight_scale: DeviceArray,
+        bias: DeviceArray | None,
+        add: bool,
+        groups: Groups | None = None,
+    ) -> None:
+        k = a.format.padded(a.columns)
+        if groups is not None:
+            (matrix,) = matrices
+            for first, last, scratch in self._experts_at_once(matrix.rows, k, groups):
+                self._dequantise(matrix, first * matrix.rows, (last - first) * matrix.rows, scratch, weight_scale)
+                its_bias = None if bias is None else bias.rows(first)
+                experts = _Experts(groups, first, last)
+                self._linear(a, scratch, matrix.rows, out, matrix.rows, weight_scale, its_bias, False, experts)
+            return
+        total = sum(matrix.rows for matrix in matrices)
+        slice_rows = min(total, _SCRATCH_BYTES // (2 * k) // 256 * 256)
+        scratch = self._work.array("dequantised", FLOAT16, slice_rows, k)
+        for begin in range(0, total, slice_rows):
+            end, first = min(begin + slice_rows, total), 0
+            for matrix in matrices:  # the part of each that falls into this slice
+                low, high = max(begin, first), min(end, first + matrix.rows)
+                self._dequantise(matrix, low - first, high - low, scratch, weight_scale, first_out=low - begin)
+                first += matrix.rows
+            its_bias = None if bias is None else bias.rows(begin)
+            self._linear(a, scratch, end - begin, out.columns(begin), total, weight_scale, its_bias, add, None)
+
+    def _linear(
+        self,
+        a: Operand,
+        weights: DeviceArray,
+        n: int,
+        out: DeviceArray,
+        ldo: int,
+        weight_scale: DeviceArray,
+        bias: DeviceArray | None,
+        add: bool,
+        experts: _Experts | None,
+    ) -> None:
+        m, count = a.rows, experts.count if experts else 0
+        config = best_config(m, n, self._facts, count)
+        self._launcher.launch(
+            config.program(experts is not None),
+            "gemm_linear",
+            grid=config.grid(m, n, self._facts.multiprocessors, count),
+            x=a.values,
+            w=weights,
+            m=m,
+            n=n,
+            k=a.values.shape[1],
+            out=out,
+            ldo=ldo,
+            x_scale=a.scale,
+            w_scale=weight_scale,
+            bias=bias,
+            residual=out if add else None,
+            **_grouping(experts),
+        )
+
+    def gated(
+        self,
+        a: Operand,
+        gate: Matrix,
+        up: Matrix,
+        act: Operand,
+        weight_scale: DeviceArray,
+        biases: tuple[DeviceArray | None, DeviceArray | None],
+        activation: str,
+        groups: Groups | None = None,
+    ) -> None:
+        k, rows = a.format.padded(a.columns), gate.rows
+        if groups is not None:
+            for first, last, scratch in self._experts_at_once(2 * rows, k, groups):
+                for matrix, place in ((gate, 0), (up, _GATED_ROWS)):
+                    count = (last - first) * rows
+                    self._dequantise(matrix, first * rows, count, scratch, weight_scale, first_out=place, gated=True)
+                theirs = tuple(None if bias is None else bias.rows(first) for bias in biases)
+                experts = _Experts(groups, first, last)
+                self._gated(a, scratch, rows, rows, act, act.values, weight_scale, theirs, activation, experts)
+            return
+        stride = act.values.shape[1]
+        rows_at_once = min(stride, _SCRATCH_BYTES // (4 * k) // 64 * 64)  # of gate and of up each
+        for at in range(0, stride, rows_at_once):
+            width = min(rows_at_once, stride - at)
+            features = max(0, min(width, rows - at))
+            scratch = self._work.array("dequantised", FLOAT16, 2 * rows_at_once, k)
+            for matrix, place in ((gate, 0), (up, _GATED_ROWS)):
+                self._dequantise(matrix, at, features, scratch, weight_scale, first_out=place, gated=True)
+            theirs = tuple(None if bias is None else bias.rows(at) for bias in biases)
+            out = act.values.columns(at)
+            self._gated(a, scratch, features, width, act, out, weight_scale, theirs, activation, None)
+
+    def _gated(
+        self,
+        a: Operand,
+        weights: DeviceArray,
+        features: int,
+        width: int,
+        act: Operand,
+        out: DeviceArray,
+        weight_scale: DeviceArray,
+        biases: tuple[DeviceArray | None, ...],
+        activation: str,
+        experts: _Experts | None,
+    ) -> None:
+        m, count = a.rows, experts.count if experts else 0
+        config = best_config(m, 2 * width, self._facts, count)
+        gate_bias, up_bias = biases
+        self._launcher.launch(
+            config.program(experts is not None),
+            "gemm_gated",
+            grid=config.grid(m, 2 * width, self._facts.multiprocessors, count),
+            x=a.values,
+            w=weights,
+            m=m,
+            features=features,
+            width=width,
+            k=a.values.shape[1],
+            out=out,
+            ldo=act.values.shape[1],
+            x_scale=a.scale,
+            w_scale=weight_scale,
+            gate_bias=gate_bias,
+            up_bias=up_bias,
+            out_scale=act.scale,
+            activation=ACTIVATIONS[activation],
+            **_grouping(experts),
+        )
+
+    def _experts_at_once(self, rows: int, k: int, groups: Groups) -> Iterator[tuple[int, int, DeviceArray]]:
+        """(first, last + 1, scratch) of as many experts, of `rows` rows each, as the scratch holds."""
+        count = max(1, _SCRATCH_BYTES // (2 * rows * k))
+        scratch = self._work.array("dequantised", FLOAT16, min(count, groups.experts) * rows, k)
+        for first in range(0, groups.experts, count):
+            yield first, min(first + count, groups.experts), scratch
+
+    def _dequantise(
+        self,
+        matrix: Matrix,
+        first: int,
+        rows: int,
+        out: DeviceArray,
+        scale: DeviceArray,
+        first_out: int = 0,
+        gated: bool = False,
+    ) -> None:
+        """Launch weights.cu's dequantize: `rows` rows of a matrix from row `first` to rows of halves from `first_out`."""
+        if rows <= 0:
+            return
+        stride = out.shape[1]
+        threads = rows * (stride // _WEIGHTS_A_THREAD)
+        self._launcher.launch(
+            weight_program(matrix.type),
+            "dequantize",
+            grid=-(-threads // THREADS["dequantize"]),
+            weights=matrix.array,
+            units=matrix.units,
+            first=first,
+            rows=rows,
+            out=out,
+            stride=stride,
+            first_out=first_out,
+            gated=int(gated),
+            scale=scale,
+        )
+
+
+@dataclass(frozen=True)
+class _Experts:
+    """Which experts' matrices the scratch holds: first to last - 1."""
+
+    groups: Groups
+    first: int
+    last: int
+
+    @property
+    def count(self) -> int:
+        """Of the whole stack."""
+        return self.groups.experts
+
+
+def _grouping(experts: _Experts | None) -> dict[str, DeviceArray | int | None]:
+    """The last parameters of both kernels."""
+    if experts is None:
+        return {"groups": None, "group_count": None, "first_expert": 0, "last_expert": 0}
+    groups = experts.groups
+    return {
+        "groups": groups.groups,
+        "group_count": groups.count,
+        "first_expert": experts.first,
+        "last_expert": experts.last,
+    }

@@ -1,0 +1,157 @@
+"""Which kernels run on a GPU: the one place where its generation decides."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+from ...errors import BackendError
+from ...gguf.dequantize import SUPPORTED
+from ...gguf.types import GGML
+from .attention_kernels import AttentionConfig, hopper_attention, portable_attention
+from .device.compiler import Program, Target, known_architectures
+from .device.gpu import GpuFacts
+from .device.launcher import Launches
+from .device.workspace import Workspace
+from .gemm import hopper, portable
+from .gemm.operand import Gemm
+from .gemm.tensor_maps import TensorMaps
+from .programs import COMMON, weight_program
+from .units import unit_size
+from .weights.matrix import Matrix
+
+_HOPPER = (9, 0)  # its compute capability
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")  # what we claim to compile for
+_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)  # in use
+_MIXED = (GGML.Q4_K, GGML.Q6_K)  # of the matrices of q, k and v, in most files
+_EXPERT_TYPES = (GGML.Q4_K, GGML.Q6_K, GGML.MXFP4)  # of most experts
+
+
+class Gemms(ABC):
+    """The ways to multiply that a kernel set has on one GPU."""
+
+    @abstractmethod
+    def choose(self, matrices: Sequence[Matrix], gated: bool = False) -> Gemm:
+        """The way for these matrices side by side, or for gate and up."""
+
+
+class KernelSet(ABC):
+    """The kernels of one generation of GPUs.
+
+    name: for people. target: what they are compiled to. overlaps: whether a launch may begin before the one before it has
+    ended. share_of_peak: of the matrix units' rate, what whole prompts have reached (docs/performance.md).
+    """
+
+    name: str
+    share_of_peak: float
+
+    def __init__(self, target: Target, overlaps: bool) -> None:
+        self.target, self.overlaps = target, overlaps
+
+    @abstractmethod
+    def attention(self, head_dim: int) -> AttentionConfig:
+        """The attention kernel for such heads. Raises ModelError where they are too wide."""
+
+    @abstractmethod
+    def gemms(self, facts: GpuFacts, launcher: Launches, work: Workspace, maps: TensorMaps) -> Gemms:
+        """The set's ways to multiply, on a GPU."""
+
+    @abstractmethod
+    def _own_programs(self) -> Iterator[Program]:
+        """Those of matrix products and attention, over the formats, heads and mixtures in use."""
+
+    def every_program(self) -> list[Program]:
+        """All programs that files in use may need: what the tests compile."""
+        return list(dict.fromkeys((*COMMON, *map(weight_program, sorted(SUPPORTED)), *self._own_programs())))
+
+
+class Portable(KernelSet):
+    """Kernels for every GPU from compute capability 8.0 on: mma.sync and cp.async."""
+
+    name = "portable"
+    share_of_peak = 0.35
+
+    def attention(self, head_dim: int) -> AttentionConfig:
+        return portable_attention(head_dim)
+
+    def gemms(self, facts: GpuFacts, launcher: Launches, work: Workspace, maps: TensorMaps) -> Gemms:
+        return _PortableGemms(facts, launcher, work)
+
+    def _own_programs(self) -> Iterator[Program]:
+        for config in (*portable.LARGE, portable.SMALL):
+            yield config.program()
+            yield config.program(grouped=True)
+        for head_dim in _HEAD_DIMS:
+            yield self.attention(head_dim).program
+
+
+class Hopper(Portable):
+    """Kernels for compute capability 9.0: wgmma and the copy engine. What they do not take, the portable ones do."""
+
+    name = "Hopper"
+    share_of_peak = 0.6
+
+    def attention(self, head_dim: int) -> AttentionConfig:
+        return hopper_attention(head_dim)
+
+    def gemms(self, facts: GpuFacts, launcher: Launches, work: Workspace, maps: TensorMaps) -> Gemms:
+        return _HopperGemms(facts, launcher, work, maps)
+
+    def _own_programs(self) -> Iterator[Program]:
+        yield from super()._own_programs()
+        for config in hopper.CONFIGS:
+            for kind in sorted(SUPPORTED):
+                yield config.program((kind,))
+            if not config.gated:
+                yield config.program(_MIXED)
+            for kind in _EXPERT_TYPES:
+                yield config.program((kind,), grouped=True)
+
+
+class _PortableGemms(Gemms):
+    def __init__(self, facts: GpuFacts, launcher: Launches, work: Workspace) -> None:
+        self._portable = portable.PortableGemm(facts, launcher, work)
+
+    def choose(self, matrices: Sequence[Matrix], gated: bool = False) -> Gemm:
+        return self._portable
+
+
+class _HopperGemms(_PortableGemms):
+    def __init__(self, facts: GpuFacts, launcher: Launches, work: Workspace, maps: TensorMaps) -> None:
+        super().__init__(facts, launcher, work)
+        self._hopper = hopper.HopperGemm(facts, launcher, maps)
+
+    def choose(self, matrices: Sequence[Matrix], gated: bool = False) -> Gemm:
+        alike = {matrix.type if gated else unit_size(matrix.type)[0] for matrix in matrices}
+        return self._hopper if len(alike) == 1 else super().choose(matrices, gated)
+
+
+def kernel_set_of(capability: tuple[int, int], kernels: str = "auto") -> KernelSet:
+    """The kernel set for a GPU of that compute capability; kernels "portable": that of every GPU, whatever this one has.
+
+    Raises BackendError where NVRTC does not compile for it.
+    """
+    kind = Hopper if capability == _HOPPER and kernels == "auto" else Portable
+    return kind(target_of(capability), overlaps=capability >= _HOPPER)
+
+
+def target_of(capability: tuple[int, int]) -> Target:
+    """A CUBIN for exactly this GPU, or PTX where NVRTC does not know it.
+
+    A CUBIN loads on any driver of its major version; PTX only on one as new as NVRTC (CUDA_ERROR_UNSUPPORTED_PTX_VERSION).
+    """
+    known = known_architectures()
+    arch = capability[0] * 10 + capability[1]
+    if arch in known:
+        return Target("cubin", f"sm_{arch}" + ("a" if capability == _HOPPER else ""))
+    older = [a for a in known if a <= arch]
+    if not older:
+        raise BackendError(f"NVRTC cannot compile for compute capability {capability[0]}.{capability[1]}")
+    return Target("ptx", f"compute_{max(older)}")
+
+
+def every_program(arch: str) -> list[Program]:
+    """All programs that may run on an architecture ("sm_90a"), over the head dimensions and formats in use."""
+    capability = {a: (int(a.rstrip("a")[3:]) // 10, int(a.rstrip("a")[3:]) % 10) for a in ARCHITECTURES}[arch]
+    return kernel_set_of(capability).every_program()

@@ -1,0 +1,58 @@
+"""Where attention finds the queries, keys and values of a batch's segments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ....core import Int32Array, Segment
+from ..attention_kernels import AttentionConfig
+
+
+@dataclass(frozen=True)
+class AttentionLayout:
+    """tiles: of queries, int32 [tiles, 6], kernels/include/softmax.cuh's QueryTile, those with most keys first. rows: of k
+    and v; row_of: each token's, int32 [T]; copies: int32 [copies, 2], rows that are to be copied and where to."""
+
+    tiles: Int32Array
+    rows: int
+    row_of: Int32Array
+    copies: Int32Array
+
+
+def attention_layout(segments: Sequence[Segment], config: AttentionConfig) -> AttentionLayout:
+    """The layout of a batch's segments for an attention kernel.
+
+    Keys are walked block_kv at a time from the sequence's first on. A segment that continues another shares that one's whole
+    blocks of keys, and has a copy of those in the block that its own first key is in: so its sums are those of the sequence
+    in one piece, bit by bit.
+    """
+    block, rows = config.block_kv, 0
+    starts: list[int] = []  # each segment's first row of k and v
+    row_of: list[Int32Array] = []
+    copies: list[tuple[int, int]] = []
+    for segment in segments:
+        copied = 0
+        if segment.after is not None:
+            copied = segment.position % block
+            before = starts[segment.after] + segment.position - copied
+            copies += [(before + i, rows + i) for i in range(copied)]
+        starts.append(rows + copied)
+        row_of.append(np.arange(rows + copied, rows + copied + segment.length, dtype=np.int32))
+        rows += copied + segment.length
+    tiles: list[tuple[int, ...]] = []
+    for segment, start in zip(segments, starts):
+        shared, shared_row, kv_row = 0, 0, start
+        if segment.after is not None:
+            shared, shared_row, kv_row = segment.position // block, starts[segment.after], start - segment.position
+        elif segment.position:  # in a cache, whose first row is the sequence's
+            kv_row = 0
+        for at in range(0, segment.length, config.block_q):
+            length = min(config.block_q, segment.length - at)
+            tiles.append((segment.first + at, length, segment.position + at, kv_row, shared, shared_row))
+    tiles.sort(key=lambda tile: tile[2] + tile[1], reverse=True)
+    return AttentionLayout(
+        np.array(tiles, np.int32), rows, np.concatenate(row_of), np.array(copies, np.int32).reshape(-1, 2)
+    )

@@ -1,0 +1,141 @@
+"""What all ops share: one batch's inputs on the device, its layers' states, and products with quantised matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from ....core import Batch, LayerState
+from ....models.family import Family
+from ....models.weights import Weight
+from ...base import Ops
+from ..device.arrays import FLOAT16, DeviceArray
+from ..device.workspace import Workspace
+from ..gemm.operand import Operand
+from ..kv_cache import DeviceCache, token_shape
+from ..weights.matrix import Matrix
+from .attention_layout import attention_layout
+from .context import Context
+
+# Tokens. Blocks that start early gather on the first multiprocessors that have room: no matter where there are many more than
+# these, but a small launch should spread over all (an H100 at 16 tokens: 3.6 ms without, 5.0 ms with).
+_OVERLAP_FROM = 257
+TOKENS_AT_ONCE = 16384  # whose q/k/v sums, or gate and up, exist at a time
+
+
+@dataclass(frozen=True)
+class ResidualBound:
+    """No value of a residual stream is larger than |scale| times the embedding's largest, and `added`."""
+
+    embedding: Weight
+    scale: float
+    added: float = 0.0
+
+
+@dataclass(frozen=True)
+class Residual:
+    """The residual stream, float32 [T, H]. bound: on its values, known while only norms' outputs were added."""
+
+    values: DeviceArray
+    bound: ResidualBound | None = None
+
+
+class LayerStates(Protocol):
+    """Where the layers' states of a batch's sequences are: a cache, or work arrays."""
+
+    def keys_values(self, layer: int) -> tuple[DeviceArray, DeviceArray]:
+        """A layer's keys and values: halves [rows, heads, padded head_dim] each."""
+
+    def begin_layer(self, layer: int, start: int, n: int) -> None:
+        """Launch what has a layer's states of `start` tokens ready; n more are to be written."""
+
+    def end_batch(self, start: int, n: int) -> None:
+        """Wait until the last layer's states are kept."""
+
+
+class _WorkStates:
+    """LayerStates that nobody keeps: one layer's are written over the one before."""
+
+    def __init__(self, work: Workspace, states: Sequence[LayerState], rows: int) -> None:
+        self._work, self._states, self._rows = work, states, rows
+
+    def keys_values(self, layer: int) -> tuple[DeviceArray, DeviceArray]:
+        shape = token_shape(self._states[layer])
+        k, v = (self._work.array(name, FLOAT16, self._rows, *shape) for name in ("k", "v"))
+        return k, v
+
+    def begin_layer(self, layer: int, start: int, n: int) -> None:
+        pass
+
+    def end_batch(self, start: int, n: int) -> None:
+        pass
+
+
+class BatchOps(Ops):
+    """All that is uploaded for a batch goes up here: the ops themselves only launch, so that they can be captured as a graph.
+
+    key_rows: rows of keys and values to have room for, where they are more than the batch's own.
+    """
+
+    def __init__(
+        self, context: Context, family: Family, batch: Batch, cache: DeviceCache | None, key_rows: int = 0
+    ) -> None:
+        self.context, self.config, self.batch, self.cache = context, family.config, batch, cache
+        self.launcher, self.work, self.scales = context.launcher, context.work, context.scales
+        self.n = len(batch.tokens)
+        self.launcher.overlap = context.kernel_set.overlaps and self.n >= _OVERLAP_FROM
+        self.attention_config = context.kernel_set.attention(family.config.head_dim)
+        self.tokens = self.work.upload("tokens", batch.tokens)
+        self.positions = self.work.upload("positions", batch.positions)
+        layout = attention_layout(batch.segments, self.attention_config)
+        self.query_tiles = self.work.upload("tiles", layout.tiles)
+        # Which rows of k and v are the tokens', where these are not in order, and the rows to be copied.
+        self.key_row_of, self.key_copies = None, None
+        if len(layout.copies):
+            self.key_row_of = self.work.upload("kv rows", layout.row_of)
+            self.key_copies = self.work.upload("kv copies", layout.copies)
+        rows = max(layout.rows, key_rows)
+        self.states: LayerStates = cache or _WorkStates(self.work, family.layer_states, rows)
+        if batch.targets is not None:
+            self.target_rows = self.work.upload("target rows", batch.targets.rows)
+            self.target_tokens = self.work.upload("targets", batch.targets.tokens)
+        self.rope_tables: dict[int, DeviceArray] = {}  # by the id of their Rope
+
+    def begin_layer(self, index: int) -> None:
+        super().begin_layer(index)
+        weights = self.context.weights
+        if weights.streaming:
+            self.enter("streaming")
+            weights.begin_layer(index)
+        if self.cache is not None:
+            self.cache.begin_layer(index, self.batch.start, self.n)
+            self.launcher.fence()
+
+    def matrix(self, weight: Weight) -> Matrix:
+        """A weight's matrix on the device."""
+        return self.context.weights.matrix(weight)
+
+    def vector(self, weight: Weight | None) -> DeviceArray | None:
+        """A norm's weight or the like, float32; None for None."""
+        return self.context.small.vector(weight.tensor)[0] if weight is not None else None
+
+    def bias(self, weight: Weight) -> DeviceArray | None:
+        """A matrix's bias, or biases [experts, rows], where the file has one."""
+        return self.context.small.vector(weight.bias)[0] if weight.bias is not None else None
+
+    def multiply(
+        self,
+        a: Operand,
+        matrices: Sequence[Matrix],
+        out: DeviceArray,
+        bias: DeviceArray | None = None,
+        add: bool = False,
+    ) -> None:
+        """out = a · [matrices, one under another]ᵀ + bias (+ out, if add), a row for each of a's."""
+        gemm = self.context.gemms.choose(matrices)
+        gemm.linear(a, matrices, out, self.scales.of_weights(matrices, a.norm), bias, add)
+
+    def scaled(self, a: Operand, factor: float) -> Operand:
+        """The same operand, said to be scaled such that products come out times `factor`."""
+        return a if factor == 1.0 else replace(a, scale=self.scales.divided(a.scale, factor))

@@ -1,0 +1,15 @@
+"""The ops on a GPU: each launches its kernels and returns at once; what the head returns waits.
+
+Operands of the matrix units are halves under power-of-two scales that bounds prove safe (kernels/scales.cu); the residual
+stream and all sums are float32.
+"""
+
+from __future__ import annotations
+
+from .attention import AttentionOps
+from .experts import ExpertOps
+from .head import HeadOps
+
+
+class CudaOps(AttentionOps, ExpertOps, HeadOps):
+    """The operations of one batch."""

@@ -1,0 +1,194 @@
+"""The residual stream, its norms, and dense matrices."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+import math
+
+import numpy as np
+
+from ....errors import ModelError
+from ....models.weights import Weight
+from ...base import Sums
+from ..device.arrays import FLOAT32, DeviceArray
+from ..gemm.operand import HALVES, Operand
+from ..programs import NORM, weight_program
+from ..weights.matrix import Matrix, matrix_of
+from ..weights.staging import repack
+from .batch import TOKENS_AT_ONCE, BatchOps, Residual, ResidualBound
+
+
+class DenseOps(BatchOps):
+    """Part of CudaOps."""
+
+    def embed(self, weight: Weight, scale: float = 1.0) -> Residual:
+        self.enter("rest")
+        columns = weight.shape[1]
+        x = self.work.array("residual", FLOAT32, self.n, columns)
+        residual = Residual(x, ResidualBound(weight, scale))
+        weights = self.context.weights
+        if not weights.on_host(weight):
+            self._embed(weights.matrix(weight), self.tokens, scale, x)
+            return residual
+        # The rows of this prompt's tokens alone, as a matrix of their own.
+        most = min(self.n, TOKENS_AT_ONCE)
+        numbers = self.work.upload("row numbers", np.arange(most, dtype=np.int32))
+        whole = matrix_of(weight.tensor)
+        for t in range(0, self.n, most):
+            m = min(most, self.n - t)
+            rows = replace(whole, rows=m)
+            held = self.work.array("embedding", rows.array.dtype, *rows.array.shape)
+            rows = replace(rows, address=held.address)
+            raw = weights.host_rows(weight, self.batch.tokens[t : t + m])
+            repack(self.launcher, rows, 0, self.work.upload("embedding rows", raw))
+            self._embed(rows, numbers.rows(0, m), scale, x.rows(t, t + m))
+        return residual
+
+    def _embed(self, matrix: Matrix, tokens: DeviceArray, scale: float, out: DeviceArray) -> None:
+        self.launcher.launch(
+            weight_program(matrix.type),
+            "embed",
+            grid=out.shape[0],
+            weights=matrix.array,
+            units=matrix.units,
+            columns=matrix.columns,
+            tokens=tokens,
+            factor=scale,
+            out=out,
+        )
+
+    def rms_norm(self, x: Residual, weight: Weight) -> Operand:
+        return self.normalise(x.values, weight)
+
+    def normalise(self, x: DeviceArray, weight: Weight, picked: DeviceArray | None = None) -> Operand:
+        """RMSNorm of x's rows, or of those whose numbers are picked, int32 [rows]."""
+        self.enter("rest")
+        vector, host = self.context.small.vector(weight.tensor)
+        columns, rows = len(host), (x if picked is None else picked).shape[0]
+        length = math.sqrt(columns)  # of a row after division by the norm's weight
+        out = Operand(
+            self.work.array("normed", HALVES.dtype, rows, HALVES.padded(columns)),
+            columns,
+            self.scales.of_bound(length * float(np.abs(host).max())),
+            vector,
+            length,
+        )
+        self.launcher.launch(
+            NORM,
+            "rms_norm",
+            grid=rows,
+            x=x,
+            weight=vector,
+            out=out.values,
+            columns=columns,
+            stride=out.values.shape[1],
+            epsilon=self.config.rms_epsilon,
+            scale=out.scale,
+            rows=picked,
+        )
+        return out
+
+    def cast(self, x: Residual) -> Operand:
+        self.enter("rest")
+        columns = x.values.shape[1]
+        largest = self._largest(x.bound)
+        out = Operand(
+            self.work.array("normed", HALVES.dtype, self.n, HALVES.padded(columns)),
+            columns,
+            self.scales.of_bound(largest),
+            None,
+            math.sqrt(columns) * largest,
+        )
+        self.launcher.launch(
+            NORM,
+            "cast",
+            grid=self.n,
+            x=x.values,
+            out=out.values,
+            columns=columns,
+            stride=out.values.shape[1],
+            scale=out.scale,
+        )
+        return out
+
+    def _largest(self, bound: ResidualBound | None) -> float:
+        """No value of the residual stream is larger."""
+        if bound is None:
+            raise ModelError(
+                f"{self.config.architecture}: this family's page casts a residual stream that more than norms' outputs "
+                "were added to: nothing bounds its values"
+            )
+        return abs(bound.scale) * self.context.weights.absmax(bound.embedding) + bound.added
+
+    def add_rms_norm(self, x: Residual, y: Sums, weight: Weight) -> Residual:
+        self.enter("rest")
+        vector, host = self.context.small.vector(weight.tensor)
+        self.launcher.launch(
+            NORM,
+            "add_rms_norm",
+            grid=self.n,
+            x=x.values,
+            y=y,
+            weight=vector,
+            columns=len(host),
+            epsilon=self.config.rms_epsilon,
+        )
+        if x.bound is None:
+            return x
+        added = x.bound.added + math.sqrt(len(host)) * float(np.abs(host).max())
+        return replace(x, bound=replace(x.bound, added=added))
+
+    def linear(
+        self, a: Operand, weight: Weight, residual: Residual | None = None, scale: float = 1.0
+    ) -> DeviceArray | Residual:
+        self.enter("linear", [weight], self.n)
+        matrix = self.matrix(weight)
+        out = self._sums(residual, matrix)
+        self.multiply(self.scaled(a, scale), [matrix], out, self.bias(weight), add=residual is not None)
+        return out if residual is None else Residual(out)
+
+    def mlp(
+        self,
+        h: Operand,
+        gate: Weight,
+        up: Weight,
+        down: Weight,
+        *,
+        activation: str,
+        residual: Residual | None = None,
+        scale: float = 1.0,
+    ) -> DeviceArray | Residual:
+        self.enter("linear", [gate, up, down], self.n)
+        g, u, d = (self.matrix(weight) for weight in (gate, up, down))
+        biases = self.bias(gate), self.bias(up)
+        out = self._sums(residual, d)
+        weight_scale = self.scales.of_weights([g, u], h.norm)
+        act_scale = self.gated_scale(activation, h, g, u, biases)
+        gemm = self.context.gemms.choose([g, u], gated=True)
+        for t in range(0, self.n, TOKENS_AT_ONCE):
+            end = min(t + TOKENS_AT_ONCE, self.n)
+            values = self.work.array("activated", HALVES.dtype, end - t, HALVES.padded(g.rows))
+            act = Operand(values, g.rows, act_scale)
+            gemm.gated(h.part(t, end), g, u, act, weight_scale, biases, activation)
+            self.multiply(
+                self.scaled(act, scale), [d], out.rows(t, end), self.bias(down), add=residual is not None
+            )
+        return out if residual is None else Residual(out)
+
+    def _sums(self, residual: Residual | None, matrix: Matrix) -> DeviceArray:
+        """Where a matrix's sums go: into the residual stream, or to an array of their own."""
+        return residual.values if residual is not None else self.work.array("linear", FLOAT32, self.n, matrix.rows)
+
+    def gated_scale(
+        self,
+        activation: str,
+        h: Operand,
+        gate: Matrix,
+        up: Matrix,
+        biases: tuple[DeviceArray | None, DeviceArray | None],
+    ) -> DeviceArray:
+        """The scale of act(gate) * up."""
+        if activation == "swiglu_oai":  # clamped: at most 7 * (7 + 1)
+            return self.scales.of_bound(56.0)
+        assert h.length is not None, "what is gated comes from a norm or a cast"
+        return self.scales.of_outputs(gate, h.length, biases[0], up, biases[1])

@@ -1,0 +1,136 @@
+"""Mixtures of experts: routing, rows sorted by expert, grouped GEMMs over stacks of matrices (kernels/experts.cu)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ....models.experts import Experts
+from ....models.weights import Weight, Weights
+from ...base import Sums
+from ..constants import THREADS
+from ..device.arrays import FLOAT32, INT32, DeviceArray
+from ..gemm.operand import HALVES, Groups, Operand
+from ..programs import EXPERTS
+from .batch import TOKENS_AT_ONCE, Residual
+from .dense import DenseOps
+
+_ROWS = 65536  # copies of tokens' rows that go through experts at a time
+_ROUTED_A_BLOCK = THREADS["route"] // 32  # tokens: a warp has one
+_GROUP_WORDS = 4  # of kernels/include/groups.cuh's Group
+
+
+class ExpertOps(DenseOps):
+    """Part of CudaOps."""
+
+    def moe(self, h: Operand, w: Weights, experts: Experts, *, activation: str, residual: Residual) -> Residual:
+        count, used, hidden = experts.count, experts.used, h.columns
+        self.enter("linear", [w.ffn_gate_inp], self.n)
+        self.enter("linear", [w.ffn_gate_exps, w.ffn_up_exps, w.ffn_down_exps], self.n, share=used / count)
+        router = self.matrix(w.ffn_gate_inp)
+        gate, up, down = (self.matrix(stack) for stack in (w.ffn_gate_exps, w.ffn_up_exps, w.ffn_down_exps))
+        g, u, d = (stack.one_of(count) for stack in (gate, up, down))
+        biases, down_bias = (self.bias(w.ffn_gate_exps), self.bias(w.ffn_up_exps)), self.bias(w.ffn_down_exps)
+        weight_scale = self.scales.of_weights([gate, up], h.norm)
+        act_scale = self.gated_scale(activation, h, gate, up, biases)
+        gated, linear = self.context.gemms.choose([g, u], gated=True), self.context.gemms.choose([d])
+        step = min(TOKENS_AT_ONCE, _ROWS // used)
+        for t in range(0, self.n, step):
+            end = min(t + step, self.n)
+            rows = (end - t) * used  # a token's copies count
+            tokens = h.part(t, end)
+            scores = self.work.array("scores", FLOAT32, end - t, count)
+            self.multiply(tokens, [router], scores, self.bias(w.ffn_gate_inp))
+            places, shares, counts = self._route(scores, experts)
+            x = self._gather(tokens, places, used)
+            act = Operand(self.work.array("activated", HALVES.dtype, rows, g.rows), g.rows, act_scale)
+            groups = self._groups(counts, rows, gated.group_rows(rows, [g, u], True, count))
+            gated.gated(x, g, u, act, weight_scale, biases, activation, groups)
+            sums = self.work.array("sums", FLOAT32, rows, hidden)
+            groups = self._groups(counts, rows, linear.group_rows(rows, [d], False, count))
+            linear.linear(act, [d], sums, self.scales.of_weights([down], act.norm), down_bias, False, groups)
+            self.launcher.launch(
+                EXPERTS,
+                "combine",
+                grid=end - t,
+                x=residual.values.rows(t, end),
+                sums=sums,
+                used=used,
+                columns=hidden,
+                place_of=places,
+                share_of=shares,
+            )
+        return Residual(residual.values)
+
+    def _route(self, scores: DeviceArray, experts: Experts) -> tuple[DeviceArray, DeviceArray, DeviceArray]:
+        """From each token's scores: where its copies' rows go and the share of each, [tokens * used]; each expert's rows."""
+        tokens, count = scores.shape
+        rows = tokens * experts.used
+        chosen, shares = self.work.array("experts", INT32, rows), self.work.array("shares", FLOAT32, rows)
+        places, counts = self.work.array("places", INT32, rows), self.work.array("counts", INT32, count)
+        self.launcher.launch(
+            EXPERTS,
+            "route",
+            grid=-(-tokens // _ROUTED_A_BLOCK),
+            scores=scores,
+            n=tokens,
+            experts=count,
+            used=experts.used,
+            normalise=int(experts.normalise),
+            routed_after=int(experts.routed_after),
+            expert_of=chosen,
+            share_of=shares,
+        )
+        self.launcher.launch(EXPERTS, "count", grid=count, expert_of=chosen, entries=rows, counts=counts)
+        self.launcher.launch(
+            EXPERTS, "place", grid=count, expert_of=chosen, entries=rows, counts=counts, place_of=places
+        )
+        return places, shares, counts
+
+    def _gather(self, tokens: Operand, places: DeviceArray, used: int) -> Operand:
+        """Copies of tokens' rows, in the experts' order."""
+        rows, stride = places.shape[0], tokens.values.shape[1]
+        values = self.work.array("sorted", tokens.format.dtype, rows, stride)
+        self.launcher.launch(
+            EXPERTS,
+            "gather",
+            grid=rows,
+            x=tokens.values,
+            used=used,
+            stride=stride,
+            place_of=places,
+            sorted=values,
+        )
+        return replace(tokens, values=values)
+
+    def _groups(self, counts: DeviceArray, rows: int, size: int) -> Groups:
+        """Groups of at most `size` rows each, of `rows` in all."""
+        experts = counts.shape[0]
+        groups = self.work.array("groups", INT32, rows // size + experts, _GROUP_WORDS)
+        number = self.work.array("group count", INT32, 1)
+        self.launcher.launch(
+            EXPERTS,
+            "make_groups",
+            grid=1,
+            counts=counts,
+            experts=experts,
+            tokens=size,
+            groups=groups,
+            group_count=number,
+        )
+        return Groups(groups, number, experts)
+
+    def add_gated(self, x: Residual, y: Sums, h: Operand, weight: Weight) -> Residual:
+        self.enter("rest")
+        self.launcher.launch(
+            EXPERTS,
+            "add_gated",
+            grid=self.n,
+            x=x.values,
+            y=y,
+            h=h.values,
+            columns=h.columns,
+            stride=h.values.shape[1],
+            scale=h.scale,
+            weight=self.vector(weight),
+        )
+        return Residual(x.values)

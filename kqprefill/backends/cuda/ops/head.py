@@ -1,0 +1,102 @@
+"""The end of a batch: logits, and what is told of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ....core import Float32Array, HeadResult, Logits, PendingHead, Ranks
+from ....errors import BackendError
+from ....models.weights import Weight
+from ..constants import THREADS
+from ..device.arrays import FLOAT32, DeviceArray
+from ..programs import HEAD
+from .batch import Residual
+from .dense import DenseOps
+
+_LOGITS_BYTES = 320 << 20  # of logits on the device at a time
+_WHOLE_TILES = 256  # positions whose logits are made at a time are a multiple of this, where there is room for so many
+_RANKED = np.dtype([("token", np.int32), ("logit", np.float32), ("logprob", np.float32)])  # head.cu's Ranked
+
+
+class HeadOps(DenseOps):
+    """Part of CudaOps."""
+
+    def head(
+        self,
+        x: Residual,
+        norm: Weight,
+        output: Weight,
+        logits: Logits,
+        scale: float = 1.0,
+        softcap: float | None = None,
+    ) -> PendingHead:
+        count, targets = self.batch.count(logits), self.batch.targets
+        self.enter("head", [output], count)
+        matrix, first = self.matrix(output), self.n - count
+        most = self._rows_at_once(matrix.rows, count)
+        device = self.work.array("logits", FLOAT32, most, matrix.rows)
+        asked = targets if logits == "ranks" else None
+        top = max(1, min(matrix.rows, asked.top)) if asked is not None else 1
+        ranked = np.empty((count if asked is not None else 1, top + 1), _RANKED)
+        on_device = self.work.array("ranked", _RANKED, *ranked.shape)
+        kept = np.empty((count, matrix.rows), np.float32) if logits in ("all", "last") else None
+        for at in range(0, count, most):
+            end = min(at + most, count)
+            if asked is not None:
+                h = self.normalise(x.values, norm, picked=self.target_rows.rows(at, end))
+            else:
+                h = self.normalise(x.values.rows(first + at, first + end), norm)
+            rows = device.rows(0, end - at)
+            self.multiply(h, [matrix], rows, self.bias(output))
+            self._finish(rows, scale, softcap)
+            if asked is not None:
+                self._rank(rows, self.target_tokens.rows(at, end), top, on_device.rows(at, end))
+            elif end == count:
+                self._rank(rows.rows(end - at - 1), None, top, on_device)
+            if kept is not None:
+                self.context.gpu.download(kept[at:end], rows.address)
+        if self.context.weights.streaming:
+            self.context.weights.prefetch()  # the next batch's first layers
+        if asked is not None:
+            wait = self.context.downloads.start(ranked, on_device)
+            return lambda: _ranks(wait, ranked, asked.top)
+        return lambda: self._last(ranked, on_device, kept if logits == "all" or kept is None else kept[0])
+
+    def _finish(self, rows: DeviceArray, scale: float, softcap: float | None) -> None:
+        """Scale and cap logits, where the family does."""
+        if scale != 1.0 or softcap is not None:
+            n = rows.shape[0] * rows.shape[1]
+            grid = -(-n // THREADS["finish_logits"])
+            self.launcher.launch(HEAD, "finish_logits", grid=grid, logits=rows, n=n, scale=scale, softcap=softcap or 0.0)
+
+    def _rank(self, rows: DeviceArray, targets: DeviceArray | None, top: int, out: DeviceArray) -> None:
+        """What is told of each of these rows of logits."""
+        count, vocab = rows.shape
+        self.launcher.launch(HEAD, "rank", grid=count, logits=rows, n=vocab, targets=targets, top=top, out=out)
+
+    def _last(
+        self, ranked: np.ndarray[Any, np.dtype[np.void]], source: DeviceArray, logits: Float32Array | None
+    ) -> HeadResult:
+        """Wait for what is told of the last position, and until a cache has the batch."""
+        self.context.gpu.download(ranked, source.address)
+        self.states.end_batch(self.batch.start, self.n)
+        token, logit, logprob = ranked[0, 1].item()
+        if token < 0:
+            raise BackendError("the last position's logits hold NaN: the file's weights are damaged or out of range")
+        return HeadResult(token, logit, logprob, logits)
+
+    @staticmethod
+    def _rows_at_once(vocab: int, count: int) -> int:
+        """Positions whose logits are made at a time: whole tiles of a GEMM, where there is room for one."""
+        most = _LOGITS_BYTES // (4 * vocab)
+        return max(1, min(count, most // _WHOLE_TILES * _WHOLE_TILES or most))
+
+
+def _ranks(wait: Callable[[], None], ranked: np.ndarray[Any, np.dtype[np.void]], top: int) -> Ranks:
+    """Ranks of rank's output, [S, 1 + at least top], once it has come."""
+    wait()
+    likeliest = ranked[:, 1 : 1 + top]
+    return Ranks(*(np.ascontiguousarray(x) for x in (ranked["logprob"][:, 0], likeliest["token"], likeliest["logprob"])))

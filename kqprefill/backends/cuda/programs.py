@@ -1,0 +1,18 @@
+"""The programs that serve every kernel set: all but the matrix products and attention."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from ...gguf.types import GGML
+from .device.compiler import Program
+from .units import repack_units
+
+NORM, ROPE, SCALES, HEAD, EXPERTS = (Program(f"{name}.cu") for name in ("norm", "rope", "scales", "head", "experts"))
+COMMON = (NORM, ROPE, SCALES, HEAD, EXPERTS)
+
+
+@cache
+def weight_program(ggml_type: GGML) -> Program:
+    """What reads the quantised weights of one ggml type: repack, dequantize, embed, measure."""
+    return Program("weights.cu", (("FORMAT", ggml_type.name), ("REPACK_UNITS", str(repack_units(ggml_type)))))

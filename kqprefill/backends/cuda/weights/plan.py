@@ -1,0 +1,189 @@
+"""Which weights stay in GPU memory and which are streamed through it for each prompt: decided before anything is allocated.
+
+Weights stay where all fit. Else as many layers as fit stay, spread evenly, so that the copies of those between have their
+time too; the others' weights come through staging buffers while earlier layers compute (staging.py), and the embedding's
+rows from the host, for the prompt's tokens only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+import math
+
+from ....errors import BackendError
+from ....models.family import Family
+from ...budget import Budget, gib
+from ..constants import MOST_EXPERTS, MOST_USED_EXPERTS, TILE_ROWS
+from ..device.compiler import Program
+from ..device.gpu import Gpu
+from ..device.workspace import aligned
+from .host_pages import WINDOW, host_memory
+from .matrix import layer_matrices, tile_bytes
+from .staging import STAGING_BYTES, STAGING_SLOTS
+
+CONTEXT_BYTES = 560 << 20  # that the driver takes for a context and our kernels (an H100: 540 MiB)
+_SLACK_BYTES, _SLACK_SHARE = 64 << 20, 0.012  # that its allocator takes beyond what is asked for (an H100: 20 to 230 MiB)
+SPARE_BYTES = 128 << 20  # left free where no budget is given
+_LOCKED_IN_PASSING = 32 << 30  # host memory that is locked at a time where it is read once: unlocking can wait
+
+
+@dataclass(frozen=True)
+class BatchNeeds:
+    """What a batch takes, found by rehearsing it.
+
+    work_bytes: of work arrays. programs: that its kernels are in. matrix_flops: multiplications and additions by the layers'
+    matrices.
+    """
+
+    work_bytes: int
+    programs: tuple[Program, ...]
+    matrix_flops: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which device each layer runs on: device numbers, a layer each."""
+
+    devices: tuple[int, ...]
+
+    @classmethod
+    def on_one(cls, device: int, layers: int) -> Placement:
+        """All layers on the same device."""
+        return cls((device,) * layers)
+
+    def layers_of(self, device: int) -> tuple[int, ...]:
+        """The layers that run on a device, ascending."""
+        return tuple(layer for layer, its in enumerate(self.devices) if its == device)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What of a model stays in GPU memory.
+
+    budget: bytes of GPU memory that may be taken. tokens: of the longest prompt planned for, and needs: what such a batch
+    takes. placement: which device runs each layer. resident, streamed: layers. parts: bytes by what takes them.
+    streamed_bytes: over the bus for each prompt. slot_bytes: of a staging buffer. tile_bytes: of the largest streamed layer
+    in tiles.
+    """
+
+    budget: int
+    tokens: int
+    needs: BatchNeeds
+    placement: Placement
+    resident: tuple[int, ...]
+    streamed: tuple[int, ...]
+    parts: dict[str, int]
+    streamed_bytes: int
+    slot_bytes: int
+    tile_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of GPU memory that are planned for."""
+        return sum(self.parts.values())
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory that may stay locked: all of a model that is streamed, where it is the lesser part of the machine's; a
+        part of one that is read in passing."""
+        memory = host_memory()
+        # A layer's first and last windows are not all its own.
+        wanted = self.streamed_bytes + 4 * WINDOW * len(self.streamed)
+        return wanted if self.streamed and wanted < memory // 2 else min(_LOCKED_IN_PASSING, memory // 4)
+
+    def places_as(self, other: Plan) -> bool:
+        """Whether the other plan has the same weights in the same places."""
+        own, others = (
+            (plan.placement, plan.resident, plan.slot_bytes, plan.tile_bytes) for plan in (self, other)
+        )
+        return own == others
+
+
+def budget_of(gpu: Gpu, vram: Budget | None) -> int:
+    """Bytes that may be taken on an open Gpu, its context included: a Budget's, or all that is free."""
+    free, total = gpu.memory()
+    return free + CONTEXT_BYTES - SPARE_BYTES if vram is None else vram.of(total)
+
+
+def refuse_unsupported(family: Family) -> None:
+    """Raises BackendError for a model whose layers CUDA does not have all of."""
+    experts = family.experts
+    if experts is not None and (experts.count > MOST_EXPERTS or experts.used > MOST_USED_EXPERTS):
+        raise BackendError(
+            f"{family.file.path}: {experts.used} of {experts.count} experts do not run on CUDA (at most "
+            f"{MOST_USED_EXPERTS} of {MOST_EXPERTS}); use --backend cpu"
+        )
+
+
+def make_plan(
+    family: Family,
+    budget: int,
+    tokens: int,
+    needs: Callable[[bool], BatchNeeds],
+    cache_bytes: int = 0,
+    device: int = 0,
+) -> Plan:
+    """A Plan for a model on a GPU that may take `budget` bytes.
+
+    tokens: of the longest prompt. needs(host_embedding): what such a batch takes where the embedding is on the device, or on
+    the host. cache_bytes: device memory that caches hold. device: the GPU's number. Raises BackendError where even streaming
+    every layer takes more.
+    """
+    layers = layer_matrices(family)
+    placement = Placement.on_one(device, len(layers))
+    tiles = [tile_bytes(tensors) for tensors in layers]
+    raw = [sum(aligned(t.nbytes) for t in tensors) for tensors in layers]
+    output, embedding = tile_bytes([family.output.tensor]), tile_bytes([family.token_embd.tensor])
+    tied = family.output is family.token_embd
+    least_slot = aligned(max(TILE_ROWS * w.tensor.nbytes // math.prod(w.shape[:-1]) for w in family.matrices()))
+    parts = {"CUDA context": CONTEXT_BYTES, "output": output}
+    if cache_bytes:
+        parts["caches"] = cache_bytes
+
+    def plan(resident: Sequence[int], batch: BatchNeeds) -> Plan:
+        streamed = tuple(i for i in placement.layers_of(device) if i not in resident)
+        slot = max(least_slot, *(raw[i] for i in streamed)) if streamed else STAGING_BYTES
+        tile = max((tiles[i] for i in streamed), default=0)
+        work = batch.work_bytes
+        takes = {
+            **parts,
+            "embedding": 0 if tied or streamed else embedding,
+            "layers that stay": sum(tiles[i] for i in resident),
+            "streaming buffers": STAGING_SLOTS * slot + tile if streamed else 0,
+            "activations, K, V": work if streamed else max(work, STAGING_SLOTS * STAGING_BYTES),  # loading came first
+        }
+        takes["allocator's slack"] = _SLACK_BYTES + int(_SLACK_SHARE * sum(takes.values()))
+        return Plan(
+            budget,
+            tokens,
+            batch,
+            placement,
+            tuple(resident),
+            streamed,
+            {name: nbytes for name, nbytes in takes.items() if nbytes},
+            sum(raw[i] for i in streamed),
+            slot,
+            tile,
+        )
+
+    everything = plan(placement.layers_of(device), needs(False))
+    if everything.nbytes <= budget:
+        return everything
+    batch = needs(not tied)
+    for count in range(len(layers) - 1, -1, -1):
+        chosen = plan(_spread(count, len(layers)), batch)
+        if chosen.nbytes <= budget:
+            return chosen
+    takes = ", ".join(f"{name} {gib(nbytes)}" for name, nbytes in chosen.parts.items())
+    shorter = batch.work_bytes > chosen.nbytes // 2
+    way_out = "a shorter prompt" if shorter else f"a budget of {gib(chosen.nbytes)}"
+    raise BackendError(
+        f"{tokens} tokens need at least {gib(chosen.nbytes)} of GPU memory ({takes}), but {gib(budget)} may be taken "
+        f"(--vram, or what is free); {way_out} would do, or --backend cpu"
+    )
+
+
+def _spread(count: int, layers: int) -> list[int]:
+    """`count` of so many layers, as evenly spread as can be."""
+    return [i for i in range(layers) if (i + 1) * count // layers > i * count // layers]

@@ -1,0 +1,102 @@
+"""The powers of two that keep half-precision operands in range (kernels/scales.cu), each made the first time it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import math
+
+import numpy as np
+
+from ..device.arrays import FLOAT32, UINT32, DeviceArray
+from ..device.gpu import Gpu
+from ..device.launcher import Launches
+from ..device.workspace import Workspace
+from ..programs import SCALES, weight_program
+from .matrix import Matrix
+from .small_arrays import SmallArrays
+
+_HALF_TOP = 15  # values are scaled to at most 2^15, a factor of 2 under overflow (kernels/scales.cu: kHalfTop)
+_SCALE = FLOAT32, (1,)
+
+
+class Scales:
+    """Scales as device arrays, float32 [1]. Those of weights and of what they make are found on the device."""
+
+    def __init__(self, gpu: Gpu, launcher: Launches, work: Workspace, small: SmallArrays) -> None:
+        self._gpu, self._launcher, self._work, self._small = gpu, launcher, work, small
+
+    def of_bound(self, bound: float) -> DeviceArray:
+        """The scale of values whose magnitude is at most `bound`: kernels/scales.cu's scale_for, on the host."""
+
+        def make(scale: DeviceArray) -> None:
+            exponent = _HALF_TOP - math.frexp(bound)[1] if bound > 0 else 0
+            self._gpu.upload(scale.address, np.array([2.0 ** max(-126, min(126, exponent))], np.float32))
+
+        return self._small.once(("bound", float(bound)), *_SCALE, make)
+
+    def of_weights(self, matrices: Sequence[Matrix], norm: DeviceArray | None) -> DeviceArray:
+        """The scale of the halves that these matrices are multiplied as.
+
+        norm: the RMSNorm weight that their input was multiplied by, or None. Also measures their rows against it, which
+        `of_outputs` asks for.
+        """
+
+        def make(scale: DeviceArray) -> None:
+            largest = self._work.array("absmax", UINT32, 1)
+            self._gpu.zero(largest.address, largest.nbytes)
+            for matrix in matrices:
+                self._launcher.launch(
+                    weight_program(matrix.type),
+                    "measure",
+                    grid=matrix.row_tiles,
+                    weights=matrix.array,
+                    units=matrix.units,
+                    rows=matrix.rows,
+                    columns=matrix.columns,
+                    input=norm,
+                    row_norm=self._row_norms(matrix),
+                    absmax=largest,
+                )
+            self._launcher.launch(SCALES, "weight_scale", grid=1, absmax=largest, scale=scale)
+
+        return self._small.once(("weights", *(matrix.name for matrix in matrices)), *_SCALE, make)
+
+    def of_outputs(
+        self,
+        matrix: Matrix,
+        length: float,
+        bias: DeviceArray | None,
+        factor: Matrix | None = None,
+        factor_bias: DeviceArray | None = None,
+    ) -> DeviceArray:
+        """The scale of what a measured matrix makes of inputs, or (factor) of its product with what that one makes.
+
+        length: an input row's Euclidean length, divided by the norm that the rows were measured against, is at most this.
+        """
+
+        def make(scale: DeviceArray) -> None:
+            self._launcher.launch(
+                SCALES,
+                "output_scale",
+                grid=1,
+                a=self._row_norms(matrix),
+                bias_a=bias,
+                b=self._row_norms(factor) if factor is not None else None,
+                bias_b=factor_bias,
+                n=matrix.rows,
+                gain=length,
+                scale=scale,
+            )
+
+        return self._small.once(("outputs", matrix.name), *_SCALE, make)
+
+    def divided(self, scale: DeviceArray, factor: float) -> DeviceArray:
+        """*scale / factor: a product whose operand is said to be scaled so comes out times `factor`."""
+
+        def make(divided: DeviceArray) -> None:
+            self._launcher.launch(SCALES, "divide_scale", grid=1, source=scale, factor=factor, out=divided)
+
+        return self._small.once(("divided", scale.address, factor), *_SCALE, make)
+
+    def _row_norms(self, matrix: Matrix) -> DeviceArray:
+        return self._work.array(f"row norms {matrix.name}", FLOAT32, matrix.rows)
