@@ -1,11 +1,15 @@
 """ggml blocks to float32 on the host. The decoding is the `gguf` package's; this feeds it well-sized pieces."""
 
+from __future__ import annotations
+
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 import os
 
 import numpy as np
+from numpy.typing import NDArray
 
+from ..core import Float32Array
 from .types import GGML, GGML_QUANT_SIZES
 
 # What both backends can multiply by. Other ggml types are refused when the model is opened.
@@ -23,7 +27,7 @@ _ROW_ELEMENTS = 8192
 _SLICE_ELEMENTS = 1 << 22  # what one thread decodes at a time
 
 
-def dequantize(raw, ggml_type):
+def dequantize(raw: NDArray[np.uint8], ggml_type: GGML) -> Float32Array:
     """Decode ggml blocks.
 
     raw: uint8 [..., row bytes], whole blocks in each row. Returns float32 [..., row elements], equal bit for bit to
@@ -38,7 +42,7 @@ def dequantize(raw, ggml_type):
     step = _SLICE_ELEMENTS
     slices = [(at, min(at + step, out.size)) for at in range(0, out.size, step)]
 
-    def decode(span):
+    def decode(span: tuple[int, int]) -> None:
         begin, end = span
         piece = flat[begin // block_elements * block_bytes : end // block_elements * block_bytes]
         _decode_slice(piece, ggml_type, block_elements, block_bytes, out[begin:end])
@@ -50,7 +54,10 @@ def dequantize(raw, ggml_type):
     return out.reshape(shape)
 
 
-def _decode_slice(raw, ggml_type, block_elements, block_bytes, out):
+def _decode_slice(
+    raw: NDArray[np.uint8], ggml_type: GGML, block_elements: int, block_bytes: int, out: Float32Array
+) -> None:
+    """Decode the blocks `raw`, uint8 [n * block_bytes], to `out`, float32 [n * block_elements]; any type but F32."""
     if ggml_type == GGML.F16:
         out[:] = raw.view(np.float16)
         return
@@ -77,5 +84,5 @@ def _decode_slice(raw, ggml_type, block_elements, block_bytes, out):
 
 
 @cache
-def _pool():
+def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="dequantize")
