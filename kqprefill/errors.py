@@ -1,4 +1,4 @@
-"""The errors a caller can meet. Each message is one line that names the file, tensor, token or option, and what to do."""
+"""Errors a caller can meet. Each message is one line that names the file, tensor, token or option, and what to do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from __future__ import annotations
 class KqprefillError(Exception):
     """Base of every error that kqprefill raises on purpose.
 
-    Names from a file may hold anything: control characters are escaped, so that a message is one line and moves no cursor.
+    Names from a file may hold anything: control characters are escaped, so that a message is one line and moves no
+    cursor.
     """
 
     def __init__(self, message: object) -> None:

@@ -1,4 +1,4 @@
-"""ggml blocks to float32 on the host. The decoding is the `gguf` package's; this feeds it well-sized pieces."""
+"""ggml blocks to float32 on the host. The `gguf` package decodes; it is given pieces of a size that it is fast at."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .types import GGML, GGML_QUANT_SIZES
 SUPPORTED = frozenset(
     GGML[name]
     for name in (
-        "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K Q8_K IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S "
-        "IQ4_NL IQ4_XS TQ1_0 TQ2_0 MXFP4 NVFP4 Q1_0"
+        "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K Q8_K "
+        "IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ4_NL IQ4_XS TQ1_0 TQ2_0 MXFP4 NVFP4 Q1_0"
     ).split()
 )
 
-# gguf.quants works on 16 rows at a time. Rows of this many elements keep its temporaries in the L2 cache and its
-# per-call cost small: 2 to 14 times the speed that a matrix's own rows give (640 columns, 2 cores).
+# gguf.quants works on 16 rows at a time, whatever their length. Rows of this many elements keep what it holds in the L2
+# cache and make few calls of it: 2 to 14 times the speed that a matrix's own rows give (640 columns, 2 cores).
 _ROW_ELEMENTS = 8192
 _SLICE_ELEMENTS = 1 << 22  # what one thread decodes at a time
 

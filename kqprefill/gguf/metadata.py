@@ -171,9 +171,9 @@ class Cursor:
     def skip_strings(self, count: int, key: str) -> None:
         """Step over `count` strings, the array under metadata `key`.
 
-        A vocabulary has hundreds of thousands, nearly all shorter than 256 bytes. So the loop takes each length's lowest
-        byte for the length; then NumPy looks at the other seven bytes of all lengths at once. Where they are not zero, the
-        string is longer, and the loop begins again behind it.
+        A vocabulary has hundreds of thousands, nearly all shorter than 256 bytes. So the loop takes a length's lowest
+        byte for all of it; then NumPy looks at the other seven bytes of all these lengths at once. Where they are not
+        zero, the string is longer, and the loop begins again behind it.
         """
         buffer, end, at = self.buffer, len(self.buffer) - 8, self.at
         bytes_ = np.frombuffer(buffer, np.uint8)

@@ -1,4 +1,4 @@
-"""What a model family needs of a file: GGUFFile has it, and so has kqprefill.synthetic.SyntheticFile, which is no file at all."""
+"""What a model family needs of a file: GGUFFile has it, and kqprefill.synthetic.SyntheticFile, which is no file."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _Self = TypeVar("_Self", bound="ModelTensor")
 class ModelTensor(ABC):
     """A tensor of a model, or a part of one: `nbytes` bytes from `offset` on of what holds them.
 
-    name: its GGUF name. shape: in NumPy's order, slowest dimension first, so that a matrix is [rows, columns]; the reverse
-    of GGUF's ne[]. type: its ggml type.
+    name: its GGUF name. shape: in NumPy's order, slowest dimension first, so that a matrix is [rows, columns]; the
+    reverse of GGUF's ne[]. type: its ggml type.
     """
 
     name: str
@@ -53,7 +53,7 @@ class ModelTensor(ABC):
 
 
 class ModelFile(Protocol):
-    """Where a model comes from: its metadata and its tensors, both by their GGUF names. path: its name, for messages."""
+    """Where a model comes from: its metadata and its tensors, by their GGUF names. path: its name, for messages."""
 
     @property
     def path(self) -> str: ...

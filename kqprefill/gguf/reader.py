@@ -6,6 +6,7 @@ held against the file's size before it is used, so no claim in it can cause a re
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 import mmap
 import os
@@ -43,8 +44,8 @@ class Tensor(ModelTensor):
 class GGUFFile:
     """A GGUF file opened for reading: `metadata` (a mapping) and `tensors` (name -> Tensor).
 
-    The first of a split model's files (`…-00001-of-0000N.gguf`) opens them all, as one. Raises GGUFError, naming the file and
-    what is wrong, for anything that is not a well-formed GGUF v2 or v3.
+    The first of a split model's files (`…-00001-of-0000N.gguf`) opens them all, as one. Raises GGUFError, naming the
+    file and what is wrong, for anything that is not a well-formed GGUF v2 or v3.
     """
 
     def __init__(self, path: str | os.PathLike[str], _part: int = 0) -> None:
@@ -72,10 +73,8 @@ class GGUFFile:
         for other in self._others:
             other.close()
         self.bytes = np.empty(0, np.uint8)
-        try:
+        with suppress(BufferError):  # someone still holds a view: the mapping goes with the last of them
             self._map.close()
-        except BufferError:  # someone still holds a view: the mapping goes with the last of them
-            pass
 
     def __enter__(self) -> GGUFFile:
         return self

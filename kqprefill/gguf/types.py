@@ -1,5 +1,7 @@
-"""ggml's types and block sizes: the `gguf` package's constants, without the rest of the package, whose import takes as long
-as opening a model does."""
+"""ggml's types and block sizes: the `gguf` package's constants, without the rest of the package.
+
+Importing all of it takes as long as opening a model does.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType as GGML
+    from gguf.constants import GGML_QUANT_SIZES
+    from gguf.constants import GGMLQuantizationType as GGML
 else:
 
     def _constants() -> ModuleType:

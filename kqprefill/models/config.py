@@ -96,7 +96,7 @@ class Config:
 
 
 class ArchMetadata:
-    """The metadata under `<architecture>.`, each value checked as it is read: ModelError for a missing or an impossible one."""
+    """The metadata under `<architecture>.`. Whoever reads a value that is missing or impossible gets a ModelError."""
 
     def __init__(self, metadata: Mapping[str, Any], path: str, architecture: str) -> None:
         """metadata: all that the file has. path: the file's, for messages."""
@@ -179,8 +179,7 @@ def read_rope(
     if kind == "yarn":
         ramp = _yarn_ramp(meta, width, base)
         magnitude = meta.number("rope.scaling.attn_factor", 1.0) * (1.0 + 0.1 * math.log(factor))
-        # DeepSeek's mscale_all_dim: it gives a temperature that q and k are both divided by, and with them cos and sin.
-        if meta.has("rope.scaling.yarn_log_multiplier"):
+        if meta.has("rope.scaling.yarn_log_multiplier"):  # DeepSeek's mscale_all_dim: a temperature to divide by
             magnitude /= 1.0 + 0.1 * meta.number("rope.scaling.yarn_log_multiplier") * math.log(factor)
         return Rope(inv_freq / factor * (1 - ramp) + inv_freq * ramp, magnitude, interleaved)
     raise meta.error(f"rope.scaling.type {kind!r} is not supported (none, linear and yarn are)")

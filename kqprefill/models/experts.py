@@ -12,9 +12,9 @@ from .weights import Shapes
 class Experts:
     """A layer's experts, and how tokens are routed to them.
 
-    count: experts of a layer. used: experts that a token goes through. width: of each expert's hidden layer. normalise:
-    whether the shares of a token's used experts are divided by their sum. routed_after: whether the softmax that gives the
-    shares is over the used experts' scores alone, rather than over all experts'.
+    count: experts of a layer. used: experts that a token goes through. width: of each expert's hidden layer.
+    normalise: whether the shares of a token's used experts are divided by their sum. routed_after: whether the softmax
+    that gives the shares is over the used experts' scores alone, rather than over all experts'.
     """
 
     count: int

@@ -25,13 +25,15 @@ _Page = TypeVar("_Page", bound="Family")
 class Family(ABC):
     """A decoder-only transformer; subclasses, one a page, say what differs.
 
-    Made from metadata alone, a family describes a model: its sizes and its tensors' shapes. `open` binds that to a file's
+    Made from metadata alone, a family describes a model: its sizes and its tensors' shapes. `open` binds it to a file's
     tensors; only then are there weights, and what the layers need beside them.
 
-    Described: meta (the architecture's metadata), config, rotary_pairs (how many pairs of a head's elements are rotated),
-    experts (None where a layer has one feed-forward network).
-    Opened, also: file; blocks (Weights of each layer); shared (Weights that no layer owns); token_embd, output_norm, output
-    (Weight; a file without an output matrix uses the embedding's, "tied"); and what `read_hyper_parameters` reads.
+    Attributes once it is described: meta (the architecture's metadata); config; rotary_pairs (how many pairs of a
+    head's elements are rotated); experts (None where a layer has one feed-forward network).
+
+    Attributes once it is opened: file; blocks (Weights of each layer); shared (Weights outside the layers); token_embd,
+    output_norm, output (Weight; a file without an output matrix uses the embedding's, "tied"); what
+    `read_hyper_parameters` reads.
     """
 
     architecture = ""  # general.architecture
@@ -60,7 +62,8 @@ class Family(ABC):
     def open(cls: type[_Page], file: ModelFile) -> _Page:
         """The family over a file's tensors.
 
-        Raises ModelError: a tensor missing, misshapen, of an unsupported type or unknown; metadata missing or contradicting.
+        Raises ModelError: a tensor missing, misshapen, unknown or of an unsupported type; metadata missing or
+        contradicting.
         """
         embedding = file.tensors.get("token_embd.weight")
         if embedding is None:

@@ -1,5 +1,7 @@
-"""Gemma (arXiv 2403.08295): Llama's layers with GeGLU; the embedding is scaled and is the output matrix too. GGUF holds the norm
-weights with their 1 added."""
+"""Gemma (arXiv 2403.08295): Llama's layers with GeGLU; the embedding is scaled, and is the output matrix too.
+
+Gemma's norms multiply by 1 + weight; GGUF holds the weights with the 1 added.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,10 @@ class Gemma(Family):
     architecture = "gemma"
 
     def attention_scale_of(self, blocks_27b: int) -> float:
-        """What the later Gemmas scale q by: 1 / sqrt(head_dim), but in their 27B models 1 / sqrt(embedding_length / head_count).
+        """1 / sqrt(head_dim); in the 27B models of Gemma 2 and 3, 1 / sqrt(embedding_length / head_count).
 
-        blocks_27b: the 27B model's number of layers. GGUF has no field that says which is meant; llama.cpp, too, tells the
-        27B model by its layers.
+        blocks_27b: how many layers the 27B model has. GGUF does not say which scale is meant: llama.cpp, too, knows the
+        27B model by the number of its layers.
         """
         c = self.config
         return 1 / math.sqrt(c.embedding_length / c.head_count if c.block_count == blocks_27b else c.head_dim)

@@ -1,5 +1,5 @@
-"""Gemma 2 (arXiv 2408.00118): norms before and after each half of a layer, every other layer with a sliding window, attention
-scores and logits capped softly."""
+"""Gemma 2 (arXiv 2408.00118): norms before and after each half of a layer, every other layer with a sliding window,
+attention scores and logits capped softly."""
 
 from __future__ import annotations
 

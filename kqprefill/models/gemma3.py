@@ -1,5 +1,5 @@
-"""Gemma 3 (arXiv 2503.19786): norms before and after each half of a layer, GeGLU, five layers of sliding-window
-attention to one of full attention, each kind with its own rotary base. GGUF holds the norm weights with their 1 added."""
+"""Gemma 3 (arXiv 2503.19786): norms before and after each half of a layer, five layers of sliding-window attention to
+one of full attention, each kind with its own rotary base."""
 
 from __future__ import annotations
 

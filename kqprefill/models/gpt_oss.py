@@ -1,5 +1,5 @@
-"""gpt-oss (arXiv 2508.10925): every other layer with a sliding window, a learned sink in each head's softmax, experts whose gates
-are clamped."""
+"""gpt-oss (arXiv 2508.10925): every other layer with a sliding window, a learned sink in each head's softmax, experts
+whose gates are clamped."""
 
 from __future__ import annotations
 

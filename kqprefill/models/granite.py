@@ -1,5 +1,5 @@
-"""Granite 3 (ibm-granite): Llama's layers with multipliers on the embedding, attention's scores, what is added to the residual
-stream, and the logits (muP, arXiv 2203.03466)."""
+"""Granite 3 (ibm-granite): Llama's layers with multipliers on the embedding, attention's scores, what is added to the
+residual stream, and the logits (muP, arXiv 2203.03466)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Llama (arXiv 2302.13971, 2407.21783) and what shares its shape: Mistral, Mixtral (arXiv 2401.04088), Yi, TinyLlama, ..."""
+"""Llama (arXiv 2302.13971, 2407.21783) and what shares its layers: Mistral, Mixtral (arXiv 2401.04088), Yi."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Mistral 3 and Ministral 3: Llama's layers, with YaRN from the metadata, and queries that grow with their position past the context
-that the model was first trained on (arXiv 2501.19399)."""
+"""Mistral 3 and Ministral 3: Llama's layers; queries at positions past the context that the model was first trained on
+are multiplied by a temperature, which grows with the position (arXiv 2501.19399)."""
 
 from __future__ import annotations
 

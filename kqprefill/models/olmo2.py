@@ -1,5 +1,5 @@
-"""OLMo 2 (arXiv 2501.00656) and 3: norms only after each half of a layer, q and k normalised over all heads at once; in OLMo 3
-three layers of four with a sliding window and without the rotary scaling."""
+"""OLMo 2 (arXiv 2501.00656) and 3: norms only after each half of a layer, q and k normalised over all heads at once; in
+OLMo 3 three layers of four with a sliding window and without the rotary scaling."""
 
 from __future__ import annotations
 

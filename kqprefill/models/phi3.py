@@ -1,5 +1,5 @@
-"""Phi 3 and 4 (arXiv 2404.14219): Llama's layers, with q, k, v in one matrix and gate and up in another, and rotary frequencies
-divided by factors of their own for long contexts."""
+"""Phi 3 and 4 (arXiv 2404.14219): Llama's layers, with q, k, v in one matrix and gate and up in another; rotary
+frequencies are divided by factors, of which models for long contexts have their own."""
 
 from __future__ import annotations
 
@@ -38,8 +38,11 @@ class Phi3(Family):
         self.sliding_window = self.meta.integer_or_none("attention.sliding_window")
 
     def rope_factors(self) -> Float32Array | None:
-        """By the context that the model has, not by each prompt's length: so no prompt's beginning depends on its end
-        (llama.cpp does the same by the context it is run with)."""
+        """The long or the short factors, float32 [rotary_pairs], by the context length that the model has.
+
+        The length of a prompt does not count, so that no prompt's beginning depends on its end. (llama.cpp goes by the
+        context length that it is run with.)
+        """
         original = self.meta.integer("rope.scaling.original_context_length", self.config.context_length)
         long = self.config.context_length > original
         return self.vector("rope_factors_long" if long else "rope_factors_short")

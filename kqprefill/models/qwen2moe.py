@@ -1,4 +1,5 @@
-"""Qwen 2 with experts (arXiv 2407.10671): beside the routed ones an expert that every token goes through, under a gate of its own."""
+"""Qwen 2 with experts (arXiv 2407.10671): beside those that a token is routed to, one that every token goes through,
+under a gate of its own."""
 
 from __future__ import annotations
 

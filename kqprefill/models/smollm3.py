@@ -1,4 +1,5 @@
-"""SmolLM3 (huggingface.co/blog/smollm3): Llama's layers, every fourth without rotary embedding (NoPE, arXiv 2501.18795)."""
+"""SmolLM3 (huggingface.co/blog/smollm3): Llama's layers, every fourth without rotary embedding (NoPE, arXiv
+2501.18795)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A file's tensors as a family's page names them: `w.attn_q` is blk.N.attn_q.weight with its bias, checked for shape."""
+"""A file's tensors, checked, as a family's page names them: `w.attn_q` is blk.N.attn_q.weight with its bias."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Parts: TypeAlias = dict[str, dict[str, int]]
 
 @dataclass(frozen=True)
 class Weight:
-    """A matrix [rows, columns] (y = x · Wᵀ + b) and its bias [rows], where the file has one; experts' matrices [experts, rows,
-    columns] and biases [experts, rows]; or a vector [n]."""
+    """A matrix [rows, columns] (y = x · Wᵀ + b) and its bias [rows], where the file has one; or the matrices of all
+    experts [experts, rows, columns] and their biases [experts, rows]; or a vector [n]."""
 
     tensor: ModelTensor
     bias: ModelTensor | None = None
@@ -43,7 +43,7 @@ class Weights:
     """Weights by their GGUF names (without `.weight`), as attributes."""
 
     def __init__(self, file: ModelFile, prefix: str, shapes: Shapes, parts: Parts | None = None) -> None:
-        """prefix: of the tensors' names in the file, such as `blk.0.`. parts: matrices to be cut into weights of their own.
+        """prefix: of the tensors' names in the file, such as `blk.0.`. parts: matrices to be cut into several weights.
 
         Raises ModelError where a tensor is missing, misshapen or of an unsupported type.
         """

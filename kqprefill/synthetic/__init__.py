@@ -1,5 +1,7 @@
-"""Models of a known shape with random, valid quantised weights, for benchmarks: no file is needed, and none is written unless
-it is asked for (`write_gguf`)."""
+"""Models of a known shape with random, valid quantised weights, for benchmarks.
+
+No file is needed, and none is written unless `write_gguf` is called.
+"""
 
 from .blocks import pool
 from .file import SyntheticFile, SyntheticTensor

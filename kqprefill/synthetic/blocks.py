@@ -1,7 +1,7 @@
 """Random weights of any supported ggml type.
 
-They are drawn from a pool of real blocks (Gaussian, sigma 0.02, quantised by ggml: block_pool.npz); all-zero or constant
-weights would run faster than real ones do.
+They are drawn from a pool of real blocks (Gaussian, sigma 0.02, quantised by ggml: block_pool.npz): a GPU computes
+faster with zeros or constants than with real weights.
 """
 
 from __future__ import annotations
@@ -57,8 +57,10 @@ def pool(kind: GGML) -> NDArray[np.uint8]:
 
 
 def _random_blocks(kind: GGML, n: int) -> NDArray[np.uint8]:
-    """uint8 [n, block bytes]: blocks of a type that no Python package can quantise to. Their bits are random, and their scales
-    such that weights are of the size of the other types'."""
+    """Blocks of a type that no Python package can quantise to, uint8 [n, block bytes].
+
+    Their bits are random, and their scales such that the weights are as large as those of the other types.
+    """
     rng, block_bytes = np.random.default_rng(int(kind)), GGML_QUANT_SIZES[kind][1]
     raw = rng.integers(0, 256, (n, block_bytes), dtype=np.uint8)
     spread = {"Q1_0": 0.02, "TQ1_0": 0.02, "TQ2_0": 0.02, "IQ1_S": 3e-3, "IQ1_M": 3e-3, "IQ3_S": 1.5e-4}  # else 3e-4

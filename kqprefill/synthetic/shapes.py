@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from ..gguf.dequantize import SUPPORTED
 from ..gguf.types import GGML, GGML_QUANT_SIZES
 
-# The type of a matrix, by its GGUF name (without `blk.N.` and `.weight`) and the number of its layer, 0 outside the layers.
+# The type of a matrix, by its GGUF name (without `blk.N.` and `.weight`) and its layer's number (0 outside the layers).
 TypeOf: TypeAlias = Callable[[str, int], GGML]
 
 
@@ -18,8 +18,9 @@ TypeOf: TypeAlias = Callable[[str, int], GGML]
 class Shape:
     """A model's published sizes.
 
-    window: of sliding-window attention, 0 for none. yarn: what YaRN stretches the context by, up to `context`; 0 for none.
-    experts: of a layer, 0 for one feed-forward network; ffn is then the width of each expert. used: experts by a token.
+    window: of sliding-window attention; 0 for none. yarn: how many times as long YaRN makes the context, which is then
+    `context`; 0 for none. experts: of a layer, each of width ffn; 0 for one feed-forward network. used: experts that
+    a token goes through.
     """
 
     architecture: str
@@ -117,7 +118,7 @@ def recipe_types(recipe: str, shape: Shape) -> TypeOf:
 
 
 def _q4_k_m(shape: Shape, name: str, layer: int) -> GGML:
-    """llama.cpp's mix (llama_tensor_get_type): the output, and attn_v and ffn_down of half of the layers, get more bits."""
+    """llama.cpp's mix (llama_tensor_get_type): the output and half of the layers' attn_v and ffn_down get more bits."""
     n = shape.layers
     if name == "output" or (name == "token_embd" and shape.tied):
         return GGML.Q6_K
