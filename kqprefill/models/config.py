@@ -157,8 +157,8 @@ def read_rope(
     """The rotary embedding that the metadata describes.
 
     base: instead of rope.freq_base. scaled=False: without rope.scaling (Gemma 3's local layers). factors: float32
-    [width/2], which divide the frequencies (rope_freqs.weight: Llama 3.1's scaling). Scaling types are llama.cpp's: none,
-    linear, yarn (arXiv 2309.00071, as in ggml's rope_yarn). Raises ModelError.
+    [width/2], which divide the frequencies (rope_freqs.weight: Llama 3.1's scaling). Scaling types are llama.cpp's:
+    none, linear, yarn (arXiv 2309.00071, as in ggml's rope_yarn). Raises ModelError.
     """
     width = meta.integer("rope.dimension_count", head_dim)
     if width > head_dim or width % 2:
@@ -179,7 +179,8 @@ def read_rope(
     if kind == "yarn":
         ramp = _yarn_ramp(meta, width, base)
         magnitude = meta.number("rope.scaling.attn_factor", 1.0) * (1.0 + 0.1 * math.log(factor))
-        if meta.has("rope.scaling.yarn_log_multiplier"):  # DeepSeek's mscale_all_dim: a temperature to divide by
+        # DeepSeek's mscale_all_dim gives a temperature that divides cos and sin, and so q and k.
+        if meta.has("rope.scaling.yarn_log_multiplier"):
             magnitude /= 1.0 + 0.1 * meta.number("rope.scaling.yarn_log_multiplier") * math.log(factor)
         return Rope(inv_freq / factor * (1 - ramp) + inv_freq * ramp, magnitude, interleaved)
     raise meta.error(f"rope.scaling.type {kind!r} is not supported (none, linear and yarn are)")
