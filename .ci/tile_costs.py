@@ -12,7 +12,7 @@ from kqprefill.backends.cuda.gemm import HopperGemm, Operand
 from kqprefill.backends.cuda.graphs import capture
 from kqprefill.backends.cuda.tensor_maps import TensorMaps
 from kqprefill.backends.cuda.tiles import HOPPER_TILES, K_MULTIPLE
-from kqprefill.gguf.synthetic import Shape, SyntheticFile
+from kqprefill.synthetic import Shape, SyntheticFile
 from kqprefill.gguf.types import GGML
 from kqprefill.models import read_model
 

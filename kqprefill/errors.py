@@ -1,13 +1,16 @@
-"""The errors a caller can meet. Each message is one line that names the file, tensor, token or option, and what to do."""
+"""Errors a caller can meet. Each message is one line that names the file, tensor, token or option, and what to do."""
+
+from __future__ import annotations
 
 
 class KqprefillError(Exception):
     """Base of every error that kqprefill raises on purpose.
 
-    Names from a file may hold anything: control characters are escaped, so that a message is one line and moves no cursor.
+    Names from a file may hold anything: control characters are escaped, so that a message is one line and moves no
+    cursor.
     """
 
-    def __init__(self, message):
+    def __init__(self, message: object) -> None:
         super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(message)))
 
 

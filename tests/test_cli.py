@@ -14,7 +14,7 @@ import pytest
 import kqprefill
 from conftest import EXAMPLE, log_softmax
 from kqprefill.gguf import GGUFFile
-from kqprefill.gguf.synthetic import SyntheticFile
+from kqprefill.synthetic import SyntheticFile
 from kqprefill.models import read_model
 
 COMMAND = Path(sys.executable).with_name("kqprefill")

@@ -170,7 +170,7 @@ def test_the_plot_shows_the_floors(tmp_path):
     from kqprefill.backends.cuda.residency import make_plan
     from kqprefill.cli.plot import check_plot, draw
     from kqprefill.errors import InputError
-    from kqprefill.gguf.synthetic import SyntheticFile
+    from kqprefill.synthetic import SyntheticFile
     from kqprefill.models import read_model
 
     family = read_model(SyntheticFile.named("qwen3-32b:Q4_K_M"))

@@ -15,7 +15,7 @@ from kqprefill.backends.cuda.graphs import Graphs
 from kqprefill.backends.cuda.memory import Workspace
 from kqprefill.backends.cuda.ops import CudaOps
 from kqprefill.backends.cuda.rehearsal import stand_in
-from kqprefill.gguf.synthetic import SyntheticFile
+from kqprefill.synthetic import SyntheticFile
 from kqprefill.models import read_model
 
 SHARED_MEMORY = {(8, 0): 163 << 10, (9, 0): 227 << 10, (12, 0): 99 << 10}  # of a block, by capability

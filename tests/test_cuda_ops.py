@@ -10,7 +10,7 @@ from kqprefill.backends.base import Batch
 from kqprefill.backends.cpu.ops import CpuOps
 from kqprefill.backends.cuda.tiles import HOPPER_TILES
 from kqprefill.gguf import GGUFFile
-from kqprefill.gguf.synthetic import Shape, SyntheticFile, SyntheticTensor, write_gguf
+from kqprefill.synthetic import Shape, SyntheticFile, SyntheticTensor, write_gguf
 from kqprefill.models import read_model
 from kqprefill.models.weights import Weight
 

@@ -14,7 +14,7 @@ import pytest
 from conftest import relative_error
 from kqprefill.gguf import dequantize
 from kqprefill.gguf.dequantize import SUPPORTED
-from kqprefill.gguf.synthetic import pool
+from kqprefill.synthetic import pool
 
 CODEBOOKS = "IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S TQ1_0 TQ2_0 MXFP4 NVFP4 Q1_0".split()
 FORMATS = sorted(SUPPORTED, key=lambda t: t.name)

@@ -15,7 +15,7 @@ from kqprefill.backends.cuda.memory import host_memory
 from kqprefill.backends.cuda.bounds import H100, estimate
 from kqprefill.backends.cuda.residency import CONTEXT_BYTES, make_plan
 from kqprefill.engine.model import open_model
-from kqprefill.gguf.synthetic import Shape, SyntheticFile
+from kqprefill.synthetic import Shape, SyntheticFile
 from kqprefill.gguf.types import GGML
 from kqprefill.models import read_model
 

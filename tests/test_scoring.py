@@ -11,7 +11,7 @@ from kqprefill.backends.cuda.tiles import AttentionTile
 from kqprefill.engine.model import open_model
 from kqprefill.engine.perplexity import perplexity
 from kqprefill.engine.scoring import Item, groups, item_of
-from kqprefill.gguf.synthetic import SHAPES, Shape, SyntheticFile
+from kqprefill.synthetic import SHAPES, Shape, SyntheticFile
 from kqprefill.gguf.types import GGML
 
 FOUND = {path.stem: path for folder in reversed(CONFORMANCE_FOLDERS) for path in folder.glob("*.gguf")}

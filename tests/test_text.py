@@ -15,7 +15,7 @@ import pytest
 import kqprefill
 from conftest import EXAMPLE, GOLDEN_FOLDERS
 from kqprefill.gguf import GGUFFile
-from kqprefill.gguf.synthetic import SyntheticFile, write_gguf
+from kqprefill.synthetic import SyntheticFile, write_gguf
 from kqprefill.gguf.vocabulary import byte_pieces
 from kqprefill.text import Tokenizer
 from test_cli import kq

@@ -74,7 +74,7 @@ def volume_options(command):
 def open_file(name):
     """A GGUFFile, or the SyntheticFile of a SHAPE:RECIPE. Raises GGUFError, InputError."""
     from ..gguf import GGUFFile
-    from ..gguf.synthetic import SyntheticFile
+    from ..synthetic import SyntheticFile
 
     is_file = os.path.exists(name) or name.endswith(".gguf") or os.sep in name
     return GGUFFile(name) if is_file else SyntheticFile.named(name)

@@ -16,7 +16,7 @@ def synth(name, out):
     \b
     kqprefill synth tiny:Q4_K_M tiny.gguf
     """
-    from ..gguf.synthetic import SyntheticFile, write_gguf
+    from ..synthetic import SyntheticFile, write_gguf
 
     if out == STDIO:
         raise click.UsageError("synth writes a file; give its name")

@@ -1,29 +1,33 @@
-"""ggml blocks to float32 on the host. The decoding is the `gguf` package's; this feeds it well-sized pieces."""
+"""ggml blocks to float32 on the host. The `gguf` package decodes; it is given pieces of a size that it is fast at."""
+
+from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 import os
 
 import numpy as np
+from numpy.typing import NDArray
 
+from ..core import Float32Array
 from .types import GGML, GGML_QUANT_SIZES
 
 # What both backends can multiply by. Other ggml types are refused when the model is opened.
 SUPPORTED = frozenset(
     GGML[name]
     for name in (
-        "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K Q8_K IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S "
-        "IQ4_NL IQ4_XS TQ1_0 TQ2_0 MXFP4 NVFP4 Q1_0"
+        "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K Q8_K "
+        "IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ4_NL IQ4_XS TQ1_0 TQ2_0 MXFP4 NVFP4 Q1_0"
     ).split()
 )
 
-# gguf.quants works on 16 rows at a time. Rows of this many elements keep its temporaries in the L2 cache and its
-# per-call cost small: 2 to 14 times the speed that a matrix's own rows give (640 columns, 2 cores).
+# gguf.quants works on 16 rows at a time, whatever their length. Rows of this many elements keep what it holds in the L2
+# cache and make few calls of it: 2 to 14 times the speed that a matrix's own rows give (640 columns, 2 cores).
 _ROW_ELEMENTS = 8192
 _SLICE_ELEMENTS = 1 << 22  # what one thread decodes at a time
 
 
-def dequantize(raw, ggml_type):
+def dequantize(raw: NDArray[np.uint8], ggml_type: GGML) -> Float32Array:
     """Decode ggml blocks.
 
     raw: uint8 [..., row bytes], whole blocks in each row. Returns float32 [..., row elements], equal bit for bit to
@@ -38,7 +42,7 @@ def dequantize(raw, ggml_type):
     step = _SLICE_ELEMENTS
     slices = [(at, min(at + step, out.size)) for at in range(0, out.size, step)]
 
-    def decode(span):
+    def decode(span: tuple[int, int]) -> None:
         begin, end = span
         piece = flat[begin // block_elements * block_bytes : end // block_elements * block_bytes]
         _decode_slice(piece, ggml_type, block_elements, block_bytes, out[begin:end])
@@ -50,7 +54,10 @@ def dequantize(raw, ggml_type):
     return out.reshape(shape)
 
 
-def _decode_slice(raw, ggml_type, block_elements, block_bytes, out):
+def _decode_slice(
+    raw: NDArray[np.uint8], ggml_type: GGML, block_elements: int, block_bytes: int, out: Float32Array
+) -> None:
+    """Decode the blocks `raw`, uint8 [n * block_bytes], to `out`, float32 [n * block_elements]; any type but F32."""
     if ggml_type == GGML.F16:
         out[:] = raw.view(np.float16)
         return
@@ -77,5 +84,5 @@ def _decode_slice(raw, ggml_type, block_elements, block_bytes, out):
 
 
 @cache
-def _pool():
+def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="dequantize")

@@ -1,13 +1,17 @@
 """Token ids to text, as the file's vocabulary spells it."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from functools import cache
 import re
+from typing import Any
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 @cache
-def byte_pieces():
+def byte_pieces() -> tuple[str, ...]:
     """GPT-2's spelling of the 256 bytes: printable characters stand for themselves, the rest for U+0100 onwards."""
     shifted = iter(range(0x100, 0x200))
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
@@ -15,11 +19,12 @@ def byte_pieces():
 
 
 @cache
-def _byte_of():
+def _byte_of() -> dict[str, int]:
+    """The byte that each character of GPT-2's spelling stands for."""
     return {character: byte for byte, character in enumerate(byte_pieces())}
 
 
-def token_text(metadata, token):
+def token_text(metadata: Mapping[str, Any], token: int) -> str | None:
     """The text of one token, or None where the file has no vocabulary or the token is beyond it.
 
     Bytes that are no UTF-8 by themselves become U+FFFD.
@@ -27,7 +32,7 @@ def token_text(metadata, token):
     pieces = metadata.get("tokenizer.ggml.tokens")
     if not (isinstance(pieces, list) and token < len(pieces)):
         return None
-    piece = pieces[token]
+    piece: str = pieces[token]
     if metadata.get("tokenizer.ggml.model") == "gpt2":  # byte-level BPE
         byte_of = _byte_of()
         if all(character in byte_of for character in piece):

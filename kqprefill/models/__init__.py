@@ -1,6 +1,13 @@
 """Model families, one a page, and the registry that finds the page for a file's general.architecture."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
 from ..errors import ModelError
+from ..gguf import ModelFile
+from .family import Family
 from .gemma import Gemma
 from .gemma2 import Gemma2
 from .gemma3 import Gemma3
@@ -17,7 +24,7 @@ from .qwen3 import Qwen3
 from .qwen3moe import Qwen3Moe
 from .smollm3 import SmolLM3
 
-_PAGES = (
+_PAGES: tuple[type[Family], ...] = (
     Qwen3,
     Qwen3Moe,
     Llama,
@@ -37,13 +44,20 @@ _PAGES = (
 FAMILIES = {family.architecture: family for family in _PAGES}
 
 
-def read_model(file):
-    """The family of an open GGUFFile, over its tensors. Raises ModelError for one that is not supported."""
-    architecture = file.metadata.get("general.architecture")
+def read_model(file: ModelFile) -> Family:
+    """The family of an open file, over its tensors. Raises ModelError for one that is not supported."""
+    return _family_of(file.metadata, file.path).open(file)
+
+
+def describe_model(metadata: Mapping[str, Any], path: str, vocab_size: int) -> Family:
+    """The family that the metadata of `path` names, described but without tensors (see Family). Raises ModelError."""
+    return _family_of(metadata, path)(metadata, path, vocab_size)
+
+
+def _family_of(metadata: Mapping[str, Any], path: str) -> type[Family]:
+    architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str):
-        raise ModelError(f"{file.path}: metadata general.architecture is missing; this is no language model")
+        raise ModelError(f"{path}: metadata general.architecture is missing; this is no language model")
     if architecture not in FAMILIES:
-        raise ModelError(
-            f"{file.path}: architecture {architecture!r} is not supported; these are: {', '.join(FAMILIES)}"
-        )
-    return FAMILIES[architecture](file)
+        raise ModelError(f"{path}: architecture {architecture!r} is not supported; these are: {', '.join(FAMILIES)}")
+    return FAMILIES[architecture]

@@ -1,35 +1,44 @@
 """A model's hyper-parameters, read from GGUF metadata and held against one another."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from dataclasses import dataclass
 import math
+from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
+from ..core import Float32Array
 from ..errors import ModelError
+
+Float64Array: TypeAlias = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Rope:
     """Rotary position embedding: the frequencies, and which elements of a head turn together.
 
-    inv_freq: float64 [rot/2], radians per position, scaling (linear, YaRN, rope_freqs) already in it.
+    inv_freq: float64 [width/2], radians per position, scaling (linear, YaRN, rope_freqs) already in it.
     magnitude: what cos and sin are multiplied by (YaRN's attention temperature; 1 otherwise).
-    interleaved: pairs are (2i, 2i+1), as in ggml's GGML_ROPE_TYPE_NORMAL; else (i, i + rot/2), its NEOX type.
+    interleaved: pairs are (2i, 2i+1), as in ggml's GGML_ROPE_TYPE_NORMAL; else (i, i + width/2), its NEOX type.
     beta, beta_length: queries at position p are multiplied by `temperature(p)` (Llama 4's and Mistral 3's).
     """
 
-    inv_freq: np.ndarray
+    inv_freq: Float64Array
     magnitude: float = 1.0
     interleaved: bool = False
     beta: float = 0.0
     beta_length: int = 1
 
-    def temperature(self, positions):
+    def temperature(self, positions: NDArray[np.integer[Any]]) -> Float64Array:
         """1 + beta ln(1 + floor(position / beta_length)) (llama.cpp: llm_graph_input_attn_temp), float64."""
-        return 1 + self.beta * np.log1p(np.floor_divide(positions, self.beta_length))
+        temperature: Float64Array = 1 + self.beta * np.log1p(np.floor_divide(positions, self.beta_length))
+        return temperature
 
     @property
-    def width(self):
+    def width(self) -> int:
         """Elements of each head that are rotated; those after them pass through."""
         return 2 * len(self.inv_freq)
 
@@ -50,16 +59,18 @@ class Config:
     vocab_size: int
 
     @property
-    def q_width(self):
+    def q_width(self) -> int:
+        """Values of one token's queries."""
         return self.head_count * self.head_dim
 
     @property
-    def kv_width(self):
+    def kv_width(self) -> int:
+        """Values of one token's keys; its values are as many."""
         return self.head_count_kv * self.head_dim
 
     @classmethod
-    def from_gguf(cls, meta, vocab_size):
-        """meta: ArchMetadata; vocab_size: rows of token_embd.weight. Raises ModelError for impossible values."""
+    def from_gguf(cls, meta: ArchMetadata, vocab_size: int) -> Config:
+        """vocab_size: rows of token_embd.weight. Raises ModelError for impossible values."""
         embedding = meta.integer("embedding_length")
         heads = meta.integer("attention.head_count")
         kv_heads = meta.integer("attention.head_count_kv", heads)
@@ -85,24 +96,27 @@ class Config:
 
 
 class ArchMetadata:
-    """The metadata under `<architecture>.`, each value checked as it is read."""
+    """The metadata under `<architecture>.`. Whoever reads a value that is missing or impossible gets a ModelError."""
 
-    def __init__(self, file, architecture):
-        self._file, self.architecture = file, architecture
+    def __init__(self, metadata: Mapping[str, Any], path: str, architecture: str) -> None:
+        """metadata: all that the file has. path: the file's, for messages."""
+        self._metadata, self._path, self.architecture = metadata, path, architecture
 
-    def error(self, what):
-        return ModelError(f"{self._file.path}: {self.architecture}: {what}")
+    def error(self, what: str) -> ModelError:
+        """The exception, to be raised, for a file with that fault."""
+        return ModelError(f"{self._path}: {self.architecture}: {what}")
 
-    def has(self, key):
-        return f"{self.architecture}.{key}" in self._file.metadata
+    def has(self, key: str) -> bool:
+        """Whether the file says anything under that key."""
+        return f"{self.architecture}.{key}" in self._metadata
 
-    def _get(self, key, default):
-        value = self._file.metadata.get(f"{self.architecture}.{key}", default)
+    def _get(self, key: str, default: Any) -> Any:
+        value = self._metadata.get(f"{self.architecture}.{key}", default)
         if value is None:
             raise self.error(f"metadata {self.architecture}.{key} is missing")
         return value
 
-    def integer(self, key, default=None):
+    def integer(self, key: str, default: int | None = None) -> int:
         """A positive integer below 2^31 (an array of equal ones, as some converters write, counts as one)."""
         value = self._get(key, default)
         if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.size and (value == value[0]).all():
@@ -112,26 +126,39 @@ class ArchMetadata:
             raise self.error(f"metadata {key} is {shown}, not a positive integer")
         return value
 
-    def number(self, key, default=None):
+    def integer_or_none(self, key: str) -> int | None:
+        """`integer`, or None where the file does not say."""
+        return self.integer(key) if self.has(key) else None
+
+    def number(self, key: str, default: float | None = None) -> float:
         """A positive finite number."""
         value = self._get(key, default)
         if not isinstance(value, (int, float)) or not (value > 0 and math.isfinite(value)):
             raise self.error(f"metadata {key} is {value!r}, not a positive number")
         return float(value)
 
-    def string(self, key, default=None):
+    def string(self, key: str, default: str | None = None) -> str:
+        """A text."""
         value = self._get(key, default)
         if not isinstance(value, str):
             raise self.error(f"metadata {key} is not a string")
         return value
 
 
-def read_rope(meta, head_dim, *, interleaved, base=None, scaled=True, factors=None):
+def read_rope(
+    meta: ArchMetadata,
+    head_dim: int,
+    *,
+    interleaved: bool,
+    base: float | None = None,
+    scaled: bool = True,
+    factors: Float32Array | None = None,
+) -> Rope:
     """The rotary embedding that the metadata describes.
 
-    base: instead of rope.freq_base. scaled=False: without rope.scaling (Gemma 3's local layers).
-    factors: float32 [rot/2], rope_freqs.weight, which divide the frequencies (Llama 3.1's scaling).
-    Scaling types are llama.cpp's: none, linear, yarn (arXiv 2309.00071, as in ggml's rope_yarn). Raises ModelError.
+    base: instead of rope.freq_base. scaled=False: without rope.scaling (Gemma 3's local layers). factors: float32
+    [width/2], which divide the frequencies (rope_freqs.weight: Llama 3.1's scaling). Scaling types are llama.cpp's:
+    none, linear, yarn (arXiv 2309.00071, as in ggml's rope_yarn). Raises ModelError.
     """
     width = meta.integer("rope.dimension_count", head_dim)
     if width > head_dim or width % 2:
@@ -152,17 +179,19 @@ def read_rope(meta, head_dim, *, interleaved, base=None, scaled=True, factors=No
     if kind == "yarn":
         ramp = _yarn_ramp(meta, width, base)
         magnitude = meta.number("rope.scaling.attn_factor", 1.0) * (1.0 + 0.1 * math.log(factor))
-        if meta.has("rope.scaling.yarn_log_multiplier"):  # DeepSeek's mscale_all_dim, whose square the scores have lost
+        # DeepSeek's mscale_all_dim gives a temperature that divides cos and sin, and so q and k.
+        if meta.has("rope.scaling.yarn_log_multiplier"):
             magnitude /= 1.0 + 0.1 * meta.number("rope.scaling.yarn_log_multiplier") * math.log(factor)
         return Rope(inv_freq / factor * (1 - ramp) + inv_freq * ramp, magnitude, interleaved)
     raise meta.error(f"rope.scaling.type {kind!r} is not supported (none, linear and yarn are)")
 
 
-def _yarn_ramp(meta, width, base):
+def _yarn_ramp(meta: ArchMetadata, width: int, base: float) -> Float64Array:
     """How far each pair keeps its own frequency: 1 for fast pairs, 0 for slow ones; float64 [width/2]."""
     original = meta.integer("rope.scaling.original_context_length", meta.integer("context_length"))
 
-    def pair_that_turns(rotations):
+    def pair_that_turns(rotations: float) -> float:
+        """Which pair turns so many times over the original context."""
         return width * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
     try:

@@ -1,60 +1,86 @@
-"""What a model family is: the shapes of its tensors, and what one layer does.
+"""What a model family is: which tensors its files have, and what one layer does with them.
 
 A family's page calls the ops of `kqprefill.backends.base.Ops` and reads like the model's formula; both backends run it.
 """
 
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from functools import cached_property
 import math
+from typing import Any, TypeVar
 
+from ..backends.base import Ops, Residual
+from ..core import Float32Array, KeysValues, LayerState, Logits, PendingHead, Progress, no_progress
 from ..errors import ModelError
-from ..gguf import dequantize
-from .config import ArchMetadata, Config, read_rope
-from .weights import Weight, Weights
+from ..gguf import ModelFile, dequantize
+from .config import ArchMetadata, Config, Rope, read_rope
+from .experts import Experts
+from .weights import Parts, Shapes, Weight, Weights, may_have_bias
+
+_Page = TypeVar("_Page", bound="Family")
 
 
-class Family:
-    """A decoder-only transformer over a GGUF file; subclasses say what differs.
+class Family(ABC):
+    """A decoder-only transformer; subclasses, one a page, say what differs.
 
-    Attributes: config; blocks (Weights of each layer); token_embd, output_norm, output (Weight; a file without an
-    output matrix uses the embedding's, "tied").
+    Made from metadata alone, a family describes a model: its sizes and its tensors' shapes. `open` binds it to a file's
+    tensors; only then are there weights, and what the layers need beside them.
+
+    Attributes once it is described: meta (the architecture's metadata); config; rotary_pairs (how many pairs of a
+    head's elements are rotated); experts (None where a layer has one feed-forward network).
+
+    Attributes once it is opened: file; blocks (Weights of each layer); shared (Weights outside the layers); token_embd,
+    output_norm, output (Weight; a file without an output matrix uses the embedding's, "tied"); what
+    `read_hyper_parameters` reads.
     """
 
     architecture = ""  # general.architecture
-    has_experts = False  # whether layers call Ops.moe
     rope_interleaved = False  # which elements pair up; see Rope
 
-    def __init__(self, file):
-        """Raises ModelError: a tensor missing, misshapen or of an unsupported type, or metadata that contradicts."""
-        self.file = file
-        self.meta = ArchMetadata(file, self.architecture)
+    file: ModelFile
+    shared: Weights
+    blocks: list[Weights]
+    token_embd: Weight
+    output_norm: Weight
+    output: Weight
+    rope: Rope
+    attention_scale: float
+
+    def __init__(self, metadata: Mapping[str, Any], path: str, vocab_size: int) -> None:
+        """Describe the model that the metadata of `path` has, with so many rows of token_embd.weight.
+
+        Raises ModelError for metadata that is missing or contradicts.
+        """
+        self.meta = ArchMetadata(metadata, path, self.architecture)
+        self.config = Config.from_gguf(self.meta, vocab_size)
+        self.rotary_pairs = self.meta.integer("rope.dimension_count", self.config.head_dim) // 2
+        self.experts = self.read_experts()
+
+    @classmethod
+    def open(cls: type[_Page], file: ModelFile) -> _Page:
+        """The family over a file's tensors.
+
+        Raises ModelError: a tensor missing, misshapen, unknown or of an unsupported type; metadata missing or
+        contradicting.
+        """
         embedding = file.tensors.get("token_embd.weight")
         if embedding is None:
             raise ModelError(f"{file.path}: tensor token_embd.weight is missing")
-        self.config = c = Config.from_gguf(self.meta, vocab_size=embedding.shape[0])
-        if c.block_count > len(file.tensors):
-            raise self.meta.error(f"block_count is {c.block_count}, but the file has only {len(file.tensors)} tensors")
-        matrix = (c.vocab_size, c.embedding_length)
-        pairs = self.meta.integer("rope.dimension_count", c.head_dim) // 2
-        shapes = {
-            "token_embd": matrix,
-            "output_norm": (c.embedding_length,),
-            "output?": matrix,
-            "rope_freqs?": (pairs,),
-            **self.more_shapes(pairs),
-        }
-        shared = Weights(file, "", shapes)
-        self.token_embd, self.output_norm = Weight(shared.token_embd.tensor), shared.output_norm  # a row has no bias
-        self.shared = shared
-        self.output, self.rope_freqs = shared.get("output") or self.token_embd, shared.get("rope_freqs")
-        shapes, parts = self.block_shapes(), self.block_parts()
-        self.blocks = [Weights(file, f"blk.{i}.", shapes, parts) for i in range(c.block_count)]
-        self._refuse_unknown_tensors(shared)
-        self.read_hyper_parameters()
+        family = cls(file.metadata, file.path, vocab_size=embedding.shape[0])
+        count = family.config.block_count
+        if count > len(file.tensors):
+            raise family.meta.error(f"block_count is {count}, but the file has only {len(file.tensors)} tensors")
+        family._bind(file)
+        family._refuse_unknown_tensors()
+        family.read_hyper_parameters()
+        return family
 
     # What a family overrides -----------------------------------------------------------------------------------------
 
-    def block_shapes(self):
-        """GGUF tensor name within a block -> shape; a `?` marks one that may be absent."""
+    def block_shapes(self) -> Shapes:
+        """The shapes of one block's tensors, by their names within it."""
         c = self.config
         return {
             "attn_norm": (c.embedding_length,),
@@ -68,72 +94,130 @@ class Family:
             "ffn_down": (c.embedding_length, c.feed_forward_length),
         }
 
-    def more_shapes(self, pairs):
-        """Tensors beside the blocks' that only this family has, like block_shapes; pairs: that rotary embedding turns."""
+    def shared_shapes(self) -> Shapes:
+        """The shapes of the tensors outside the blocks."""
+        c = self.config
+        return {
+            "token_embd": (c.vocab_size, c.embedding_length),
+            "output_norm": (c.embedding_length,),
+            "output?": (c.vocab_size, c.embedding_length),
+            "rope_freqs?": (self.rotary_pairs,),
+        }
+
+    def block_parts(self) -> Parts:
+        """The matrices of a block that this family keeps one under another in one tensor."""
         return {}
 
-    def block_parts(self):
-        """Matrices that this family keeps one under another: GGUF tensor name -> {name of the part: rows}."""
-        return {}
+    def read_experts(self) -> Experts | None:
+        """The experts of each layer, if any; part of the description."""
+        return None
 
-    def read_hyper_parameters(self):
-        """Read what the layers need beyond Config; here, the rotary embedding."""
+    def read_hyper_parameters(self) -> None:
+        """Read what the layers need beyond Config, the tensors being bound; here, the rotary embedding."""
         self.rope = self.read_rope()
         self.attention_scale = 1 / math.sqrt(self.config.head_dim)
 
-    def embed(self, ops, tokens):
-        return ops.embed(self.token_embd, tokens)
+    def rope_factors(self) -> Float32Array | None:
+        """What the rotary frequencies are divided by, float32 [rotary_pairs], or None."""
+        return self.vector("rope_freqs")
 
-    def head(self, ops, x, logits):
-        """The last op: HeadResult (see Ops.head)."""
+    def window(self, index: int) -> int | None:
+        """How many tokens a query of that layer sees, itself the last; None where it sees all."""
+        return None
+
+    def embed(self, ops: Ops) -> Residual:
+        """The residual stream before the first layer."""
+        return ops.embed(self.token_embd)
+
+    @abstractmethod
+    def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
+        """One layer: w its weights, x the residual stream. Returns the new residual stream."""
+
+    def head(self, ops: Ops, x: Residual, logits: Logits) -> PendingHead:
+        """What comes after the last layer (see Ops.head)."""
         return ops.head(x, self.output_norm, self.output, logits)
-
-    def layer(self, ops, w, x, index):
-        """One layer: w its Weights, x the residual stream. Returns the new residual stream."""
-        raise NotImplementedError
 
     # ------------------------------------------------------------------------------------------------------------------
 
+    def forward(self, ops: Ops, progress: Progress = no_progress) -> Residual:
+        """The whole batch through all layers, one layer after another, so that each weight is visited once.
+
+        Returns the residual stream that `head` takes.
+        """
+        x = self.embed(ops)
+        for index, weights in enumerate(self.blocks):
+            ops.begin_layer(index)
+            x = self.layer(ops, weights, x, index)
+            progress("prefill", index + 1, len(self.blocks))
+        return x
+
     @cached_property
-    def products(self):
-        """[(weights, gated)] of the matrix products, one of each kind (types and shapes): matrices multiplied side by side, or
-        gate and up; experts' have three dimensions. For compiling ahead."""
-        kinds = {}
-        for weights, gated in self._every_product():
-            kind = gated, weights[0] is self.output, *((w.tensor.type, w.shape) for w in weights)
-            kinds.setdefault(kind, (weights, gated))
-        return list(kinds.values())
+    def layer_states(self) -> tuple[LayerState, ...]:
+        """What each layer keeps of a sequence, so that the sequence can be continued."""
+        c = self.config
+        return tuple(KeysValues(c.head_count_kv, c.head_dim, self.window(index)) for index in range(c.block_count))
 
-    def _every_product(self):
-        for w in self.blocks:
-            yield (w.attn_q, w.attn_k, w.attn_v), False
-            yield (w.attn_output,), False
-            if self.has_experts:
-                yield (w.ffn_gate_inp,), False
-            for kind in ("", "_exps", "_shexp"):
-                if w.get(f"ffn_gate{kind}"):
-                    yield (w.get(f"ffn_gate{kind}"), w.get(f"ffn_up{kind}")), True
-                    yield (w.get(f"ffn_down{kind}"),), False
-        yield (self.output,), False
+    def tensor_shapes(self) -> Shapes:
+        """Every tensor that a file of this model may have, in a file's usual order: full GGUF name -> shape.
 
-    def matrices(self):
-        """Every matrix of the model (Weight; experts' are one under another), a tied output counted once."""
-        found = {w.name: w for w in (self.token_embd, self.output, *(w for block in self.blocks for w in block))}
-        return [w for w in found.values() if len(w.shape) >= 2]
+        A trailing `?` marks one that may be absent, as every bias may.
+        """
+        shapes = _file_shapes("", self.shared_shapes())
+        del shapes["token_embd.bias?"]  # a row that is looked up is multiplied by nothing
+        block = self.block_shapes()
+        for index in range(self.config.block_count):
+            shapes |= _file_shapes(f"blk.{index}.", block)
+        return shapes
 
-    def read_rope(self, **options):
-        interleaved, factors = self.rope_interleaved, self.rope_factors()
-        return read_rope(self.meta, self.config.head_dim, interleaved=interleaved, factors=factors, **options)
+    def matrices(self) -> list[Weight]:
+        """Every matrix of the model (experts' are one under another); a tied output counts once."""
+        every = (self.token_embd, self.output, *(w for block in self.blocks for w in block))
+        by_name = {w.name: w for w in every if len(w.shape) >= 2}
+        return list(by_name.values())
 
-    def rope_factors(self):
-        """What the rotary frequencies are divided by, float32 [pairs], or None."""
-        return self.rope_freqs and dequantize(self.rope_freqs.tensor.data, self.rope_freqs.tensor.type)
+    def read_rope(self, *, base: float | None = None, scaled: bool = True) -> Rope:
+        """The rotary embedding that the file describes; base and scaled as for kqprefill.models.config.read_rope."""
+        return read_rope(
+            self.meta,
+            self.config.head_dim,
+            interleaved=self.rope_interleaved,
+            base=base,
+            scaled=scaled,
+            factors=self.rope_factors(),
+        )
 
-    def _refuse_unknown_tensors(self, shared):
+    def vector(self, name: str) -> Float32Array | None:
+        """The values of a vector outside the blocks, float32 [n]; None where the file does not have it."""
+        weight = self.shared.get(name)
+        return None if weight is None else dequantize(weight.tensor.data, weight.tensor.type)
+
+    def _bind(self, file: ModelFile) -> None:
+        self.file = file
+        self.shared = Weights(file, "", self.shared_shapes())
+        self.token_embd = Weight(self.shared.token_embd.tensor)  # without a bias: see tensor_shapes
+        self.output_norm = self.shared.output_norm
+        self.output = self.shared.get("output") or self.token_embd
+        shapes, parts = self.block_shapes(), self.block_parts()
+        self.blocks = [Weights(file, f"blk.{i}.", shapes, parts) for i in range(self.config.block_count)]
+
+    def _refuse_unknown_tensors(self) -> None:
         """A tensor that the formula has no place for means another model than the one we would compute."""
-        known = set().union(*(weights.tensor_names for weights in (shared, *self.blocks)))
-        known.discard("token_embd.bias")  # a row has none
-        unknown = [name for name in self.file.tensors if name not in known]
+        tensors = self.file.tensors
+        known = {name.rstrip("?") for name in self.tensor_shapes()}
+        if self.output is self.token_embd:
+            known.remove("output.bias")  # there is no output matrix that it could belong to
+        unknown = [name for name in tensors if name not in known]
         if unknown:
             more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
             raise self.meta.error(f"tensor {unknown[0]}{more} has no place in this family as kqprefill knows it")
+
+
+def _file_shapes(prefix: str, shapes: Shapes) -> Shapes:
+    """Those shapes by their tensors' names in a file, and the biases that belong to them."""
+    named: Shapes = {}
+    for declared, shape in shapes.items():
+        name, mark = declared.rstrip("?"), "?" * declared.endswith("?")
+        named[f"{prefix}{name}.weight{mark}"] = shape
+        if may_have_bias(shape):
+            named[f"{prefix}{name}.bias?"] = shape[:-1]
+    return named

@@ -1,34 +1,39 @@
-"""Gemma 2 (arXiv 2408.00118): norms before and after each half of a layer, every other layer with a sliding window, attention
-scores and logits capped softly."""
+"""Gemma 2 (arXiv 2408.00118): norms before and after each half of a layer, every other layer with a sliding window,
+attention scores and logits capped softly."""
 
+from __future__ import annotations
+
+from ..backends.base import Ops, Residual
+from ..core import Logits, PendingHead
 from .gemma import Gemma
-
-_BLOCKS_27B = 46
+from .weights import Shapes, Weights
 
 
 class Gemma2(Gemma):
     architecture = "gemma2"
 
-    def block_shapes(self):
+    def block_shapes(self) -> Shapes:
         width = (self.config.embedding_length,)
         return {**super().block_shapes(), "post_attention_norm": width, "post_ffw_norm": width}
 
-    def read_hyper_parameters(self):
+    def read_hyper_parameters(self) -> None:
         super().read_hyper_parameters()
-        self.window = self.meta.integer("attention.sliding_window", 4096)
+        self.sliding_window = self.meta.integer("attention.sliding_window", 4096)
         self.softcap = self.meta.number("attn_logit_softcapping", 50.0)
         self.final_softcap = self.meta.number("final_logit_softcapping", 30.0)
-        self.scale_by_size(_BLOCKS_27B)
+        self.attention_scale = self.attention_scale_of(blocks_27b=46)
 
-    def layer(self, ops, w, x, index):
-        window = self.window if index % 2 == 0 else None
+    def window(self, index: int) -> int | None:
+        return self.sliding_window if index % 2 == 0 else None
+
+    def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
         h = ops.rms_norm(x, w.attn_norm)
         q, k, v = ops.qkv(h, w.attn_q, w.attn_k, w.attn_v, rope=self.rope)
-        a = ops.attention(q, k, v, scale=self.attention_scale, window=window, softcap=self.softcap)
+        a = ops.attention(q, k, v, scale=self.attention_scale, window=self.window(index), softcap=self.softcap)
         x = ops.add_rms_norm(x, ops.linear(a, w.attn_output), w.post_attention_norm)
         h = ops.rms_norm(x, w.ffn_norm)
         m = ops.mlp(h, w.ffn_gate, w.ffn_up, w.ffn_down, activation="gelu_tanh")
         return ops.add_rms_norm(x, m, w.post_ffw_norm)
 
-    def head(self, ops, x, logits):
+    def head(self, ops: Ops, x: Residual, logits: Logits) -> PendingHead:
         return ops.head(x, self.output_norm, self.output, logits, softcap=self.final_softcap)

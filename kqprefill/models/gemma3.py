@@ -1,29 +1,34 @@
-"""Gemma 3 (arXiv 2503.19786): norms before and after each half of a layer, GeGLU, five layers of sliding-window
-attention to one of full attention, each kind with its own rotary base. GGUF holds the norm weights with their 1 added."""
+"""Gemma 3 (arXiv 2503.19786): norms before and after each half of a layer, five layers of sliding-window attention to
+one of full attention, each kind with its own rotary base."""
 
+from __future__ import annotations
+
+from ..backends.base import Ops, Residual
 from .gemma import Gemma
-
-_BLOCKS_27B = 62
+from .weights import Shapes, Weights
 
 
 class Gemma3(Gemma):
     architecture = "gemma3"
 
-    def block_shapes(self):
+    def block_shapes(self) -> Shapes:
         width, head = (self.config.embedding_length,), (self.config.head_dim,)
         norms = {"attn_q_norm": head, "attn_k_norm": head, "post_attention_norm": width, "post_ffw_norm": width}
         return {**super().block_shapes(), **norms}
 
-    def read_hyper_parameters(self):
+    def read_hyper_parameters(self) -> None:
         self.rope_global = self.read_rope()
         self.rope_local = self.read_rope(base=self.meta.number("rope.freq_base_swa", 10000.0), scaled=False)
-        self.window = self.meta.integer("attention.sliding_window")
+        self.sliding_window = self.meta.integer("attention.sliding_window")
         self.pattern = self.meta.integer("attention.sliding_window_pattern", 6)
-        self.scale_by_size(_BLOCKS_27B)
+        self.attention_scale = self.attention_scale_of(blocks_27b=62)
 
-    def layer(self, ops, w, x, index):
-        full = (index + 1) % self.pattern == 0
-        rope, window = (self.rope_global, None) if full else (self.rope_local, self.window)
+    def window(self, index: int) -> int | None:
+        return None if (index + 1) % self.pattern == 0 else self.sliding_window
+
+    def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
+        window = self.window(index)
+        rope = self.rope_global if window is None else self.rope_local
         h = ops.rms_norm(x, w.attn_norm)
         q, k, v = ops.qkv(h, w.attn_q, w.attn_k, w.attn_v, q_norm=w.attn_q_norm, k_norm=w.attn_k_norm, rope=rope)
         a = ops.linear(ops.attention(q, k, v, scale=self.attention_scale, window=window), w.attn_output)

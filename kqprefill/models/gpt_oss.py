@@ -1,29 +1,36 @@
-"""gpt-oss (arXiv 2508.10925): every other layer with a sliding window, a learned sink in each head's softmax, experts whose gates
-are clamped."""
+"""gpt-oss (arXiv 2508.10925): every other layer with a sliding window, a learned sink in each head's softmax, experts
+whose gates are clamped."""
 
+from __future__ import annotations
+
+from ..backends.base import Ops, Residual
 from .experts import Experts
 from .family import Family
+from .weights import Shapes, Weights
 
 
 class GptOss(Family):
     architecture = "gpt-oss"
-    has_experts = True
+    experts: Experts
 
-    def block_shapes(self):
-        c = self.config
-        self.experts = Experts.from_gguf(self.meta, c, routed_after=True)
-        shapes = self.experts.instead_of(super().block_shapes(), c)
+    def block_shapes(self) -> Shapes:
+        shapes = self.experts.instead_of_dense(super().block_shapes(), self.config)
         shapes["post_attention_norm"] = shapes.pop("ffn_norm")
-        return {**shapes, "attn_sinks": (c.head_count,)}
+        return {**shapes, "attn_sinks": (self.config.head_count,)}
 
-    def read_hyper_parameters(self):
+    def read_experts(self) -> Experts:
+        return Experts.from_gguf(self.meta, self.config, routed_after=True)
+
+    def read_hyper_parameters(self) -> None:
         super().read_hyper_parameters()
-        self.window = self.meta.integer("attention.sliding_window")
+        self.sliding_window = self.meta.integer("attention.sliding_window")
 
-    def layer(self, ops, w, x, index):
-        window = self.window if index % 2 == 0 else None
+    def window(self, index: int) -> int | None:
+        return self.sliding_window if index % 2 == 0 else None
+
+    def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
         h = ops.rms_norm(x, w.attn_norm)
         q, k, v = ops.qkv(h, w.attn_q, w.attn_k, w.attn_v, rope=self.rope)
-        a = ops.attention(q, k, v, scale=self.attention_scale, window=window, sinks=w.attn_sinks)
+        a = ops.attention(q, k, v, scale=self.attention_scale, window=self.window(index), sinks=w.attn_sinks)
         x = ops.linear(a, w.attn_output, residual=x)
         return ops.moe(ops.rms_norm(x, w.post_attention_norm), w, self.experts, activation="swiglu_oai", residual=x)

@@ -1,14 +1,19 @@
-"""Granite 3 (ibm-granite): Llama's layers with multipliers on the embedding, attention's scores, what is added to the residual
-stream, and the logits (muP, arXiv 2203.03466)."""
+"""Granite 3 (ibm-granite): Llama's layers with multipliers on the embedding, attention's scores, what is added to the
+residual stream, and the logits (muP, arXiv 2203.03466)."""
 
+from __future__ import annotations
+
+from ..backends.base import Ops, Residual
+from ..core import Logits, PendingHead
 from .family import Family
+from .weights import Weights
 
 
 class Granite(Family):
     architecture = "granite"
     rope_interleaved = True  # as Llama's
 
-    def read_hyper_parameters(self):
+    def read_hyper_parameters(self) -> None:
         super().read_hyper_parameters()
         self.attention_scale = self.meta.number("attention.scale", self.attention_scale)
         self.embedding_scale = self.meta.number("embedding_scale", 1.0)
@@ -19,10 +24,10 @@ class Granite(Family):
                 "biases on what is added to the residual stream are not supported beside residual_scale"
             )
 
-    def embed(self, ops, tokens):
-        return ops.embed(self.token_embd, tokens, scale=self.embedding_scale)
+    def embed(self, ops: Ops) -> Residual:
+        return ops.embed(self.token_embd, scale=self.embedding_scale)
 
-    def layer(self, ops, w, x, index):
+    def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
         h = ops.rms_norm(x, w.attn_norm)
         q, k, v = ops.qkv(h, w.attn_q, w.attn_k, w.attn_v, rope=self.rope)
         a = ops.attention(q, k, v, scale=self.attention_scale)
@@ -30,5 +35,5 @@ class Granite(Family):
         h = ops.rms_norm(x, w.ffn_norm)
         return ops.mlp(h, w.ffn_gate, w.ffn_up, w.ffn_down, activation="silu", residual=x, scale=self.residual_scale)
 
-    def head(self, ops, x, logits):
+    def head(self, ops: Ops, x: Residual, logits: Logits) -> PendingHead:
         return ops.head(x, self.output_norm, self.output, logits, scale=self.logit_scale)

@@ -1,29 +1,31 @@
-"""Llama (arXiv 2302.13971, 2407.21783) and what shares its shape: Mistral, Mixtral (arXiv 2401.04088), Yi, TinyLlama, ..."""
+"""Llama (arXiv 2302.13971, 2407.21783) and what shares its layers: Mistral, Mixtral (arXiv 2401.04088), Yi."""
 
+from __future__ import annotations
+
+from ..backends.base import Ops, Residual
 from .experts import Experts
 from .family import Family
+from .weights import Shapes, Weights
 
 
 class Llama(Family):
     architecture = "llama"
     rope_interleaved = True  # llama.cpp's converter permutes q and k for it
 
-    def block_shapes(self):
+    def block_shapes(self) -> Shapes:
         shapes = super().block_shapes()
-        self.has_experts = self.meta.has("expert_count")  # Mixtral's GGUFs are Llamas
-        if not self.has_experts:
-            return shapes
-        self.experts = self.read_experts()
-        return self.experts.instead_of(shapes, self.config)
+        return shapes if self.experts is None else self.experts.instead_of_dense(shapes, self.config)
 
-    def read_experts(self):
+    def read_experts(self) -> Experts | None:
+        if not self.meta.has("expert_count"):  # Mixtral's GGUFs, which have it, are Llamas
+            return None
         return Experts.from_gguf(self.meta, self.config, normalise=True)
 
-    def layer(self, ops, w, x, index):
+    def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
         h = ops.rms_norm(x, w.attn_norm)
         q, k, v = ops.qkv(h, w.attn_q, w.attn_k, w.attn_v, rope=self.rope)
         x = ops.linear(ops.attention(q, k, v, scale=self.attention_scale), w.attn_output, residual=x)
         h = ops.rms_norm(x, w.ffn_norm)
-        if self.has_experts:
+        if self.experts is not None:
             return ops.moe(h, w, self.experts, activation="silu", residual=x)
         return ops.mlp(h, w.ffn_gate, w.ffn_up, w.ffn_down, activation="silu", residual=x)

@@ -1,17 +1,20 @@
-"""OLMo 2 (arXiv 2501.00656) and 3: norms only after each half of a layer, q and k normalised over all heads at once; in OLMo 3
-three layers of four with a sliding window and without the rotary scaling."""
+"""OLMo 2 (arXiv 2501.00656) and 3: norms only after each half of a layer, q and k normalised over all heads at once; in
+OLMo 3 three layers of four with a sliding window and without the rotary scaling."""
 
+from __future__ import annotations
+
+from ..backends.base import Ops, Residual
 from .family import Family
+from .weights import Shapes, Weights
 
 
 class Olmo2(Family):
     architecture = "olmo2"
 
-    def block_shapes(self):
+    def block_shapes(self) -> Shapes:
         c = self.config
-        shapes = {
-            name: shape for name, shape in super().block_shapes().items() if name not in ("attn_norm", "ffn_norm")
-        }
+        shapes = super().block_shapes()
+        del shapes["attn_norm"], shapes["ffn_norm"]
         width = (c.embedding_length,)
         norms = {
             "attn_q_norm": (c.q_width,),
@@ -21,17 +24,18 @@ class Olmo2(Family):
         }
         return {**shapes, **norms}
 
-    def read_hyper_parameters(self):
+    def read_hyper_parameters(self) -> None:
         super().read_hyper_parameters()
-        self.window = (
-            self.meta.integer("attention.sliding_window") if self.meta.has("attention.sliding_window") else None
-        )
+        self.sliding_window = self.meta.integer_or_none("attention.sliding_window")  # None in OLMo 2
         self.pattern = self.meta.integer("attention.sliding_window_pattern", 4)
         self.rope_local = self.read_rope(scaled=False)
 
-    def layer(self, ops, w, x, index):
-        full = self.window is None or (index + 1) % self.pattern == 0
-        rope, window = (self.rope, None) if full else (self.rope_local, self.window)
+    def window(self, index: int) -> int | None:
+        return None if (index + 1) % self.pattern == 0 else self.sliding_window
+
+    def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
+        window = self.window(index)
+        rope = self.rope if window is None else self.rope_local
         norms = {"q_norm": w.attn_q_norm, "k_norm": w.attn_k_norm}
         q, k, v = ops.qkv(ops.cast(x), w.attn_q, w.attn_k, w.attn_v, rope=rope, **norms)
         a = ops.linear(ops.attention(q, k, v, scale=self.attention_scale, window=window), w.attn_output)

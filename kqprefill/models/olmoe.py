@@ -1,20 +1,26 @@
 """OLMoE (arXiv 2409.02060): q and k normalised over all heads at once, and many small experts."""
 
+from __future__ import annotations
+
+from ..backends.base import Ops, Residual
 from .experts import Experts
 from .family import Family
+from .weights import Shapes, Weights
 
 
 class Olmoe(Family):
     architecture = "olmoe"
-    has_experts = True
+    experts: Experts
 
-    def block_shapes(self):
+    def block_shapes(self) -> Shapes:
         c = self.config
-        self.experts = Experts.from_gguf(self.meta, c)
         norms = {"attn_q_norm": (c.q_width,), "attn_k_norm": (c.kv_width,)}
-        return {**self.experts.instead_of(super().block_shapes(), c), **norms}
+        return {**self.experts.instead_of_dense(super().block_shapes(), c), **norms}
 
-    def layer(self, ops, w, x, index):
+    def read_experts(self) -> Experts:
+        return Experts.from_gguf(self.meta, self.config)
+
+    def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
         h = ops.rms_norm(x, w.attn_norm)
         q, k, v = ops.qkv(h, w.attn_q, w.attn_k, w.attn_v, q_norm=w.attn_q_norm, k_norm=w.attn_k_norm, rope=self.rope)
         x = ops.linear(ops.attention(q, k, v, scale=self.attention_scale), w.attn_output, residual=x)

@@ -1,13 +1,19 @@
-"""Qwen 2 with experts (arXiv 2407.10671): beside the routed ones an expert that every token goes through, under a gate of its own."""
+"""Qwen 2 with experts (arXiv 2407.10671): beside those that a token is routed to, one that every token goes through,
+under a gate of its own."""
 
+from __future__ import annotations
+
+from ..backends.base import Ops, Residual
 from .experts import Experts
 from .qwen2 import Qwen2
+from .weights import Shapes, Weights
 
 
 class Qwen2Moe(Qwen2):
     architecture = "qwen2moe"
+    experts: Experts
 
-    def block_shapes(self):
+    def block_shapes(self) -> Shapes:
         c = self.config
         shared = self.meta.integer("expert_shared_feed_forward_length", c.feed_forward_length)
         return {
@@ -18,10 +24,10 @@ class Qwen2Moe(Qwen2):
             "ffn_down_shexp": (c.embedding_length, shared),
         }
 
-    def read_experts(self):
+    def read_experts(self) -> Experts:
         return Experts.from_gguf(self.meta, self.config)
 
-    def layer(self, ops, w, x, index):
+    def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
         h = ops.rms_norm(x, w.attn_norm)
         q, k, v = ops.qkv(h, w.attn_q, w.attn_k, w.attn_v, rope=self.rope)
         x = ops.linear(ops.attention(q, k, v, scale=self.attention_scale), w.attn_output, residual=x)

@@ -1,16 +1,20 @@
 """Qwen 3 (arXiv 2505.09388): q and k are RMS-normalised, head by head, before they are rotated."""
 
+from __future__ import annotations
+
+from ..backends.base import Ops, Residual
 from .family import Family
+from .weights import Shapes, Weights
 
 
 class Qwen3(Family):
     architecture = "qwen3"
 
-    def block_shapes(self):
+    def block_shapes(self) -> Shapes:
         head = (self.config.head_dim,)
         return {**super().block_shapes(), "attn_q_norm": head, "attn_k_norm": head}
 
-    def layer(self, ops, w, x, index):
+    def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
         h = ops.rms_norm(x, w.attn_norm)
         q, k, v = ops.qkv(h, w.attn_q, w.attn_k, w.attn_v, q_norm=w.attn_q_norm, k_norm=w.attn_k_norm, rope=self.rope)
         x = ops.linear(ops.attention(q, k, v, scale=self.attention_scale), w.attn_output, residual=x)

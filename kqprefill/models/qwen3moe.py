@@ -1,18 +1,24 @@
 """Qwen 3 with experts (arXiv 2505.09388): Qwen 3's layers, each with many feed-forward networks."""
 
+from __future__ import annotations
+
+from ..backends.base import Ops, Residual
 from .experts import Experts
 from .qwen3 import Qwen3
+from .weights import Shapes, Weights
 
 
 class Qwen3Moe(Qwen3):
     architecture = "qwen3moe"
-    has_experts = True
+    experts: Experts
 
-    def block_shapes(self):
-        self.experts = Experts.from_gguf(self.meta, self.config, normalise=True)
-        return self.experts.instead_of(super().block_shapes(), self.config)
+    def block_shapes(self) -> Shapes:
+        return self.experts.instead_of_dense(super().block_shapes(), self.config)
 
-    def layer(self, ops, w, x, index):
+    def read_experts(self) -> Experts:
+        return Experts.from_gguf(self.meta, self.config, normalise=True)
+
+    def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
         h = ops.rms_norm(x, w.attn_norm)
         q, k, v = ops.qkv(h, w.attn_q, w.attn_k, w.attn_v, q_norm=w.attn_q_norm, k_norm=w.attn_k_norm, rope=self.rope)
         x = ops.linear(ops.attention(q, k, v, scale=self.attention_scale), w.attn_output, residual=x)

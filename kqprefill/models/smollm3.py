@@ -1,6 +1,11 @@
-"""SmolLM3 (huggingface.co/blog/smollm3): Llama's layers, every fourth without rotary embedding (NoPE, arXiv 2501.18795)."""
+"""SmolLM3 (huggingface.co/blog/smollm3): Llama's layers, every fourth without rotary embedding (NoPE, arXiv
+2501.18795)."""
 
+from __future__ import annotations
+
+from ..backends.base import Ops, Residual
 from .family import Family
+from .weights import Weights
 
 _NOPE_EVERY = 4
 
@@ -9,7 +14,7 @@ class SmolLM3(Family):
     architecture = "smollm3"
     rope_interleaved = True  # as Llama's
 
-    def layer(self, ops, w, x, index):
+    def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
         rope = None if (index + 1) % _NOPE_EVERY == 0 else self.rope
         h = ops.rms_norm(x, w.attn_norm)
         q, k, v = ops.qkv(h, w.attn_q, w.attn_k, w.attn_v, rope=rope)

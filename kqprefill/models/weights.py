@@ -1,76 +1,98 @@
-"""A GGUF's tensors as a model's page names them: `w.attn_q` is blk.N.attn_q.weight with its bias, checked for shape."""
+"""A file's tensors, checked, as a family's page names them: `w.attn_q` is blk.N.attn_q.weight with its bias."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from ..errors import ModelError
-from ..gguf import Tensor
+from ..gguf import ModelFile, ModelTensor
 from ..gguf.dequantize import SUPPORTED
+
+# GGUF tensor name, without `.weight` -> shape; a trailing `?` marks a tensor that a file may lack.
+Shapes: TypeAlias = dict[str, tuple[int, ...]]
+# GGUF tensor name of a matrix that holds several, one under another -> {name of each: its rows}.
+Parts: TypeAlias = dict[str, dict[str, int]]
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A matrix [rows, columns] (y = x · Wᵀ + b) and its bias [rows], where the file has one; experts' matrices [experts, rows,
-    columns] and biases; or a vector [n]."""
+    """A matrix [rows, columns] (y = x · Wᵀ + b) and its bias [rows], where the file has one; or the matrices of all
+    experts [experts, rows, columns] and their biases [experts, rows]; or a vector [n]."""
 
-    tensor: Tensor
-    bias: Tensor | None = None
+    tensor: ModelTensor
+    bias: ModelTensor | None = None
 
     @property
-    def name(self):
+    def name(self) -> str:
+        """The tensor's GGUF name."""
         return self.tensor.name
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's shape."""
         return self.tensor.shape
 
-    def expert(self, index):
-        """One of a stack of matrices [experts, rows, columns]."""
+    def expert(self, index: int) -> Weight:
+        """The matrix, and the bias, of one of the experts."""
         return Weight(self.tensor.item(index), self.bias and self.bias.item(index))
 
 
 class Weights:
-    """Weights by their GGUF names (without `.weight`), as attributes. Raises ModelError where one is missing."""
+    """Weights by their GGUF names (without `.weight`), as attributes."""
 
-    def __init__(self, file, prefix, shapes, parts=None):
-        """shapes: name -> shape; a trailing `?` marks one that may be absent. parts: name -> {name: rows}: matrices that the
-        file has one under another, which become weights of their own."""
-        self._path, self._prefix, self._by_name, self.tensor_names = file.path, prefix, {}, set()
-        for name, shape in shapes.items():
-            optional = name.endswith("?")
-            name = name.rstrip("?")
+    def __init__(self, file: ModelFile, prefix: str, shapes: Shapes, parts: Parts | None = None) -> None:
+        """prefix: of the tensors' names in the file, such as `blk.0.`. parts: matrices to be cut into several weights.
+
+        Raises ModelError where a tensor is missing, misshapen or of an unsupported type.
+        """
+        self._prefix = prefix
+        self._by_name: dict[str, Weight] = {}
+        for declared, shape in shapes.items():
+            name = declared.rstrip("?")
             tensor = file.tensors.get(f"{prefix}{name}.weight")
             if tensor is None:
-                if not optional:
+                if not declared.endswith("?"):
                     raise ModelError(f"{file.path}: tensor {prefix}{name}.weight is missing")
                 continue
-            bias = file.tensors.get(f"{prefix}{name}.bias") if len(shape) >= 2 else None
+            bias = file.tensors.get(f"{prefix}{name}.bias") if may_have_bias(shape) else None
             _check(file, tensor, shape)
             if bias is not None:
                 _check(file, bias, shape[:-1])
-            self.tensor_names |= {t.name for t in (tensor, bias) if t is not None}
-            at = 0
-            for part, rows in (parts or {}).get(name, {}).items():
-                end = at + rows
-                self._by_name[part] = Weight(tensor.rows(at, end), bias and bias.rows(at, end))
-                at = end
-            if not at:
-                self._by_name[name] = Weight(tensor, bias)
+            whole = Weight(tensor, bias)
+            self._by_name.update(_cut(whole, parts[name]) if parts and name in parts else {name: whole})
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Weight:
         try:
             return self._by_name[name]
         except KeyError:
             raise AttributeError(f"{self._prefix}{name} is not declared in this family's shapes") from None
 
-    def get(self, name):
+    def get(self, name: str) -> Weight | None:
         """The weight, or None where the file does not have it (names declared with a trailing `?`)."""
         return self._by_name.get(name)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Weight]:
         return iter(self._by_name.values())
 
 
-def _check(file, tensor, shape):
+def may_have_bias(shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of that shape is multiplied by, so that a file may have a bias `[*shape[:-1]]` for it."""
+    return len(shape) >= 2
+
+
+def _cut(whole: Weight, rows: Mapping[str, int]) -> dict[str, Weight]:
+    """The matrices that stand one under another in `whole`, by name. rows: of each, from the first on."""
+    cut, begin = {}, 0
+    for name, count in rows.items():
+        end = begin + count
+        cut[name] = Weight(whole.tensor.rows(begin, end), whole.bias and whole.bias.rows(begin, end))
+        begin = end
+    return cut
+
+
+def _check(file: ModelFile, tensor: ModelTensor, shape: tuple[int, ...]) -> None:
     if tensor.type not in SUPPORTED:
         raise ModelError(f"{file.path}: tensor {tensor.name} has type {tensor.type.name}, which is not supported yet")
     if tensor.shape != tuple(shape):

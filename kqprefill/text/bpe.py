@@ -1,9 +1,14 @@
-"""Byte-level BPE as GPT-2, Llama 3 and Qwen use it, through the `tokenizers` library (an extra: pip install 'kqprefill[text]').
+"""Byte-level BPE as GPT-2, Llama 3 and Qwen use it.
 
-A text is first cut into words by the patterns of the model's own tokenizer, which GGUF names (tokenizer.ggml.pre).
+It goes through the `tokenizers` library, an extra: pip install 'kqprefill[text]'. A text is first cut into words by the
+patterns of the model's own tokenizer, which GGUF names (tokenizer.ggml.pre).
 """
 
-from ..errors import InputError
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ..errors import InputError, ModelError
 from ..gguf.vocabulary import byte_pieces
 
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -13,8 +18,12 @@ _LLAMA3 = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST
 _QWEN2 = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _WORD = r"[^\r\n\p{L}\p{N}]?"
-_CASED = rf"{_WORD}{_UPPER}*{_LOWER}+%s|{_WORD}{_UPPER}+{_LOWER}*%s|\p{{N}}%s| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_PATTERNS = {  # one after another, each cutting what the one before left
+_CASED = (
+    rf"{_WORD}{_UPPER}*{_LOWER}+%s|{_WORD}{_UPPER}+{_LOWER}*%s|\p{{N}}%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Ways of cutting a text into words: patterns that are used one after another, each cutting what the one before left.
+_PATTERNS = {
     "gpt2": [_GPT2],
     "digits": [r"\p{N}", _GPT2],
     "llama3": [_LLAMA3],
@@ -27,7 +36,8 @@ _PATTERNS = {  # one after another, each cutting what the one before left
     "deepseek3": [
         r"\p{N}{1,3}",
         r"[一-龥぀-ゟ゠-ヿ]+",
-        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+        r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     ],
     "deepseek-llm": [
         r"[\r\n]",
@@ -41,9 +51,10 @@ _PATTERNS = {  # one after another, each cutting what the one before left
     "falcon": [r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]"],
     "default": [r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"],
 }
-# tokenizer.ggml.pre -> patterns.
-_BY_NAME = {
-    "gpt2": "gpt-2 phi-2 jina-es jina-de jina-v2-es jina-v2-de gigachat a.x-4.0 mellum roberta-bpe mpt olmo jais trillion granite-docling exaone4",
+# Each way's names in GGUF: values of tokenizer.ggml.pre.
+_NAMES = {
+    "gpt2": "gpt-2 phi-2 jina-es jina-de jina-v2-es jina-v2-de gigachat a.x-4.0 mellum roberta-bpe mpt olmo jais "
+    "trillion granite-docling exaone4",
     "digits": "starcoder refact command-r smollm codeshell exaone minerva-7b mellum2",
     "llama3": "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 dbrx smaug-bpe chatglm-bpe glm4",
     "qwen2": "qwen2 deepseek-r1-qwen kormo megrez stablelm2 hunyuan solar-open grok-2",
@@ -56,28 +67,33 @@ _BY_NAME = {
     "falcon": "falcon",
     "default": "default",
 }
-_BY_NAME = {name: patterns for patterns, names in _BY_NAME.items() for name in names.split()}
+_PATTERNS_OF = {name: _PATTERNS[way] for way, names in _NAMES.items() for name in names.split()}
 _LLAMA3_NAMES = frozenset("llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2".split())
 _WHOLE_WORDS = _LLAMA3_NAMES | {"tekken", "glm4"}  # a word that is a token is that token, whatever the merges say
 ADDS_BOS = _LLAMA3_NAMES | {"tekken"}  # where the file does not say
 
 
 class BytePairs:
-    """pieces: the vocabulary in GPT-2's spelling of bytes; merges: "left right", the most frequent first; pre: the name of the
-    patterns. error(what) makes the exception for a file that cannot be used."""
+    """A vocabulary of byte-level BPE."""
 
-    def __init__(self, pieces, merges, pre, error):
-        if pre not in _BY_NAME:
+    def __init__(
+        self, pieces: Sequence[str], merges: Sequence[str], pre: str, error: Callable[[str], ModelError]
+    ) -> None:
+        """pieces: the vocabulary in GPT-2's spelling of bytes. merges: "left right", the most frequent first. pre: the
+        name of the patterns. error(what): makes the exception for a file that cannot be used.
+
+        Raises that, and InputError where the tokenizers library is needed and missing.
+        """
+        if pre not in _PATTERNS_OF:
             raise error(
-                f"its pre-tokenizer {pre!r} is not supported; give --tokens ({', '.join(sorted(_BY_NAME))} are)"
+                f"its pre-tokenizer {pre!r} is not supported; give --tokens ({', '.join(sorted(_PATTERNS_OF))} are)"
             )
         vocabulary = {piece: i for i, piece in enumerate(pieces)}
-        self._bytes = [vocabulary.get(piece) for piece in byte_pieces()]
-        if (
-            not merges and pre not in _WHOLE_WORDS and None not in self._bytes
-        ):  # a token a byte (the example's) needs no library
+        # Each byte's token, where there are no merges (the example's vocabulary): that needs no library. Else [].
+        self._bytes: list[int] = []
+        if not merges and pre not in _WHOLE_WORDS and all(piece in vocabulary for piece in byte_pieces()):
+            self._bytes = [vocabulary[piece] for piece in byte_pieces()]
             return
-        self._bytes = None
         try:
             from tokenizers import Regex, Tokenizer, models, pre_tokenizers
         except ImportError:
@@ -89,12 +105,13 @@ class BytePairs:
             if at > 0 and left in vocabulary and right in vocabulary and left + right in vocabulary:
                 pairs.append((left, right))
         self._tokenizer = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=pre in _WHOLE_WORDS))
-        cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _PATTERNS[_BY_NAME[pre]]]
+        cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _PATTERNS_OF[pre]]
         bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, bytes_])
 
-    def encode(self, text):
-        """Token ids."""
+    def encode(self, text: str) -> list[int]:
+        """A text's token ids. Special tokens are not looked for."""
         if self._bytes:
             return [self._bytes[byte] for byte in text.encode()]
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids

@@ -1,29 +1,37 @@
-"""SentencePiece's BPE as Llama, Mistral, Gemma and Phi 3 use it: neighbours are joined to the piece of the highest score until none is left.
+"""SentencePiece's BPE as Llama, Mistral, Gemma and Phi 3 use it.
 
-Our own, since no library breaks ties as ggml does (llm_tokenizer_spm): the leftmost of equals.
+A text's characters are the first symbols. Of all neighbouring symbols that together are a piece of the vocabulary,
+those whose piece has the highest score are joined to one symbol, again and again until there are none. This is our own
+code, since no library breaks ties as ggml does (llm_tokenizer_spm): the leftmost of equals is joined.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from heapq import heappop, heappush
 
 _SPACE = "\u2581"
 
 
 class SentencePieces:
-    """pieces: the vocabulary; scores: of each piece."""
+    """A vocabulary of SentencePiece's."""
 
-    def __init__(self, pieces, scores):
+    def __init__(self, pieces: Sequence[str], scores: Sequence[float]) -> None:
+        """scores: of each piece."""
         self._ids = {piece: i for i, piece in enumerate(pieces)}
         self._scores = scores
         self._bytes = [self._ids.get(f"<0x{byte:02X}>", self._ids.get(chr(byte))) for byte in range(256)]
         self._unknown = self._ids.get("<unk>")
 
-    def encode(self, text):
-        """Token ids; characters without a piece become their UTF-8 bytes' tokens."""
+    def encode(self, text: str) -> list[int]:
+        """A text's token ids; characters without a piece become their UTF-8 bytes' tokens."""
         symbols = list(text.replace(" ", _SPACE))  # "" once it has been joined to the one before
-        before, after = list(range(-1, len(symbols) - 1)), [*range(1, len(symbols)), -1]
-        heap, ids, scores = [], self._ids, self._scores
+        before, after = list(range(-1, len(symbols) - 1)), [*range(1, len(symbols)), -1]  # each symbol's neighbours
+        heap: list[tuple[float, int, int, int]] = []  # what may be joined: (-score, left symbol, right symbol, length)
+        ids, scores = self._ids, self._scores
 
-        def consider(left, right):
+        def consider(left: int, right: int) -> None:
+            """Put these neighbours on the heap if together they are a piece; -1: there is no such neighbour."""
             if left >= 0 and right >= 0:
                 joined = symbols[left] + symbols[right]
                 token = ids.get(joined)
@@ -43,13 +51,14 @@ class SentencePieces:
                 before[following] = left
             consider(before[left], left)
             consider(left, following)
-        found = []
+        encoded: list[int] = []
         for symbol in symbols:
             if symbol:
                 token = ids.get(symbol)
-                found += [token] if token is not None else self._of_bytes(symbol)
-        return found
+                encoded += [token] if token is not None else self._of_bytes(symbol)
+        return encoded
 
-    def _of_bytes(self, symbol):
+    def _of_bytes(self, symbol: str) -> list[int]:
+        """The tokens of its UTF-8 bytes; the unknown token for a byte that has none, where there is one."""
         tokens = (self._bytes[byte] for byte in symbol.encode())
         return [token for token in (self._unknown if t is None else t for t in tokens) if token is not None]

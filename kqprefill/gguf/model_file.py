@@ -1,0 +1,74 @@
+"""What a model family needs of a file: GGUFFile has it, and kqprefill.synthetic.SyntheticFile, which is no file."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+import math
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .types import GGML, GGML_QUANT_SIZES
+
+_Self = TypeVar("_Self", bound="ModelTensor")
+
+
+@dataclass(frozen=True)
+class ModelTensor(ABC):
+    """A tensor of a model, or a part of one: `nbytes` bytes from `offset` on of what holds them.
+
+    name: its GGUF name. shape: in NumPy's order, slowest dimension first, so that a matrix is [rows, columns]; the
+    reverse of GGUF's ne[]. type: its ggml type.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: GGML
+    offset: int = 0
+
+    @property
+    @abstractmethod
+    def data(self) -> NDArray[np.uint8]:
+        """The quantised bytes, uint8 [..., row bytes]; not to be written to."""
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the data."""
+        return nbytes_of(self.shape, self.type)
+
+    def item(self: _Self, index: int) -> _Self:
+        """What stands at that index of the first dimension, as a tensor of its own: one matrix of a stack."""
+        return self._part(f"{self.name}[{index}]", self.shape[1:], index)
+
+    def rows(self: _Self, begin: int, end: int) -> _Self:
+        """Those rows of a matrix, or elements of an F32 vector, as a tensor of their own."""
+        return self._part(f"{self.name}[{begin}:{end}]", (end - begin, *self.shape[1:]), begin)
+
+    def _part(self: _Self, name: str, shape: tuple[int, ...], index: int) -> _Self:
+        """What begins at that index of the first dimension and has that shape."""
+        return replace(self, name=name, shape=shape, offset=self.offset + index * (self.nbytes // self.shape[0]))
+
+
+class ModelFile(Protocol):
+    """Where a model comes from: its metadata and its tensors, by their GGUF names. path: its name, for messages."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def metadata(self) -> Mapping[str, Any]: ...
+
+    @property
+    def tensors(self) -> Mapping[str, ModelTensor]: ...
+
+    def close(self) -> None:
+        """Give the tensors' memory back. Their data must not be read afterwards."""
+
+
+def nbytes_of(shape: tuple[int, ...], ggml_type: GGML) -> int:
+    """The size of a tensor of that shape and type, whose rows are whole blocks."""
+    block_elements, block_bytes = GGML_QUANT_SIZES[ggml_type]
+    return math.prod(shape) // block_elements * block_bytes

@@ -1,0 +1,100 @@
+"""A model of a Shape, with random weights, as a family sees a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InputError
+from ..gguf import ModelTensor
+from ..gguf.model_file import nbytes_of
+from ..gguf.types import GGML
+from ..gguf.vocabulary import byte_pieces
+from ..models import describe_model
+from .blocks import random_weights
+from .shapes import RECIPES, SHAPES, Shape, TypeOf, fitting_type, recipe_types
+
+
+@dataclass(frozen=True)
+class SyntheticTensor(ModelTensor):
+    """A tensor whose data are made when they are asked for, the same for a kind of tensor in every layer.
+
+    whole: the tensor that this is a part of; None where it is whole itself.
+    """
+
+    whole: SyntheticTensor | None = None
+
+    @property
+    def data(self) -> NDArray[np.uint8]:
+        """The quantised bytes, uint8 [..., row bytes]."""
+        if self.whole is None:
+            return random_weights(self.shape, self.type, self.name.split(".")[-2])
+        view = self.whole.data.reshape(-1)[self.offset : self.offset + self.nbytes]
+        return view.reshape(*self.shape[:-1], nbytes_of(self.shape[-1:], self.type))
+
+    def _part(self, name: str, shape: tuple[int, ...], index: int) -> SyntheticTensor:
+        return replace(super()._part(name, shape, index), whole=self.whole or self)
+
+
+class SyntheticFile:
+    """A ModelFile that is no file: metadata and tensors are made of a Shape."""
+
+    def __init__(self, shape: Shape, type_of: TypeOf, name: str) -> None:
+        """type_of: gives each matrix's type; vectors and biases are F32. name: instead of a path."""
+        self.path = name
+        self.metadata = _metadata(shape, name)
+        self.tensors: dict[str, SyntheticTensor] = {}
+        for declared, dims in describe_model(self.metadata, name, shape.vocab).tensor_shapes().items():
+            full_name = declared.rstrip("?")
+            if declared == full_name or shape.has_optional(full_name):
+                kind = _type_of(full_name, dims, type_of)
+                self.tensors[full_name] = SyntheticTensor(full_name, dims, kind)
+
+    @classmethod
+    def named(cls, name: str) -> SyntheticFile:
+        """The model called "SHAPE:RECIPE", such as "qwen3-8b:Q4_K_M". Raises InputError for one that is not known."""
+        shape_name, _, recipe = name.partition(":")
+        recipe = recipe.upper() or "Q4_K_M"
+        if shape_name not in SHAPES or recipe not in RECIPES:
+            raise InputError(
+                f"{name}: neither a file nor SHAPE:RECIPE; shapes are {', '.join(SHAPES)}; recipes {', '.join(RECIPES)}"
+            )
+        shape = SHAPES[shape_name]
+        return cls(shape, recipe_types(recipe, shape), f"{shape_name}:{recipe}")
+
+    def close(self) -> None:
+        """Forget the weights that were made, of every SyntheticFile."""
+        random_weights.cache_clear()
+
+    def __enter__(self) -> SyntheticFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _metadata(shape: Shape, name: str) -> dict[str, Any]:
+    """All metadata of a file of that shape, by GGUF key."""
+    metadata: dict[str, Any] = {"general.architecture": shape.architecture, "general.name": name}
+    metadata |= {f"{shape.architecture}.{key}": value for key, value in shape.metadata().items()}
+    if shape.vocab == 256:  # a token is a byte, written as GPT-2's vocabularies do
+        tokens = {"model": "gpt2", "pre": "default", "tokens": list(byte_pieces()), "token_type": [1] * 256}
+    else:
+        tokens = {"model": "none"}  # llama.cpp then asks for no vocabulary, and takes its size from here
+        metadata[f"{shape.architecture}.vocab_size"] = shape.vocab
+    metadata |= {f"tokenizer.ggml.{key}": value for key, value in tokens.items()}
+    return metadata
+
+
+def _type_of(full_name: str, dims: tuple[int, ...], type_of: TypeOf) -> GGML:
+    """The type of a tensor, such as `blk.0.attn_q.weight`, of that shape."""
+    *block, name, suffix = full_name.split(".")  # block: [] or ["blk", its number]
+    if len(dims) == 1 or suffix == "bias":
+        return GGML.F32
+    return fitting_type(type_of(name, int(block[1]) if block else 0), dims[-1])

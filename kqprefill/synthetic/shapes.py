@@ -1,0 +1,136 @@
+"""The published sizes of some models, and the recipes that say which ggml type each of a file's tensors has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+import re
+from typing import Any, TypeAlias
+
+from ..gguf.dequantize import SUPPORTED
+from ..gguf.types import GGML, GGML_QUANT_SIZES
+
+# The type of a matrix, by its GGUF name (without `blk.N.` and `.weight`) and its layer's number (0 outside the layers).
+TypeOf: TypeAlias = Callable[[str, int], GGML]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's published sizes.
+
+    window: of sliding-window attention; 0 for none. yarn: how many times as long YaRN makes the context, which is then
+    `context`; 0 for none. experts: of a layer, each of width ffn; 0 for one feed-forward network. used: experts that
+    a token goes through.
+    """
+
+    architecture: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    context: int
+    rope_base: float
+    tied: bool = False
+    window: int = 0
+    yarn: float = 0
+    experts: int = 0
+    used: int = 0
+
+    def metadata(self) -> dict[str, Any]:
+        """The GGUF metadata under the architecture's name, without that name."""
+        values: dict[str, Any] = {
+            "context_length": self.context,
+            "embedding_length": self.hidden,
+            "block_count": self.layers,
+            "feed_forward_length": self.ffn,
+            "attention.head_count": self.heads,
+            "attention.head_count_kv": self.kv_heads,
+            "attention.key_length": self.head_dim,
+            "attention.value_length": self.head_dim,
+            "attention.layer_norm_rms_epsilon": 1e-6,
+            "rope.freq_base": self.rope_base,
+        }
+        if self.window:
+            values["attention.sliding_window"] = self.window
+        if self.experts:
+            values |= {
+                "expert_count": self.experts,
+                "expert_used_count": self.used,
+                "expert_feed_forward_length": self.ffn,
+            }
+        if self.yarn:
+            values |= {
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": self.yarn,
+                "rope.scaling.original_context_length": int(self.context / self.yarn),
+            }
+        return values
+
+    def has_optional(self, name: str) -> bool:
+        """Whether the model has that tensor (full GGUF name), which its family's files may lack."""
+        if name == "output.weight":
+            return not self.tied
+        biases = _BIASES.get(self.architecture)
+        return biases is not None and re.fullmatch(biases, name) is not None
+
+
+# Pattern of the biases that an architecture's models have, by full GGUF name; the others' have none.
+_QKV_BIASES = r"blk\.\d+\.attn_[qkv]\.bias"
+_BIASES = {"qwen2": _QKV_BIASES, "qwen2moe": _QKV_BIASES, "gpt-oss": r"blk\..*\.bias"}
+
+SHAPES = {
+    "tiny": Shape("qwen3", 2, 256, 4, 2, 64, 512, 256, 4096, 1e6),  # examples/tiny-qwen3.gguf
+    "qwen3-0.6b": Shape("qwen3", 28, 1024, 16, 8, 128, 3072, 151936, 40960, 1e6, tied=True),
+    "qwen3-8b": Shape("qwen3", 36, 4096, 32, 8, 128, 12288, 151936, 40960, 1e6),
+    "qwen3-8b-yarn": Shape("qwen3", 36, 4096, 32, 8, 128, 12288, 151936, 131072, 1e6, yarn=4.0),
+    "qwen3-32b": Shape("qwen3", 64, 5120, 64, 8, 128, 25600, 151936, 40960, 1e6),
+    "qwen3-30b-a3b": Shape("qwen3moe", 48, 2048, 32, 4, 128, 768, 151936, 40960, 1e6, experts=128, used=8),
+    "gpt-oss-20b": Shape(
+        "gpt-oss", 24, 2880, 64, 8, 64, 2880, 201088, 131072, 1.5e5, window=128, yarn=32.0, experts=32, used=4
+    ),
+    "llama3-8b": Shape("llama", 32, 4096, 32, 8, 128, 14336, 128256, 131072, 5e5),
+    "llama3-70b": Shape("llama", 80, 8192, 64, 8, 128, 28672, 128256, 131072, 5e5),
+}
+
+# Mixes of llama.cpp's, and single types: all matrices of one type.
+RECIPES = ("Q4_K_M", "MXFP4_MOE", *sorted(t.name for t in SUPPORTED))
+_ROUTER = "ffn_gate_inp"  # stays in F32, whatever the recipe
+# Where a row is no multiple of a block, llama.cpp takes another type, of blocks of 32; for all not named here IQ4_NL.
+_FALLBACKS = {GGML.Q4_K: GGML.Q5_0, GGML.Q5_K: GGML.Q5_1, GGML.Q6_K: GGML.Q8_0}
+
+
+def recipe_types(recipe: str, shape: Shape) -> TypeOf:
+    """What a recipe (of RECIPES) makes of a model of that shape."""
+
+    def type_of(name: str, layer: int) -> GGML:
+        if name == _ROUTER:
+            return GGML.F32
+        if recipe == "Q4_K_M":
+            return _q4_k_m(shape, name, layer)
+        if recipe == "MXFP4_MOE":
+            return GGML.MXFP4 if name.endswith("_exps") else GGML.Q8_0
+        return GGML[recipe]
+
+    return type_of
+
+
+def _q4_k_m(shape: Shape, name: str, layer: int) -> GGML:
+    """llama.cpp's mix (llama_tensor_get_type): the output and half of the layers' attn_v and ffn_down get more bits."""
+    n = shape.layers
+    if name == "output" or (name == "token_embd" and shape.tied):
+        return GGML.Q6_K
+    more_bits = layer < n // 8 or layer >= 7 * n // 8 or (layer - n // 8) % 3 == 2  # llama.cpp's use_more_bits
+    if name.removesuffix("_exps") in ("attn_v", "ffn_down") and more_bits:
+        return GGML.Q6_K
+    if name == "attn_v" and (shape.architecture, n) == ("llama", 80):  # the 70B: eight heads share each row of v
+        return GGML.Q5_K
+    return GGML.Q4_K
+
+
+def fitting_type(wanted: GGML, columns: int) -> GGML:
+    """The type that llama.cpp gives to a matrix with rows of so many columns, where `wanted` is asked for."""
+    block_elements, _ = GGML_QUANT_SIZES[wanted]
+    return _FALLBACKS.get(wanted, GGML.IQ4_NL) if columns % block_elements else wanted

@@ -1,0 +1,128 @@
+"""Synthetic models: their family says which tensors they have, and a file that is written has the same weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from conftest import EXAMPLE
+from gguf import GGUFReader
+import numpy as np
+import pytest
+
+import kqprefill
+from kqprefill.gguf import GGUFFile, dequantize
+from kqprefill.gguf.types import GGML
+from kqprefill.models import FAMILIES, describe_model, read_model
+from kqprefill.synthetic import RECIPES, SHAPES, Shape, SyntheticFile, pool, write_gguf
+
+EXPERTS = ("qwen2moe", "qwen3moe", "olmoe", "gpt-oss")
+
+
+def small(architecture: str) -> Shape:
+    """A few layers of that architecture."""
+    shape = replace(SHAPES["tiny"], architecture=architecture, window=64)
+    return replace(shape, experts=4, used=2) if architecture in EXPERTS else shape
+
+
+def synthetic(architecture: str) -> SyntheticFile:
+    """A model of every kind of matrix; routers are F32 as in all files."""
+    return SyntheticFile(
+        small(architecture), lambda name, _: GGML.F32 if name == "ffn_gate_inp" else GGML.Q4_K, architecture
+    )
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_a_model_of_every_family(architecture: str) -> None:
+    file = synthetic(architecture)
+    family = read_model(file)
+    shapes = {name.rstrip("?"): shape for name, shape in family.tensor_shapes().items()}
+    assert {name: tensor.shape for name, tensor in file.tensors.items()}.items() <= shapes.items()
+    assert all(name in file.tensors for name in family.tensor_shapes() if not name.endswith("?"))
+    assert len(family.layer_states) == len(family.blocks) == file.metadata[f"{architecture}.block_count"]
+    assert (family.experts is not None) == (architecture in EXPERTS)
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_a_description_needs_no_tensors(architecture: str) -> None:
+    file = synthetic(architecture)
+    described = describe_model(file.metadata, "nowhere", vocab_size=256)
+    assert described.tensor_shapes() == read_model(file).tensor_shapes()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "phi3", "gpt-oss"])
+def test_a_written_file_is_read_back(architecture: str, tmp_path: Path) -> None:
+    file, path = synthetic(architecture), tmp_path / "model.gguf"
+    write_gguf(file, path)
+    with GGUFFile(path) as written:
+        for key, value in file.metadata.items():
+            again = written.metadata[key]
+            assert list(again) == value if isinstance(value, list) else again == pytest.approx(value), key
+        assert list(written.tensors) == list(file.tensors)
+        for tensor in file.tensors.values():
+            again = written.tensors[tensor.name]
+            assert (again.shape, again.type, again.nbytes) == (tensor.shape, tensor.type, tensor.nbytes)
+            assert np.array_equal(again.data, tensor.data)
+        assert len(read_model(written).matrices()) == len(read_model(file).matrices())
+    for again in GGUFReader(path).tensors:  # the gguf package's own
+        assert np.array_equal(again.data.reshape(-1).view(np.uint8), file.tensors[again.name].data.reshape(-1))
+
+
+def test_tiny_is_as_large_as_the_example() -> None:
+    with SyntheticFile.named("tiny:Q4_K_M") as file, GGUFFile(EXAMPLE) as example:
+        assert {t.name: t.shape for t in file.tensors.values()} == {t.name: t.shape for t in example.tensors.values()}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("recipe", ["Q4_K_M", "MXFP4_MOE", "Q6_K"])
+def test_known_shapes_are_models(name: str, recipe: str) -> None:
+    file = SyntheticFile.named(f"{name}:{recipe}")
+    family = read_model(file)
+    assert family.config.vocab_size == SHAPES[name].vocab
+    assert (family.output is family.token_embd) == SHAPES[name].tied
+    assert all(w.tensor.type != GGML.F32 for w in family.matrices() if "ffn_gate_inp" not in w.name)
+
+
+@pytest.mark.parametrize("name", ["qwen3-8b:Q9_Z", "qwen9-8b:Q4_K_M", ":", "no-such-file"])
+def test_an_unknown_name_is_one_line(name: str) -> None:
+    with pytest.raises(kqprefill.InputError) as refusal:
+        SyntheticFile.named(name)
+    message = str(refusal.value)
+    assert message.startswith(f"{name}: neither a file nor SHAPE:RECIPE; shapes are tiny, ") and "\n" not in message
+    assert "recipes Q4_K_M, MXFP4_MOE, BF16" in message
+
+
+def test_the_recipe_may_be_left_out() -> None:
+    assert SyntheticFile.named("qwen3-8b").path == SyntheticFile.named("qwen3-8b:q4_k_m").path == "qwen3-8b:Q4_K_M"
+
+
+def test_half_of_the_layers_get_more_bits() -> None:
+    tensors = SyntheticFile.named("qwen3-8b:Q4_K_M").tensors
+    for name in ("attn_v", "ffn_down"):
+        larger = [i for i in range(36) if tensors[f"blk.{i}.{name}.weight"].type == GGML.Q6_K]
+        assert larger[:5] == [0, 1, 2, 3, 6] and larger[-5:] == [31, 32, 33, 34, 35] and len(larger) == 18
+    assert tensors["output.weight"].type == GGML.Q6_K and tensors["blk.0.attn_q.weight"].type == GGML.Q4_K
+
+
+def test_rows_that_no_block_fits_get_smaller_blocks() -> None:
+    shape = replace(SHAPES["tiny"], ffn=160)
+    kinds = (GGML.Q4_K, GGML.Q6_K, GGML.IQ4_XS)
+    types = [SyntheticFile(shape, lambda *_, k=k: k, "odd").tensors["blk.0.ffn_down.weight"].type for k in kinds]
+    assert types == [GGML.Q5_0, GGML.Q8_0, GGML.IQ4_NL]
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r in GGML.__members__])
+def test_weights_of_every_type_are_finite_and_small(recipe: str) -> None:
+    kind = GGML[recipe]
+    weights = dequantize(pool(kind)[:2048].reshape(1, -1), kind)
+    assert np.isfinite(weights).all() and 0.005 < weights.std() < 0.5 and abs(weights.mean()) < 0.02
+
+
+def test_parts_of_tensors_are_their_data() -> None:
+    file = synthetic("gpt-oss")
+    experts, bias = file.tensors["blk.0.ffn_up_exps.weight"], file.tensors["blk.0.ffn_up_exps.bias"]
+    assert np.array_equal(experts.item(3).data, experts.data[3]) and experts.item(3).shape == experts.shape[1:]
+    assert np.array_equal(experts.item(3).rows(5, 9).data, experts.data[3][5:9])
+    assert np.array_equal(bias.item(2).data, bias.data[2])
+    norm = file.tensors["output_norm.weight"]
+    assert np.array_equal(norm.rows(8, 16).data, norm.data[32:64])
