@@ -18,11 +18,12 @@ Float32Array: TypeAlias = NDArray[np.float32]
 # Hears how far something is: progress(stage, done, total).
 Progress: TypeAlias = Callable[[str, int, int], None]
 
-# Which logits are asked for: none, the last position's, every position's, or those that a batch's targets need ("ranks").
+# Which logits are asked for: none, the last position's, every position's, or those that a batch's targets need
+# ("ranks").
 Logits: TypeAlias = Literal["last", "all", "ranks"] | None
 
-# Attention walks a sequence's keys in blocks of at most so many, which begin at multiples of the block's size. A segment
-# that continues another has its own copy of the keys of the block that it begins in: fewer than this.
+# Attention walks a sequence's keys in blocks of at most so many, which begin at multiples of the block's size. A
+# segment that continues another has its own copy of the keys of the block that it begins in: fewer than this.
 LARGEST_KEY_BLOCK = 128
 
 # Whoever packs a batch keeps its rows of keys, such copies included, to so many times its tokens; the backend plans its
@@ -38,8 +39,8 @@ def no_progress(stage: str, done: int, total: int) -> None:
 class Segment:
     """Rows of a batch that follow one another in a sequence: `length` of them from row `first`, at `position` and on.
 
-    after: which of the batch's segments holds all the tokens before these, from the sequence's first on; None where there
-    are none, or where a cache has them. Several segments may come after the same one.
+    after: which of the batch's segments holds all the tokens before these, from the sequence's first on; None where
+    there are none, or where a cache has them. Several segments may come after the same one.
     """
 
     first: int
@@ -98,8 +99,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class HeadResult:
-    """The last position's greedy token, its logit and natural log-probability; and the logits that were asked for, float32
-    [V] or [T, V], or None."""
+    """The last position's greedy token, its logit and natural log-probability; and the logits that were asked for,
+    float32 [V] or [T, V], or None."""
 
     token: int
     logit: float
@@ -111,8 +112,8 @@ class HeadResult:
 class Ranks:
     """What Targets asked for.
 
-    logprobs: natural log-probabilities, float32 [S], NaN where a logit is. top_tokens: the likeliest tokens, int32 [S, top],
-    of equals the lowest ids first; top_logprobs: theirs, float32 [S, top].
+    logprobs: natural log-probabilities, float32 [S], NaN where a logit is. top_tokens: the likeliest tokens, int32 [S,
+    top], of equals the lowest ids first; top_logprobs: theirs, float32 [S, top].
     """
 
     logprobs: Float32Array

@@ -1,4 +1,5 @@
-"""What a backend gives: the ops that a family's page calls for one batch, and the storage of what a sequence leaves behind.
+"""What a backend gives: the ops that a family's page calls for one batch, and the storage of what a sequence leaves
+behind.
 
 Shapes: T tokens in the batch, H embedding_length, F feed_forward_length, V vocab_size, D head_dim, nq and nkv heads.
 The residual stream and every op's sums are float32.
@@ -72,8 +73,8 @@ class Ops(ABC):
     def cast(self, x: Residual) -> Input:
         """The residual stream as it is, for families that normalise only what is added to it (`add_rms_norm`).
 
-        Raises ModelError where something else was added to it: then nothing bounds its values, and a backend with operands
-        of half precision could overflow.
+        Raises ModelError where something else was added to it: then nothing bounds its values, and a backend with
+        operands of half precision could overflow.
         """
 
     @abstractmethod
@@ -110,11 +111,12 @@ class Ops(ABC):
         softcap: float | None = None,
         sinks: Weight | None = None,
     ) -> Input:
-        """Causal grouped-query attention, softmax(scale * q·kᵀ)·v, over the cache's tokens and the batch's own: [T, nq * D].
+        """Causal grouped-query attention, softmax(scale * q·kᵀ)·v, over the cache's tokens and the batch's own: [T, nq
+        * D].
 
         window: a query sees that many tokens, itself the last (None: all). softcap: scores s become
-        softcap * tanh(s / softcap) (arXiv 2408.00118). sinks: a vector [nq], a score of each head that takes a share of the
-        softmax and gives no value (arXiv 2309.17453).
+        softcap * tanh(s / softcap) (arXiv 2408.00118). sinks: a vector [nq], a score of each head that takes a share of
+        the softmax and gives no value (arXiv 2309.17453).
         """
 
     @abstractmethod
@@ -136,7 +138,8 @@ class Ops(ABC):
         residual: Residual | None = None,
         scale: float = 1.0,
     ) -> Any:
-        """scale * down(act(gate(h)) * up(h)) (+ residual) (arXiv 2002.05202); what it returns, and scale, as in `linear`.
+        """scale * down(act(gate(h)) * up(h)) (+ residual) (arXiv 2002.05202); what it returns, and scale, as in
+        `linear`.
 
         activation: "silu" or "gelu_tanh" (ggml_silu, ggml_gelu).
         """
@@ -145,8 +148,8 @@ class Ops(ABC):
     def moe(self, h: Input, w: Weights, experts: Experts, *, activation: str, residual: Residual) -> Residual:
         """residual + the mean of the used experts' feed-forward networks (each as `mlp`), weighted by their shares.
 
-        w: Weights with ffn_gate_inp, the router, and ffn_gate_exps, ffn_up_exps and ffn_down_exps. experts: how tokens are
-        routed to them. activation: also "swiglu_oai" (ggml_swiglu_oai with 1.702 and 7).
+        w: Weights with ffn_gate_inp, the router, and ffn_gate_exps, ffn_up_exps and ffn_down_exps. experts: how tokens
+        are routed to them. activation: also "swiglu_oai" (ggml_swiglu_oai with 1.702 and 7).
         """
 
     @abstractmethod
@@ -165,9 +168,9 @@ class Ops(ABC):
     ) -> PendingHead:
         """rms_norm, the output matrix, and what is told of the logits; the greedy token is the lowest id of equals.
 
-        Logits are multiplied by scale, and then y becomes softcap * tanh(y / softcap). Returns a function that waits for
-        Ranks where logits are "ranks" and for a HeadResult otherwise, and raises BackendError if a logit that decides the
-        greedy token is NaN.
+        Logits are multiplied by scale, and then y becomes softcap * tanh(y / softcap). Returns a function that waits
+        for Ranks where logits are "ranks" and for a HeadResult otherwise, and raises BackendError if a logit that
+        decides the greedy token is NaN.
         """
 
 
@@ -198,14 +201,17 @@ class Backend(ABC):
     """A device that can run a model.
 
     name: "cpu" or "cuda". device_name: for people. plan: what of the model stays in the device's memory
-    (kqprefill.backends.cuda.weights.plan.Plan), None where that means nothing. loaded: the last upload of weights that stay,
-    None where there was none.
+    (kqprefill.backends.cuda.weights.plan.Plan), None where that means nothing.
     """
 
     name: str = ""
     device_name: str = ""
     plan: Any = None
-    loaded: Loaded | None = None
+
+    @property
+    def loaded(self) -> Loaded | None:
+        """The last upload of weights that stay on the device, None where there was none."""
+        return None
 
     @abstractmethod
     def load(
@@ -218,8 +224,8 @@ class Backend(ABC):
     ) -> None:
         """Make the family's weights ready (a no-op on the CPU); progress hears how far it is.
 
-        vram: device memory that may be taken, None for all that is free. tokens: of the longest prompt, or (ranks) of the
-        largest batch with targets, to plan for. Raises BackendError where the model cannot run within it.
+        vram: device memory that may be taken, None for all that is free. tokens: of the longest prompt, or (ranks) of
+        the largest batch with targets, to plan for. Raises BackendError where the model cannot run within it.
         """
 
     @abstractmethod

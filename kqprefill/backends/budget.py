@@ -24,7 +24,8 @@ class Budget:
 
     @classmethod
     def parse(cls, value: Budget | str | int) -> Budget:
-        """From bytes (an integer) or text: digits and K, M, G or T (powers of 1024; `GB` and `GiB` are the same), or `N%`.
+        """From bytes (an integer) or text: digits and K, M, G or T (powers of 1024; `GB` and `GiB` are the same), or
+        `N%`.
 
         Raises InputError.
         """

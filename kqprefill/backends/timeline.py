@@ -11,7 +11,7 @@ STAGES = ("linear", "attention", "rest", "head")
 
 @dataclass
 class Stage:
-    """Seconds spent in a stage; its multiplications and additions; the bytes of the weights that it reads, each once."""
+    """Seconds spent in a stage; its multiplications and additions; bytes of the weights that it reads, each once."""
 
     seconds: float = 0.0
     flops: int = 0

@@ -26,7 +26,6 @@ from .common import (
 )
 from .plot import check_plot, draw
 
-
 _WARM_UP = 2  # runs; on a GPU the first compiles, and the second makes the CUDA graph of a short prompt
 
 

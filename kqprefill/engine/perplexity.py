@@ -1,12 +1,20 @@
-"""The perplexity of a long text, cut into windows as llama.cpp's llama-perplexity cuts it, so that the figures compare."""
+"""The perplexity of a long text, cut into windows as llama-perplexity (llama.cpp) cuts it, so that figures compare."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
 from dataclasses import dataclass
 import math
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..core import Progress
 from ..errors import InputError
 from .scoring import BATCH_TOKENS
+
+if TYPE_CHECKING:
+    from .model import Model
 
 CONTEXT = 512  # llama-perplexity's
 
@@ -21,36 +29,44 @@ class Perplexity:
     windows: int
 
 
-def perplexity(model, tokens, context=CONTEXT, most=None, bos=None, batch_tokens=BATCH_TOKENS, progress=None):
+def perplexity(
+    model: Model,
+    tokens: Iterable[int],
+    context: int = CONTEXT,
+    most: int | None = None,
+    bos: int | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: Progress | None = None,
+) -> Perplexity:
     """The Perplexity of token ids [T] under an open Model.
 
-    Windows of `context` tokens follow one another, at most `most` of them, and what is left over is left out; of each the second
-    half is scored, each token given all before it in the window (llama.cpp, tools/perplexity: `perplexity`). bos: what each
-    window's first token is replaced by (files that ask for BOS), or None. progress("windows", done, total) hears how far it is.
-    Raises InputError where a window does not fit the model, or the text does not fill one.
+    Windows of `context` tokens follow one another, at most `most` of them, and what is left over is left out; of each
+    the second half is scored, each token given all before it in the window (llama.cpp, tools/perplexity: `perplexity`).
+    bos: what each window's first token is replaced by (files that ask for BOS), or None. progress("windows", done,
+    total) hears how far it is. Raises InputError where a window does not fit the model, or the text does not fill one.
     """
     if not 4 <= context <= model.config.context_length:
         raise InputError(f"a context of {context} tokens: 4 to the model's {model.config.context_length} are possible")
-    tokens = list(tokens)
-    count = len(tokens) // context
+    ids = list(tokens)
+    count = len(ids) // context
     if not count:
         raise InputError(
-            f"the text has {len(tokens)} tokens, but one window takes {context}: give a longer text, or a smaller context"
+            f"the text has {len(ids)} tokens, but one window takes {context}: give a longer text, or a smaller context"
         )
     count, half = min(count, most or count), context // 2
 
-    def window(index):
-        ids = tokens[index * context : (index + 1) * context]
+    def window(index: int) -> dict[str, Any]:
+        own = ids[index * context : (index + 1) * context]
         if bos is not None:
-            ids[0] = bos
-        return {"tokens": ids[: half + 1], "completion": ids[half + 1 :]}
+            own[0] = bos
+        return {"tokens": own[: half + 1], "completion": own[half + 1 :]}
 
-    surprisal = []
+    parts = []
     for done, scored in enumerate(model.score(map(window, range(count)), batch_tokens), 1):
-        surprisal.append(-scored.logprobs.astype(np.float64))
+        parts.append(-scored.logprobs.astype(np.float64))
         if progress:
             progress("windows", done, count)
-    surprisal = np.concatenate(surprisal)
-    n, mean = len(surprisal), surprisal.mean()
+    surprisal = np.concatenate(parts)
+    n, mean = len(surprisal), float(surprisal.mean())
     value = math.exp(min(mean, 700.0)) if math.isfinite(mean) else math.nan
-    return Perplexity(value, value * math.sqrt(surprisal.var() / max(1, n - 1)), n, count)
+    return Perplexity(value, value * math.sqrt(float(surprisal.var()) / max(1, n - 1)), n, count)

@@ -1,108 +1,128 @@
 """Log-probabilities of many sequences: what a record asks for, and packing into batches without padding.
 
-A batch holds whole sequences one after another, each of which sees itself alone; choices that continue one prompt share its
-computation. A record's figures do not depend on what it was packed with.
+A batch holds whole sequences one after another, each of which sees itself alone; choices that continue one prompt share
+its computation. A record's figures do not depend on what it was packed with.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 import math
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from ..backends.base import Batch, Ranks, Segment, Targets
+from ..core import (
+    KEYS_PER_TOKEN,
+    LARGEST_KEY_BLOCK,
+    Batch,
+    Float32Array,
+    Int32Array,
+    PendingHead,
+    Ranks,
+    Segment,
+    Targets,
+)
 from ..errors import InputError
 
 BATCH_TOKENS = 8192  # a GPU's matrix units are busy from about 1000 on
-_TAIL = 128  # keys at most that a backend copies for each choice (kqprefill.backends.cuda.packing)
-_KINDS = "tokens", "prompt", "completion", "choices"  # what a record may ask with
+
+# What `Model.score` takes: token ids, or what a line of `kqprefill score`'s input holds.
+Record: TypeAlias = Sequence[int] | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Item:
-    """Token ids (lists): a prompt, whose tokens but the first are scored where continuations is None; else those of each
-    continuation are, given the prompt. choices: whether there are to be as many results as continuations, even one."""
+    """What a record asks for, in token ids.
 
-    prompt: list
-    continuations: list | None = None
+    Without continuations the prompt's tokens but the first are scored; else those of each continuation are, given the
+    prompt. choices: whether there are to be as many results as continuations, even one.
+    """
+
+    prompt: list[int]
+    continuations: list[list[int]] | None = None
     choices: bool = False
 
     @property
-    def sequences(self):
+    def sequences(self) -> list[list[int]]:
         """The whole sequences, as one would run them."""
         return [self.prompt] if self.continuations is None else [self.prompt + c for c in self.continuations]
 
     @property
-    def longest(self):
+    def longest(self) -> int:
         """Tokens of the longest sequence."""
-        return len(self.prompt) + max(map(len, self.continuations or [()]))
+        return len(self.prompt) + max(map(len, self.continuations or [[]]))
 
-    def pieces(self, batch_tokens):
-        """The item as Items of about that many tokens at most, each with some of the continuations."""
-        if self.continuations is None or self.tokens <= batch_tokens:
+    def pieces(self, batch_tokens: int) -> list[Item]:
+        """The item as Items that fit a batch of about that many tokens, each with some of the continuations."""
+        if self.continuations is None or _fits(self.tokens, self.keys, batch_tokens):
             return [self]
-        parts, room = [[]], 0
+        pieces = []
+        part: list[list[int]] = []
         for continuation in self.continuations:
-            if parts[-1] and len(continuation) > room:
-                parts.append([])
-            if not parts[-1]:
-                room = batch_tokens - len(self.prompt)
-            parts[-1].append(continuation)
-            room -= len(continuation)
-        return [Item(self.prompt, part, self.choices) for part in parts]
+            larger = Item(self.prompt, [*part, continuation], self.choices)
+            if part and not _fits(larger.tokens, larger.keys, batch_tokens):
+                pieces.append(Item(self.prompt, part, self.choices))
+                part = []
+            part = [*part, continuation]
+        return [*pieces, Item(self.prompt, part, self.choices)]
 
     @property
-    def tokens(self):
-        """In a batch, at most."""
+    def tokens(self) -> int:
+        """Tokens that it takes of a batch, at most."""
         return len(self.prompt) + sum(map(len, self.continuations or ()))
 
     @property
-    def keys(self):
-        """Rows of keys that its attention takes, at most."""
-        return self.tokens + len(self.continuations or ()) * min(_TAIL, len(self.prompt))
+    def keys(self) -> int:
+        """Rows of keys that its attention takes, at most: each continuation may copy some of its prompt's."""
+        return self.tokens + len(self.continuations or ()) * min(LARGEST_KEY_BLOCK, len(self.prompt))
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What was found of one stretch of tokens: their ids and natural log-probabilities, int32 and float32 [n]; and the likeliest
+    """One stretch of scored tokens: their ids and natural log-probabilities, int32 and float32 [n]; and the likeliest
     tokens at each place, int32 [n, top], with theirs, float32 [n, top]."""
 
-    tokens: np.ndarray
-    logprobs: np.ndarray
-    top_tokens: np.ndarray
-    top_logprobs: np.ndarray
+    tokens: Int32Array
+    logprobs: Float32Array
+    top_tokens: Int32Array
+    top_logprobs: Float32Array
 
     @property
-    def n_tokens(self):
+    def n_tokens(self) -> int:
+        """How many tokens were scored."""
         return len(self.tokens)
 
     @property
-    def logprob(self):
+    def logprob(self) -> float:
         """Of all of them together: the sum."""
         return float(self.logprobs.sum(dtype=np.float64))
 
     @property
-    def mean_logprob(self):
+    def mean_logprob(self) -> float | None:
         """A token's, in the mean; None where there is none."""
         return self.logprob / self.n_tokens if self.n_tokens else None
 
     @property
-    def perplexity(self):
+    def perplexity(self) -> float | None:
         """exp(-mean_logprob); inf where that is beyond a float's range."""
-        if not self.n_tokens:
+        mean = self.mean_logprob
+        if mean is None:
             return None
         try:
-            return math.exp(-self.mean_logprob)
+            return math.exp(-mean)
         except OverflowError:
             return math.inf
 
 
-def item_of(record, check, encode):
+def item_of(record: Record, check: Callable[[Any], list[int]], encode: Callable[[str], list[int]]) -> Item:
     """The Item that a record (token ids, or a mapping as a line of `kqprefill score`'s input) asks for.
 
     check(ids): the ids, valid ones, as a list; encode(text): a text's ids. Raises InputError.
     """
-    if not isinstance(record, dict):
+    if not isinstance(record, Mapping):
         return _whole(check(record))
     if ("tokens" in record) == ("prompt" in record):
         raise InputError('give either "tokens" or "prompt"')
@@ -121,15 +141,15 @@ def item_of(record, check, encode):
     if more is None:
         return _whole(encode(prompt) if key == "prompt" else check(prompt))
     if not all(isinstance(m, str) if key == "prompt" else isinstance(m, list) for m in more):
-        raise InputError(
-            f'"{"choices" if "choices" in record else "completion"}" must be {"text" if key == "prompt" else "token ids"}, as "{key}" is'
-        )
+        asked, kind = "choices" if "choices" in record else "completion", "text" if key == "prompt" else "token ids"
+        raise InputError(f'"{asked}" must be {kind}, as "{key}" is')
     if not all(more):
         raise InputError("a completion is empty")
     if key == "tokens":
         return Item(check(prompt), [check(m) for m in more], "choices" in record)
-    # A completion's tokens begin where its text's tokens, with the prompt before it, depart from those of the prompt alone (a
-    # token may span both); of several choices where the first does, so that all are judged over the same stretch.
+    # A completion's tokens begin where its text's tokens, with the prompt before it, depart from those of the prompt
+    # alone (a token may span both); of several choices where the first does, so that all are judged over the same
+    # stretch.
     alone, texts = encode(prompt), [encode(prompt + m) for m in more]
     shared = min(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(alone, ids))) for ids in texts)
     if any(shared == len(ids) for ids in texts):
@@ -137,20 +157,28 @@ def item_of(record, check, encode):
     return Item(alone[:shared], [ids[shared:] for ids in texts], "choices" in record)
 
 
-def _whole(ids):
+def _whole(ids: list[int]) -> Item:
     if not ids:
         raise InputError("the prompt is empty")
     return Item(ids)
 
 
-def groups(items, batch_tokens):
-    """Lists of (piece of an item, whether it is the last), each for one batch; and None wherever items gives None, when all
-    that came before it has been given."""
-    group, tokens, keys = [], 0, 0
+# What shares a batch: pieces of items, each with whether it is its item's last.
+Group: TypeAlias = list[tuple[Item, bool]]
+
+
+def _fits(tokens: int, keys: int, batch_tokens: int) -> bool:
+    return tokens <= batch_tokens and keys <= KEYS_PER_TOKEN * batch_tokens
+
+
+def packs(items: Iterable[Item | None], batch_tokens: int) -> Iterator[Group | None]:
+    """What each batch is made of; and None wherever items gives None, when all that came before it has been given."""
+    group: Group = []
+    tokens = keys = 0
     for item in items:
         pieces = [] if item is None else item.pieces(batch_tokens)
         for piece in pieces:
-            if group and (tokens + piece.tokens > batch_tokens or keys + piece.keys > 2 * batch_tokens):
+            if group and not _fits(tokens + piece.tokens, keys + piece.keys, batch_tokens):
                 yield group
                 group, tokens, keys = [], 0, 0
             group.append((piece, piece is pieces[-1]))
@@ -164,54 +192,66 @@ def groups(items, batch_tokens):
         yield group
 
 
-def lay_out(items, top):
-    """(Batch, [the slices of its targets that are each item's results]). What a sequence's last token would predict is not
-    asked, so it is left out: choices of one token take no more than their prompt."""
-    tokens, segments, rows, targets, places = [], [], [], [], []
+# For each item of a batch, for each of its results, the slice of the batch's targets that it is.
+Places: TypeAlias = list[list[slice]]
 
-    def add(ids, position=0, after=None):
+
+def packed(items: Sequence[Item], top: int) -> tuple[Batch, Places]:
+    """Items as one batch.
+
+    What a sequence's last token would predict is not asked, so it is left out: choices of one token take no more than
+    their prompt. top: how many likeliest tokens to name at each place.
+    """
+    tokens: list[int] = []
+    segments: list[Segment] = []
+    rows: list[int] = []
+    targets: list[int] = []
+
+    def add(ids: list[int], position: int = 0, after: int | None = None) -> int:
+        """Ids as a segment; the first one's row."""
         first = len(tokens)
         tokens.extend(ids)
         if ids:
             segments.append(Segment(first, len(ids), position, after))
         return first
 
-    def ask(row_numbers, ids):
+    def ask(row_numbers: Iterable[int], ids: list[int]) -> slice:
+        """Have ids scored, each after its row."""
         begin = len(rows)
         rows.extend(row_numbers)
         targets.extend(ids)
         return slice(begin, len(rows))
 
+    places = []
     for item in items:
-        prompt, found = item.prompt, []
+        prompt, results = item.prompt, []
         if item.continuations is None or len(item.continuations) == 1 or not prompt:
             for ids in item.sequences:
                 known = max(1, len(prompt) if item.continuations is not None else 1)
                 first = add(ids[:-1])
-                found.append(ask(range(first + known - 1, first + len(ids) - 1), ids[known:]))
+                results.append(ask(range(first + known - 1, first + len(ids) - 1), ids[known:]))
         else:
             shared = len(segments)
             last = add(prompt) + len(prompt) - 1
             for ids in item.continuations:
                 first = add(ids[:-1], len(prompt), shared)
-                found.append(ask([last, *range(first, first + len(ids) - 1)], ids))
-        places.append(found)
-    arrays = (np.array(values, np.int32) for values in (tokens, rows, targets))
-    ids, rows, targets = arrays
-    return Batch(ids, segments=tuple(segments), targets=Targets(rows, targets, top)), places
+                results.append(ask([last, *range(first, first + len(ids) - 1)], ids))
+        places.append(results)
+    ids32, rows32, targets32 = (np.array(values, np.int32) for values in (tokens, rows, targets))
+    return Batch(ids32, segments=tuple(segments), targets=Targets(rows32, targets32, top)), places
 
 
-def results(batch, places, ranks):
-    """[[Scored of each continuation] of each item]."""
+def results(batch: Batch, places: Places, ranks: Ranks) -> list[list[Scored]]:
+    """A Scored of each continuation of each item."""
+    targets = batch.targets
+    assert targets is not None
     return [
-        [
-            Scored(batch.targets.tokens[at], ranks.logprobs[at], ranks.top_tokens[at], ranks.top_logprobs[at])
-            for at in found
-        ]
-        for found in places
+        [Scored(targets.tokens[at], ranks.logprobs[at], ranks.top_tokens[at], ranks.top_logprobs[at]) for at in slices]
+        for slices in places
     ]
 
 
-def no_ranks(top):
-    """Of a batch without targets."""
-    return Ranks(np.empty(0, np.float32), np.empty((0, top), np.int32), np.empty((0, top), np.float32))
+def no_ranks(top: int) -> PendingHead:
+    """What waits for a batch without targets."""
+    ranks = Ranks(np.empty(0, np.float32), np.empty((0, top), np.int32), np.empty((0, top), np.float32))
+    return lambda: ranks

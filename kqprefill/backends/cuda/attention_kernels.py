@@ -54,7 +54,7 @@ class PortableAttention(AttentionConfig):
         return 16 * self.warps
 
     @property
-    @cache  # noqa: B019: there are few of them
+    @cache
     def program(self) -> Program:
         rows = 4 * self.block_kv + (0 if self.q_in_registers else self.block_q)
         constants = {
@@ -69,7 +69,7 @@ class PortableAttention(AttentionConfig):
 
 @dataclass(frozen=True)
 class HopperAttention(AttentionConfig):
-    """attention_sm90.cu: head_dim is a multiple of 64; two warpgroups have 64 queries each, and one more brings keys."""
+    """attention_sm90.cu: head_dim is a multiple of 64; two warpgroups have 64 queries each, another brings keys."""
 
     stages: int
 
@@ -78,7 +78,7 @@ class HopperAttention(AttentionConfig):
         return 128
 
     @property
-    @cache  # noqa: B019: there are few of them
+    @cache
     def program(self) -> Program:
         constants = {"HEAD_DIM": self.head_dim, "BLOCK_KV": self.block_kv, "STAGES": self.stages}
         defines = tuple((name, str(value)) for name, value in constants.items())

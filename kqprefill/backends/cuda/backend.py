@@ -9,7 +9,7 @@ from typing import Any
 from ...core import KEYS_PER_TOKEN, Batch, Logits, PendingHead, Progress, no_progress
 from ...errors import BackendError
 from ...models.family import Family
-from ..base import Backend, Cache
+from ..base import Backend, Cache, Loaded
 from ..budget import Budget
 from ..timeline import Stage, Timeline
 from .bounds import floors
@@ -70,7 +70,7 @@ class CudaBackend(Backend):
         return self._weights
 
     @property
-    def loaded(self) -> Any:
+    def loaded(self) -> Loaded | None:
         return self._weights.loaded if self._weights is not None else None
 
     def load(

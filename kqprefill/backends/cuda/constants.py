@@ -9,7 +9,8 @@ MAX_HEAD_DIM = 256  # that rope.cu and the attention kernels take
 MOST_EXPERTS = 1024  # of a layer (experts.cu)
 MOST_USED_EXPERTS = 32  # by a token
 
-# The activations of gated feed-forward networks, by the numbers that the GEMMs are told (kernels/include/activation.cuh).
+# The activations of gated feed-forward networks, by the numbers that the GEMMs are told
+# (kernels/include/activation.cuh).
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "swiglu_oai": 2}
 
 # Threads of a block: the define, its value, and the kernels that are launched with so many.

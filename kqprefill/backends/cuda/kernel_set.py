@@ -39,8 +39,8 @@ class Gemms(ABC):
 class KernelSet(ABC):
     """The kernels of one generation of GPUs.
 
-    name: for people. target: what they are compiled to. overlaps: whether a launch may begin before the one before it has
-    ended. share_of_peak: of the matrix units' rate, what whole prompts have reached (docs/performance.md).
+    name: for people. target: what they are compiled to. overlaps: whether a launch may begin before the one before it
+    has ended. share_of_peak: of the matrix units' rate, what whole prompts have reached (docs/performance.md).
     """
 
     name: str
@@ -128,7 +128,8 @@ class _HopperGemms(_PortableGemms):
 
 
 def kernel_set_of(capability: tuple[int, int], kernels: str = "auto") -> KernelSet:
-    """The kernel set for a GPU of that compute capability; kernels "portable": that of every GPU, whatever this one has.
+    """The kernel set for a GPU of that compute capability; kernels "portable": that of every GPU, whatever this one
+    has.
 
     Raises BackendError where NVRTC does not compile for it.
     """
@@ -139,7 +140,8 @@ def kernel_set_of(capability: tuple[int, int], kernels: str = "auto") -> KernelS
 def target_of(capability: tuple[int, int]) -> Target:
     """A CUBIN for exactly this GPU, or PTX where NVRTC does not know it.
 
-    A CUBIN loads on any driver of its major version; PTX only on one as new as NVRTC (CUDA_ERROR_UNSUPPORTED_PTX_VERSION).
+    A CUBIN loads on any driver of its major version; PTX only on one as new as NVRTC
+    (CUDA_ERROR_UNSUPPORTED_PTX_VERSION).
     """
     known = known_architectures()
     arch = capability[0] * 10 + capability[1]

@@ -1,4 +1,4 @@
-"""Where the layers' states of a kept sequence live: on the device, or in host memory, a layer at a time on the device."""
+"""Where the layers' states of a kept sequence live: on the device, or in host memory with two layers on the device."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ class DeviceCache(Cache):
 
 
 class HostCache(DeviceCache):
-    """All layers' states in page-locked host memory, of which two are on the device: while one is computed, the one before
-    is copied out and the next comes in."""
+    """All layers' states in page-locked host memory, of which two are on the device: while one is computed, the one
+    before is copied out and the next comes in."""
 
     def __init__(self, gpu: Gpu, states: Sequence[LayerState], capacity: int) -> None:
         nbytes, most = DeviceCache.bytes_needed(states, capacity), host_memory() * 3 // 4
@@ -105,7 +105,8 @@ class HostCache(DeviceCache):
             check(gpu.driver.cuMemHostRegister(self._bytes.ctypes.data, nbytes, 0))
         sizes = [half_bytes(state, capacity) for state in states]
         self._host_halves = [  # of each layer, keys and values: uint8 [capacity, bytes of a token]
-            self._bytes[2 * sum(sizes[:i]) : 2 * sum(sizes[: i + 1])].reshape(2, capacity, -1) for i in range(len(sizes))
+            self._bytes[2 * sum(sizes[:i]) : 2 * sum(sizes[: i + 1])].reshape(2, capacity, -1)
+            for i in range(len(sizes))
         ]
 
     @staticmethod

@@ -173,8 +173,8 @@ def rehearse(
 ) -> BatchNeeds:
     """What a batch needs whose head is asked for `logits`.
 
-    host_embedding: the embedding's rows come from the host. For "ranks" there is room for as many rows of keys as the batch
-    may have.
+    host_embedding: the embedding's rows come from the host. For "ranks" there is room for as many rows of keys as the
+    batch may have.
     """
     work, launcher = _MeasuredWorkspace(NoGpu(facts)), LaunchRecorder()
     context = stand_in(facts, kernel_set, launcher, work, host_embedding)
@@ -197,11 +197,12 @@ def plan_model(
 ) -> Plan:
     """The Plan (weights/plan.py) for a model on a GPU with these facts that may take `budget` bytes.
 
-    tokens: of the longest prompt, or (ranks) of the largest batch with targets. cache_bytes: device memory that caches hold.
-    Raises BackendError where the model does not run there.
+    tokens: of the longest prompt, or (ranks) of the largest batch with targets. cache_bytes: device memory that caches
+    hold. Raises BackendError where the model does not run there.
     """
     refuse_unsupported(family)
-    batch, logits = planned_batch(tokens, ranks), "ranks" if ranks else None
+    batch = planned_batch(tokens, ranks)
+    logits: Logits = "ranks" if ranks else None
 
     def needs(host_embedding: bool) -> BatchNeeds:
         return rehearse(family, facts, kernel_set, batch, logits, host_embedding)

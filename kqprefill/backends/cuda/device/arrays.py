@@ -38,6 +38,7 @@ class DeviceArray:
         return DeviceArray(self.address + start * self.row_bytes, self.dtype, (last - start, *self.shape[1:]))
 
     def columns(self, start: int) -> DeviceArray:
-        """The same rows from column `start` on. They are still as far apart as before, which whoever reads them must know."""
+        """The same rows from column `start` on. They are still as far apart as before, which whoever reads them must
+        know."""
         shape = (*self.shape[:-1], self.shape[-1] - start)
         return DeviceArray(self.address + start * self.dtype.itemsize, self.dtype, shape)

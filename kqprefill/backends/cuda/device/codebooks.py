@@ -27,7 +27,7 @@ def definitions(type_names: Iterable[str]) -> str:
 
 @cache
 def _grid(name: str) -> str:
-    """A grid's entries, their bytes 4 to a word, each word's middle two exchanged (kernels/quants/common.cuh: paired)."""
+    """A grid's entries, their bytes 4 to a word, each word's middle two exchanged (quants/common.cuh: paired)."""
     from gguf import quants  # late: most models need no grid
 
     kind = getattr(quants, name)

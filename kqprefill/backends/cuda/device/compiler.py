@@ -12,7 +12,6 @@ import re
 import tempfile
 from typing import TextIO
 
-from ....errors import BackendError
 from ..constants import SHARED_DEFINES, THREADS
 from .codebooks import definitions
 from .gpu import cuda_errors, import_cuda
@@ -42,8 +41,8 @@ class Target:
 class Program:
     """A .cu file with the constants that it is compiled with, besides those of every program (SHARED_DEFINES).
 
-    Its kernels are compiled together. threads, shared_bytes: of a block, where the program itself decides them; the kernels
-    of the others have their threads from THREADS, and no dynamic shared memory.
+    Its kernels are compiled together. threads, shared_bytes: of a block, where the program itself decides them; the
+    kernels of the others have their threads from THREADS, and no dynamic shared memory.
     """
 
     source: str
@@ -115,7 +114,8 @@ def compile_program(program: Program, target: Target, logs: TextIO | None = None
         arch=target.arch,
         std="c++17",
         define_macro=list(program.defines),
-        # Multiply and add are fused where the source says so. Left to the compiler, it depends on an output's place in a tile.
+        # Multiply and add are fused where the source says so. Left to the compiler, it depends on an output's place in
+        # a tile.
         fma=False,
         ptxas_options=["-v"] if logs is not None else None,
     )

@@ -20,8 +20,8 @@ def import_cuda() -> tuple[Any, Any]:
     """cuda.core and cuda.bindings.driver. Raises BackendError where cuda-python is not installed or finds no driver."""
     try:
         with _importing:  # cuda.core fills its namespace by hand: a second thread may see it half full
-            import cuda.core as core
             from cuda.bindings import driver
+            import cuda.core as core
     except ImportError as error:
         raise BackendError(
             f"cuda-python cannot be imported ({error}); install it with pip install 'cuda-python>=13'"
@@ -53,8 +53,8 @@ def check(result: Any) -> Any:
 class GpuFacts(Protocol):
     """What is known of a GPU without opening it.
 
-    capability: its compute capability, (9, 0) for Hopper. multiprocessors: how many. shared_memory: bytes that a block may
-    have. clock: Hz, the highest. memory_rate: bytes a second.
+    capability: its compute capability, (9, 0) for Hopper. multiprocessors: how many. shared_memory: bytes that a block
+    may have. clock: Hz, the highest. memory_rate: bytes a second.
     """
 
     @property
@@ -74,7 +74,8 @@ class GpuFacts(Protocol):
 class Gpu:
     """One CUDA device made current, with the stream that everything runs on and the pool that everything lives in.
 
-    It has GpuFacts. Raises BackendError where there is no driver, no such device, or one older than compute capability 8.0.
+    It has GpuFacts. Raises BackendError where there is no driver, no such device, or one older than compute capability
+    8.0.
     """
 
     def __init__(self, index: int) -> None:
@@ -123,7 +124,8 @@ class Gpu:
     def upload(self, address: int, array: np.ndarray[Any, Any], stream: Any = None) -> None:
         """Copy a host array to a device address, in the order of the stream (this GPU's own unless given).
 
-        An array in pageable memory may be changed once this returns; one in page-locked memory when the stream has got there.
+        An array in pageable memory may be changed once this returns; one in page-locked memory when the stream has got
+        there.
         """
         check(self.driver.cuMemcpyHtoDAsync(address, array.ctypes.data, array.nbytes, (stream or self.stream).handle))
 

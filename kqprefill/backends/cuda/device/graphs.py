@@ -30,9 +30,9 @@ def capture(gpu: Gpu, launch: Callable[[], Result]) -> tuple[Any, Result]:
 class Graphs:
     """Runs the launches of prompts: the second and later ones of a length are one graph launch each.
 
-    The first prompt of a length makes what is made once (scales, tensor maps), which a graph must not hold; the second is
-    captured. A graph holds the addresses of work arrays and tensor maps, so all graphs are dropped when one of these has
-    moved: generation() changes then.
+    The first prompt of a length makes what is made once (scales, tensor maps), which a graph must not hold; the second
+    is captured. A graph holds the addresses of work arrays and tensor maps, so all graphs are dropped when one of these
+    has moved: generation() changes then.
     """
 
     def __init__(self, gpu: Gpu, generation: Callable[[], object]) -> None:

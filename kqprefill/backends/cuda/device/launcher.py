@@ -46,7 +46,8 @@ class Launcher:
         self.overlap = False
 
     def prepare(self, programs: Iterable[Program], progress: Progress) -> None:
-        """Compile (in parallel) or fetch those programs that are not loaded yet, and load them; progress hears "compile"."""
+        """Compile (in parallel) or fetch the programs that are not loaded yet, and load them; progress hears
+        "compile"."""
         missing = [program for program in dict.fromkeys(programs) if program not in self._modules]
         if not missing:
             return
@@ -106,7 +107,8 @@ class Launcher:
 
 
 class _LoadedKernel:
-    """A kernel, and the host memory that its arguments are written to for a launch: eight bytes each, and their addresses."""
+    """A kernel, and the host memory that its arguments are written to for a launch: eight bytes each, and their
+    addresses."""
 
     def __init__(self, gpu: Gpu, program: Program, name: str, kernel: Any) -> None:
         self.signature, self.threads = signatures_of(program.source)[name], program.threads_of(name)

@@ -17,7 +17,7 @@ from .compiler import text_of
 Argument = DeviceArray | int | float | None
 
 # The dtype that a pointer's array must have; pointers to other types take any (a tensor map, 16 bytes at a time).
-_POINTERS = {
+_POINTERS: dict[str, np.dtype] = {
     "float": FLOAT32,
     "float2": FLOAT32,
     "double": FLOAT64,
@@ -56,7 +56,7 @@ class Signature:
         self.packer = struct.Struct("<" + "".join(parameter.format for parameter in parameters))
 
     def values(self, arguments: Mapping[str, Argument]) -> list[int | float]:
-        """The arguments' values in the kernel's order, addresses in place of arrays. Raises TypeError for wrong names."""
+        """The arguments' values in the kernel's order, addresses for arrays. Raises TypeError for wrong names."""
         if len(arguments) != len(self.names):
             raise self._wrong_names(arguments)
         try:
@@ -98,4 +98,5 @@ def _parameter(declared: str) -> Parameter:
     kind, pointer, name = match.groups()
     if pointer:
         return Parameter(name, True, "Q", 8, _POINTERS.get(kind))
-    return Parameter(name, False, *_VALUES[kind], None)
+    written, nbytes = _VALUES[kind]
+    return Parameter(name, False, written, nbytes, dtype=None)

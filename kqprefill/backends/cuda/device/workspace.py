@@ -21,7 +21,8 @@ def aligned(nbytes: int) -> int:
 
 
 class Workspace:
-    """Named work arrays. Each name's memory grows to the largest size asked for and is then reused; new memory is zeroed.
+    """Named work arrays. Each name's memory grows to the largest size asked for and is then reused; new memory is
+    zeroed.
 
     generation: changes whenever memory has moved, so that whoever keeps addresses (a CUDA graph) can tell.
     """

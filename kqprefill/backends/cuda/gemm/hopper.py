@@ -1,4 +1,4 @@
-"""kernels/gemm_sm90.cu: W is dequantised inside the kernel, for each output tile anew; nothing expanded is in memory."""
+"""kernels/gemm_sm90.cu: W is dequantised inside the kernel, for each output tile anew."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _SHARED_MEMORY = 228 << 10  # of a multiprocessor of compute capability 9.0; eac
 class HopperConfig:
     """The constants of gemm_sm90.cu, and what a step of OPERAND_GROUP columns costs.
 
-    A block has `warpgroups` that multiply `tiles` row tiles of TILE_ROWS rows each (gated: of gate and of up) by `tokens`
-    tokens; `blocks` of them share a multiprocessor; a `cluster` of them shares the tokens that it brings. alone, shared:
-    nanoseconds of a step of a block by itself, and those that each block adds where several share a multiprocessor
-    (an H100, Q4_K: tests/bench/tile_costs.py).
+    A block has `warpgroups` that multiply `tiles` row tiles of TILE_ROWS rows each (gated: of gate and of up) by
+    `tokens` tokens; `blocks` of them share a multiprocessor; a `cluster` of them shares the tokens that it brings.
+    alone, shared: nanoseconds of a step of a block by itself, and those that each block adds where several share a
+    multiprocessor (an H100, Q4_K: tests/bench/tile_costs.py).
     """
 
     gated: int
@@ -42,7 +42,7 @@ class HopperConfig:
     alone: int
     shared: int
 
-    @cache  # noqa: B019: there are sixteen of them
+    @cache
     def program(self, types: tuple[GGML, ...], grouped: bool = False) -> Program:
         """For launches over matrices of these ggml types (distinct, in the order of their format numbers).
 

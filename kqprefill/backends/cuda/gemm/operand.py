@@ -40,9 +40,9 @@ HALVES = OperandFormat("f16", FLOAT16, OPERAND_GROUP, None, "CU_TENSOR_MAP_DATA_
 class Operand:
     """A matrix of activations that a GEMM reads.
 
-    values: [rows, format.padded(columns)], each the activation times *scale. norm: the RMSNorm weight whose output this is,
-    or None. length: a row's Euclidean length after division by `norm` is at most this, where it is known; together the two
-    bound what a matrix makes of a row.
+    values: [rows, format.padded(columns)], each the activation times *scale. norm: the RMSNorm weight whose output this
+    is, or None. length: a row's Euclidean length after division by `norm` is at most this, where it is known; together
+    the two bound what a matrix makes of a row.
     """
 
     values: DeviceArray
@@ -77,13 +77,13 @@ class Groups:
 class Gemm(ABC):
     """A way to multiply an operand by quantised matrices.
 
-    Where `groups` are given, a matrix is the first of a stack of as many as there are experts, one under another, and each
-    group of rows is multiplied by its expert's.
+    Where `groups` are given, a matrix is the first of a stack of as many as there are experts, one under another, and
+    each group of rows is multiplied by its expert's.
     """
 
     @abstractmethod
     def group_rows(self, m: int, matrices: Sequence[Matrix], gated: bool, experts: int) -> int:
-        """Rows that a group may have at most, for m rows that so many experts share: what `groups` are to be made of."""
+        """Rows that a group may have at most, for m rows that so many experts share: what `groups` must be made of."""
 
     @abstractmethod
     def linear(
@@ -96,9 +96,11 @@ class Gemm(ABC):
         add: bool,
         groups: Groups | None = None,
     ) -> None:
-        """out = a · [matrices, one under another]ᵀ + bias, and + out if `add`; float32 [as many rows, all matrices' rows].
+        """out = a · [matrices, one under another]ᵀ + bias, and + out if `add`; float32 [as many rows, all matrices'
+        rows].
 
-        weight_scale: of the halves that the weights are multiplied as. bias: float32 [all rows], or [experts, rows], or None.
+        weight_scale: of the halves that the weights are multiplied as. bias: float32 [all rows], or [experts, rows], or
+        None.
         """
 
     @abstractmethod

@@ -32,7 +32,7 @@ class PortableConfig:
     warps_m: int
     warps_n: int
 
-    @cache  # noqa: B019: there are three of them
+    @cache
     def program(self, grouped: bool = False) -> Program:
         """grouped: over a stack of experts."""
         constants = ((field.name.upper(), str(getattr(self, field.name))) for field in fields(self))
@@ -71,8 +71,8 @@ def largest_config(shared_memory: int) -> PortableConfig:
 
 
 def best_config(m: int, n: int, facts: GpuFacts, experts: int = 0) -> PortableConfig:
-    """For m by n outputs. The large tile does twice the work for each byte that it loads; the small one serves where large
-    ones would leave the GPU idle."""
+    """For m by n outputs. The large tile does twice the work for each byte that it loads; the small one serves where
+    large ones would leave the GPU idle."""
     large = largest_config(facts.shared_memory)
     return large if large.output_tiles(m, n, experts) >= facts.multiprocessors * 3 // 4 else SMALL
 
@@ -236,7 +236,7 @@ class PortableGemm(Gemm):
         first_out: int = 0,
         gated: bool = False,
     ) -> None:
-        """Launch weights.cu's dequantize: `rows` rows of a matrix from row `first` to rows of halves from `first_out`."""
+        """Launch weights.cu's dequantize: `rows` rows of a matrix from row `first`, as halves from row `first_out`."""
         if rows <= 0:
             return
         stride = out.shape[1]

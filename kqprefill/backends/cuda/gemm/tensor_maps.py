@@ -17,8 +17,8 @@ _BOX_BYTES = 128  # of a box's row: what the 128-byte swizzle takes
 class TensorMaps:
     """Descriptors in device memory, each made the first time that it is asked for.
 
-    At most CAPACITY of them exist. generation: changes when all are dropped, so that whoever keeps their addresses (a CUDA
-    graph) can tell.
+    At most CAPACITY of them exist. generation: changes when all are dropped, so that whoever keeps their addresses (a
+    CUDA graph) can tell.
     """
 
     CAPACITY, A_BATCH = 4096, 256  # a batch asks for fewer than A_BATCH new ones
@@ -29,7 +29,8 @@ class TensorMaps:
         self._buffer: Any = None
 
     def of(self, array: DeviceArray, box_rows: int, format: OperandFormat = HALVES) -> DeviceArray:
-        """The descriptor of a matrix [rows, columns]: boxes of box_rows rows by 128 bytes, 128-byte swizzle, zeros outside."""
+        """The descriptor of a matrix [rows, columns]: boxes of box_rows rows by 128 bytes, 128-byte swizzle, zeros
+        outside."""
         key = array.address, array.shape, box_rows
         if key not in self._maps:
             if self._buffer is None:

@@ -143,7 +143,7 @@ class AttentionOps(BatchOps):
     ) -> list[DeviceArray]:
         """The scales of q, k and v, once their matrices have been measured."""
         growth = _ROTATION_GROWTH * rope.magnitude if rope is not None else 1.0
-        hottest = float(rope.temperature(self.config.context_length)) if rope is not None else 1.0
+        hottest = float(rope.temperature(np.array(self.config.context_length))) if rope is not None else 1.0
         growths = growth * hottest, growth, 1.0
         norms = q_norm, k_norm, None
         return [

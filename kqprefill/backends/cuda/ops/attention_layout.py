@@ -13,8 +13,8 @@ from ..attention_kernels import AttentionConfig
 
 @dataclass(frozen=True)
 class AttentionLayout:
-    """tiles: of queries, int32 [tiles, 6], kernels/include/softmax.cuh's QueryTile, those with most keys first. rows: of k
-    and v; row_of: each token's, int32 [T]; copies: int32 [copies, 2], rows that are to be copied and where to."""
+    """tiles: of queries, int32 [tiles, 6], kernels/include/softmax.cuh's QueryTile, those with most keys first. rows:
+    of k and v; row_of: each token's, int32 [T]; copies: int32 [copies, 2], rows that are to be copied and where to."""
 
     tiles: Int32Array
     rows: int
@@ -25,9 +25,9 @@ class AttentionLayout:
 def attention_layout(segments: Sequence[Segment], config: AttentionConfig) -> AttentionLayout:
     """The layout of a batch's segments for an attention kernel.
 
-    Keys are walked block_kv at a time from the sequence's first on. A segment that continues another shares that one's whole
-    blocks of keys, and has a copy of those in the block that its own first key is in: so its sums are those of the sequence
-    in one piece, bit by bit.
+    Keys are walked block_kv at a time from the sequence's first on. A segment that continues another shares that one's
+    whole blocks of keys, and has a copy of those in the block that its own first key is in: so its sums are those of
+    the sequence in one piece, bit by bit.
     """
     block, rows = config.block_kv, 0
     starts: list[int] = []  # each segment's first row of k and v

@@ -18,8 +18,8 @@ from ..weights.matrix import Matrix
 from .attention_layout import attention_layout
 from .context import Context
 
-# Tokens. Blocks that start early gather on the first multiprocessors that have room: no matter where there are many more than
-# these, but a small launch should spread over all (an H100 at 16 tokens: 3.6 ms without, 5.0 ms with).
+# Tokens. Blocks that start early gather on the first multiprocessors that have room: no matter where there are many
+# more than these, but a small launch should spread over all (an H100 at 16 tokens: 3.6 ms without, 5.0 ms with).
 _OVERLAP_FROM = 257
 TOKENS_AT_ONCE = 16384  # whose q/k/v sums, or gate and up, exist at a time
 
@@ -73,7 +73,8 @@ class _WorkStates:
 
 
 class BatchOps(Ops):
-    """All that is uploaded for a batch goes up here: the ops themselves only launch, so that they can be captured as a graph.
+    """All that is uploaded for a batch goes up here: the ops themselves only launch, so that they can be captured as a
+    graph.
 
     key_rows: rows of keys and values to have room for, where they are more than the batch's own.
     """

@@ -1,7 +1,7 @@
 """The ops on a GPU: each launches its kernels and returns at once; what the head returns waits.
 
-Operands of the matrix units are halves under power-of-two scales that bounds prove safe (kernels/scales.cu); the residual
-stream and all sums are float32.
+Operands of the matrix units are halves under power-of-two scales that bounds prove safe (kernels/scales.cu); the
+residual stream and all sums are float32.
 """
 
 from __future__ import annotations

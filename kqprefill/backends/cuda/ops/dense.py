@@ -170,9 +170,7 @@ class DenseOps(BatchOps):
             values = self.work.array("activated", HALVES.dtype, end - t, HALVES.padded(g.rows))
             act = Operand(values, g.rows, act_scale)
             gemm.gated(h.part(t, end), g, u, act, weight_scale, biases, activation)
-            self.multiply(
-                self.scaled(act, scale), [d], out.rows(t, end), self.bias(down), add=residual is not None
-            )
+            self.multiply(self.scaled(act, scale), [d], out.rows(t, end), self.bias(down), add=residual is not None)
         return out if residual is None else Residual(out)
 
     def _sums(self, residual: Residual | None, matrix: Matrix) -> DeviceArray:

@@ -62,7 +62,8 @@ class ExpertOps(DenseOps):
         return Residual(residual.values)
 
     def _route(self, scores: DeviceArray, experts: Experts) -> tuple[DeviceArray, DeviceArray, DeviceArray]:
-        """From each token's scores: where its copies' rows go and the share of each, [tokens * used]; each expert's rows."""
+        """From each token's scores: where its copies' rows go and the share of each, [tokens * used]; each expert's
+        rows."""
         tokens, count = scores.shape
         rows = tokens * experts.used
         chosen, shares = self.work.array("experts", INT32, rows), self.work.array("shares", FLOAT32, rows)

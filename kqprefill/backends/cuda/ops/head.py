@@ -70,7 +70,9 @@ class HeadOps(DenseOps):
         if scale != 1.0 or softcap is not None:
             n = rows.shape[0] * rows.shape[1]
             grid = -(-n // THREADS["finish_logits"])
-            self.launcher.launch(HEAD, "finish_logits", grid=grid, logits=rows, n=n, scale=scale, softcap=softcap or 0.0)
+            self.launcher.launch(
+                HEAD, "finish_logits", grid=grid, logits=rows, n=n, scale=scale, softcap=softcap or 0.0
+            )
 
     def _rank(self, rows: DeviceArray, targets: DeviceArray | None, top: int, out: DeviceArray) -> None:
         """What is told of each of these rows of logits."""
@@ -99,4 +101,6 @@ def _ranks(wait: Callable[[], None], ranked: np.ndarray[Any, np.dtype[np.void]],
     """Ranks of rank's output, [S, 1 + at least top], once it has come."""
     wait()
     likeliest = ranked[:, 1 : 1 + top]
-    return Ranks(*(np.ascontiguousarray(x) for x in (ranked["logprob"][:, 0], likeliest["token"], likeliest["logprob"])))
+    return Ranks(
+        *(np.ascontiguousarray(x) for x in (ranked["logprob"][:, 0], likeliest["token"], likeliest["logprob"]))
+    )

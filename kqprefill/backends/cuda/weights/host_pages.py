@@ -37,15 +37,16 @@ def host_memory(
 class HostPages:
     """Locks host memory where it lies, a window at a time, so that the copy engine reads it at the bus's rate.
 
-    Locking runs at 39 GB/s for a file in the page cache and makes no copy; a copy from pages that are not locked runs at a
-    tenth of the bus's 55 GB/s (an H100). About `keep` bytes stay locked: those used last.
+    Locking runs at 39 GB/s for a file in the page cache and makes no copy; a copy from pages that are not locked runs
+    at a tenth of the bus's 55 GB/s (an H100). About `keep` bytes stay locked: those used last.
     """
 
     AHEAD, THREADS = 16, 4  # windows read ahead of their use, and threads that do it
 
     def __init__(self, gpu: Gpu, keep: int) -> None:
         self._gpu, self._most = gpu, max(2, keep // WINDOW)
-        # Each locked window with the event of its last use, or None where it cannot be locked; the one used last comes last.
+        # Each locked window with the event of its last use, or None where it cannot be locked; the one used last comes
+        # last.
         self._windows: OrderedDict[_Window, Any] = OrderedDict()
         self._read: dict[_Window, Future[None]] = {}  # those that threads are reading
         self._leaving: dict[_Window, Future[None]] = {}  # those that threads are unlocking
@@ -138,8 +139,8 @@ def populate(address: int, nbytes: int, write: bool = False) -> None:
 
 
 class Uploader:
-    """Copies host arrays to the device on `stream`: from pages locked in place or, where that cannot be, through a ring of
-    page-locked buffers that several threads fill."""
+    """Copies host arrays to the device on `stream`: from pages locked in place or, where that cannot be, through a ring
+    of page-locked buffers that several threads fill."""
 
     SLOT_BYTES, SLOTS, THREADS = 4 << 20, 16, 8  # page-locking takes 0.6 ms a megabyte of new memory
 

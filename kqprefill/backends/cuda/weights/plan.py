@@ -1,8 +1,9 @@
-"""Which weights stay in GPU memory and which are streamed through it for each prompt: decided before anything is allocated.
+"""Which weights stay in GPU memory and which are streamed through it for each prompt: decided before anything is
+allocated.
 
-Weights stay where all fit. Else as many layers as fit stay, spread evenly, so that the copies of those between have their
-time too; the others' weights come through staging buffers while earlier layers compute (staging.py), and the embedding's
-rows from the host, for the prompt's tokens only.
+Weights stay where all fit. Else as many layers as fit stay, spread evenly, so that the copies of those between have
+their time too; the others' weights come through staging buffers while earlier layers compute (staging.py), and the
+embedding's rows from the host, for the prompt's tokens only.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from .matrix import layer_matrices, tile_bytes
 from .staging import STAGING_BYTES, STAGING_SLOTS
 
 CONTEXT_BYTES = 560 << 20  # that the driver takes for a context and our kernels (an H100: 540 MiB)
-_SLACK_BYTES, _SLACK_SHARE = 64 << 20, 0.012  # that its allocator takes beyond what is asked for (an H100: 20 to 230 MiB)
+_SLACK_BYTES, _SLACK_SHARE = (
+    64 << 20,
+    0.012,
+)  # that its allocator takes beyond what is asked for (an H100: 20 to 230 MiB)
 SPARE_BYTES = 128 << 20  # left free where no budget is given
 _LOCKED_IN_PASSING = 32 << 30  # host memory that is locked at a time where it is read once: unlocking can wait
 
@@ -32,8 +36,8 @@ _LOCKED_IN_PASSING = 32 << 30  # host memory that is locked at a time where it i
 class BatchNeeds:
     """What a batch takes, found by rehearsing it.
 
-    work_bytes: of work arrays. programs: that its kernels are in. matrix_flops: multiplications and additions by the layers'
-    matrices.
+    work_bytes: of work arrays. programs: that its kernels are in. matrix_flops: multiplications and additions by the
+    layers' matrices.
     """
 
     work_bytes: int
@@ -61,10 +65,10 @@ class Placement:
 class Plan:
     """What of a model stays in GPU memory.
 
-    budget: bytes of GPU memory that may be taken. tokens: of the longest prompt planned for, and needs: what such a batch
-    takes. placement: which device runs each layer. resident, streamed: layers. parts: bytes by what takes them.
-    streamed_bytes: over the bus for each prompt. slot_bytes: of a staging buffer. tile_bytes: of the largest streamed layer
-    in tiles.
+    budget: bytes of GPU memory that may be taken. tokens: of the longest prompt planned for, and needs: what such a
+    batch takes. placement: which device runs each layer. resident, streamed: layers. parts: bytes by what takes them.
+    streamed_bytes: over the bus for each prompt. slot_bytes: of a staging buffer. tile_bytes: of the largest streamed
+    layer in tiles.
     """
 
     budget: int
@@ -85,8 +89,8 @@ class Plan:
 
     @property
     def host_bytes(self) -> int:
-        """Host memory that may stay locked: all of a model that is streamed, where it is the lesser part of the machine's; a
-        part of one that is read in passing."""
+        """Host memory that may stay locked: all of a model that is streamed, where it is the lesser part of the
+        machine's; a part of one that is read in passing."""
         memory = host_memory()
         # A layer's first and last windows are not all its own.
         wanted = self.streamed_bytes + 4 * WINDOW * len(self.streamed)
@@ -94,9 +98,7 @@ class Plan:
 
     def places_as(self, other: Plan) -> bool:
         """Whether the other plan has the same weights in the same places."""
-        own, others = (
-            (plan.placement, plan.resident, plan.slot_bytes, plan.tile_bytes) for plan in (self, other)
-        )
+        own, others = ((plan.placement, plan.resident, plan.slot_bytes, plan.tile_bytes) for plan in (self, other))
         return own == others
 
 
@@ -126,9 +128,9 @@ def make_plan(
 ) -> Plan:
     """A Plan for a model on a GPU that may take `budget` bytes.
 
-    tokens: of the longest prompt. needs(host_embedding): what such a batch takes where the embedding is on the device, or on
-    the host. cache_bytes: device memory that caches hold. device: the GPU's number. Raises BackendError where even streaming
-    every layer takes more.
+    tokens: of the longest prompt. needs(host_embedding): what such a batch takes where the embedding is on the device,
+    or on the host. cache_bytes: device memory that caches hold. device: the GPU's number. Raises BackendError where
+    even streaming every layer takes more.
     """
     layers = layer_matrices(family)
     placement = Placement.on_one(device, len(layers))

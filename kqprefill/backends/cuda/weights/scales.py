@@ -1,4 +1,5 @@
-"""The powers of two that keep half-precision operands in range (kernels/scales.cu), each made the first time it is needed."""
+"""The powers of two that keep half-precision operands in range (kernels/scales.cu), each made the first time it is
+needed."""
 
 from __future__ import annotations
 
@@ -71,7 +72,8 @@ class Scales:
     ) -> DeviceArray:
         """The scale of what a measured matrix makes of inputs, or (factor) of its product with what that one makes.
 
-        length: an input row's Euclidean length, divided by the norm that the rows were measured against, is at most this.
+        length: an input row's Euclidean length, divided by the norm that the rows were measured against, is at most
+        this.
         """
 
         def make(scale: DeviceArray) -> None:

@@ -1,5 +1,5 @@
-"""Weights on their way to the GPU: raw, as the file has them, into staging buffers on a stream of their own, while the batch
-computes; then, where the batch has got that far, repacked into tiles."""
+"""Weights on their way to the GPU: raw, as the file has them, into staging buffers on a stream of their own, while the
+batch computes; then, where the batch has got that far, repacked into tiles."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def pieces_of(matrix: Matrix, data: NDArray[np.uint8], most: int) -> list[Piece]
 
 
 def repack(launcher: Launches, matrix: Matrix, first: int, raw: DeviceArray) -> None:
-    """Launch weights.cu's repack: rows in GGUF's order, uint8 [rows, row bytes], to a matrix's tiles from row `first`."""
+    """Launch weights.cu's repack: rows as GGUF has them, uint8 [rows, row bytes], to a matrix's tiles from row `first`."""
     rows, row_bytes = raw.shape
     launcher.launch(
         weight_program(matrix.type),

@@ -1,4 +1,5 @@
-"""A model's weights on the device: matrices as the file has them, in tiles; those that are streamed come layer by layer."""
+"""A model's weights on the device: matrices as the file has them, in tiles; those that are streamed come layer by
+layer."""
 
 from __future__ import annotations
 
@@ -101,14 +102,12 @@ class WeightsOnDevice:
             self._buffers["streamed"] = buffer = self._gpu.allocate(plan.tile_bytes, "a streamed layer")
             for layer in plan.streamed:
                 matrices = self._assign(groups[layer], int(buffer.handle))
-                self._pieces[layer] = [
-                    Piece(m, 0, t.data.reshape(m.rows, -1)) for t, m in zip(groups[layer], matrices)
-                ]
+                self._pieces[layer] = [Piece(m, 0, t.data.reshape(m.rows, -1)) for t, m in zip(groups[layer], matrices)]
         self.plan = plan
 
     def _groups(self, plan: Plan) -> dict[str | int, list[ModelTensor]]:
-        """The tensors that share an allocation on this device, by what it is called; an embedding that is not to be on the
-        device is forgotten."""
+        """The tensors that share an allocation on this device, by what it is called; an embedding that is not to be on
+        the device is forgotten."""
         family, layers = self._family, layer_matrices(self._family)
         groups: dict[str | int, list[ModelTensor]] = {"output": [family.output.tensor]}
         tied = family.output is family.token_embd
@@ -121,7 +120,8 @@ class WeightsOnDevice:
         return {**groups, **{layer: layers[layer] for layer in plan.placement.layers_of(self._gpu.index)}}
 
     def settle(self) -> None:
-        """Unlock the host's pages that only loading read. It takes 10 ms a gigabyte, which a first batch need not wait for."""
+        """Unlock the host's pages that only loading read. It takes 10 ms a gigabyte, which a first batch need not wait
+        for."""
         if self._staging is not None and not self.streaming:
             self._staging.close()
             self._staging = None
@@ -242,6 +242,6 @@ def _refuse_misshapen(family: Family) -> None:
             )
         if len(weight.shape) == 3 and weight.shape[1] % OPERAND_GROUP:
             raise BackendError(
-                f"tensor {weight.name}: experts of {weight.shape[1]} rows, no multiple of {OPERAND_GROUP}, do not run on "
-                "CUDA; use --backend cpu"
+                f"tensor {weight.name}: experts of {weight.shape[1]} rows, no multiple of {OPERAND_GROUP}, "
+                "do not run on CUDA; use --backend cpu"
             )

@@ -1,0 +1,76 @@
+"""Functions of arrays that the reference ops are made of, in NumPy float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+import math
+
+import numpy as np
+
+from ...core import Float32Array, Int32Array, Ranks, Targets
+
+
+def softmax(x: Float32Array, sink: Float32Array | None = None) -> Float32Array:
+    """In place, over the last axis; sink: one more score, whose share is dropped."""
+    largest = x.max(axis=-1, keepdims=True)
+    largest = largest if sink is None else np.maximum(largest, sink)
+    x -= largest
+    np.exp(x, out=x)
+    x /= x.sum(axis=-1, keepdims=True) + (0 if sink is None else np.exp(sink - largest))
+    return x
+
+
+def softcapped(x: Float32Array, softcap: float | None) -> Float32Array:
+    """softcap * tanh(x / softcap) (arXiv 2408.00118), or x."""
+    return x if softcap is None else np.float32(softcap) * np.tanh(x / np.float32(softcap))
+
+
+def _silu(x: Float32Array) -> Float32Array:
+    with np.errstate(over="ignore"):  # exp(-x) of a very negative x is inf, and x / inf the 0 it should be
+        result: Float32Array = x / (1 + np.exp(-x))
+    return result
+
+
+def _gelu_tanh(x: Float32Array) -> Float32Array:
+    inner = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x * x * x)
+    result: Float32Array = np.float32(0.5) * x * (1 + np.tanh(inner))
+    return result
+
+
+def _swiglu_oai(gate: Float32Array, up: Float32Array) -> Float32Array:
+    gate, up = np.minimum(gate, np.float32(7)), np.clip(up, np.float32(-7), np.float32(7))
+    with np.errstate(over="ignore"):
+        result: Float32Array = gate / (1 + np.exp(np.float32(-1.702) * gate)) * (up + 1)
+    return result
+
+
+# act(gate) * up of gated feed-forward networks (ggml_silu, ggml_gelu, ggml_swiglu_oai).
+GATES: dict[str, Callable[[Float32Array, Float32Array], Float32Array]] = {
+    "silu": lambda gate, up: _silu(gate) * up,
+    "gelu_tanh": lambda gate, up: _gelu_tanh(gate) * up,
+    "swiglu_oai": _swiglu_oai,
+}
+
+
+def ranks_of(parts: Iterable[tuple[int, Float32Array]], targets: Targets) -> Ranks:
+    """Ranks from logits that come some columns at a time: (first column, float32 [S, columns])."""
+    n, every = len(targets.rows), np.arange(len(targets.rows))
+    largest = np.full(n, -np.inf, np.float32)  # of all columns so far
+    total = np.zeros(n)  # the sum of their exponentials, relative to the largest
+    wanted, best = np.zeros(n), np.empty((n, 0), np.float32)
+    best_ids: Int32Array = np.empty((n, 0), np.int32)
+    for first, part in parts:
+        here = (targets.tokens >= first) & (targets.tokens < first + part.shape[1])
+        wanted[here] = part[every[here], targets.tokens[here] - first]
+        now = np.maximum(largest, part.max(axis=1))  # NaN stays NaN
+        with np.errstate(invalid="ignore"):
+            total = total * np.exp(largest - now) + np.exp(part - now[:, None]).sum(axis=1, dtype=np.float64)
+        largest = now
+        for _ in range(min(targets.top, part.shape[1])):
+            token = part.argmax(axis=1)  # the first of equals
+            best, best_ids = np.c_[best, part[every, token]], np.c_[best_ids, (first + token).astype(np.int32)]
+            part[every, token] = -np.inf
+        order = np.argsort(-best, axis=1, kind="stable")[:, : targets.top]  # of equals those of earlier columns first
+        best, best_ids = np.take_along_axis(best, order, axis=1), np.take_along_axis(best_ids, order, axis=1)
+    base = largest + np.log(total)
+    return Ranks((wanted - base).astype(np.float32), best_ids, (best - base[:, None]).astype(np.float32))
