@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 import mmap
 import os
 import re
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,9 +78,7 @@ class GGUFFile:
     def __enter__(self) -> GGUFFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     def _error(self, what: str) -> GGUFError:

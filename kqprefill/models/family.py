@@ -153,7 +153,7 @@ class Family(ABC):
 
     @cached_property
     def layer_states(self) -> tuple[LayerState, ...]:
-        """What each layer keeps of a sequence, so that the sequence can be continued."""
+        """What each layer of an opened family keeps of a sequence, so that the sequence can be continued."""
         c = self.config
         return tuple(KeysValues(c.head_count_kv, c.head_dim, self.window(index)) for index in range(c.block_count))
 
@@ -163,7 +163,7 @@ class Family(ABC):
         A trailing `?` marks one that may be absent, as every bias may.
         """
         shapes = _file_shapes("", self.shared_shapes())
-        del shapes["token_embd.bias?"]  # a row that is looked up is multiplied by nothing
+        del shapes["token_embd.bias?"]  # its rows are looked up as they are
         block = self.block_shapes()
         for index in range(self.config.block_count):
             shapes |= _file_shapes(f"blk.{index}.", block)
