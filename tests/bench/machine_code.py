@@ -88,8 +88,8 @@ def compile_from(folder: Path, program: Program, arch: str) -> bytes:
 
 
 def deciding_sections(cubin: bytes) -> dict[str, bytes | int]:
-    """The sections of a CUBIN (a 64-bit ELF file) that decide what runs: instructions, constants and tables as bytes,
-    of shared memory the size."""
+    """The sections of a CUBIN (a 64-bit ELF file) that decide what runs: the bytes of instructions and of the constants
+    that the compiler made for them, of shared memory the size."""
     (table,) = struct.unpack_from("<Q", cubin, 0x28)
     entry_size, count, names_index = struct.unpack_from("<HHH", cubin, 0x3A)
     headers = [struct.unpack_from("<IIQQQQ", cubin, table + i * entry_size) for i in range(count)]
@@ -97,7 +97,7 @@ def deciding_sections(cubin: bytes) -> dict[str, bytes | int]:
     sections: dict[str, bytes | int] = {}
     for name_at, _, _, _, offset, size in headers:
         name = cubin[names + name_at : cubin.index(b"\0", names + name_at)].decode()
-        if name.startswith((".text.", ".nv.constant", ".nv.global")):
+        if name.startswith((".text.", ".nv.constant2", ".nv.constant3")):
             sections[name] = cubin[offset : offset + size]
         elif name.startswith(".nv.shared"):
             sections[name] = size
