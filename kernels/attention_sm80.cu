@@ -1,20 +1,26 @@
 // Causal grouped-query attention over whole prompts, FlashAttention-2's way (arXiv 2307.08691), with mma.sync.
 //
-// A block takes one tile of queries of one head; each warp has 16 of them, keeps their softmax state and outputs in
-// registers, and walks the keys in tiles of BLOCK_KV that begin at multiples of BLOCK_KV of the sequence. What a query
-// sees, and in which order it sums, thus depends on its position alone: not on how the prompt was cut or tiled.
-// Compiled for one HEAD_DIM, padded to a multiple of 16; Q_IN_REGISTERS where its fragments fit there.
+// A block takes one query tile of one head. Each warp has 16 of its queries, keeps their softmax state and outputs in
+// registers, and walks the keys in key blocks that begin at multiples of BLOCK_KV of the sequence. What a query sees, and in
+// which order it sums, thus depends on its position alone: not on how the prompt was cut or tiled.
+// Compiled for one HEAD_DIM, padded to a multiple of 16; with Q_IN_REGISTERS where the fragments of q fit there.
 #include "include/operand.cuh"
 #include "include/ptx.cuh"
 #include "include/softmax.cuh"
 
 constexpr int kThreads = 32 * WARPS, kBlockQ = 16 * WARPS;
 constexpr int kDimSteps = HEAD_DIM / 16, kKvFrags = BLOCK_KV / 8;
-constexpr int kRowBytes =
-    HEAD_DIM * 2 + 16;  // an odd number of 16-byte chunks: ldmatrix's rows fall into different banks
-constexpr int kTileBytes = BLOCK_KV * kRowBytes;
+// An odd number of 16-byte chunks, so that ldmatrix's rows fall into different banks.
+constexpr int kRowBytes = HEAD_DIM * 2 + 16;
+constexpr int kKeyBlockBytes = BLOCK_KV * kRowBytes;
+// In shared memory: two stages of a key block of k and one of v; then the query tile, where it is not in registers.
+constexpr int kStageBytes = 2 * kKeyBlockBytes, kSharedBytes = 2 * kStageBytes + (Q_IN_REGISTERS ? 0 : kBlockQ * kRowBytes);
 static_assert(HEAD_DIM % 16 == 0 && BLOCK_KV % 16 == 0, "whole mma steps");
+static_assert(HEAD_DIM <= MAX_HEAD_DIM, "what rope.cu writes");
+static_assert(THREADS == kThreads, "what the host launches");
+static_assert(kSharedBytes <= SHARED_BYTES, "what the host launches with");
 
+// Starts the copies of kRows rows of q, k or v; rows from valid_rows on become zero.
 template <int kRows>
 __device__ __forceinline__ void load_rows(uint32_t destination, const half_t* source, uint64_t stride, int valid_rows) {
     constexpr int kChunks = HEAD_DIM / 8;
@@ -27,33 +33,33 @@ __device__ __forceinline__ void load_rows(uint32_t destination, const half_t* so
     }
 }
 
-// q [T, nq, HEAD_DIM], k and v [tokens, nkv, HEAD_DIM], halves, scaled by *q_scale, *k_scale and any scale for v; out
-// [T, out_stride] halves in v's scale and operand order, head h at columns h * head_dim. scale: softmax's, for unscaled q and k.
-// window: keys a query sees, itself included; 0 for all. softcap: 0 for none. sinks: a score of each head, or null.
+// q [T, nq, HEAD_DIM], k and v [tokens, nkv, HEAD_DIM]: halves, scaled by *q_scale, *k_scale and any scale for v. out: an
+// operand in v's scale, rows `out_stride` apart, head h at columns h * head_dim. scale: softmax's, for unscaled q and k.
+// window: how many keys a query sees, itself included; 0 for all. softcap: 0 for none. sinks: a score of each head, or null.
 extern "C" __global__ void __launch_bounds__(kThreads)
-    attention(const half_t* q, const half_t* k, const half_t* v, half_t* out, const Tile* tiles, int nq, int nkv,
+    attention(const half_t* q, const half_t* k, const half_t* v, half_t* out, const QueryTile* tiles, int nq, int nkv,
               int head_dim, int out_stride, float scale, const float* q_scale, const float* k_scale, int window,
               float softcap, const float* sinks) {
     begin_kernel();
     extern __shared__ __align__(128) uint8_t shared[];
-    Tile tile = tiles[blockIdx.y];
+    QueryTile tile = tiles[blockIdx.y];
     int head = blockIdx.x, kv_head = head / (nq / nkv);
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4 * 2;
     uint64_t q_stride = static_cast<uint64_t>(nq) * HEAD_DIM, kv_stride = static_cast<uint64_t>(nkv) * HEAD_DIM;
     q += tile.q_row * q_stride + head * HEAD_DIM;
     k += kv_head * HEAD_DIM;
     v += kv_head * HEAD_DIM;
-    uint32_t kv_ring = shared_address(shared), q_tile = kv_ring + 4 * kTileBytes;
+    uint32_t kv_ring = shared_address(shared), q_tile = kv_ring + 2 * kStageBytes;
 
-    int last = tile.position + tile.rows;  // keys before this one are seen by some row of the tile
-    int first = window > 0 ? max(0, tile.position - window + 1) : 0;
-    int tile_begin = first / BLOCK_KV, tile_end = ceil_div(last, BLOCK_KV);
-    auto load_kv = [&](int index) {
-        if (index < tile_end) {
-            uint32_t stage = kv_ring + index % 2 * (2 * kTileBytes);
-            int row = tile.key_row(index, BLOCK_KV), valid = last - index * BLOCK_KV;
+    // Some query of the tile sees the keys first_key .. end_key - 1.
+    int end_key = tile.position + tile.rows, first_key = window > 0 ? max(0, tile.position - window + 1) : 0;
+    int first_block = first_key / BLOCK_KV, end_block = ceil_div(end_key, BLOCK_KV);
+    auto load_key_block = [&](int index) {
+        if (index < end_block) {
+            uint32_t stage = kv_ring + index % 2 * kStageBytes;
+            int row = tile.key_row(index, BLOCK_KV), valid = end_key - index * BLOCK_KV;
             load_rows<BLOCK_KV>(stage, k + row * kv_stride, kv_stride, valid);
-            load_rows<BLOCK_KV>(stage + kTileBytes, v + row * kv_stride, kv_stride, valid);
+            load_rows<BLOCK_KV>(stage + kKeyBlockBytes, v + row * kv_stride, kv_stride, valid);
         }
         cp_async_commit();
     };
@@ -72,18 +78,18 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     } else {
         load_rows<kBlockQ>(q_tile, q, q_stride, tile.rows);
     }
-    load_kv(tile_begin);
+    load_key_block(first_block);
 
     float output[kDimSteps * 2][4] = {};
     Scale to_log2(scale / *q_scale / *k_scale, softcap);
     Softmax softmax;
     int position = tile.position + warp * 16 + group;
 
-    for (int index = tile_begin; index < tile_end; ++index) {
+    for (int index = first_block; index < end_block; ++index) {
         cp_async_wait<0>();
         __syncthreads();
-        load_kv(index + 1);
-        uint32_t k_tile = kv_ring + index % 2 * (2 * kTileBytes), v_tile = k_tile + kTileBytes;
+        load_key_block(index + 1);
+        uint32_t k_block = kv_ring + index % 2 * kStageBytes, v_block = k_block + kKeyBlockBytes;
 
         float scores[kKvFrags][4] = {};
 #pragma unroll
@@ -93,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 #pragma unroll
             for (int j = 0; j < kKvFrags / 2; ++j) {
                 uint32_t b[4];
-                ldmatrix_x4(b, k_tile + (j * 16 + lane / 16 * 8 + lane % 8) * kRowBytes + (2 * d + lane / 8 % 2) * 16);
+                ldmatrix_x4(b, k_block + (j * 16 + lane / 16 * 8 + lane % 8) * kRowBytes + (2 * d + lane / 8 % 2) * 16);
                 const uint32_t (&a)[4] = q_fragments[Q_IN_REGISTERS ? d : 0];
                 mma_m16n8k16(scores[2 * j], a, b[0], b[1]);
                 mma_m16n8k16(scores[2 * j + 1], a, b[2], b[3]);
@@ -121,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 #pragma unroll
             for (int d = 0; d < kDimSteps; ++d) {
                 uint32_t b[4];
-                ldmatrix_x4_trans(b, v_tile + (s * 16 + lane % 16) * kRowBytes + (2 * d + lane / 16) * 16);
+                ldmatrix_x4_trans(b, v_block + (s * 16 + lane % 16) * kRowBytes + (2 * d + lane / 16) * 16);
                 mma_m16n8k16(output[2 * d], p, b[0], b[1]);
                 mma_m16n8k16(output[2 * d + 1], p, b[2], b[3]);
             }
@@ -137,8 +143,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         half_t* to = out + static_cast<uint64_t>(tile.q_row + row) * out_stride;
 #pragma unroll
         for (int d = 0; d < kDimSteps * 2; ++d)
-            if (int column = d * 8 + pair; column < head_dim)  // head_dim is even
-                *reinterpret_cast<uint32_t*>(to + operand_position(head * head_dim + column)) =
-                    pack_half2(output[d][2 * r] * inverse, output[d][2 * r + 1] * inverse);
+            if (int column = d * 8 + pair; column < head_dim) {  // head_dim is even
+                OperandPair values = operand_pair(output[d][2 * r] * inverse, output[d][2 * r + 1] * inverse);
+                store_operand(to, head * head_dim + column, values);
+            }
     }
 }

@@ -1,19 +1,24 @@
-// Mixture of experts (arXiv 2401.04088): which experts a token goes to, its row's copies in the experts' order and back. All on
-// the device, each sum in a fixed order. An entry is one of the `used` experts of a token: number token * used + slot.
+// Mixture of experts (arXiv 2401.04088): which experts a token goes to, copies of its row in the experts' order, and the way
+// back. All of it is on the device, and each sum has a fixed order. An entry is one of the `used` experts of a token; it has
+// the number token * used + slot.
 #include "include/groups.cuh"
 #include "include/operand.cuh"
 #include "include/reduce.cuh"
 #include "include/types.cuh"
 
-constexpr int kMostExperts = 1024;  // 32 a lane
+constexpr int kThreads = EXPERT_THREADS;
+static_assert(MOST_EXPERTS <= 32 * 32, "route: a lane has a bit for each of 32 experts");
+static_assert(MOST_USED_EXPERTS <= 32, "route: a warp has a lane for each expert that a token uses");
+static_assert(MAKE_GROUPS_THREADS == MOST_EXPERTS, "make_groups: a thread an expert");
 
-// The `used` largest of each token's scores, the lowest numbers of equals first, and their shares: of a softmax over all scores,
-// or (routed_after) over theirs; normalise: made to add up to 1. A warp a token.
-extern "C" __global__ void __launch_bounds__(256)
+// Finds the `used` largest of each of n tokens' scores, of equals the ones with the lowest numbers, and their shares. A share
+// comes from a softmax over all scores or, with routed_after, over the chosen ones; with normalise, the shares of a token
+// are made to add up to 1. A warp takes a token.
+extern "C" __global__ void __launch_bounds__(kThreads)
     route(const float* scores, int n, int experts, int used, int normalise, int routed_after, int* expert_of,
           float* share_of) {
     begin_kernel();
-    int token = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    int token = blockIdx.x * (kThreads / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (token >= n) return;
     scores += static_cast<uint64_t>(token) * experts;
     float largest = 0.0f, total = 0.0f, shares = 0.0f, own_share = 0.0f;
@@ -48,17 +53,17 @@ extern "C" __global__ void __launch_bounds__(256)
     share_of[token * used + lane] = own_share / (normalise || routed_after ? shares : total);
 }
 
-// counts[e] = how many of the entries are expert e's. A block an expert.
-extern "C" __global__ void __launch_bounds__(256) count(const int* expert_of, int entries, int* counts) {
+// counts[e] = how many of the entries are expert e's. A block counts for one expert.
+extern "C" __global__ void __launch_bounds__(kThreads) count(const int* expert_of, int entries, int* counts) {
     begin_kernel();
-    int found = 0;
-    for (int i = threadIdx.x; i < entries; i += 256) found += expert_of[i] == static_cast<int>(blockIdx.x);
-    float sum = block_sum<256>(static_cast<float>(found));  // exact: below 2^24
+    int own = 0;
+    for (int i = threadIdx.x; i < entries; i += kThreads) own += expert_of[i] == static_cast<int>(blockIdx.x);
+    float sum = block_sum<kThreads>(static_cast<float>(own));  // exact: below 2^24
     if (threadIdx.x == 0) counts[blockIdx.x] = static_cast<int>(sum);
 }
 
-// place_of[entry] = its row among all entries ordered by expert, then by entry. A block an expert.
-constexpr int kPlacing = 1024;
+// place_of[entry] = its row among all entries, ordered by expert and then by entry. A block places the entries of one expert.
+constexpr int kPlacing = PLACE_THREADS;
 extern "C" __global__ void __launch_bounds__(kPlacing)
     place(const int* expert_of, int entries, const int* counts, int* place_of) {
     begin_kernel();
@@ -82,8 +87,9 @@ extern "C" __global__ void __launch_bounds__(kPlacing)
     }
 }
 
-// The GEMMs' tiles (gemm_sm90.cu: Rows): each expert's rows, `tokens` at a time. One block, a thread an expert.
-extern "C" __global__ void __launch_bounds__(kMostExperts)
+// Lists the token tiles of the GEMMs (scheduler.cuh: TokenTiles): each expert's rows, `tokens` at a time. One block, in which
+// a thread has an expert.
+extern "C" __global__ void __launch_bounds__(MAKE_GROUPS_THREADS)
     make_groups(const int* counts, int experts, int tokens, Group* groups, int* group_count) {
     begin_kernel();
     int expert = threadIdx.x, row = 0, tile = 0;
@@ -94,22 +100,22 @@ extern "C" __global__ void __launch_bounds__(kMostExperts)
     if (expert == experts - 1) *group_count = tile;
 }
 
-// sorted[place_of[entry]] = x[entry / used]: rows of `stride` halves. A block an entry.
-extern "C" __global__ void __launch_bounds__(128)
+// sorted[place_of[entry]] = x[entry / used]: rows of `stride` halves. A block copies the row of one entry.
+extern "C" __global__ void __launch_bounds__(COPY_THREADS)
     gather(const half_t* x, int used, int stride, const int* place_of, half_t* sorted) {
     begin_kernel();
     const uint4* from = reinterpret_cast<const uint4*>(x + static_cast<uint64_t>(blockIdx.x / used) * stride);
     uint4* to = reinterpret_cast<uint4*>(sorted + static_cast<uint64_t>(place_of[blockIdx.x]) * stride);
-    for (int i = threadIdx.x; i < stride / 8; i += 128) to[i] = from[i];
+    for (int i = threadIdx.x; i < stride / 8; i += COPY_THREADS) to[i] = from[i];
 }
 
-// x[t, :] += sum over slots of share * sums[its place, :]. A block a token.
-extern "C" __global__ void __launch_bounds__(256)
+// x[t, :] += the sum over slots of share_of[entry] * sums[place_of[entry], :], in the order of the slots. A block takes a token.
+extern "C" __global__ void __launch_bounds__(kThreads)
     combine(float* x, const float* sums, int used, int columns, const int* place_of, const float* share_of) {
     begin_kernel();
     int entry = blockIdx.x * used;
     x += static_cast<uint64_t>(blockIdx.x) * columns;
-    for (int i = threadIdx.x; i < columns; i += 256) {
+    for (int i = threadIdx.x; i < columns; i += kThreads) {
         float sum = 0.0f;
         for (int slot = 0; slot < used; ++slot)
             sum = fmaf(share_of[entry + slot], sums[static_cast<uint64_t>(place_of[entry + slot]) * columns + i], sum);
@@ -117,15 +123,16 @@ extern "C" __global__ void __launch_bounds__(256)
     }
 }
 
-// x[t, :] += sigmoid(h[t, :] · weight) * y[t, :]; h: halves of *scale times the values, in operand order, rows `stride` apart.
-extern "C" __global__ void __launch_bounds__(256) add_gated(float* x, const float* y, const half_t* h, int columns,
-                                                            int stride, const float* scale, const float* weight) {
+// x[t, :] += sigmoid(h[t, :] · weight) * y[t, :]. h: an operand, scaled by *scale, with rows `stride` apart.
+extern "C" __global__ void __launch_bounds__(kThreads)
+    add_gated(float* x, const float* y, const half_t* h, int columns, int stride, const float* scale,
+              const float* weight) {
     begin_kernel();
     x += static_cast<uint64_t>(blockIdx.x) * columns;
     y += static_cast<uint64_t>(blockIdx.x) * columns;
     h += static_cast<uint64_t>(blockIdx.x) * stride;
     float sum = 0.0f;
-    for (int i = threadIdx.x; i < columns; i += 256) sum = fmaf(half_to_float(h[operand_position(i)]), weight[i], sum);
-    float share = 1.0f / (1.0f + expf(-block_sum<256>(sum) / *scale));
-    for (int i = threadIdx.x; i < columns; i += 256) x[i] = fmaf(share, y[i], x[i]);
+    for (int i = threadIdx.x; i < columns; i += kThreads) sum = fmaf(load_operand(h, i), weight[i], sum);
+    float share = 1.0f / (1.0f + expf(-block_sum<kThreads>(sum) / *scale));
+    for (int i = threadIdx.x; i < columns; i += kThreads) x[i] = fmaf(share, y[i], x[i]);
 }

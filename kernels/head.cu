@@ -1,13 +1,14 @@
-// What is told of rows of logits: the log-probability of a token that is asked for, and the likeliest tokens.
+// From logits to what is asked for: the soft-cap, the log-probability of a target token, and the likeliest tokens.
 #include "include/reduce.cuh"
 #include "include/types.cuh"
 
+// A token of a row of logits, as the host reads it.
 struct Ranked {
     int token;  // -1 if any logit of its row is NaN
     float logit, logprob;
 };
 
-constexpr int kThreads = 1024;
+constexpr int kThreads = HEAD_THREADS;
 
 // logits = cap(scale * logits), cap(y) = softcap * tanh(y / softcap) where softcap > 0 (arXiv 2408.00118).
 extern "C" __global__ void __launch_bounds__(kThreads)
@@ -19,7 +20,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     logits[i] = softcap > 0.0f ? softcap * tanhf(y / softcap) : y;
 }
 
-// The likelier of two is the larger, of equals the one with the lower id.
+// A token that may be the likeliest: the one with the larger logit, of equals the one with the lower id.
 struct Candidate {
     float logit = -__int_as_float(0x7f800000);
     int token = 0x7fffffff;
@@ -32,7 +33,7 @@ struct Candidate {
     }
 };
 
-// The likeliest of a block's, known to all its threads.
+// The likeliest of all threads' candidates, known to all threads of the block.
 __device__ Candidate block_best(Candidate own) {
     __shared__ float logits[kThreads / 32];
     __shared__ int tokens[kThreads / 32];
@@ -62,7 +63,7 @@ struct Candidates {
     __device__ Candidate at(int i) const { return {logits[i], tokens[i]}; }
     __device__ void put(int i, float logit, int token) const { logits[i] = logit, tokens[i] = token; }
 
-    // The first n, a power of two, the likelier first (a bitonic sort).
+    // Sorts the first n, a power of two, the likelier first (a bitonic sort).
     __device__ void sort(int n) const {
         for (int size = 2; size <= n; size *= 2)
             for (int step = size / 2; step; step /= 2) {
@@ -78,9 +79,10 @@ struct Candidates {
         __syncthreads();
     }
 
-    // Finds the `top` likeliest of n logits. Each thread looks through a set of them, or several: of the sets' largest the
-    // `top`th is a bound, as that many logits are no smaller; what is below it cannot be among them, and few are left to sort.
-    // own_largest: of this thread's single set. Returns false where too many are left (where many are equal, or asked for).
+    // Finds the `top` likeliest of n logits. Each thread looks through a set of them, or through kSets sets. Of the sets'
+    // largest logits the `top`th is a bound: that many logits are no smaller, so what is below it cannot be among them, and
+    // few are left to sort. own_largest: the largest of this thread's set, where it has one. Returns false where too many
+    // are left, as where many are equal, or asked for.
     __device__ bool find(const float* from, int n, int top, float own_largest) const {
         __shared__ int found;
         int sets = top <= kThreads / 4 ? 1 : kSets;
@@ -115,7 +117,8 @@ struct Candidates {
     }
 };
 
-// Of each row of n logits: out[0] is its target's (targets may be null), then come the `top` (1 to n) likeliest. A block a row.
+// Writes top + 1 tokens for each row of n logits: first its target (token 0 where targets is null), then the `top` (1 to n)
+// likeliest. A block a row.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     rank(const float* logits, int n, const int* targets, int top, Ranked* out) {
     begin_kernel();
@@ -135,19 +138,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     Candidate best = block_best(own);
     float largest = best.logit, log_sum = logf(block_sum<kThreads>(sum * expf(own.logit - largest)));
     bool bad = __syncthreads_or(nan || best.token == 0x7fffffff);
-    auto told = [&](int token, float logit) {
+    auto ranked = [&](int token, float logit) {
         return bad ? Ranked{-1, logit, __int_as_float(0x7fc00000)} : Ranked{token, logit, logit - largest - log_sum};
     };
     if (threadIdx.x == 0) {
         int target = targets != nullptr ? targets[blockIdx.x] : 0;
-        out[0] = told(target, logits[target]);
-        out[1] = told(best.token, largest);
+        out[0] = ranked(target, logits[target]);
+        out[1] = ranked(best.token, largest);
     }
     if (top == 1) return;
     Candidates candidates = {candidate_logits, candidate_tokens};
     if (candidates.find(logits, n, top, own.logit)) {
         for (int i = threadIdx.x; i < top; i += kThreads)
-            out[1 + i] = told(candidates.at(i).token, candidates.at(i).logit);
+            out[1 + i] = ranked(candidates.at(i).token, candidates.at(i).logit);
         return;
     }
     for (int place = 2; place <= top; ++place) {
@@ -157,6 +160,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
             if (best.before(logits[i], i)) next.take(logits[i], i);
         Candidate found = block_best(next);
         best.logit = found.logit, best.token = found.token;
-        if (threadIdx.x == 0) out[place] = told(best.token, best.logit);
+        if (threadIdx.x == 0) out[place] = ranked(best.token, best.logit);
     }
 }

@@ -3,7 +3,7 @@
 #include "include/reduce.cuh"
 #include "include/types.cuh"
 
-constexpr int kThreads = 256;
+constexpr int kThreads = NORM_THREADS;
 
 // 1 / sqrt(mean(x²) + epsilon) of a row.
 __device__ __forceinline__ float inverse_rms(const float* x, int columns, float epsilon) {
@@ -12,8 +12,9 @@ __device__ __forceinline__ float inverse_rms(const float* x, int columns, float 
     return 1.0f / sqrtf(block_sum<kThreads>(sum) / static_cast<float>(columns) + epsilon);
 }
 
-// out[t, :] = half(*scale * rms_norm(x[t, :]) * weight) in operand order, rows `stride` halves apart, zeros from `columns` to
-// there; rows, if given: which of x's they are. A thread has four columns of each 1024; those of the first kKept are read once.
+// out[t, :] = *scale * rms_norm(x[t, :]) * weight as an operand: rows are `stride` apart, with zeros from `columns` to there.
+// rows: which of x's rows they are, or null for all in order. A thread takes four columns in turn of each 4 * kThreads; the
+// first kKept such fours it reads once and keeps, the others it reads again.
 constexpr int kKept = 4;
 extern "C" __global__ void __launch_bounds__(kThreads)
     rms_norm(const float* x, const float* weight, half_t* out, int columns, int stride, float epsilon,
@@ -40,15 +41,15 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     auto write = [&](const float4& v, int i) {
         if (i >= stride) return;
         float4 w = load(weight, i);
-        *reinterpret_cast<uint32_t*>(out + operand_position(i)) = pack_half2(v.x * r * w.x, v.y * r * w.y);
-        *reinterpret_cast<uint32_t*>(out + operand_position(i + 2)) = pack_half2(v.z * r * w.z, v.w * r * w.w);
+        store_operand(out, i, operand_pair(v.x * r * w.x, v.y * r * w.y));
+        store_operand(out, i + 2, operand_pair(v.z * r * w.z, v.w * r * w.w));
     };
 #pragma unroll
     for (int j = 0; j < kKept; ++j) write(kept[j], 4 * (threadIdx.x + j * kThreads));
     for (int i = 4 * (threadIdx.x + kKept * kThreads); i < stride; i += 4 * kThreads) write(load(x, i), i);
 }
 
-// x[t, :] = rms_norm(x[t, :]) * weight, rows `stride` floats apart.
+// x[t, :] = rms_norm(x[t, :]) * weight; rows are `stride` floats apart.
 extern "C" __global__ void __launch_bounds__(kThreads)
     rms_norm_in_place(float* x, const float* weight, int columns, int stride, float epsilon) {
     begin_kernel();
@@ -57,7 +58,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     for (int i = threadIdx.x; i < columns; i += kThreads) x[i] *= r * weight[i];
 }
 
-// out[t, :] = half(*scale * x[t, :]) in operand order, rows `stride` halves apart, zeros from `columns` to there.
+// out[t, :] = *scale * x[t, :] as an operand: rows are `stride` apart, with zeros from `columns` to there.
 extern "C" __global__ void __launch_bounds__(kThreads)
     cast(const float* x, half_t* out, int columns, int stride, const float* scale) {
     begin_kernel();
@@ -65,10 +66,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     out += static_cast<uint64_t>(blockIdx.x) * stride;
     auto value = [&](int i) { return i < columns ? x[i] * *scale : 0.0f; };
     for (int i = 2 * threadIdx.x; i < stride; i += 2 * kThreads)
-        *reinterpret_cast<uint32_t*>(out + operand_position(i)) = pack_half2(value(i), value(i + 1));
+        store_operand(out, i, operand_pair(value(i), value(i + 1)));
 }
 
-// x[t, :] += rms_norm(y[t, :]) * weight
+// x[t, :] += rms_norm(y[t, :]) * weight.
 extern "C" __global__ void __launch_bounds__(kThreads)
     add_rms_norm(float* x, const float* y, const float* weight, int columns, float epsilon) {
     begin_kernel();

@@ -1,27 +1,28 @@
-// From the sums of the q/k/v matrices to attention's operands: RMSNorm of each q and k head, rotary embedding
-// (arXiv 2104.09864), scaling into half's range, and the write of K and V to where attention (or the cache) has them.
+// From what the q, k and v matrices give to what attention reads: RMSNorm of each head of q and k, rotary embedding
+// (arXiv 2104.09864), scaling into half's range, and the write of k and v to where attention (or the cache) has them.
 #include "include/reduce.cuh"
 #include "include/types.cuh"
 
-// table[t, i] = magnitude * (cos, sin)(pi * positions[t] * half_turns[i]). In double: a float32 product is off by 0.01
-// radian at position 100,000, and the table is made once a batch.
-extern "C" __global__ void __launch_bounds__(256)
+// table[t, i] = magnitude * (cos, sin)(pi * positions[t] * half_turns[i]) for n tokens. The angle is a double, since as a
+// float32 product it is off by 0.01 radian at position 100,000, and since the table is made once a batch.
+extern "C" __global__ void __launch_bounds__(ROPE_TABLE_THREADS)
     rope_table(const int* positions, const double* half_turns, int n, int pairs, float magnitude, float2* table) {
     begin_kernel();
-    int index = blockIdx.x * 256 + threadIdx.x;
+    int index = blockIdx.x * ROPE_TABLE_THREADS + threadIdx.x;
     if (index >= n * pairs) return;
     double s, c;
     sincospi(positions[index / pairs] * half_turns[index % pairs], &s, &c);
     table[index] = make_float2(static_cast<float>(c) * magnitude, static_cast<float>(s) * magnitude);
 }
 
-constexpr int kWarps = 8, kMaxHead = 256;
+constexpr int kWarps = ROTATE_THREADS / 32;
 
+// What a warp does with one head of one token.
 struct Rotation {
-    const float* source;  // a head's sums
-    half_t* out;
-    const float* norm;     // or null
-    const float2* angles;  // null for v
+    const float* source;   // [head_dim]
+    half_t* out;           // [padded]: zeros from head_dim on
+    const float* norm;     // the norm's weight [head_dim]; null for no norm
+    const float2* angles;  // cosine and sine of each of `pairs` pairs; null for no rotation (v)
     int head_dim, padded, pairs;
     float epsilon, scale;
 
@@ -29,9 +30,10 @@ struct Rotation {
         return norm != nullptr ? 1.0f / sqrtf(warp_sum(sum) / static_cast<float>(head_dim) + epsilon) : 1.0f;
     }
 
-    // Halves of a head, pairs half a head apart, all in fours: every load is on its way before the first is waited for.
+    // Rotates a head whose pairs are `pairs` columns apart, four columns at a time; head_dim and pairs are multiples of 4.
+    // All loads are on their way before the first is waited for.
     __device__ __forceinline__ void rotate_fours(int lane) const {
-        constexpr int kFours = kMaxHead / 128;
+        constexpr int kFours = MAX_HEAD_DIM / 128;
         float4 own[kFours], other[kFours], weight[kFours], other_weight[kFours], angle[kFours][2];
         auto load = [](const float* from) { return *reinterpret_cast<const float4*>(from); };
         const float4 ones = make_float4(1.0f, 1.0f, 1.0f, 1.0f);
@@ -71,7 +73,7 @@ struct Rotation {
         }
     }
 
-    // The same for any shape, a value at a time. x: shared memory for a head.
+    // Rotates a head of any shape, a value at a time. x: shared memory for a head. interleaved: pairs are neighbours.
     __device__ __forceinline__ void rotate(int lane, float* x, bool interleaved) const {
         float sum = 0.0f;
         for (int i = lane; i < head_dim; i += 32) {
@@ -95,16 +97,17 @@ struct Rotation {
     }
 };
 
-// qkv: float32 [T, (nq + 2 nkv) * head_dim]. q, k, v: halves [T, heads, padded], zeros from head_dim to there. A warp a head;
-// blockIdx.x is the token; kv_rows says which rows of k and v are the tokens', where they are not in order. norms may be null.
-// q at position p becomes (1 + beta ln(1 + p / beta_length)) times as large.
+// qkv: float32 [T, (nq + 2 nkv) * head_dim]. q [T, nq, padded], k and v [rows, nkv, padded]: halves, zeros from head_dim on,
+// scaled by *q_scale, *k_scale and *v_scale. A warp takes a head; blockIdx.x is the token. q_norm and k_norm may be null.
+// kv_rows: which rows of k and v are the tokens'; null where they are in order. Where beta > 0, q at position p becomes
+// (1 + beta ln(1 + p / beta_length)) times as large, with p / beta_length rounded down.
 extern "C" __global__ void __launch_bounds__(32 * kWarps)
     rotate_qkv(const float* qkv, half_t* q, half_t* k, half_t* v, int nq, int nkv, int head_dim, int padded,
                const float* q_norm, const float* k_norm, float epsilon, const float2* table, int pairs, int interleaved,
                const float* q_scale, const float* k_scale, const float* v_scale, const int* kv_rows,
                const int* positions, float beta, int beta_length) {
     begin_kernel();
-    __shared__ float heads[kWarps][kMaxHead];
+    __shared__ float heads[kWarps][MAX_HEAD_DIM];
     int warp = threadIdx.x / 32, head = blockIdx.y * kWarps + warp, token = blockIdx.x;
     if (head >= nq + 2 * nkv) return;
     bool is_q = head < nq, is_v = head >= nq + nkv;
@@ -131,11 +134,12 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps)
     else rotation.rotate(threadIdx.x % 32, heads[warp], interleaved);
 }
 
-// Rows of k and v that sequences which begin alike have each for itself (softmax.cuh: Tile): copies[i] is a row and where it
-// goes. Rows of `chunks` 16 bytes; a block a copy.
-extern "C" __global__ void __launch_bounds__(128) copy_rows(uint4* k, uint4* v, int chunks, const int2* copies) {
+// Copies rows of k and v, `chunks` times 16 bytes each: row copies[i].x becomes row copies[i].y. A block makes a copy. These
+// are rows that sequences which begin alike have each for itself (softmax.cuh: QueryTile).
+extern "C" __global__ void __launch_bounds__(COPY_THREADS)
+    copy_rows(uint4* k, uint4* v, int chunks, const int2* copies) {
     begin_kernel();
     int2 copy = copies[blockIdx.x];
     uint64_t from = static_cast<uint64_t>(copy.x) * chunks, to = static_cast<uint64_t>(copy.y) * chunks;
-    for (int i = threadIdx.x; i < chunks; i += 128) k[to + i] = k[from + i], v[to + i] = v[from + i];
+    for (int i = threadIdx.x; i < chunks; i += COPY_THREADS) k[to + i] = k[from + i], v[to + i] = v[from + i];
 }

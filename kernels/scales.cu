@@ -5,36 +5,39 @@
 // |W_n · x| <= sqrt(H) · |W_n ∘ w|. Such a bound is loose by a factor around sqrt(H), far less than half's 40 binades.
 #include "include/types.cuh"
 
+constexpr int kThreads = OUTPUT_SCALE_THREADS;
+static_assert(SINGLE_THREAD == 1, "weight_scale and divide_scale have work for one thread");
 constexpr int kHalfTop = 15;    // the largest scaled value is at most 2^15, a factor 2 under overflow
 constexpr int kWeightTop = 13;  // decode_halves' intermediate d * kCenter - m may be a few times the largest weight
 
-// 2^e such that bound * 2^e <= 2^top, and no smaller than half of that.
+// The largest power of two by which `bound` may be multiplied without passing 2^top, or half of it.
 __device__ __forceinline__ float scale_for(float bound, int top) {
     int exponent = static_cast<int>(__float_as_uint(bound) >> 23 & 0xff) - 127 + 1;  // bound < 2^exponent
     int e = bound > 0.0f ? min(max(top - exponent, -126), 126) : 0;
     return bits_to_float(static_cast<uint32_t>(e + 127) << 23);
 }
 
-// *scale for a matrix whose largest magnitude has these bits.
+// *scale for a matrix whose largest magnitude has the bits *absmax.
 extern "C" __global__ void weight_scale(const uint32_t* absmax, float* scale) {
     begin_kernel();
     *scale = scale_for(bits_to_float(*absmax), kWeightTop);
 }
 
-// *to = *from / factor: by which a product's operand is said to be scaled so that the product comes out times `factor`.
-extern "C" __global__ void divide_scale(const float* from, float factor, float* to) {
+// *out = *source / factor. A product whose operand is said to be scaled by *out comes out `factor` times as large.
+extern "C" __global__ void divide_scale(const float* source, float factor, float* out) {
     begin_kernel();
-    *to = *from / factor;
+    *out = *source / factor;
 }
 
-// *scale for outputs bounded by gain * a[i] + |bias_a[i]|, or by that times gain * b[i] + |bias_b[i]| where b is given;
-// the biases may be null. One block of 256.
-extern "C" __global__ void __launch_bounds__(256) output_scale(const float* a, const float* bias_a, const float* b,
-                                                               const float* bias_b, int n, float gain, float* scale) {
+// *scale for n outputs, of which output i is at most gain * a[i] + |bias_a[i]|; where b is given, at most that times
+// gain * b[i] + |bias_b[i]|. The biases may be null. One block.
+extern "C" __global__ void __launch_bounds__(kThreads)
+    output_scale(const float* a, const float* bias_a, const float* b, const float* bias_b, int n, float gain,
+                 float* scale) {
     begin_kernel();
-    __shared__ float partial[8];
+    __shared__ float partial[kThreads / 32];
     float largest = 0.0f;
-    for (int i = threadIdx.x; i < n; i += 256) {
+    for (int i = threadIdx.x; i < n; i += kThreads) {
         float bound = gain * a[i] + (bias_a != nullptr ? fabsf(bias_a[i]) : 0.0f);
         if (b != nullptr) bound *= gain * b[i] + (bias_b != nullptr ? fabsf(bias_b[i]) : 0.0f);
         largest = fmaxf(largest, bound);
@@ -43,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(256) output_scale(const float* a, c
     if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = largest;
     __syncthreads();
     if (threadIdx.x == 0) {
-        for (int w = 1; w < 8; ++w) largest = fmaxf(largest, partial[w]);
+        for (int w = 1; w < kThreads / 32; ++w) largest = fmaxf(largest, partial[w]);
         *scale = scale_for(largest, kHalfTop);
     }
 }

@@ -5,9 +5,11 @@
 #include "quants/all.cuh"
 
 using Format = FORMAT;
-constexpr int kTileBytes = kTileRows * Format::kBytes;
+constexpr int kThreads = WEIGHT_THREADS, kSlices = 8;  // kSlices: of a row, in measure
+constexpr int kTileBytes = kTileRows * Format::kBytes;  // of a weight tile
+static_assert(kThreads == kSlices * kTileRows, "measure: a thread has a slice of a row of a weight tile");
 
-// The tile that holds weight `column` of row `row`; units are tiles a row of tiles has.
+// The weight tile that holds weight `column` of row `row`; a row tile has `units` of them.
 __device__ __forceinline__ const uint8_t* tile_at(const uint8_t* weights, int row, int column, int units) {
     return weights + (static_cast<uint64_t>(row / kTileRows) * units + column / Format::kElements) * kTileBytes;
 }
@@ -16,9 +18,9 @@ __device__ __forceinline__ void decode_at(const uint8_t* weights, int row, int c
     decode_floats<Format>(tile_at(weights, row, column, units), row % kTileRows, column % Format::kElements, out);
 }
 
-// From rows as GGUF stores them (`rows` of `row_bytes`; up to 3 bytes before and after them are read too) to tiles. A block
-// takes REPACK_UNITS units of a tile row through shared memory, so that whole lines are read and written.
-extern "C" __global__ void __launch_bounds__(256)
+// Makes weight tiles of rows as GGUF stores them: `rows` of row_bytes each (up to 3 bytes before and after them are read
+// too). A block takes REPACK_UNITS weight tiles of a row tile through shared memory, so that whole lines are read and written.
+extern "C" __global__ void __launch_bounds__(kThreads)
     repack(const uint8_t* source, uint64_t row_bytes, int rows, uint8_t* tiles, int units) {
     constexpr int kSpan = REPACK_UNITS * Format::kBytes,
                   kStride = ((kSpan + 7) / 4 | 1) * 4;  // odd words: no bank conflicts
@@ -33,7 +35,7 @@ extern "C" __global__ void __launch_bounds__(256)
                static_cast<uint64_t>(first) * Format::kBytes;
     };
     auto skew_of = [&](int row) { return static_cast<int>(reinterpret_cast<uint64_t>(start_of(row)) & 3); };
-    for (int row = threadIdx.x / 32; row < kTileRows; row += 8) {
+    for (int row = threadIdx.x / 32; row < kTileRows; row += kThreads / 32) {
         bool inside = static_cast<int>(blockIdx.y) * kTileRows + row < rows;
         int skew = skew_of(row);
         const uint32_t* from = reinterpret_cast<const uint32_t*>(start_of(row) - skew);
@@ -46,7 +48,7 @@ extern "C" __global__ void __launch_bounds__(256)
     }
     __syncthreads();
     uint8_t* to = tiles + (static_cast<uint64_t>(blockIdx.y) * units + first) * kTileBytes;
-    for (int i = threadIdx.x; i < count * kPieces * kTileRows; i += 256) {
+    for (int i = threadIdx.x; i < count * kPieces * kTileRows; i += kThreads) {
         int unit = i / (kPieces * kTileRows), piece = i / kTileRows % kPieces, slot = i % kTileRows;
         int row = slot ^ Unit<Format::kBytes>::swizzle(piece);
         const uint8_t* from = staged + row * kStride + skew_of(row) + unit * Format::kBytes;
@@ -61,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(256)
         *reinterpret_cast<uint4*>(to + static_cast<uint64_t>(unit) * kTileBytes + (piece * kTileRows + slot) * 16) =
             make_uint4(words[0], words[1], words[2], words[3]);
     }
-    for (int i = threadIdx.x; i < count * kTail * kTileRows; i += 256) {
+    for (int i = threadIdx.x; i < count * kTail * kTileRows; i += kThreads) {
         int unit = i / (kTileRows * (kTail ? kTail : 1)), row = i / (kTail ? kTail : 1) % kTileRows,
             at = i % (kTail ? kTail : 1);
         to[static_cast<uint64_t>(unit) * kTileBytes + kTailAt * kTileRows + row * kTail + at] =
@@ -69,14 +71,14 @@ extern "C" __global__ void __launch_bounds__(256)
     }
 }
 
-// Halves of *scale * w for `rows` rows from `first`, zeros from the matrix's columns to `stride`: gemm_sm80.cu's operand, in
-// operand order. A thread makes 16. They go to rows first_out .. of out, `stride` apart. gated: leave room for another matrix
-// between groups of 8 rows, so that gate and up interleave.
-extern "C" __global__ void __launch_bounds__(256)
+// Makes gemm_sm80.cu's operand of `rows` rows of w from row `first` on: halves of *scale * w, with zeros from the matrix's
+// columns to `stride`, at rows first_out .. of out, `stride` apart. A thread makes 16. gated: after each 8 rows, room for 8
+// rows of another matrix is left, so that gate and up take turns.
+extern "C" __global__ void __launch_bounds__(kThreads)
     dequantize(const uint8_t* weights, int units, int first, int rows, half_t* out, int stride, int first_out,
                int gated, const float* scale) {
     begin_kernel();
-    uint32_t index = blockIdx.x * 256u + threadIdx.x;
+    uint32_t index = blockIdx.x * static_cast<uint32_t>(kThreads) + threadIdx.x;
     int row = index / (stride / 16), column = index % (stride / 16) * 16;
     bool inside = row < rows;
     if (!inside) row = column = 0;  // its lane is still needed below
@@ -84,8 +86,8 @@ extern "C" __global__ void __launch_bounds__(256)
     Fields fields = load_fields<Format>(tile_at(weights, first + row, column, units), (first + row) % kTileRows,
                                         column % Format::kElements);
     decode_halves<Format>(fields, column % Format::kElements, *scale, w);
-    // Four lanes have the 64 weights of an operand's group, and the words of each 16 bytes of it: they trade, first with the
-    // lane two away, then with the next, so that each can write 32 bytes in a run.
+    // Four lanes have the 64 weights of an operand's group, each of them pairs from everywhere in the group's operand order.
+    // They trade, first with the lane two away and then with the next, so that each can write 32 bytes in a run.
 #pragma unroll
     for (int distance = 2; distance; distance /= 2) {
         bool upper = threadIdx.x & distance;
@@ -107,12 +109,12 @@ extern "C" __global__ void __launch_bounds__(256)
     chunks[1] = make_uint4(w[1], w[3], w[5], w[7]);
 }
 
-// out[t, :] = factor * w[tokens[t], :] in float32: the embedding.
-extern "C" __global__ void __launch_bounds__(256)
+// out[t, :] = factor * w[tokens[t], :] in float32: the embedding. A block takes a token.
+extern "C" __global__ void __launch_bounds__(kThreads)
     embed(const uint8_t* weights, int units, int columns, const int* tokens, float factor, float* out) {
     begin_kernel();
     int row = tokens[blockIdx.x];
-    for (int column = threadIdx.x * 16; column < columns; column += 256 * 16) {
+    for (int column = threadIdx.x * 16; column < columns; column += kThreads * 16) {
         float w[16];
         decode_at(weights, row, column, units, w);
         float* to = out + static_cast<uint64_t>(blockIdx.x) * columns + column;
@@ -122,18 +124,19 @@ extern "C" __global__ void __launch_bounds__(256)
     }
 }
 
-// A block a tile row: row_norm[row] = |w[row, :] ∘ input|, and *absmax = max |w| (as bits: non-negative floats sort so).
-// `input` [columns] is the norm weight that the matrix's input was multiplied by, or null for ones.
-extern "C" __global__ void __launch_bounds__(8 * kTileRows)
+// row_norm[row] = |w[row, :] ∘ input|₂, and *absmax = the larger of itself and max |w|, as bits: those of floats that are not
+// negative have their order. input [columns]: the norm weight that the matrix's input was multiplied by, or null for ones. A
+// block takes a row tile.
+extern "C" __global__ void __launch_bounds__(kThreads)
     measure(const uint8_t* weights, int units, int rows, int columns, const float* input, float* row_norm,
             uint32_t* absmax) {
     begin_kernel();
-    __shared__ float partial[8][kTileRows];
+    __shared__ float partial[kSlices][kTileRows];
     int row = threadIdx.x % kTileRows, slice = threadIdx.x / kTileRows;
     float sum = 0.0f;
-    uint32_t largest =
-        0;  // as bits, not fmaxf, which would drop a NaN: its bits are above every number's, and are kept
-    for (int column = slice * 16; column < columns; column += 8 * 16) {
+    // As bits, and not by fmaxf, which would drop a NaN: a NaN's bits are above every number's, and stay.
+    uint32_t largest = 0;
+    for (int column = slice * 16; column < columns; column += kSlices * 16) {
         float w[16];
         decode_at(weights, blockIdx.x * kTileRows + row, column, units, w);
 #pragma unroll
@@ -149,7 +152,7 @@ extern "C" __global__ void __launch_bounds__(8 * kTileRows)
     __syncthreads();
     if (slice == 0 && blockIdx.x * kTileRows + row < rows) {
 #pragma unroll
-        for (int s = 1; s < 8; ++s) sum += partial[s][row];
+        for (int s = 1; s < kSlices; ++s) sum += partial[s][row];
         row_norm[blockIdx.x * kTileRows + row] = sqrtf(sum);
     }
 }

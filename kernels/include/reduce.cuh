@@ -2,18 +2,19 @@
 #pragma once
 #include "types.cuh"
 
-// sum + |v|²
+// sum + |v|².
 __device__ __forceinline__ float add_squares(float sum, const float4& v) {
     return fmaf(v.x, v.x, fmaf(v.y, v.y, fmaf(v.z, v.z, fmaf(v.w, v.w, sum))));
 }
 
+// The sum over a warp, known to all its lanes.
 __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll
     for (int offset = 16; offset; offset >>= 1) v += __shfl_xor_sync(0xffffffffu, v, offset);
     return v;
 }
 
-// The sum over a block of kThreads, known to all of them. Ends in a state where it may be called again.
+// The sum over a block of kThreads threads, known to all of them. It may be called again at once.
 template <int kThreads>
 __device__ float block_sum(float v) {
     __shared__ float partial[kThreads / 32];

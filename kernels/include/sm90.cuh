@@ -1,91 +1,43 @@
-// Hopper's instructions (PTX ISA: mbarrier, cp.async.bulk, wgmma, setmaxnreg), one small wrapper each. sm_90a only.
+// Hopper's instructions (PTX ISA: cp.async.bulk, barrier.cluster, wgmma, setmaxnreg), one small wrapper each. For sm_90a
+// only. The barriers on which copies complete are in barriers.cuh.
 #pragma once
+#include "barriers.cuh"
 #include "ptx.cuh"
 
-// mbarriers: 8 bytes of shared memory, by address ------------------------------------------------------------------------
+// Copies from global to shared memory that the copy engine makes, completing on a barrier ----------------------------------
 
-__device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-// Arrive, and have the phase wait for that many bytes of asynchronous copies too.
-__device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-// Arrive at the barrier at this address in block `rank` of the cluster.
-__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, int rank) {
-    asm volatile(
-        "{\n"
-        ".reg .b32 remote;\n"
-        "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
-        "}" ::"r"(barrier),
-        "r"(rank)
-        : "memory");
-}
-// All threads of the cluster.
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@done bra ready;\n"
-        "bra again;\n"
-        "ready:\n"
-        "}" ::"r"(barrier),
-        "r"(parity)
-        : "memory");
-}
-
-// A ring's position: which stage, and the parity of the phase it is in.
-template <int kStages>
-struct RingPosition {
-    int stage = 0;
-    uint32_t phase = 0;
-    __device__ void advance() {
-        if (++stage == kStages) stage = 0, phase ^= 1;
-    }
-    __device__ int previous() const { return stage == 0 ? kStages - 1 : stage - 1; }
-};
-
-// Copies that the copy engine makes, completing on an mbarrier -------------------------------------------------------------
-
-// bytes: a multiple of 16; both addresses 16-byte aligned.
-__device__ __forceinline__ void bulk_copy(uint32_t destination, const void* source, int bytes, uint32_t barrier) {
+// Copies `bytes` bytes, a multiple of 16; both addresses are 16-byte aligned.
+__device__ __forceinline__ void bulk_copy(uint32_t destination, const void* source, int bytes, Barrier barrier) {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(destination),
-        "l"(source), "r"(bytes), "r"(barrier)
+        "l"(source), "r"(bytes), "r"(barrier.address)
         : "memory");
 }
-// The box of a two-dimensional tensor map whose first element is (column, row).
+// Copies the box of a two-dimensional tensor map whose first element is (column, row).
 __device__ __forceinline__ void tensor_copy(uint32_t destination, const void* map, int column, int row,
-                                            uint32_t barrier) {
+                                            Barrier barrier) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
         "[%4];" ::"r"(destination),
-        "l"(map), "r"(column), "r"(row), "r"(barrier)
+        "l"(map), "r"(column), "r"(row), "r"(barrier.address)
         : "memory");
 }
-// The same for `blocks` (a bit each) of the cluster: to the same shared address, completing on the same barrier, in each.
+// Does the same for several blocks of the cluster (a bit of `blocks` each): in each of them the box goes to the same shared
+// address, and completes on the barrier of the same address.
 __device__ __forceinline__ void tensor_copy(uint32_t destination, const void* map, int column, int row,
-                                            uint32_t barrier, uint16_t blocks) {
+                                            Barrier barrier, uint16_t blocks) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
         "[%1, {%2, %3}], [%4], %5;" ::"r"(destination),
-        "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
+        "l"(map), "r"(column), "r"(row), "r"(barrier.address), "h"(blocks)
         : "memory");
 }
-__device__ __forceinline__ void fence_barrier_init() {
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
+// Cluster, and registers between warpgroups --------------------------------------------------------------------------------
 
-// Registers between warpgroups ---------------------------------------------------------------------------------------------
+// All threads of the cluster wait for one another.
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 
 template <int kRegisters>
 __device__ __forceinline__ void give_up_registers() {

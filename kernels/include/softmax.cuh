@@ -1,25 +1,30 @@
-// What the attention kernels share: a tile of queries, and the online softmax (arXiv 2307.08691) of scores as mma and wgmma
-// hold them: a thread has two rows, numbers 4j, 4j+1 of the first and 4j+2, 4j+3 of the second, at columns 8j, 8j+1 from its own.
+// What the attention kernels share: query tiles, and the online softmax (arXiv 2307.08691) of scores as mma and wgmma hold
+// them. A thread has scores of two rows: numbers 4j and 4j + 1 are the first row's, 4j + 2 and 4j + 3 the second's, both at
+// columns 8j and 8j + 1 counted from the thread's own first column.
 #pragma once
 #include "ptx.cuh"
 
-// One tile of queries (made by the host): `rows` of them from row `q_row` of q, the first at `position` of a sequence. Its keys
-// and values are walked BLOCK_KV at a time: of the first `shared` of those the sequence's token 0 would be row `shared_row` of
-// k and v, of the others row `kv_row` (two sequences that begin alike have those in common).
-struct Tile {
+constexpr float kLog2E = 1.4426950408889634f;
+
+// A query tile, made by the host: `rows` queries from row `q_row` of q, the first at `position` of its sequence. Its keys and
+// values are walked in key blocks of BLOCK_KV, which begin at multiples of BLOCK_KV of the sequence. The first `shared` of
+// these blocks lie where the sequence's token 0 would be row `shared_row` of k and v, the others where it would be row
+// `kv_row`: two sequences that begin alike have the first blocks in common.
+struct QueryTile {
     int q_row, rows, position, kv_row, shared, shared_row;
 
+    // The row of k and v at which key block `index` begins.
     __device__ int key_row(int index, int block) const {
         return (index < shared ? shared_row : kv_row) + index * block;
     }
 };
 
-// From scores to exponents of 2: softmax's scale, or, with a soft-cap, cap * tanh(scale * score / cap).
+// What makes exponents of 2 of scores: softmax's scale, or, with a soft-cap, cap * tanh(scale * score / cap).
 struct Scale {
     float factor, cap_factor, softcap;
 
     __device__ Scale(float scale, float softcap)
-        : factor((softcap > 0.0f ? softcap : scale) * 1.4426950408889634f),
+        : factor((softcap > 0.0f ? softcap : scale) * kLog2E),
           cap_factor(scale / softcap),
           softcap(softcap) {}
     template <int kScores>
@@ -28,17 +33,18 @@ struct Scale {
 #pragma unroll
         for (int i = 0; i < kScores; ++i)
             scores[i] =
-                fmaf(2.0f, reciprocal_approx(1.0f + exp2_approx(-2.0f * 1.4426950408889634f * cap_factor * scores[i])),
+                fmaf(2.0f, reciprocal_approx(1.0f + exp2_approx(-2.0f * kLog2E * cap_factor * scores[i])),
                      -1.0f);
     }
 };
 
-// A head's sink (arXiv 2309.17453) as an exponent of 2; sinks may be null.
+// A head's sink (arXiv 2309.17453) as an exponent of 2, -inf where there is none; sinks may be null.
 __device__ __forceinline__ float sink_of(const float* sinks, int head) {
-    return sinks != nullptr ? sinks[head] * 1.4426950408889634f : __int_as_float(0xff800000);
+    return sinks != nullptr ? sinks[head] * kLog2E : __int_as_float(0xff800000);
 }
 
-// Scores that a query does not see become -inf. behind: by how many positions the first row is past the thread's first column.
+// Makes the scores of keys that a query does not see -inf. behind: by how many positions the thread's first row is past its
+// first column.
 template <int kScores>
 __device__ __forceinline__ void mask(float (&scores)[kScores], int behind, int window) {
 #pragma unroll
@@ -48,11 +54,13 @@ __device__ __forceinline__ void mask(float (&scores)[kScores], int behind, int w
     }
 }
 
+// The softmax of a thread's two rows over the keys that were seen so far.
 struct Softmax {
-    // Finite, so that a row that has seen nothing yet makes no NaN of -inf - -inf.
+    // The largest scores are finite, so that a row that has seen nothing yet makes no NaN of -inf - -inf.
     float row_max[2] = {-1e30f, -1e30f}, row_sum[2] = {0.0f, 0.0f};
 
-    // Scores become weights, relative to the largest score so far; correction: what earlier weights are to be multiplied by.
+    // Makes weights of scores, relative to the largest score so far. correction: what earlier weights, and what was summed
+    // with them, are to be multiplied by.
     template <int kScores>
     __device__ __forceinline__ void update(float (&scores)[kScores], float factor, float (&correction)[2]) {
 #pragma unroll
@@ -75,7 +83,7 @@ struct Softmax {
             row_sum[r] = fmaf(row_sum[r], correction[r], sum);
         }
     }
-    // sink: one more score (times log2(e)), which takes its share of the sum; -inf for none.
+    // 1 / the sum of row r's weights, to which the sink (sink_of) adds its own.
     __device__ float inverse_sum(int r, float factor, float sink) const {
         float sum = row_sum[r];
         sum += __shfl_xor_sync(0xffffffffu, sum, 1);

@@ -1,26 +1,28 @@
 // What a block format is to the kernels, and how weights lie in device memory.
 //
-// Each quantised struct of this folder is one ggml type. A weight is d * (q + kCenter) - m, with a small integer q, exact in
-// half precision, that was moved to lie about 0:
-//   kElements   weights of a unit: 256 (a K-quant super-block, or eight 32-weight blocks), 128 for unquantised types
-//   kBytes      bytes of a unit, as many as in the file
-//   source_of(to)   which byte of the unit as GGUF stores it becomes byte `to` here (the repack kernel asks): fields are
-//                   gathered so that all are aligned, and the bytes of packed integers stand as `paired` says
-//   integers(unit, at, q)   q of weights at .. at+15 (at a multiple of 16), as eight pairs of halves
-//   affine(unit, at, d, m)  their d and m (kHasMin: whether there is an m)
-// decode_floats and decode_halves below make weights of them; unquantised types bring their own.
+// Each quantised struct of this folder is one ggml type. A unit is a run of a row's weights: a K-quant's super-block of 256,
+// eight blocks of 32, or 128 unquantised weights. A weight is d * (q + kCenter) - m, where q is a small integer, exact in
+// half precision, that was moved to lie about 0. A struct has:
+//   kElements               weights of a unit
+//   kBytes                  bytes of a unit, as many as in the file
+//   source_of(to)           which byte of the unit as GGUF stores it becomes byte `to` in device memory (the repack kernel
+//                           asks): fields are gathered so that all are aligned, and packed integers stand as `paired` says
+//   integers(unit, at, q)   q of weights at .. at + 15, as eight pairs of halves; at is a multiple of 16
+//   affine(unit, at, d, m)  their d and m; kHasMin says whether there is an m
+// decode_floats and decode_halves below make weights of these; unquantised types bring functions of their own.
 //
-// A matrix is stored in tiles of kTileRows rows by one unit, [row tile][unit column]; within a tile the units' 16-byte
-// pieces stand transposed, [piece][row ^ 2 * (piece % 4)], and what is left of them (kBytes % 16) last, [row]. A tile is thus
-// one contiguous copy, and shared memory is read without bank conflicts both by a warp that takes a row a lane and by one
-// whose four neighbouring lanes take four pieces of a row. Rows and columns past the matrix's are zero bytes, which every
-// format decodes to 0.
+// A matrix is stored in weight tiles of kTileRows rows by one unit, [row tile][unit]: the tiles of one row tile follow one
+// another. Within a weight tile the 16-byte pieces of the units stand transposed, [piece][row ^ 2 * (piece % 4)]; what is left
+// of the units, kBytes % 16, comes last, [row]. A weight tile is thus one contiguous copy, and shared memory is read without
+// bank conflicts both by a warp that takes a row a lane and by one whose four neighbouring lanes take four pieces of a row.
+// Rows and columns past the matrix's are zero bytes, which every format decodes to 0.
 #pragma once
 #include "../include/types.cuh"
 
-constexpr int kTileRows = 32;
+constexpr int kTileRows = TILE_ROWS;
+static_assert(kTileRows == 32, "a warp takes a row tile with a row a lane");
 
-// Row `row` of a tile whose units have kBytes bytes.
+// The unit of row `row` of a weight tile, whose units have kBytes bytes.
 template <int kBytes>
 struct Unit {
     static constexpr int kWhole = kBytes / 16 * 16, kTail = kBytes % 16;
@@ -44,14 +46,14 @@ __device__ __forceinline__ uint32_t word_of(const uint4& v, int i) {
 }
 
 // Packed integers -----------------------------------------------------------------------------------------------------------
-// A pair of halves is made of two bytes 16 bits apart, so each word of packed bytes has its middle two exchanged: bytes 0 and
-// 2 are then neighbouring weights, and bytes 1 and 3 the two after them.
+// Two bytes that are 16 bits apart become a pair of halves at once. So the middle two bytes of each word are exchanged when
+// weights are repacked: bytes 0 and 2 are then neighbouring weights, and bytes 1 and 3 the two after them.
 __host__ __device__ constexpr int paired(int to) {
     return (to & ~3) | (to & 1) << 1 | (to >> 1 & 1);
 }
 
-// The two pairs of q that a word of paired bytes holds, less kOffset: 0x6400 | i is the half 1024 + i, and the difference is
-// exact.
+// Makes two pairs of halves, less kOffset, of the four bytes of a word: 0x6400 | i is the half 1024 + i, and the difference
+// is exact.
 template <int kOffset>
 __device__ __forceinline__ void bytes_to_pairs(uint32_t word, uint32_t* q) {
     constexpr uint32_t kLess = half2_constant(-(1024 + kOffset));
@@ -62,7 +64,7 @@ __device__ __forceinline__ void signed_bytes_to_pairs(uint32_t word, uint32_t* q
     bytes_to_pairs<128>(word ^ 0x80808080u, q);
 }
 
-// Of four numbers 0..15, one a byte: the bytes at those places of a table, whose words the arguments are.
+// Looks up four numbers 0 .. 15, one a byte of q, in a table of 16 bytes, whose four words are given.
 __device__ __forceinline__ uint32_t table_values(uint32_t q, uint32_t t0, uint32_t t4, uint32_t t8, uint32_t t12) {
     uint32_t low3 = q & 0x07070707u;
     low3 = (low3 | low3 >> 4) & 0x00ff00ffu;
@@ -77,8 +79,8 @@ __device__ __forceinline__ uint32_t iq4_values(uint32_t q) {
 }
 
 // Loading ahead ---------------------------------------------------------------------------------------------------------------
-// What `integers` and `affine` read for 16 weights, in the order in which they read it. They run twice: once to load (what
-// they compute is dropped by the compiler), and again, when the loads have come, to decode.
+// What `integers` and `affine` read for 16 weights, in the order in which they read it. They run twice: first to load, when
+// the compiler drops what they compute; and again, when the loads have come, to decode.
 struct Fields {
     uint4 pieces[4];
     uint32_t values[6];
@@ -106,6 +108,7 @@ struct Reader {
 
 // Weights ---------------------------------------------------------------------------------------------------------------------
 
+// What is read for the sixteen weights at `at` of row `row`'s unit.
 template <class Format>
 __device__ __forceinline__ Fields load_fields(const uint8_t* tile, int row, int at) {
     Fields fields;
@@ -122,7 +125,7 @@ __device__ __forceinline__ Fields load_fields(const uint8_t* tile, int row, int 
     return fields;
 }
 
-// Sixteen weights of a quantised type in float32, with the bits of ggml's dequantize_row_*: the products are exact, so only
+// Sixteen weights, at `at` of a unit, in float32, with the bits of ggml's dequantize_row_*: the products are exact, so only
 // the last step rounds.
 template <class Format>
 __device__ __forceinline__ void decode_floats(const uint8_t* tile, int row, int at, float (&out)[16]) {
@@ -142,8 +145,8 @@ __device__ __forceinline__ void decode_floats(const uint8_t* tile, int row, int 
     }
 }
 
-// Sixteen weights, at `at` of their unit, times `scale`, a power of two, as pairs of halves. d and d * kCenter - m are rounded
-// to halves first: to half a unit in the last place of the weight each, as the result is.
+// The sixteen weights whose fields were loaded, at `at` of their unit, times `scale`, a power of two, as pairs of halves. d
+// and d * kCenter - m are rounded to halves first, each to half a unit in the weight's last place, as the result is too.
 template <class Format>
 __device__ __forceinline__ void decode_halves(Fields& fields, int at, float scale, uint32_t (&out)[8]) {
     Reader<Format, false> unit{fields, {}};

@@ -1,11 +1,13 @@
-// A list of formats as a type: those that the matrices of one launch may have, chosen between by number.
 #pragma once
 #include "common.cuh"
+
+// A list of block formats as a type: those that the matrices of one launch may have. A number says which one a matrix has.
 
 template <class First, class... Rest>
 struct FormatList {
     using Next = FormatList<Rest...>;
     static constexpr int kElements = First::kElements;
+    // Of the largest weight tile.
     static constexpr int kTileBytes =
         kTileRows * First::kBytes > Next::kTileBytes ? kTileRows * First::kBytes : Next::kTileBytes;
     static_assert(First::kElements == Next::kElements, "formats of one launch have units of one length");
@@ -13,7 +15,7 @@ struct FormatList {
     __device__ static int tile_bytes(int format) {
         return format == 0 ? kTileRows * First::kBytes : Next::tile_bytes(format - 1);
     }
-    // consumer.multiply_tile<that format>(acc)
+    // Calls consumer.multiply_tile<F>(acc) for the format F that has this number.
     template <class Consumer, class Accumulators>
     __device__ __forceinline__ static void multiply_tile(int format, Consumer& consumer, Accumulators& acc) {
         if (format == 0) consumer.template multiply_tile<First>(acc);
