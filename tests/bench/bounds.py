@@ -10,7 +10,7 @@ and prints the tokens/s of such a model in three columns:
   burst      from rest, for some 40 ms: before the card's power limit acts;
   sustained  the last of 1.5 s without a pause: what a corpus job meets;
   8-bit      sustained, with products of e4m3 operands (cuBLASLt, fast accumulation); of shapes without experts only.
-Work is replayed as CUDA graphs, so that no gap between launches counts, over the weights of several layers, so that none
+Work is replayed as CUDA graphs, so that no gap between launches counts, over several layers' weights, so that none
 are answered from the L2 cache.
 """
 
