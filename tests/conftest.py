@@ -1,11 +1,23 @@
-"""Shared test data and helpers. Tests marked `gpu` are skipped, visibly, where no NVIDIA GPU can be used."""
+"""Shared test data and helpers.
 
+Tests marked `gpu` are skipped, visibly, where no NVIDIA GPU can be used. Tests marked `slow` are left out unless
+`pytest -m slow` asks for them. Random inputs come from the fixture `rng`, whose seed a failing test reports.
+"""
+
+import os
 from pathlib import Path
+import secrets
+import zlib
 
-import numpy as np
-import pytest
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    # Read by BLAS when NumPy is imported. The tests' models are small: threads would wait for one another longer than sum.
+    os.environ.setdefault(name, "1")
 
-from kqprefill.errors import BackendError
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+import kqprefill  # noqa: E402
+from kqprefill.errors import BackendError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "tiny-qwen3.gguf"
@@ -13,8 +25,44 @@ EXAMPLE = ROOT / "examples" / "tiny-qwen3.gguf"
 CONFORMANCE_FOLDERS = [ROOT / "tests" / "data", ROOT.parent / "shared" / "conformance", ROOT / "shared" / "conformance"]
 GOLDEN_FOLDERS = [ROOT.parent / "shared" / "golden", ROOT / "shared" / "golden", ROOT / "tests" / "data"]
 
+if Path(kqprefill.__file__).parents[1] == ROOT:
+    # The commands that tests start are this source tree's too, and not those of a version that is installed.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+SEED = int(os.environ.get("KQPREFILL_TEST_SEED") or secrets.randbits(32))
+
+
+def seed_of(nodeid):
+    """A test's own seed, so that its inputs are the same whether it runs alone or among others."""
+    return [SEED, zlib.crc32(nodeid.encode())]
+
+
+@pytest.fixture
+def rng(request):
+    """A numpy.random.Generator for a test's inputs: others in every run, or those of $KQPREFILL_TEST_SEED."""
+    return np.random.default_rng(seed_of(request.node.nodeid))
+
+
+@pytest.fixture(scope="module")
+def module_rng(request):
+    """As `rng`, for fixtures that all tests of a module share."""
+    return np.random.default_rng(seed_of(request.node.nodeid))
+
+
+def pytest_report_header():
+    return f"random inputs: KQPREFILL_TEST_SEED={SEED}"
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item):
+    report = (yield).get_result()
+    if report.failed and {"rng", "module_rng"} & set(item.fixturenames):
+        again = f"KQPREFILL_TEST_SEED={SEED} pytest '{item.nodeid}'"
+        report.sections.append(("random inputs", f"The same ones again: {again}"))
+
 
 def why_no_gpu():
+    """Why no NVIDIA GPU can be used, or None where one can."""
     try:
         from kqprefill.backends.cuda.device import Gpu
 
@@ -41,6 +89,7 @@ PATHS = [
 
 
 def log_softmax(x):
+    """Natural log-probabilities of logits [..., V], in float64."""
     x = x.astype(np.float64)
     x = x - x.max(axis=-1, keepdims=True)
     return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))

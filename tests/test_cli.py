@@ -11,8 +11,8 @@ import time
 import numpy as np
 import pytest
 
-import kqprefill
 from conftest import EXAMPLE, log_softmax
+import kqprefill
 from kqprefill.gguf import GGUFFile
 from kqprefill.synthetic import SyntheticFile
 from kqprefill.models import read_model
@@ -101,8 +101,8 @@ def test_errors(args, status, complaint):
     assert complaint in done.stderr.decode() and "Traceback" not in done.stderr.decode()
 
 
-def test_bad_models(tmp_path):
-    (tmp_path / "noise.gguf").write_bytes(os.urandom(1000))
+def test_bad_models(tmp_path, rng):
+    (tmp_path / "noise.gguf").write_bytes(rng.bytes(1000))
     for path in (tmp_path / "noise.gguf", tmp_path / "none.gguf"):
         done = kq("run", path, "--tokens", "1")
         assert done.returncode == 1 and done.stdout == b""
@@ -175,7 +175,7 @@ def test_bench(output):
 
 
 def test_bench_detail_accounts_for_the_work():
-    """Stages in every format; the operations are those of the shape: 2 a weight and token, 4 a width and pair of tokens."""
+    """Stages in every format. The operations are the shape's: 2 a weight and token, 4 a width and pair of tokens."""
     flags = "-p", "32", "-r", "1", "--detail", "--backend", "cpu", "-o"
     row = json.loads(kq("bench", "tiny:Q4_K", *flags, "jsonl").stdout)
     stages = row["stages"]

@@ -1,9 +1,8 @@
-"""`kqprefill score` and `perplexity` through their real entry point: what is written, and what is left when things go wrong."""
+"""`kqprefill score` and `perplexity` through their real entry point: what they write, and leave when they fail."""
 
 import json
 import math
 import os
-import random
 import resource
 import signal
 import subprocess
@@ -12,8 +11,8 @@ import time
 import numpy as np
 import pytest
 
-import kqprefill
 from conftest import EXAMPLE, log_softmax
+import kqprefill
 from test_cli import ENTRY, kq
 
 EXTRA = {"id": "a b", "meta": {"x": [1, None, 2.5]}, "note": "é\ud800"}
@@ -85,9 +84,8 @@ def test_a_line_for_each_record(model):
     }
 
 
-def test_batches_change_nothing():
-    rng = random.Random()
-    records = [{"tokens": [rng.randrange(256) for _ in range(rng.randrange(1, 200))], "i": i} for i in range(60)]
+def test_batches_change_nothing(rng):
+    records = [{"tokens": rng.integers(0, 256, rng.integers(1, 200)).tolist(), "i": i} for i in range(60)]
     whole, small = (score("--batch-tokens", n, "--per-token", stdin=lines(records)) for n in (8192, 50))
     assert whole.returncode == 0 and whole.stdout == small.stdout
     assert [line["i"] for line in read(whole.stdout)] == list(range(60))
@@ -153,10 +151,10 @@ def test_lines_come_as_they_are_ready():
 
 
 @pytest.fixture(scope="module")
-def long_input(tmp_path_factory):
+def long_input(tmp_path_factory, module_rng):
     """(a file of records that take some seconds, what comes of it)."""
-    rng, folder = random.Random(5), tmp_path_factory.mktemp("long")
-    records = [{"tokens": [rng.randrange(256) for _ in range(rng.randrange(1, 120))], "i": i} for i in range(400)]
+    rng, folder = module_rng, tmp_path_factory.mktemp("long")
+    records = [{"tokens": rng.integers(0, 256, rng.integers(1, 120)).tolist(), "i": i} for i in range(400)]
     records[7] = {"tokens": [1, 2], "choices": [[3], [4, 5]], "i": 7}
     (folder / "in.jsonl").write_bytes(lines(records))
     done = score(folder / "in.jsonl", "--batch-tokens", 200)
@@ -178,9 +176,9 @@ def wait_for_lines(process, out):
         time.sleep(0.01)
 
 
-def test_killed_and_resumed_nothing_is_lost_or_twice(long_input, tmp_path):
+def test_killed_and_resumed_nothing_is_lost_or_twice(long_input, tmp_path, rng):
     path, whole = long_input
-    out, rng, kills = tmp_path / "out.jsonl", random.Random(), 0
+    out, kills = tmp_path / "out.jsonl", 0
     for _ in range(6):
         process = start(path, out, *(["--resume"] if out.exists() else []))
         wait_for_lines(process, out)
@@ -189,7 +187,7 @@ def test_killed_and_resumed_nothing_is_lost_or_twice(long_input, tmp_path):
         process.communicate()
         kills += process.returncode == -signal.SIGKILL
         if rng.random() < 0.5:  # as if it had been killed within a line
-            os.truncate(out, max(0, out.stat().st_size - rng.randrange(60)))
+            os.truncate(out, max(0, out.stat().st_size - int(rng.integers(60))))
     assert kills
     process = start(path, out, "--resume")
     assert process.communicate()[1] == b"" and process.returncode == 0
@@ -311,9 +309,9 @@ def test_the_page_shows_and_escapes(tmp_path):
     assert not any(word in text for word in ("http://", "https://", "src=", "@import"))  # nothing from elsewhere
 
 
-def test_perplexity_is_llama_cpps(model, tmp_path):
+def test_perplexity_is_llama_cpps(model, tmp_path, rng):
     """By its definition: of windows one after another the second half, each token given the window so far."""
-    text = "".join(random.choices("abc de\n", k=700))
+    text = "".join(rng.choice(list("abc de\n"), 700))
     (tmp_path / "text").write_text(text)
     ids = model.tokenize(text)
     surprisal = np.concatenate([-expected(model, ids[at : at + 64])[32:] for at in range(0, len(ids) - 63, 64)])

@@ -1,4 +1,4 @@
-"""The command line among other tools: examples that work as written, completion, environment variables, terminals, arrays, faults."""
+"""The command line among other tools: examples as written, completion, environment, terminals, arrays, faults."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def test_every_option_and_command_says_what_it_is():
 
 
 def test_what_a_cluster_sets_is_in_the_environment(tree):
-    folder, environment = tree
+    _folder, environment = tree
     environment |= {
         "KQPREFILL_BATCH_TOKENS": "30",
         "KQPREFILL_ON_ERROR": "skip",
@@ -259,7 +259,11 @@ def test_a_full_disk_costs_only_the_cache(tmp_path):
 
 def test_a_read_only_home_costs_only_the_cache(tmp_path):
     """Root may write anywhere, so that the refusal is made here."""
-    refuse = "import os, pathlib\ndef mkdir(*_, **__): raise PermissionError(30, 'Read-only file system')\npathlib.Path.mkdir = mkdir\n"
+    refuse = """
+import pathlib
+def mkdir(*_, **__): raise PermissionError(30, 'Read-only file system')
+pathlib.Path.mkdir = mkdir
+"""
     assert compile_in(tmp_path / "cache", refuse) == ["True", "False"]
 
 
@@ -272,7 +276,13 @@ def test_a_cache_that_is_another_users_is_not_believed(tmp_path):
 
 def test_nothing_is_fetched():
     """No command opens a socket."""
-    code = "import socket, sys\ndef no(*_, **__): sys.exit('a socket')\nsocket.socket = no\nfrom kqprefill.cli import main\nmain()"
+    code = """
+import socket, sys
+def no(*_, **__): sys.exit('a socket')
+socket.socket = no
+from kqprefill.cli import main
+main()
+"""
     done = subprocess.run(
         [sys.executable, "-c", code, "score", EXAMPLE, "--backend", "cpu"],
         input=b'{"prompt": "Hello"}\n',

@@ -1,10 +1,10 @@
-"""Models quantised by ggml against exact arithmetic: mean KL divergence from llama.cpp's logits on the dequantised model."""
+"""Models quantised by ggml against exact arithmetic: mean KL divergence from llama.cpp on the dequantised weights."""
 
 import numpy as np
 import pytest
 
-import kqprefill
 from conftest import CONFORMANCE_FOLDERS, PATHS, kl_divergence, log_softmax
+import kqprefill
 from kqprefill.gguf import GGUFFile
 from kqprefill.gguf.dequantize import SUPPORTED
 from kqprefill.models import FAMILIES
@@ -25,14 +25,13 @@ CASES = sorted(name for name, path in FOUND.items() if is_supported(path))
 def limit(name, backend):
     """llama.cpp's CPU reads GELU from a half-precision table, so the Gemma references are less exact."""
     if backend == "cuda":
-        return (
-            1e-4 if "moe" in name or name.startswith("gpt-oss") else 1e-5
-        )  # experts: a near tie between two may fall the other way
+        # A near tie between two experts may fall the other way.
+        return 1e-4 if "moe" in name or name.startswith("gpt-oss") else 1e-5
     return 1e-6 if name.startswith("gemma") else 1e-10
 
 
 def test_every_family_and_format_has_a_case():
-    """In what is released; beside a development tree lie gemma2, smollm3, mistral3 and the floats (2 to 4 bytes a weight)."""
+    """In what is released; beside a development tree lie gemma2, smollm3, mistral3 and the large formats of floats."""
     released = {path.stem for path in CONFORMANCE_FOLDERS[0].glob("*.gguf")}
     assert released <= set(CASES)
     models = "qwen3-q4_k llama-q4_k_m qwen2-q5_k gemma-q4_k gemma3-q4_k_m phi3-q4_k_m olmo2-q4_k granite-q4_k".split()

@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-import kqprefill
 from conftest import BACKENDS, EXAMPLE, ROOT, relative_error
+import kqprefill
 
 GEMMA = ROOT / "tests/data/gemma3-q4_k_m.gguf"  # sliding windows of 32, two rotary bases
 
@@ -23,12 +23,14 @@ def model(backend):
         yield model
 
 
-def prompt(model, n):
-    return np.random.default_rng().integers(0, model.config.vocab_size, n)
+@pytest.fixture
+def prompt(rng):
+    """prompt(model, n): n random tokens."""
+    return lambda model, n: rng.integers(0, model.config.vocab_size, n)
 
 
 @pytest.mark.parametrize("path", [EXAMPLE, GEMMA], ids=lambda p: p.stem)
-def test_cutting_a_prompt_changes_nothing(path, backend):
+def test_cutting_a_prompt_changes_nothing(path, backend, prompt):
     with kqprefill.load(path, backend=backend) as model:
         tokens = prompt(model, 300)
         whole = model.prefill(tokens, logits="all").logits
@@ -47,7 +49,7 @@ def test_cutting_a_prompt_changes_nothing(path, backend):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernels", ["auto", "portable"])
-def test_long_and_short_batches_give_the_same_bits(kernels):
+def test_long_and_short_batches_give_the_same_bits(kernels, prompt):
     """Batch lengths that different tiles serve, and on both sides of where launches overlap (257 tokens)."""
     with kqprefill.load(EXAMPLE, backend="cuda", kernels=kernels) as model:
         tokens = prompt(model, 3300)
@@ -60,7 +62,7 @@ def test_long_and_short_batches_give_the_same_bits(kernels):
 
 
 @pytest.mark.gpu
-def test_graphs_give_what_launches_give():
+def test_graphs_give_what_launches_give(prompt):
     with kqprefill.load(EXAMPLE, backend="cuda") as model:
         prompts = [prompt(model, 100) for _ in range(5)]  # from the third on, a graph
         got = [model.prefill(tokens, logits="all").logits for tokens in prompts]
@@ -71,7 +73,7 @@ def test_graphs_give_what_launches_give():
 
 
 @pytest.mark.parametrize("n", [1, 7, 129, 300])
-def test_last_is_the_last_row_of_all(model, n):
+def test_last_is_the_last_row_of_all(model, n, prompt):
     tokens = prompt(model, n)
     last, everything, nothing = (model.prefill(tokens, logits=logits) for logits in ("last", "all", None))
     assert last.logits.shape == (model.config.vocab_size,) and everything.logits.shape == (n, model.config.vocab_size)
@@ -80,7 +82,7 @@ def test_last_is_the_last_row_of_all(model, n):
     assert last.prompt_tokens == n and last.timings["prefill"] > 0
 
 
-def test_a_position_sees_only_what_stands_before_it(model):
+def test_a_position_sees_only_what_stands_before_it(model, prompt):
     tokens = prompt(model, 200)
     first = model.prefill(tokens, logits="all").logits
     tokens[150:] = (tokens[150:] + 1) % model.config.vocab_size
@@ -89,7 +91,7 @@ def test_a_position_sees_only_what_stands_before_it(model):
     assert (np.abs(first[150:] - second[150:]).max(axis=1) > 1e-4).all()
 
 
-def test_same_prompt_same_bits(model):
+def test_same_prompt_same_bits(model, prompt):
     tokens = prompt(model, 129)
     runs = [model.prefill(tokens, logits="all").logits for _ in range(3)]
     model.prefill(prompt(model, 300))  # other work in between leaves nothing behind

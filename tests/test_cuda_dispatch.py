@@ -1,4 +1,4 @@
-"""What the CUDA ops launch, on a machine without a GPU: the kernels exist, take that many arguments, and fit the GPU."""
+"""What the CUDA ops launch, on a machine without a GPU: kernels that exist, take that many arguments and fit a GPU."""
 
 import ctypes
 import itertools

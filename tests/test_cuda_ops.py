@@ -4,8 +4,8 @@ from gguf.constants import GGMLQuantizationType as GGML
 import numpy as np
 import pytest
 
-import kqprefill
 from conftest import kl_divergence, relative_error
+import kqprefill
 from kqprefill.backends.base import Batch
 from kqprefill.backends.cpu.ops import CpuOps
 from kqprefill.backends.cuda.tiles import HOPPER_TILES
@@ -16,7 +16,7 @@ from kqprefill.models.weights import Weight
 
 pytestmark = pytest.mark.gpu
 
-# Halves have 11 bits: an operand is off by 2.8e-4 at most and by about 1.6e-4 in the mean, and a chain of ops by a few of these.
+# Halves have 11 bits: an operand is off by 2.8e-4 at most, 1.6e-4 in the mean, and a chain of ops by a few of these.
 TOLERANCE = 2e-3
 
 
@@ -47,7 +47,7 @@ MODELS = {
 class PoisonedWorkspace:
     """A Workspace whose outputs are NaN until a kernel writes them."""
 
-    OUTPUTS = {"normed", "qkv", "q", "k", "v", "logits", "activated", "dequantised", "linear", "residual"}
+    OUTPUTS = "normed", "qkv", "q", "k", "v", "logits", "activated", "dequantised", "linear", "residual"
 
     def __init__(self, gpu, inner):
         self._gpu, self._inner = gpu, inner
@@ -145,7 +145,7 @@ def cuda(request):
 
 @pytest.mark.parametrize("n", [1, 7, 129, 300])
 @pytest.mark.parametrize("name", MODELS)
-def test_ops(cuda, name, n):
+def test_ops(cuda, name, n, rng):
     from kqprefill.backends.cuda.ops import CudaOps
 
     description, kind = MODELS[name]
@@ -153,7 +153,7 @@ def test_ops(cuda, name, n):
     cuda.load(family, lambda *_: None)
     plain = cuda.workspace
     cuda.workspace = PoisonedWorkspace(cuda.gpu, plain)
-    tokens = np.random.default_rng().integers(0, description.vocab, n).astype(np.int32)
+    tokens = rng.integers(0, description.vocab, n).astype(np.int32)
     batch = Batch(tokens)
     try:
         cpu, gpu_ops = CpuOps(family.config, batch, None), CudaOps(cuda, family.config, batch, None)
@@ -175,14 +175,14 @@ def test_ops(cuda, name, n):
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("qwen")])
 @pytest.mark.parametrize("more", ["soft-cap", "sinks"])
-def test_attention_with(cuda, name, window, more):
+def test_attention_with(cuda, name, window, more, rng):
     from kqprefill.backends.cuda.ops import CudaOps
 
     description, kind = MODELS[name]
     family = read_model(SyntheticFile(description, lambda *_: kind, name))
     cuda.load(family, lambda *_: None)
     try:
-        tokens = np.random.default_rng().integers(0, description.vocab, 300).astype(np.int32)
+        tokens = rng.integers(0, description.vocab, 300).astype(np.int32)
         batch, w = Batch(tokens), family.blocks[0]
         both = BothOps(CpuOps(family.config, batch, None), CudaOps(cuda, family.config, batch, None))
         h = both.rms_norm(both.embed(family.token_embd, tokens), w.attn_norm)
@@ -202,9 +202,9 @@ def test_attention_with(cuda, name, window, more):
 class TileModel:
     """A small model whose products are multiplied by a tile of our choice."""
 
-    def __init__(self, shape):
+    def __init__(self, shape, rng):
         self.shape = shape
-        self.tokens = np.random.default_rng().integers(0, shape.vocab, 300)
+        self.tokens = rng.integers(0, shape.vocab, 300)
         self.expected = self.logits(None)
 
     def logits(self, tile):
@@ -237,8 +237,8 @@ EXPERTS = shape("qwen3moe", 512, 4, 2, 128, 256, 160, experts=16, used=3, layers
 
 
 @pytest.fixture(scope="module", params=[shape("qwen3", 768, 8, 2, 64, 1280, 161), EXPERTS], ids=["dense", "experts"])
-def tile_model(request):
-    return TileModel(request.param)
+def tile_model(request, module_rng):
+    return TileModel(request.param, module_rng)
 
 
 @pytest.mark.parametrize(
@@ -253,15 +253,15 @@ def test_every_tile_gives_the_same_bits(tile_model, tile):
 @pytest.mark.parametrize("kernels", ["auto", "portable"])
 @pytest.mark.parametrize("kind", [GGML.Q4_K, GGML.MXFP4, GGML.Q8_0], ids=lambda t: t.name)
 @pytest.mark.parametrize("shape", [EXPERTS, GPT_OSS], ids=lambda s: s.architecture)
-def test_experts(shape, kind, kernels):
-    """Against the CPU, where some experts have many tokens, some few or none; and cut into pieces that share nothing."""
+def test_experts(shape, kind, kernels, rng):
+    """Against the CPU, where some experts have many tokens, some few or none; and cut into independent pieces."""
     from kqprefill.engine.model import open_model
 
     def model(backend):
         file = SyntheticFile(shape, lambda name, _: GGML.F32 if name == "ffn_gate_inp" else kind, "experts")
         return open_model(file, backend, kernels=kernels)
 
-    tokens = np.random.default_rng().integers(0, shape.vocab, 2000)
+    tokens = rng.integers(0, shape.vocab, 2000)
     with model("cpu") as cpu, model("cuda") as gpu:
         for n in (1, 7, 129, 2000):
             got = gpu.prefill(tokens[:n], logits="all").logits
@@ -274,7 +274,7 @@ def test_experts(shape, kind, kernels):
 
 
 @pytest.mark.parametrize("factor", [1e3, 1e-6])
-def test_activations_far_outside_half_precision(factor, tmp_path):
+def test_activations_far_outside_half_precision(factor, tmp_path, rng):
     """Gate and up scaled so that their product is far beyond 65504, or far below 2^-24: no inf, and no loss either."""
     path = tmp_path / "sound.gguf"
     write_gguf(SyntheticFile.named("tiny:F32"), path)
@@ -286,7 +286,7 @@ def test_activations_far_outside_half_precision(factor, tmp_path):
             raw[tensor.offset : tensor.offset + tensor.nbytes] = values.tobytes()
     planted = tmp_path / "planted.gguf"
     planted.write_bytes(raw)
-    tokens = np.random.default_rng().integers(0, 160, 100)
+    tokens = rng.integers(0, 160, 100)
     logits = []
     for backend in ("cpu", "cuda"):
         with kqprefill.load(planted, backend=backend) as model:
@@ -302,13 +302,13 @@ def test_an_allocation_that_fails_is_one_line(cuda):
 
 @pytest.mark.parametrize("kind", ["random", "few values", "equal", "some -inf", "descending"])
 @pytest.mark.parametrize("n", [1, 7, 1000, 5003, 151936])
-def test_ranks_of_logits(cuda, n, kind):
-    """A target's log-probability and the likeliest tokens, the lowest ids of equals first, however many there are and are asked for."""
+def test_ranks_of_logits(cuda, n, kind, rng):
+    """A target's log-probability and the likeliest tokens, the lowest ids of equals first, of rows of any length."""
     from ctypes import c_int32 as i32
 
     from kqprefill.backends.cuda.ops import _RANKED, HEAD
 
-    rng, rows = np.random.default_rng(), 3
+    rows = 3
     logits = (3 * rng.standard_normal((rows, n))).astype(np.float32)
     if kind == "few values":
         logits = np.round(logits)

@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 from gguf import quants
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType as GGML
+from gguf.constants import GGML_QUANT_SIZES
+from gguf.constants import GGMLQuantizationType as GGML
 import numpy as np
 import pytest
 
@@ -40,7 +41,7 @@ def random_blocks(kind, n, rng):
 
 
 def rows_of(kind, rows, columns, rng):
-    block_elements, block_bytes = GGML_QUANT_SIZES[kind]
+    block_elements, _block_bytes = GGML_QUANT_SIZES[kind]
     if block_elements == 1:
         return pool(kind)[rng.integers(0, len(pool(kind)), rows * columns)].reshape(rows, -1)
     return random_blocks(kind, rows * columns // block_elements, rng).reshape(rows, -1)
@@ -48,15 +49,15 @@ def rows_of(kind, rows, columns, rng):
 
 @pytest.mark.parametrize("kind", [t for t in FORMATS if t not in (GGML.Q8_K, GGML.Q1_0)], ids=lambda t: t.name)
 @pytest.mark.parametrize("shape", [(1, 256), (7, 512), (300, 768), (33, 8192)], ids=str)
-def test_equals_the_gguf_package(kind, shape):
-    raw = rows_of(kind, *shape, np.random.default_rng())
+def test_equals_the_gguf_package(kind, shape, rng):
+    raw = rows_of(kind, *shape, rng)
     got = dequantize(raw, kind)
     assert got.shape == shape and got.dtype == np.float32
     assert np.array_equal(got.view(np.uint32), np.asarray(quants.dequantize(raw, kind), np.float32).view(np.uint32))
 
 
-def test_q8_k_equals_ggmls_formula():
-    raw = rows_of(GGML.Q8_K, 3, 512, np.random.default_rng())
+def test_q8_k_equals_ggmls_formula(rng):
+    raw = rows_of(GGML.Q8_K, 3, 512, rng)
     expected = []
     for block in raw.reshape(-1, 292):
         (d,) = struct.unpack("<f", block[:4].tobytes())
@@ -80,7 +81,8 @@ from kqprefill.gguf.types import GGML, GGML_QUANT_SIZES
 import gguf.constants as theirs
 assert GGML is not theirs.GGMLQuantizationType
 assert [(t.name, int(t)) for t in GGML] == [(t.name, int(t)) for t in theirs.GGMLQuantizationType]
-assert all(GGML_QUANT_SIZES[t] == theirs.GGML_QUANT_SIZES[own] for own, t in zip(GGML, theirs.GGMLQuantizationType) if own in GGML_QUANT_SIZES)
+pairs = [(own, t) for own, t in zip(GGML, theirs.GGMLQuantizationType) if own in GGML_QUANT_SIZES]
+assert all(GGML_QUANT_SIZES[t] == theirs.GGML_QUANT_SIZES[own] for own, t in pairs)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -88,16 +90,15 @@ assert all(GGML_QUANT_SIZES[t] == theirs.GGML_QUANT_SIZES[own] for own, t in zip
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", FORMATS, ids=lambda t: t.name)
 @pytest.mark.parametrize("rows,columns", [(1, 256), (7, 512), (129, 768), (5, 96), (3, 33)])
-def test_kernels_equal_the_host(gpu, kind, rows, columns):
+def test_kernels_equal_the_host(gpu, kind, rows, columns, rng):
     """embed gives the weights in float32, bit for bit; dequantize gives halves of scale * weight, zero-padded."""
     from kqprefill.backends.cuda.kernels import Kernels, weight_program
     from kqprefill.backends.cuda.staging import repack
     from kqprefill.backends.cuda.weights import Matrix
 
-    block_elements, block_bytes = GGML_QUANT_SIZES[kind]
+    block_elements, _block_bytes = GGML_QUANT_SIZES[kind]
     if columns % block_elements:
         pytest.skip(f"{kind.name} has no rows of {columns}")
-    rng = np.random.default_rng()
     raw = rows_of(kind, rows, columns, rng)
     expected = dequantize(raw, kind)
     ids = rng.integers(0, rows, 2 * rows).astype(np.int32)

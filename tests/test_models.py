@@ -1,12 +1,12 @@
-"""What a sound GGUF may say that a family cannot run: refused in one line, never answered wrongly, never a traceback."""
+"""What a sound GGUF may say that a family cannot run: refused in one line, not answered wrongly, and no traceback."""
 
 import gguf
 from gguf.constants import GGMLQuantizationType as GGML
 import numpy as np
 import pytest
 
-import kqprefill
 from conftest import BACKENDS, EXAMPLE
+import kqprefill
 from kqprefill.gguf import GGUFFile
 
 
@@ -41,33 +41,37 @@ def ones(*shape):
 
 
 REFUSED = {
-    "architecture": (dict(metadata={"general.architecture": "mamba"}), "architecture 'mamba' is not supported"),
-    "missing tensor": (dict(without=["blk.1.ffn_up.weight"]), "blk.1.ffn_up.weight is missing"),
-    "missing metadata": (dict(metadata={"qwen3.attention.head_count": None}), "attention.head_count is missing"),
-    "misshapen tensor": (dict(metadata={"qwen3.feed_forward_length": 256}), "ffn_gate.weight is [512, 256]"),
-    "heads that do not group": (dict(metadata={"qwen3.attention.head_count": 3}), "not a multiple"),
-    "experts": (dict(tensors={"blk.0.ffn_gate_exps.weight": ones(2, 512, 256)}), "ffn_gate_exps.weight has no place"),
-    "bias on a norm": (dict(tensors={"blk.0.attn_norm.bias": ones(256)}), "attn_norm.bias has no place"),
-    "bias on the embedding": (dict(tensors={"token_embd.bias": ones(256)}), "token_embd.bias has no place"),
-    "frequencies of another type": (dict(tensors={"rope_freqs.weight": np.ones(32, np.int32)}), "has type I32"),
-    "frequencies of another length": (dict(tensors={"rope_freqs.weight": ones(31)}), "rope_freqs.weight is [31]"),
-    "frequencies of 0": (dict(tensors={"rope_freqs.weight": 0 * ones(32)}), "positive factors"),
+    "architecture": ({"metadata": {"general.architecture": "mamba"}}, "architecture 'mamba' is not supported"),
+    "missing tensor": ({"without": ["blk.1.ffn_up.weight"]}, "blk.1.ffn_up.weight is missing"),
+    "missing metadata": ({"metadata": {"qwen3.attention.head_count": None}}, "attention.head_count is missing"),
+    "misshapen tensor": ({"metadata": {"qwen3.feed_forward_length": 256}}, "ffn_gate.weight is [512, 256]"),
+    "heads that do not group": ({"metadata": {"qwen3.attention.head_count": 3}}, "not a multiple"),
+    "experts": ({"tensors": {"blk.0.ffn_gate_exps.weight": ones(2, 512, 256)}}, "ffn_gate_exps.weight has no place"),
+    "bias on a norm": ({"tensors": {"blk.0.attn_norm.bias": ones(256)}}, "attn_norm.bias has no place"),
+    "bias on the embedding": ({"tensors": {"token_embd.bias": ones(256)}}, "token_embd.bias has no place"),
+    "frequencies of another type": ({"tensors": {"rope_freqs.weight": np.ones(32, np.int32)}}, "has type I32"),
+    "frequencies of another length": ({"tensors": {"rope_freqs.weight": ones(31)}}, "rope_freqs.weight is [31]"),
+    "frequencies of 0": ({"tensors": {"rope_freqs.weight": 0 * ones(32)}}, "positive factors"),
     "rotary scaling of a new kind": (
-        dict(metadata={"qwen3.rope.scaling.type": "longrope"}),
+        {"metadata": {"qwen3.rope.scaling.type": "longrope"}},
         "'longrope' is not supported",
     ),
     "rotary base 1": (
-        dict(
-            metadata={"qwen3.rope.freq_base": 1.0, "qwen3.rope.scaling.type": "yarn", "qwen3.rope.scaling.factor": 4.0}
-        ),
+        {
+            "metadata": {
+                "qwen3.rope.freq_base": 1.0,
+                "qwen3.rope.scaling.type": "yarn",
+                "qwen3.rope.scaling.factor": 4.0,
+            }
+        },
         "out of range",
     ),
     "rotary beta 1e-310": (
-        dict(metadata={"qwen3.rope.scaling.type": "yarn", "qwen3.rope.scaling.yarn_beta_slow": 1e-310}),
+        {"metadata": {"qwen3.rope.scaling.type": "yarn", "qwen3.rope.scaling.yarn_beta_slow": 1e-310}},
         "out of range",
     ),
-    "negative epsilon": (dict(metadata={"qwen3.attention.layer_norm_rms_epsilon": -1.0}), "not a positive number"),
-    "more blocks than tensors": (dict(metadata={"qwen3.block_count": 2**31 - 1}), "block_count"),
+    "negative epsilon": ({"metadata": {"qwen3.attention.layer_norm_rms_epsilon": -1.0}}, "not a positive number"),
+    "more blocks than tensors": ({"metadata": {"qwen3.block_count": 2**31 - 1}}, "block_count"),
 }
 
 

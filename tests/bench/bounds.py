@@ -1,0 +1,199 @@
+"""How fast a model could be at best, measured on the GPU at hand: what its speed is held against. Needs PyTorch.
+
+    python tests/bench/bounds.py qwen3-8b 512,2048,8192 --json bounds.json
+
+For each prompt length T it times what a model in dense bf16 that did nothing else would spend on
+  linears    every matrix of a layer through cuBLAS, those of experts through PyTorch's grouped GEMM, with each token
+             sent to experts at random (the router, under 1% of the work, is left out);
+  attention  causal attention of the whole prompt, through PyTorch's flash attention;
+and prints the tokens/s of such a model in three columns:
+  burst      from rest, for some 40 ms: before the card's power limit acts;
+  sustained  the last of 1.5 s without a pause: what a corpus job meets;
+  8-bit      sustained, with products of e4m3 operands (cuBLASLt, fast accumulation); of shapes without experts only.
+Work is replayed as CUDA graphs, so that no gap between launches counts, over several layers' weights, so that none
+are answered from the L2 cache.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections.abc import Callable
+import json
+import math
+from pathlib import Path
+import time
+from typing import TypeAlias
+
+import torch
+from torch.nn import functional as F
+
+from kqprefill.synthetic import SHAPES, Shape
+
+LAYERS = 4  # whose distinct weights are multiplied in turn
+REPLAYS = 10  # of a burst
+SUSTAINED_SECONDS, MEASURED_SECONDS = (
+    1.5,
+    0.5,
+)  # how long work goes on without a pause, and over how much of it is measured
+
+Work: TypeAlias = Callable[[], object]
+
+
+def random(*shape: int) -> torch.Tensor:
+    """Normal values of weights' usual size, bf16, on the GPU; zeros would draw less power."""
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * 0.02
+
+
+def capture(work: Work) -> torch.cuda.CUDAGraph:
+    """The work's launches as a CUDA graph, ready to replay."""
+    with torch.cuda.stream(torch.cuda.Stream()):  # what a first call sets up must not be captured
+        work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    replay_ms(graph)
+    return graph
+
+
+def replay_ms(graph: torch.cuda.CUDAGraph, count: int = 1) -> float:
+    """Milliseconds of one replay, of `count` without a pause."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(count):
+        graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end)) / count
+
+
+def burst_ms(work: Work) -> float:
+    """Milliseconds of the work, from rest: the median of some replays."""
+    graph = capture(work)
+    return sorted(replay_ms(graph) for _ in range(REPLAYS))[REPLAYS // 2]
+
+
+def sustained_ms(work: Work) -> float:
+    """Milliseconds of the work when the GPU has long been busy with it."""
+    graph = capture(work)
+    start = time.monotonic()
+    while time.monotonic() - start < SUSTAINED_SECONDS - MEASURED_SECONDS:
+        latest = replay_ms(graph, 4)
+    return replay_ms(graph, max(4, int(MEASURED_SECONDS * 1e3 / latest)))
+
+
+def weight_shapes(shape: Shape) -> list[tuple[int, ...]]:
+    """Of a layer's matrices, those that share their input as one: [rows, columns], or [experts, columns, rows]."""
+    qkv = (shape.heads + 2 * shape.kv_heads) * shape.head_dim, shape.hidden
+    output = shape.hidden, shape.heads * shape.head_dim
+    if shape.experts:
+        return [qkv, output, (shape.experts, shape.hidden, 2 * shape.ffn), (shape.experts, shape.ffn, shape.hidden)]
+    return [qkv, output, (2 * shape.ffn, shape.hidden), (shape.hidden, shape.ffn)]
+
+
+def operations(shape: Shape, tokens: int) -> int:
+    """Floating-point operations of a layer's linears."""
+    times = {2: 1, 3: shape.used}  # that a token passes a matrix, or matrices of a stack
+    return 2 * tokens * sum(times[len(sizes)] * math.prod(sizes[-2:]) for sizes in weight_shapes(shape))
+
+
+class Layers:
+    """Some layers' weights, and their work over `tokens` tokens."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        self.weights = [[random(*sizes) for sizes in weight_shapes(shape)] for _ in range(LAYERS)]
+
+    def linears(self, tokens: int, eight_bit: bool = False) -> Work:
+        """All products of all these layers: of bf16 operands, or of e4m3 ones."""
+        shape, kind = self.shape, torch.float8_e4m3fn if eight_bit else torch.bfloat16
+        weights = [[w.to(kind) for w in layer] for layer in self.weights]
+        # Stacks of experts take a row for each token and each expert that it goes to, sorted by expert.
+        rows = {2: tokens, 3: tokens * shape.used}
+        inputs = [random(rows[len(sizes)], sizes[1]).to(kind) for sizes in weight_shapes(shape)]
+        chosen = torch.rand(tokens, max(1, shape.experts), device="cuda").topk(shape.used).indices.flatten()
+        ends = torch.bincount(chosen, minlength=shape.experts).cumsum(0).to(torch.int32)
+        grouped_mm, one = getattr(torch, "_grouped_mm", None) or F.grouped_mm, torch.ones((), device="cuda")
+
+        def multiply(x: torch.Tensor, w: torch.Tensor) -> None:
+            if w.dim() == 3:
+                grouped_mm(x, w, offs=ends)
+            elif eight_bit:
+                torch._scaled_mm(x, w.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+            else:
+                torch.matmul(x, w.t())
+
+        def work() -> None:
+            for layer in weights:
+                for x, w in zip(inputs, layer):
+                    multiply(x, w)
+
+        return work
+
+    def attention(self, tokens: int) -> Work:
+        """One layer's."""
+        q = random(1, self.shape.heads, tokens, self.shape.head_dim)
+        k, v = (random(1, self.shape.kv_heads, tokens, self.shape.head_dim) for _ in range(2))
+        return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def measure(layers: Layers, tokens: int) -> dict[str, dict[str, float]]:
+    """Each column's figures for a prompt of so many tokens."""
+    shape = layers.shape
+
+    def column(linears: float, attention: float) -> dict[str, float]:
+        return {
+            "linear_ms": linears * shape.layers,
+            "attention_ms": attention * shape.layers,
+            "tflops": operations(shape, tokens) / linears / 1e9,
+            "tokens_per_second": tokens / (linears + attention) / shape.layers * 1e3,
+        }
+
+    linears, attention = layers.linears(tokens), layers.attention(tokens)
+    columns = {"burst": column(burst_ms(linears) / LAYERS, burst_ms(attention))}
+    held = sustained_ms(attention)
+    columns["sustained"] = column(sustained_ms(linears) / LAYERS, held)
+    if not shape.experts:
+        columns["8-bit"] = column(sustained_ms(layers.linears(tokens, eight_bit=True)) / LAYERS, held)
+    return columns
+
+
+def card_rates() -> dict[str, float]:
+    """The card's own: copies in GB/s (reads and writes counted on the device), and its best bf16 product in TFLOP/s."""
+    source, target = (torch.empty(2 << 30, dtype=torch.uint8, device="cuda") for _ in range(2))
+    host, part = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True), target[: 1 << 30]
+    a, b = random(8192, 8192), random(8192, 8192)
+    return {
+        "copy_gb_per_s": 2 * source.numel() / burst_ms(lambda: target.copy_(source)) / 1e6,
+        "host_to_device_gb_per_s": host.numel() / burst_ms(lambda: part.copy_(host, non_blocking=True)) / 1e6,
+        "gemm_8192_tflops": 2 * 8192**3 / burst_ms(lambda: a @ b) / 1e9,
+    }
+
+
+def main() -> None:
+    """Measure, print a line a length, and write the figures where asked to."""
+    parser = ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    known = [name for name, shape in SHAPES.items() if not shape.window]  # PyTorch's flash attention knows no windows
+    parser.add_argument("shape", choices=known)
+    parser.add_argument("lengths", nargs="?", default="16,128,512,2048,8192,32768", help="T,T,…")
+    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    report = {"device": torch.cuda.get_device_name(), "shape": options.shape, **card_rates()}
+    print(", ".join(f"{key} {value if isinstance(value, str) else round(value)}" for key, value in report.items()))
+    layers, rows = Layers(SHAPES[options.shape]), []
+    for tokens in map(int, options.lengths.split(",")):
+        columns = measure(layers, tokens)
+        rows.append({"tokens": tokens, **columns})
+        parts = [
+            f"{name} {figures['tokens_per_second']:.0f} tok/s (linears {figures['linear_ms']:.2f} ms, "
+            f"{figures['tflops']:.0f} TFLOP/s; attention {figures['attention_ms']:.2f} ms)"
+            for name, figures in columns.items()
+        ]
+        print(f"T={tokens}: {'; '.join(parts)}", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps({**report, "rows": rows}, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
