@@ -10,7 +10,7 @@ import secrets
 import zlib
 
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    # Read by BLAS when NumPy is imported. The tests' models are small: threads would wait for one another longer than sum.
+    # BLAS reads these when NumPy is imported. For models as small as the tests' its threads only wait for one another.
     os.environ.setdefault(name, "1")
 
 import numpy as np  # noqa: E402
