@@ -64,7 +64,7 @@ def pytest_runtest_makereport(item):
 def why_no_gpu():
     """Why no NVIDIA GPU can be used, or None where one can."""
     try:
-        from kqprefill.backends.cuda.device import Gpu
+        from kqprefill.backends.cuda.device.gpu import Gpu
 
         Gpu(0).close()
     except BackendError as error:

@@ -282,10 +282,10 @@ def test_inspect_says_what_does_not_run(tmp_path):
 
 
 def test_cache_and_doctor(tmp_path):
-    from kqprefill.backends.cuda.compiler import KernelCache, Program
+    from kqprefill.backends.cuda.device.compiler import KernelCache, Program, Target
 
     folder = tmp_path / "cache"
-    KernelCache(folder).get(Program("scales.cu"), "cubin", "sm_80")
+    KernelCache(folder).get(Program("scales.cu"), Target("cubin", "sm_80"))
     (folder / "mine.txt").write_text("not yours to remove")
     environment = {**os.environ, "KQPREFILL_CACHE_DIR": str(folder)}
 

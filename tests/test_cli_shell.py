@@ -167,7 +167,8 @@ def test_the_plot(tmp_path, kind, magic):
 def test_the_plot_shows_the_floors(tmp_path):
     pytest.importorskip("matplotlib")
     from kqprefill.backends.cuda.bounds import H100, floors
-    from kqprefill.backends.cuda.residency import make_plan
+    from kqprefill.backends.cuda.kernel_set import kernel_set_of
+    from kqprefill.backends.cuda.rehearsal import plan_model
     from kqprefill.cli.plot import check_plot, draw
     from kqprefill.errors import InputError
     from kqprefill.synthetic import SyntheticFile
@@ -184,7 +185,8 @@ def test_the_plot_shows_the_floors(tmp_path):
     ):
         kind = check_plot(str(tmp_path / "x.svg"))
         with open(tmp_path / "x.svg", "wb") as file:
-            made = floors(make_plan(family, H100, True, budget, 2048), family, H100)
+            plan = plan_model(family, H100, kernel_set_of(H100.capability), budget, 2048)
+            made = floors(plan, family, H100)
             draw(rows, made, file, kind)
         text = (tmp_path / "x.svg").read_text(encoding="utf-8")
         assert words in text and "arithmetic: 1071 TFLOP/s" in text
@@ -232,8 +234,8 @@ def test_the_api_in_a_page(tree):
 
 COMPILE = """
 import sys
-from kqprefill.backends.cuda.compiler import KernelCache, Program
-code, hit = KernelCache().get(Program("scales.cu"), "cubin", "sm_80")
+from kqprefill.backends.cuda.device.compiler import KernelCache, Program, Target
+code, hit = KernelCache().get(Program("scales.cu"), Target("cubin", "sm_80"))
 print(code[:4] == b"\\x7fELF", hit)
 """
 

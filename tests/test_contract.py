@@ -152,7 +152,7 @@ def test_a_device_that_is_not_there():
 
 @pytest.mark.gpu
 def test_closing_frees_the_gpu():
-    from kqprefill.backends.cuda.device import Gpu, check
+    from kqprefill.backends.cuda.device.gpu import Gpu, check
 
     gpu = Gpu(0)
 

@@ -6,9 +6,14 @@ import pytest
 
 from conftest import kl_divergence, relative_error
 import kqprefill
-from kqprefill.backends.base import Batch
 from kqprefill.backends.cpu.ops import CpuOps
-from kqprefill.backends.cuda.tiles import HOPPER_TILES
+from kqprefill.backends.cuda.device.workspace import Workspace
+from kqprefill.backends.cuda.gemm import hopper
+from kqprefill.backends.cuda.gemm.operand import Operand
+from kqprefill.backends.cuda.ops.batch import Residual
+from kqprefill.backends.cuda.ops.context import Context
+from kqprefill.backends.cuda.ops.cuda_ops import CudaOps
+from kqprefill.core import Batch, no_progress
 from kqprefill.gguf import GGUFFile
 from kqprefill.synthetic import Shape, SyntheticFile, SyntheticTensor, write_gguf
 from kqprefill.models import read_model
@@ -44,56 +49,52 @@ MODELS = {
 }
 
 
-class PoisonedWorkspace:
+class PoisonedWorkspace(Workspace):
     """A Workspace whose outputs are NaN until a kernel writes them."""
 
     OUTPUTS = "normed", "qkv", "q", "k", "v", "logits", "activated", "dequantised", "linear", "residual"
 
-    def __init__(self, gpu, inner):
-        self._gpu, self._inner = gpu, inner
-
-    def get(self, name, nbytes):
-        address = self._inner.get(name, nbytes)
+    def array(self, name, dtype, *shape):
+        array = super().array(name, dtype, *shape)
         if name in self.OUTPUTS:
-            self._gpu.upload(address, np.full(nbytes, 0xFF, np.uint8))
-        return address
+            self._gpu.upload(array.address, np.full(array.nbytes, 0xFF, np.uint8))
+        return array
 
-    def close(self):
-        self._inner.close()
+
+def poisoned(c):
+    """A backend's Context with such a workspace."""
+    work = PoisonedWorkspace(c.gpu)
+    return Context.of(c.gpu, c.kernel_set, c.launcher, work, c.downloads, c.maps, c.weights, c.small)
 
 
 class BothOps:
     """Runs each op on both backends and compares. A value is (what the CPU has, what the GPU has)."""
 
     def __init__(self, cpu, cuda):
-        self.cpu, self.cuda, self.errors = cpu, cuda, {}
+        self.cpu, self.cuda = cpu, cuda
 
-    @property
-    def layer(self):
-        return self.cpu.layer
+    def begin_layer(self, index):
+        self.cpu.begin_layer(index)
+        self.cuda.begin_layer(index)
 
-    @layer.setter
-    def layer(self, index):
-        self.cpu.layer = self.cuda.layer = index
+    def _floats(self, array):
+        values = np.empty(array.shape, np.float32)
+        self.cuda.context.gpu.download(values, array.address)
+        return values
 
-    def _floats(self, address, expected):
-        got = np.empty(expected.shape, np.float32)
-        self.cuda.gpu.download(got, address)
-        return got
+    def _halves(self, array, scale, columns):
+        """The first columns of rows of halves, by their scale."""
+        halves, factor = np.empty(array.shape, np.float16), np.empty(1, np.float32)
+        self.cuda.context.gpu.download(halves, array.address)
+        self.cuda.context.gpu.download(factor, scale.address)
+        halves = halves.reshape(-1, array.shape[-1])[:, :columns]
+        assert np.isfinite(halves).all() and np.abs(halves).max() <= 2.0**15
+        return halves.astype(np.float32) / factor
 
-    def _halves(self, address, scale, rows, stride, columns):
-        halves, factor = np.empty((rows, stride), np.float16), np.empty(1, np.float32)
-        self.cuda.gpu.download(halves, address)
-        self.cuda.gpu.download(factor, scale)
-        assert np.isfinite(halves[:, :columns]).all() and np.abs(halves[:, :columns]).max() <= 2.0**15
-        return halves[:, :columns].astype(np.float32) / factor
-
-    def _operand(self, operand, rows):
+    def _operand(self, operand):
         """Its columns are in the order of kernels/include/operand.cuh."""
-        from kqprefill.backends.cuda.tiles import padded
-
-        stride = padded(operand.columns)
-        stored = self._halves(operand.address, operand.scale, rows, stride, stride)
+        stride = operand.values.shape[1]
+        stored = self._halves(operand.values, operand.scale, stride)
         group, part, pair, second, odd = np.ix_(range(stride // 64), range(4), range(4), range(2), range(2))
         column = 64 * group + 16 * pair + 4 * part + 2 * second + odd  # of what is stored, pair after pair
         values = np.empty_like(stored)
@@ -117,19 +118,17 @@ class BothOps:
 
     def _compare(self, op, expected, got):
         if op == "qkv":
-            padded = self.cuda.attention_tile.head_dim
             for name, e, g in zip("qkv", expected, got):
                 tokens, heads, dim = e.shape
-                values = self._halves(g.address, g.scale, tokens * heads, padded, dim)
-                self._note(name, e.reshape(tokens * heads, dim), values)
+                self._note(name, e.reshape(tokens * heads, dim), self._halves(g.values, g.scale, dim))
             return tuple(zip(expected, got))
-        if hasattr(got, "columns"):  # an Operand
-            self._note(op, expected, self._operand(got, len(expected)))
+        if isinstance(got, Operand):
+            self._note(op, expected, self._operand(got))
         else:
-            self._note(op, expected, self._floats(got, expected))
-            self.cuda.gpu.upload(
-                got, np.ascontiguousarray(expected)
-            )  # so that errors do not add up from layer to layer
+            array = got.values if isinstance(got, Residual) else got
+            self._note(op, expected, self._floats(array))
+            # The next op has the CPU's values, so that errors do not add up from layer to layer.
+            self.cuda.context.gpu.upload(array.address, np.ascontiguousarray(expected))
         return expected, got
 
 
@@ -138,7 +137,7 @@ def cuda(request):
     """A backend with the kernels chosen for this GPU, or with those of every GPU."""
     from kqprefill.backends.cuda.backend import CudaBackend
 
-    backend = CudaBackend(0, portable=request.param == "portable")
+    backend = CudaBackend(0, request.param)
     yield backend
     backend.close()
 
@@ -146,46 +145,33 @@ def cuda(request):
 @pytest.mark.parametrize("n", [1, 7, 129, 300])
 @pytest.mark.parametrize("name", MODELS)
 def test_ops(cuda, name, n, rng):
-    from kqprefill.backends.cuda.ops import CudaOps
-
     description, kind = MODELS[name]
     family = read_model(SyntheticFile(description, kind if callable(kind) else lambda *_: kind, name))
-    cuda.load(family, lambda *_: None)
-    plain = cuda.workspace
-    cuda.workspace = PoisonedWorkspace(cuda.gpu, plain)
-    tokens = rng.integers(0, description.vocab, n).astype(np.int32)
-    batch = Batch(tokens)
+    cuda.load(family, no_progress)
+    context = poisoned(cuda.context)
+    batch = Batch(rng.integers(0, description.vocab, n).astype(np.int32))
     try:
-        cpu, gpu_ops = CpuOps(family.config, batch, None), CudaOps(cuda, family.config, batch, None)
-        both = BothOps(cpu, gpu_ops)
-        x = family.embed(both, tokens)
-        for index, weights in enumerate(family.blocks):
-            both.layer = index
-            x = family.layer(both, weights, x, index)
-        expected = cpu.head(x[0], family.output_norm, family.output, "all")
-        got = gpu_ops.head(x[1], family.output_norm, family.output, "all")
+        both = BothOps(CpuOps(family.config, batch, None), CudaOps(context, family, batch, None))
+        x = family.forward(both)
+        expected, got = (family.head(ops, x[i], "all")() for i, ops in enumerate((both.cpu, both.cuda)))
         assert relative_error(expected.logits, got.logits) <= TOLERANCE
         assert got.logit == got.logits[-1].max() and got.token == int(got.logits[-1].argmax())
     finally:
-        cuda.workspace = plain
-        cuda.weights.close()
-        cuda.weights = None
+        context.work.close()
+        cuda.unload()
 
 
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("qwen")])
 @pytest.mark.parametrize("more", ["soft-cap", "sinks"])
 def test_attention_with(cuda, name, window, more, rng):
-    from kqprefill.backends.cuda.ops import CudaOps
-
     description, kind = MODELS[name]
     family = read_model(SyntheticFile(description, lambda *_: kind, name))
-    cuda.load(family, lambda *_: None)
+    cuda.load(family, no_progress)
     try:
-        tokens = rng.integers(0, description.vocab, 300).astype(np.int32)
-        batch, w = Batch(tokens), family.blocks[0]
-        both = BothOps(CpuOps(family.config, batch, None), CudaOps(cuda, family.config, batch, None))
-        h = both.rms_norm(both.embed(family.token_embd, tokens), w.attn_norm)
+        batch, w = Batch(rng.integers(0, description.vocab, 300).astype(np.int32)), family.blocks[0]
+        both = BothOps(CpuOps(family.config, batch, None), CudaOps(cuda.context, family, batch, None))
+        h = both.rms_norm(both.embed(family.token_embd), w.attn_norm)
         q, k, v = both.qkv(h, w.attn_q, w.attn_k, w.attn_v, rope=family.rope)
         scale = 1.0 if more == "soft-cap" else 0.01  # scores that are capped, or that leave a sink its share
         free = both.cpu.attention(q[0], k[0], v[0], scale=scale, window=window)
@@ -195,58 +181,57 @@ def test_attention_with(cuda, name, window, more, rng):
         )
         assert relative_error(changed[0], free) > 10 * TOLERANCE  # it does something
     finally:
-        cuda.weights.close()
-        cuda.weights = None
+        cuda.unload()
 
 
-class TileModel:
-    """A small model whose products are multiplied by a tile of our choice."""
+class ModelOfConfig:
+    """A small model whose products are multiplied by a GEMM configuration of our choice."""
 
     def __init__(self, shape, rng):
         self.shape = shape
         self.tokens = rng.integers(0, shape.vocab, 300)
         self.expected = self.logits(None)
 
-    def logits(self, tile):
+    def logits(self, config):
         """Of 5 and of 300 tokens."""
-        from kqprefill.backends.cuda import gemm, tiles
         from kqprefill.engine.model import open_model
 
         def kind(name, _):
-            return (
-                GGML.F32 if name == "ffn_gate_inp" else GGML.Q6_K if "attn_v" in name or "down" in name else GGML.Q4_K
-            )
+            if name == "ffn_gate_inp":
+                return GGML.F32
+            return GGML.Q6_K if "attn_v" in name or "down" in name else GGML.Q4_K
+
+        best_config = hopper.best_config
 
         def choose(m, row_tiles, gated, *rest):
-            if tile is not None and tile.gated == gated:
-                return tile
-            return tiles.choose_hopper_tile(m, row_tiles, gated, *rest)
+            if config is not None and config.gated == gated:
+                return config
+            return best_config(m, row_tiles, gated, *rest)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(gemm, "choose_hopper_tile", choose)
-            with open_model(SyntheticFile(self.shape, kind, "tiles"), "cuda") as model:
-                if model.backend.gpu.capability != (9, 0):
-                    pytest.skip("tiles of Hopper's GEMM")
+            patch.setattr(hopper, "best_config", choose)
+            with open_model(SyntheticFile(self.shape, kind, "configurations"), "cuda") as model:
+                if model.backend.kernel_set.name != "Hopper":
+                    pytest.skip("configurations of Hopper's GEMM")
                 return [model.prefill(self.tokens[:n], logits="all").logits for n in (5, 300)]
 
 
-GPT_OSS = shape(
-    "gpt-oss", 512, 8, 2, 64, 192, 160, experts=16, used=3, layers=2, window=50
-)  # biases, sinks, its activation
+# Biases, sinks, and an activation of its own.
+GPT_OSS = shape("gpt-oss", 512, 8, 2, 64, 192, 160, experts=16, used=3, layers=2, window=50)
 EXPERTS = shape("qwen3moe", 512, 4, 2, 128, 256, 160, experts=16, used=3, layers=2)
 
 
 @pytest.fixture(scope="module", params=[shape("qwen3", 768, 8, 2, 64, 1280, 161), EXPERTS], ids=["dense", "experts"])
-def tile_model(request, module_rng):
-    return TileModel(request.param, module_rng)
+def model_of_config(request, module_rng):
+    return ModelOfConfig(request.param, module_rng)
 
 
 @pytest.mark.parametrize(
-    "tile", HOPPER_TILES, ids=lambda t: f"{'gated' if t.gated else 'linear'} {t.tokens}x{t.warpgroups}x{t.tiles}"
+    "config", hopper.CONFIGS, ids=lambda c: f"{'gated' if c.gated else 'linear'} {c.tokens}x{c.warpgroups}x{c.tiles}"
 )
-def test_every_tile_gives_the_same_bits(tile_model, tile):
+def test_every_configuration_gives_the_same_bits(model_of_config, config):
     """Whichever shape of tile multiplies, and however few tokens or rows of weights fill it."""
-    for got, expected in zip(tile_model.logits(tile), tile_model.expected):
+    for got, expected in zip(model_of_config.logits(config), model_of_config.expected):
         assert np.array_equal(got, expected)
 
 
@@ -304,9 +289,8 @@ def test_an_allocation_that_fails_is_one_line(cuda):
 @pytest.mark.parametrize("n", [1, 7, 1000, 5003, 151936])
 def test_ranks_of_logits(cuda, n, kind, rng):
     """A target's log-probability and the likeliest tokens, the lowest ids of equals first, of rows of any length."""
-    from ctypes import c_int32 as i32
-
-    from kqprefill.backends.cuda.ops import _RANKED, HEAD
+    from kqprefill.backends.cuda.ops.head import _RANKED
+    from kqprefill.backends.cuda.programs import HEAD
 
     rows = 3
     logits = (3 * rng.standard_normal((rows, n))).astype(np.float32)
@@ -323,18 +307,18 @@ def test_ranks_of_logits(cuda, n, kind, rng):
     exact = logits.astype(np.float64)
     exact -= exact.max(axis=1, keepdims=True)
     exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
-    addresses = [
-        cuda.workspace.get(f"rank {name}", size)
-        for name, size in (("logits", logits.nbytes), ("targets", targets.nbytes))
-    ]
-    for address, array in zip(addresses, (logits, targets)):
-        cuda.gpu.upload(address, array)
-    for top in sorted({min(n, top) for top in (1, 2, 33, 256, 257, 1030, 5000)}):
+    uploaded = {"logits": cuda.work.upload("rank logits", logits), "targets": cuda.work.upload("rank targets", targets)}
+
+    def rank(top):
         found = np.empty((rows, top + 1), _RANKED)
-        out = cuda.workspace.get("rank out", found.nbytes)
-        cuda.gpu.upload(out, np.full(found.nbytes, 0xFF, np.uint8))
-        cuda.kernels.launch(HEAD, "rank", rows, 1024, addresses[0], i32(n), addresses[1], i32(top), out)
-        cuda.gpu.download(found, out)
+        out = cuda.work.array("rank out", _RANKED, *found.shape)
+        cuda.gpu.upload(out.address, np.full(found.nbytes, 0xFF, np.uint8))
+        cuda.launcher.launch(HEAD, "rank", grid=rows, **uploaded, n=n, top=top, out=out)
+        cuda.gpu.download(found, out.address)
+        return found
+
+    for top in sorted({min(n, top) for top in (1, 2, 33, 256, 257, 1030, 5000)}):
+        found = rank(top)
         assert np.array_equal(found["token"][:, 0], targets) and np.array_equal(found["token"][:, 1:], order[:, :top])
         wanted = np.take_along_axis(exact, found["token"].astype(int), axis=1)
         finite = np.isfinite(wanted)
@@ -343,9 +327,8 @@ def test_ranks_of_logits(cuda, n, kind, rng):
             and (found["logprob"][~finite] == -np.inf).all()
         )
     logits[1, n // 2] = np.nan
-    cuda.gpu.upload(addresses[0], logits)
-    cuda.kernels.launch(HEAD, "rank", rows, 1024, addresses[0], i32(n), addresses[1], i32(top), out)
-    cuda.gpu.download(found, out)
+    cuda.gpu.upload(uploaded["logits"].address, logits)
+    found = rank(top)
     assert (
         (found["token"][1] == -1).all() and np.isnan(found["logprob"][1]).all() and (found["token"][[0, 2]] >= 0).all()
     )

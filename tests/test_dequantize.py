@@ -1,6 +1,5 @@
 """Block formats, bit for bit: the host's decoding against the gguf package, the kernels' against the host's."""
 
-from ctypes import c_float, c_int32
 from dataclasses import replace
 import struct
 import subprocess
@@ -67,7 +66,7 @@ def test_q8_k_equals_ggmls_formula(rng):
 
 @pytest.fixture(scope="module")
 def gpu():
-    from kqprefill.backends.cuda.device import Gpu
+    from kqprefill.backends.cuda.device.gpu import Gpu
 
     gpu = Gpu(0)
     yield gpu
@@ -92,9 +91,12 @@ assert all(GGML_QUANT_SIZES[t] == theirs.GGML_QUANT_SIZES[own] for own, t in pai
 @pytest.mark.parametrize("rows,columns", [(1, 256), (7, 512), (129, 768), (5, 96), (3, 33)])
 def test_kernels_equal_the_host(gpu, kind, rows, columns, rng):
     """embed gives the weights in float32, bit for bit; dequantize gives halves of scale * weight, zero-padded."""
-    from kqprefill.backends.cuda.kernels import Kernels, weight_program
-    from kqprefill.backends.cuda.staging import repack
-    from kqprefill.backends.cuda.weights import Matrix
+    from kqprefill.backends.cuda.device.arrays import DeviceArray
+    from kqprefill.backends.cuda.device.launcher import Launcher
+    from kqprefill.backends.cuda.kernel_set import kernel_set_of
+    from kqprefill.backends.cuda.programs import weight_program
+    from kqprefill.backends.cuda.weights.matrix import Matrix
+    from kqprefill.backends.cuda.weights.staging import repack
 
     block_elements, _block_bytes = GGML_QUANT_SIZES[kind]
     if columns % block_elements:
@@ -108,44 +110,45 @@ def test_kernels_equal_the_host(gpu, kind, rows, columns, rng):
     halves = np.empty((rows, stride), np.float16)
     matrix = Matrix("test", kind, 0, rows, columns)
     tiles = np.empty(matrix.nbytes, np.uint8)
-    kernels = Kernels(gpu)
-    program = weight_program(kind)
+    launcher = Launcher(gpu, kernel_set_of(gpu.capability).target)
     buffers = [gpu.allocate(a.nbytes, "test") for a in (raw, ids, scale, tiles, embedded, halves)]
-    d_raw, d_ids, d_scale, d_tiles, d_embedded, d_halves = (int(b.handle) for b in buffers)
-    for address, array in ((d_raw, raw), (d_ids, ids), (d_scale, scale)):
-        gpu.upload(address, array)
-    for address, array in ((d_tiles, tiles), (d_embedded, embedded), (d_halves, halves)):
-        gpu.upload(address, np.full(array.nbytes, 0xFF, np.uint8))  # NaN: an element not written shows
-    repack(kernels, replace(matrix, address=d_tiles), 0, rows, raw.shape[1], d_raw)
-    kernels.launch(
-        program,
+    d_raw, d_ids, d_scale, d_tiles, d_embedded, d_halves = (
+        DeviceArray(int(b.handle), a.dtype, a.shape)
+        for b, a in zip(buffers, (raw, ids, scale, tiles, embedded, halves))
+    )
+    for to, array in ((d_raw, raw), (d_ids, ids), (d_scale, scale)):
+        gpu.upload(to.address, array)
+    for to in (d_tiles, d_embedded, d_halves):
+        gpu.upload(to.address, np.full(to.nbytes, 0xFF, np.uint8))  # NaN: an element not written shows
+    matrix = replace(matrix, address=d_tiles.address)
+    repack(launcher, matrix, 0, d_raw)
+    launcher.launch(
+        weight_program(kind),
         "embed",
-        len(ids),
-        256,
-        d_tiles,
-        c_int32(matrix.units),
-        c_int32(columns),
-        d_ids,
-        c_float(1.0),
-        d_embedded,
+        grid=len(ids),
+        weights=d_tiles,
+        units=matrix.units,
+        columns=columns,
+        tokens=d_ids,
+        factor=1.0,
+        out=d_embedded,
     )
-    kernels.launch(
-        program,
+    launcher.launch(
+        weight_program(kind),
         "dequantize",
-        -(-rows * stride // 16 // 256),
-        256,
-        d_tiles,
-        c_int32(matrix.units),
-        c_int32(0),
-        c_int32(rows),
-        d_halves,
-        c_int32(stride),
-        c_int32(0),
-        c_int32(0),
-        d_scale,
+        grid=-(-rows * stride // 16 // 256),
+        weights=d_tiles,
+        units=matrix.units,
+        first=0,
+        rows=rows,
+        out=d_halves,
+        stride=stride,
+        first_out=0,
+        gated=0,
+        scale=d_scale,
     )
-    gpu.download(embedded, d_embedded)
-    gpu.download(halves, d_halves)
+    gpu.download(embedded, d_embedded.address)
+    gpu.download(halves, d_halves.address)
     for buffer in buffers:
         buffer.close(gpu.stream)
     assert np.array_equal(embedded.view(np.uint32), expected[ids].view(np.uint32))

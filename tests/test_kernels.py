@@ -8,9 +8,10 @@ import re
 
 import pytest
 
-from kqprefill.backends.cuda.compiler import KernelCache, Program, compile_program
-from kqprefill.backends.cuda.kernels import ARCHITECTURES, every_program
-from kqprefill.backends.cuda.tiles import SMALL_TILE, attention_tile, large_tile
+from kqprefill.backends.cuda.attention_kernels import portable_attention
+from kqprefill.backends.cuda.device.compiler import KernelCache, Program, Target, compile_program
+from kqprefill.backends.cuda.gemm.portable import SMALL, largest_config
+from kqprefill.backends.cuda.kernel_set import ARCHITECTURES, every_program
 
 SMALLEST_SHARED_MEMORY = 99 << 10  # a block's, on sm_86, sm_89 and sm_120
 
@@ -22,7 +23,7 @@ def one_of_each_file(programs):
 
 def check_compiles_without_spills(program, arch):
     log = io.StringIO()
-    code = compile_program(program, "cubin", arch, logs=log)
+    code = compile_program(program, Target("cubin", arch), logs=log)
     assert code[:4] == b"\x7fELF", program
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue())
     assert spills and not any(map(int, spills)), f"{program} for {arch}:\n{log.getvalue()}"
@@ -46,7 +47,7 @@ def test_all_compile_without_spills(arch):
     passed.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def check(program):
-        mark = passed / cache._key(program, "cubin", arch)
+        mark = passed / cache._key(program, Target("cubin", arch))
         if not mark.exists():
             check_compiles_without_spills(program, arch)
             mark.touch()
@@ -56,12 +57,9 @@ def test_all_compile_without_spills(arch):
 
 
 def test_tiles_fit_every_gpu():
-    tiles = [
-        large_tile(SMALLEST_SHARED_MEMORY),
-        SMALL_TILE,
-        *(attention_tile(d, False) for d in (32, 64, 80, 96, 112, 128, 192, 256)),
-    ]
-    assert all(tile.shared_bytes <= SMALLEST_SHARED_MEMORY for tile in tiles)
+    gemms = [largest_config(SMALLEST_SHARED_MEMORY).program(), SMALL.program()]
+    attention = [portable_attention(head_dim).program for head_dim in (32, 64, 80, 96, 112, 128, 192, 256)]
+    assert all(program.shared_bytes <= SMALLEST_SHARED_MEMORY for program in gemms + attention)
 
 
 SCALES = Program("scales.cu")
@@ -73,14 +71,14 @@ def entries(folder):
 
 def test_cache_hits_and_mends_damage(tmp_path):
     cache = KernelCache(tmp_path / "cache")
-    code, hit = cache.get(SCALES, "cubin", "sm_90a")
+    code, hit = cache.get(SCALES, Target("cubin", "sm_90a"))
     assert not hit and (tmp_path / "cache").stat().st_mode & 0o077 == 0
-    assert cache.get(SCALES, "cubin", "sm_90a") == (code, True)
+    assert cache.get(SCALES, Target("cubin", "sm_90a")) == (code, True)
     (entry,) = entries(tmp_path / "cache")
     for damage in (entry.read_bytes()[:100], b"", entry.read_bytes()[:-1] + b"?"):
         entry.write_bytes(damage)
-        assert cache.get(SCALES, "cubin", "sm_90a") == (code, False)
-        assert cache.get(SCALES, "cubin", "sm_90a") == (code, True)
+        assert cache.get(SCALES, Target("cubin", "sm_90a")) == (code, False)
+        assert cache.get(SCALES, Target("cubin", "sm_90a")) == (code, True)
 
 
 def test_cache_keys_tell_programs_apart(tmp_path):
@@ -91,24 +89,24 @@ def test_cache_keys_tell_programs_apart(tmp_path):
         (Program("norm.cu"), "sm_80"),
         (Program("norm.cu", (("X", "1"),)), "sm_80"),
     ):
-        assert not cache.get(program, "cubin", arch)[1]
+        assert not cache.get(program, Target("cubin", arch))[1]
     assert len(entries(tmp_path)) == 4
 
 
 def test_a_cache_that_others_may_write_is_not_believed(tmp_path):
     cache = KernelCache(tmp_path)
-    cache.get(SCALES, "cubin", "sm_80")
+    cache.get(SCALES, Target("cubin", "sm_80"))
     tmp_path.chmod(0o777)
-    assert not cache.get(SCALES, "cubin", "sm_80")[1]
+    assert not cache.get(SCALES, Target("cubin", "sm_80"))[1]
 
 
 def test_a_folder_that_cannot_be_made_costs_only_the_cache(tmp_path):
     (tmp_path / "file").write_text("")
-    assert KernelCache(tmp_path / "file" / "cache").get(SCALES, "cubin", "sm_80")[0][:4] == b"\x7fELF"
+    assert KernelCache(tmp_path / "file" / "cache").get(SCALES, Target("cubin", "sm_80"))[0][:4] == b"\x7fELF"
 
 
 def _compile_into(folder):
-    return KernelCache(folder).get(SCALES, "cubin", "sm_80")[0]
+    return KernelCache(folder).get(SCALES, Target("cubin", "sm_80"))[0]
 
 
 def test_two_processes_at_once(tmp_path):

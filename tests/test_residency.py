@@ -11,20 +11,23 @@ from conftest import EXAMPLE, ROOT
 import kqprefill
 from kqprefill.backends.budget import Budget
 from kqprefill.backends.cuda.bounds import H100, estimate
-from kqprefill.backends.cuda.cache import DeviceCache, HostCache
-from kqprefill.backends.cuda.memory import host_memory
-from kqprefill.backends.cuda.residency import CONTEXT_BYTES, make_plan
+from kqprefill.backends.cuda.kernel_set import kernel_set_of
+from kqprefill.backends.cuda.kv_cache import DeviceCache, HostCache
+from kqprefill.backends.cuda.rehearsal import plan_model
+from kqprefill.backends.cuda.weights.host_pages import host_memory
+from kqprefill.backends.cuda.weights.plan import CONTEXT_BYTES
 from kqprefill.engine.model import open_model
 from kqprefill.synthetic import Shape, SyntheticFile
 from kqprefill.gguf.types import GGML
 from kqprefill.models import read_model
 
 GIB = 1 << 30
+HOPPER = kernel_set_of(H100.capability)
 MODELS = [EXAMPLE, *(ROOT / "tests/data" / f"{name}.gguf" for name in ("gemma3-q4_k_m",))]
 
 
 def plan_of(name, budget, tokens, **more):
-    return make_plan(read_model(SyntheticFile.named(name)), H100, True, budget, tokens, **more)
+    return plan_model(read_model(SyntheticFile.named(name)), H100, HOPPER, budget, tokens, **more)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +103,7 @@ def test_models_that_cuda_does_not_run_are_refused():
     family = read_model(SyntheticFile.named("qwen3-30b-a3b:Q4_K_M"))
     family.experts = replace(family.experts, used=33)
     with pytest.raises(kqprefill.BackendError, match="33 of 128 experts do not run on CUDA"):
-        make_plan(family, H100, True, 80 * GIB, 100)
+        plan_model(family, H100, HOPPER, 80 * GIB, 100)
 
 
 def test_experts_are_planned_for():
@@ -108,17 +111,17 @@ def test_experts_are_planned_for():
     assert plan.streamed and plan.resident and plan.nbytes <= 8 * GIB
     family = read_model(SyntheticFile.named("qwen3-30b-a3b:Q4_K_M"))
     dense = estimate(
-        plan_of("qwen3-8b:Q4_K_M", 80 * GIB, 4096), read_model(SyntheticFile.named("qwen3-8b:Q4_K_M")), H100
+        plan_of("qwen3-8b:Q4_K_M", 80 * GIB, 4096), read_model(SyntheticFile.named("qwen3-8b:Q4_K_M")), H100, HOPPER
     )
-    assert estimate(plan, family, H100)["compute_seconds"] < dense["compute_seconds"]  # 8 of 128 are used
+    assert estimate(plan, family, H100, HOPPER)["compute_seconds"] < dense["compute_seconds"]  # 8 of 128 are used
 
 
 def test_the_estimate_knows_which_bound_holds():
     family = read_model(SyntheticFile.named("qwen3-32b:Q4_K_M"))
-    short, long = (estimate(make_plan(family, H100, True, 8 * GIB, n), family, H100) for n in (128, 16384))
+    short, long = (estimate(plan_model(family, H100, HOPPER, 8 * GIB, n), family, H100, HOPPER) for n in (128, 16384))
     assert short["bus_seconds"] > short["compute_seconds"] and long["bus_seconds"] < long["compute_seconds"]
     assert 128 < short["free_from_tokens"] < 16384
-    everything = estimate(make_plan(family, H100, True, 80 * GIB, 128), family, H100)
+    everything = estimate(plan_model(family, H100, HOPPER, 80 * GIB, 128), family, H100, HOPPER)
     assert set(everything) == {"compute_seconds", "tflops"}
 
 
@@ -134,7 +137,7 @@ def test_host_memory_knows_control_groups(tmp_path):
 
 
 def test_what_is_placed_follows_the_plan_and_survives_failures(monkeypatch):
-    from kqprefill.backends.cuda import weights
+    from kqprefill.backends.cuda.weights import store
 
     class Staging:
         failing = False
@@ -164,11 +167,12 @@ def test_what_is_placed_follows_the_plan_and_survives_failures(monkeypatch):
             held.discard(self)
 
     addresses, held = itertools.count(1), set()
-    monkeypatch.setattr(weights, "Staging", Staging)
-    gpu = SimpleNamespace(allocate=lambda nbytes, what: Buffer(nbytes), stream=SimpleNamespace(sync=lambda: None))
+    monkeypatch.setattr(store, "Staging", Staging)
+    stream = SimpleNamespace(sync=lambda: None)
+    gpu = SimpleNamespace(allocate=lambda nbytes, what: Buffer(nbytes), stream=stream, index=0)
     family = read_model(SyntheticFile.named("qwen3-0.6b:Q4_K_M"))
-    everything, little = (make_plan(family, H100, True, budget, 4000) for budget in (80 * GIB, GIB))
-    placed = weights.DeviceWeights(gpu, None, family)
+    everything, little = (plan_model(family, H100, HOPPER, budget, 4000) for budget in (80 * GIB, GIB))
+    placed = store.WeightsOnDevice(gpu, None, family)
 
     def place(plan):
         placed.place(plan, lambda *_: None)
@@ -193,17 +197,24 @@ def test_what_is_placed_follows_the_plan_and_survives_failures(monkeypatch):
 
 def force(monkeypatch, resident):
     """Make every plan one of our choice: small models would always fit."""
-    from kqprefill.backends.cuda import backend, residency
+    from kqprefill.backends.cuda import backend
+    from kqprefill.backends.cuda.device.workspace import aligned
+    from kqprefill.backends.cuda.weights.matrix import layer_matrices, tile_bytes
 
-    def make(family, facts, hopper, budget, tokens, cache_bytes=0, ranks=False):
-        full = residency.make_plan(family, facts, hopper, 1 << 60, tokens, cache_bytes, ranks)
-        layers = residency.layer_tensors(family)
+    def plan(family, facts, kernel_set, budget, tokens, cache_bytes=0, ranks=False, device=0):
+        everything = plan_model(family, facts, kernel_set, 1 << 60, tokens, cache_bytes, ranks, device)
+        layers = layer_matrices(family)
         streamed = tuple(i for i in range(len(layers)) if i not in resident)
-        largest = max(sum(residency.aligned(t.nbytes) for t in layers[i]) for i in streamed)
-        tiles = max(residency.tile_bytes(layers[i]) for i in streamed)
-        return residency.Plan(1 << 60, tokens, tuple(resident), streamed, full.parts, 1 << 30, largest, tiles)
+        return replace(
+            everything,
+            resident=tuple(resident),
+            streamed=streamed,
+            streamed_bytes=1 << 30,
+            slot_bytes=max(sum(aligned(t.nbytes) for t in layers[i]) for i in streamed),
+            tile_bytes=max(tile_bytes(layers[i]) for i in streamed),
+        )
 
-    monkeypatch.setattr(backend, "make_plan", make)
+    monkeypatch.setattr(backend, "plan_model", plan)
 
 
 @pytest.mark.gpu
@@ -242,15 +253,15 @@ def test_streamed_and_resident_give_the_same_bits(monkeypatch, path, kernels, n,
 @pytest.mark.parametrize("lock", [True, False], ids=["locked in place", "through the ring"])
 def test_every_way_from_the_host_gives_the_same_weights(monkeypatch, lock, rng):
     """Locked pages, and the ring of staging buffers where locking fails; several layers, formats and windows."""
-    from kqprefill.backends.cuda import memory
+    from kqprefill.backends.cuda.weights import host_pages
 
-    monkeypatch.setattr(memory, "WINDOW", 1 << 20)
+    monkeypatch.setattr(host_pages, "WINDOW", 1 << 20)
     file = SyntheticFile.named("qwen3-0.6b:Q4_K_M")
     tokens = rng.integers(0, 1000, 300)
     with open_model(file, "cuda") as model:
         expected = model.prefill(tokens, logits="last").logits
     if not lock:
-        monkeypatch.setattr(memory.HostPages, "lock", lambda self, window: False)
+        monkeypatch.setattr(host_pages.HostPages, "lock", lambda self, window: False)
     with open_model(SyntheticFile.named("qwen3-0.6b:Q4_K_M"), "cuda") as model:
         assert np.array_equal(model.prefill(tokens, logits="last").logits, expected)
     force(monkeypatch, [3, 9])
@@ -321,7 +332,7 @@ def test_a_cache_in_host_memory_changes_nothing(monkeypatch, path, streamed, rng
         cache = model.new_cache(300)
         assert type(cache) is HostCache
         if model.config.block_count > 2:  # of which two are on the device
-            assert cache.device_bytes < DeviceCache.bytes_needed(model.config, 300)
+            assert cache.device_bytes < DeviceCache.bytes_needed(model.family.layer_states, 300)
         for _ in range(2):
             parts, at = [], 0
             for n in (1, 128, 171):
@@ -329,14 +340,14 @@ def test_a_cache_in_host_memory_changes_nothing(monkeypatch, path, streamed, rng
                 at += n
             assert np.array_equal(np.concatenate(parts), whole)
             cache.reset()
-        monkeypatch.setattr("kqprefill.backends.cuda.cache.host_memory", lambda: 1 << 20)
+        monkeypatch.setattr("kqprefill.backends.cuda.kv_cache.host_memory", lambda: 1 << 20)
         with pytest.raises(kqprefill.BackendError, match=r"4096 tokens needs .* of host memory"):
             model.new_cache(4096)
 
 
 @pytest.mark.gpu
 def test_other_tenants_leave_less_room(rng):
-    from kqprefill.backends.cuda.device import Gpu, check
+    from kqprefill.backends.cuda.device.gpu import Gpu, check
 
     tokens = rng.integers(0, 1000, 4000)
     with open_model(SyntheticFile.named("qwen3-0.6b:Q4_K_M"), "cuda", max_tokens=4000) as model:
@@ -361,7 +372,7 @@ def test_other_tenants_leave_less_room(rng):
 
 @pytest.mark.gpu
 def test_an_allocation_that_fails_on_the_way_frees_everything(monkeypatch):
-    from kqprefill.backends.cuda.device import Gpu, check
+    from kqprefill.backends.cuda.device.gpu import Gpu, check
 
     gpu = Gpu(0)
 

@@ -5,9 +5,9 @@ import pytest
 
 from conftest import BACKENDS, CONFORMANCE_FOLDERS, EXAMPLE, log_softmax
 import kqprefill
-from kqprefill.backends.base import Segment
-from kqprefill.backends.cuda.packing import lay_out
-from kqprefill.backends.cuda.tiles import AttentionTile
+from kqprefill.backends.cuda.ops.attention_layout import attention_layout
+from kqprefill.backends.cuda.attention_kernels import PortableAttention
+from kqprefill.core import Segment
 from kqprefill.engine.model import open_model
 from kqprefill.engine.perplexity import perplexity
 from kqprefill.engine.scoring import Item, groups, item_of
@@ -137,8 +137,9 @@ def test_groups_are_full_and_in_order():
 
 
 def test_continued_segments_have_whole_blocks_of_keys_in_common():
-    tile = AttentionTile(64, 64, 8, 1)
-    layout = lay_out((Segment(0, 150), Segment(150, 10, 150, 0), Segment(160, 200, 150, 0)), tile)
+    config = PortableAttention(64, 64, 8, 1)
+    segments = Segment(0, 150), Segment(150, 10, 150, 0), Segment(160, 200, 150, 0)
+    layout = attention_layout(segments, config)
     assert layout.rows == 150 + 22 + 10 + 22 + 200
     assert layout.copies.tolist() == [[128 + i, to + i] for to in (150, 182) for i in range(22)]
     assert layout.row_of.tolist() == [*range(150), *range(172, 182), *range(204, 404)]

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
-from kqprefill.backends.cuda.codebooks import definitions
-from kqprefill.backends.cuda.tiles import TILE_ROWS, unit_size
+from kqprefill.backends.cuda.device.codebooks import definitions
+from kqprefill.backends.cuda.constants import TILE_ROWS
+from kqprefill.backends.cuda.units import unit_size
 from kqprefill.gguf import dequantize
 from test_dequantize import FORMATS, rows_of
 

@@ -214,15 +214,20 @@ class CudaBackend(Backend):
     def memory_used(self) -> int | None:
         return self.gpu.memory_peak()
 
+    def unload(self) -> None:
+        """Free the model's weights, and what was made for it."""
+        self._graphs.clear()
+        for held in (self._weights, self._small):
+            if held is not None:
+                held.close()
+        self._weights = self._small = self._context = None
+
     def close(self) -> None:
         if self._closed:
             return
         self._closed = True
-        self._graphs.clear()
+        self.unload()
         self.work.close()
         self.downloads.close()
         self.maps.close()
-        for held in (self._weights, self._small):
-            if held is not None:
-                held.close()
         self.gpu.close()

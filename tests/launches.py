@@ -1,0 +1,192 @@
+"""What a batch launches on a GPU, in words: each kernel with its block, and every argument by the name of its array.
+
+python tests/launches.py        writes tests/data/launches/*.txt anew, which test_cuda_launches.py holds launches against
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from kqprefill.backends.cuda.device.arrays import DeviceArray
+from kqprefill.backends.cuda.device.signatures import signatures_of
+from kqprefill.backends.cuda.device.workspace import Workspace
+from kqprefill.backends.cuda.gemm.tensor_maps import TensorMaps
+from kqprefill.backends.cuda.kernel_set import kernel_set_of
+from kqprefill.backends.cuda.ops.context import Context
+from kqprefill.backends.cuda.ops.cuda_ops import CudaOps
+from kqprefill.backends.cuda.rehearsal import LaunchRecorder, NoGpu, NoWeights, _NoDownloads, _OnesForVectors
+from kqprefill.backends.cuda.weights.matrix import Matrix, matrix_of
+from kqprefill.core import Batch, Segment, Targets
+from kqprefill.gguf.types import GGML
+from kqprefill.models import read_model
+from kqprefill.synthetic import Shape, SyntheticFile
+
+FOLDER = Path(__file__).parent / "data" / "launches"
+SHARED_MEMORY = {(8, 0): 163 << 10, (9, 0): 227 << 10, (12, 0): 99 << 10}  # of a block, by capability
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What must be known of a GPU that is not here."""
+
+    capability: tuple[int, int]
+    multiprocessors: int = 132
+    clock: float = 1e9
+    memory_rate: float = 1e12
+
+    @property
+    def shared_memory(self):
+        return SHARED_MEMORY[self.capability]
+
+    def bus_rate(self):
+        return 5e10
+
+
+class CheckedLaunches(LaunchRecorder):
+    """Holds every launch against its kernel's signature and the GPU's limits."""
+
+    def __init__(self, shared_memory):
+        super().__init__()
+        self.shared_memory, self.launched = shared_memory, []
+
+    def launch(self, program, kernel, grid, **arguments):
+        super().launch(program, kernel, grid, **arguments)
+        signatures_of(program.source)[kernel].check(arguments)
+        assert (np.atleast_1d(grid) > 0).all() and 0 < program.threads_of(kernel) <= 1024
+        assert program.shared_bytes <= self.shared_memory
+        self.launched.append((program, kernel, grid, arguments))
+
+
+@dataclass
+class Names:
+    """The names of arrays by where they begin, and how an address within one is said."""
+
+    begins: dict = field(default_factory=dict)
+
+    def note(self, name, array):
+        self.begins[array.address] = name
+        return array
+
+    def of(self, value):
+        if not isinstance(value, DeviceArray):
+            return f"{value:.9g}" if isinstance(value, float) else str(value)
+        begin = max(address for address in self.begins if address <= value.address)
+        offset = f"+{value.address - begin}" if value.address > begin else ""
+        shape = "x".join(map(str, value.shape))
+        return f"{self.begins[begin]}{offset}:{value.dtype}[{shape}]"
+
+
+class NamedWorkspace(Workspace):
+    def __init__(self, gpu, names):
+        super().__init__(gpu)
+        self._names = names
+
+    def array(self, name, dtype, *shape):
+        return self._names.note(name.replace(" ", "_"), super().array(name, dtype, *shape))
+
+
+class NamedSmallArrays(_OnesForVectors):
+    def __init__(self, gpu, names):
+        super().__init__(gpu)
+        self._names = names
+
+    def once(self, key, dtype, shape, make):
+        name = f"constant{shape}" if isinstance(key[-1], bytes) else ",".join(map(str, key))
+        return self._names.note(name.replace(" ", ""), super().once(key, dtype, shape, make))
+
+
+class NamedTensorMaps(TensorMaps):
+    def __init__(self, gpu, names):
+        super().__init__(gpu)
+        self._names, self._next = names, 1 << 60
+
+    def of(self, array, box_rows, format=None):
+        self._next += 128
+        map_ = DeviceArray(self._next, np.dtype(np.uint8), (128,))
+        return self._names.note(f"map({self._names.of(array)},{box_rows})", map_)
+
+
+class NamedWeights(NoWeights):
+    def __init__(self, host_embedding, names):
+        super().__init__(host_embedding)
+        self._names, self._addresses = names, {}
+
+    def matrix(self, weight) -> Matrix:
+        address = self._addresses.setdefault(weight.name, (1 << 58) + (len(self._addresses) << 40))
+        matrix = matrix_of(weight.tensor, address)
+        self._names.note(weight.name, matrix.array)
+        return matrix
+
+
+def launches_of(family, facts, kernel_set, batch, logits, host_embedding=False):
+    """(the launches of a batch, their Names)"""
+    gpu, names = NoGpu(facts), Names()
+    launcher = CheckedLaunches(facts.shared_memory)
+    context = Context.of(
+        gpu,
+        kernel_set,
+        launcher,
+        NamedWorkspace(gpu, names),
+        _NoDownloads(gpu),
+        NamedTensorMaps(gpu, names),
+        NamedWeights(host_embedding, names),
+        NamedSmallArrays(gpu, names),
+    )
+    ops = CudaOps(context, family, batch, None)
+    family.head(ops, family.forward(ops), logits)
+    return launcher.launched, names
+
+
+def described(launched, names):
+    """A paragraph a launch."""
+    for program, kernel, grid, arguments in launched:
+        grid = "x".join(map(str, np.atleast_1d(grid)))
+        block = f"{program.threads_of(kernel)} threads, {program.shared_bytes} bytes"
+        yield f"{kernel} of {program}: {grid} blocks of {block}"
+        yield from (f"  {name} = {names.of(arguments[name])}" for name in signatures_of(program.source)[kernel].names)
+
+
+def shared_prompt(tokens):
+    """A batch of a prompt and two sequences that continue it, every position a target."""
+    ids, prompt = np.arange(tokens, dtype=np.int32) % 100, tokens - 2 * (tokens // 4)
+    part = tokens // 4
+    segments = (
+        Segment(0, prompt),
+        Segment(prompt, part, prompt, 0),
+        Segment(prompt + part, part, prompt, 0),
+    )
+    return Batch(ids, segments=segments, targets=Targets(np.arange(tokens, dtype=np.int32), ids, 2))
+
+
+def _mixed(name, layer):
+    return GGML.F32 if name == "ffn_gate_inp" else GGML.Q6_K if name in ("attn_v", "ffn_down") else GGML.Q4_K
+
+
+_DENSE = Shape("qwen3", 1, 512, 8, 2, 64, 768, 320, 4096, 1e6)
+_EXPERTS = Shape("gpt-oss", 1, 512, 8, 2, 64, 256, 320, 4096, 1e6, window=64, yarn=4.0, experts=16, used=3)
+# name -> (model, batch, logits, whether the embedding's rows come from the host)
+CASES = {
+    "prompt": (_DENSE, Batch(np.arange(17, dtype=np.int32)), "last", False),
+    "packed": (_DENSE, shared_prompt(700), "ranks", True),
+    "experts": (_EXPERTS, Batch(np.arange(300, dtype=np.int32)), None, False),
+}
+KERNELS = {"hopper": ((9, 0), "auto"), "portable": ((8, 0), "auto")}
+
+
+def text_of_case(case, kernels):
+    """What such a batch launches with those kernels."""
+    shape, batch, logits, host_embedding = CASES[case]
+    capability, choice = KERNELS[kernels]
+    family = read_model(SyntheticFile(shape, _mixed, case))
+    kernel_set = kernel_set_of(capability, choice)
+    return (
+        "\n".join(described(*launches_of(family, Facts(capability), kernel_set, batch, logits, host_embedding))) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    for case in CASES:
+        for kernels in KERNELS:
+            (FOLDER / f"{case}-{kernels}.txt").write_text(text_of_case(case, kernels))
