@@ -10,7 +10,7 @@ from kqprefill.backends.cuda.attention_kernels import PortableAttention
 from kqprefill.core import Segment
 from kqprefill.engine.model import open_model
 from kqprefill.engine.perplexity import perplexity
-from kqprefill.engine.scoring import Item, groups, item_of
+from kqprefill.engine.scoring import Item, item_of, packs
 from kqprefill.synthetic import SHAPES, Shape, SyntheticFile
 from kqprefill.gguf.types import GGML
 
@@ -130,7 +130,7 @@ def test_groups_are_full_and_in_order():
     items = [Item(list(range(n))) for n in (60, 50, 30, 200, 5)] + [
         Item([1] * 50, [[2] * 30, [3] * 30, [4] * 10], True)
     ]
-    found = list(groups(items, 100))
+    found = list(packs(items, 100))
     sizes = [[piece.tokens for piece, _ in group] for group in found]
     assert sizes == [[60], [50, 30], [200], [5, 80], [90]]
     assert [last for _, last in found[-1] + found[-2]] == [True, True, False]

@@ -18,7 +18,7 @@ def cache(clear, as_json):
     \b
     kqprefill cache
     """
-    from ..backends.cuda.compiler import KernelCache
+    from ..backends.cuda.device.compiler import KernelCache
 
     kernels = KernelCache()
     count, nbytes = kernels.clear() if clear else kernels.held()

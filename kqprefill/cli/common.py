@@ -13,9 +13,9 @@ from ..errors import InputError, KqprefillError
 STDIO = "-"
 
 
-def device_options(command):
-    """--backend, --device, --kernels."""
-    command = click.option(
+def kernels_option(command):
+    """--kernels."""
+    return click.option(
         "--kernels",
         type=click.Choice(KERNELS),
         default="auto",
@@ -24,6 +24,11 @@ def device_options(command):
         show_envvar=True,
         help="portable: those of every GPU, where this one has its own.",
     )(command)
+
+
+def device_options(command):
+    """--backend, --device, --kernels."""
+    command = kernels_option(command)
     command = click.option(
         "--device", default=0, metavar="N", envvar="KQPREFILL_DEVICE", show_envvar=True, help="CUDA device number."
     )(command)
@@ -93,10 +98,11 @@ def plan_lines(plan, family):
 
 def say_loaded(model):
     """What an open Model's backend has loaded, and where, on stderr."""
-    if model.backend.plan is None:
+    loaded = model.backend.loaded
+    if model.backend.plan is None or loaded is None:
         return
-    nbytes, seconds = model.backend.weights.loaded
-    click.echo(f"weights that stay: {size(nbytes)} in {seconds:.3f} s, {nbytes / seconds / 1e9:.1f} GB/s", err=True)
+    rate = loaded.nbytes / loaded.seconds / 1e9
+    click.echo(f"weights that stay: {size(loaded.nbytes)} in {loaded.seconds:.3f} s, {rate:.1f} GB/s", err=True)
     for line in plan_lines(model.backend.plan, model.family):
         click.echo(line, err=True)
 

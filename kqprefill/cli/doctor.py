@@ -24,8 +24,9 @@ def doctor(context, device, as_json):
     \b
     kqprefill doctor
     """
-    from ..backends.cuda.compiler import KernelCache, target_of
-    from ..backends.cuda.device import Gpu
+    from ..backends.cuda.device.compiler import KernelCache
+    from ..backends.cuda.device.gpu import Gpu
+    from ..backends.cuda.kernel_set import kernel_set_of
     from ..errors import BackendError
 
     found, problems = {"kqprefill": _version("kqprefill"), "python": platform.python_version()}, []
@@ -47,9 +48,9 @@ def doctor(context, device, as_json):
         driver = gpu.driver.cuDriverGetVersion()[1]
         found["driver"] = f"for CUDA {driver // 1000}.{driver % 1000 // 10}"
         try:
-            found["kernels"] = (
-                f"{'Hopper' if gpu.capability == (9, 0) else 'portable'}, compiled to {' for '.join(target_of(gpu.capability))}"
-            )
+            kernel_set = kernel_set_of(gpu.capability)
+            target = kernel_set.target
+            found["kernels"] = f"{kernel_set.name}, compiled to {target.code_type} for {target.arch}"
         except (BackendError, ImportError, RuntimeError) as error:
             usable = False
             problems.append(f"kernels cannot be compiled: {error}; pip install 'nvidia-cuda-nvrtc>=13,<14'")

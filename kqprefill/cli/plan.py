@@ -5,7 +5,7 @@ import json
 import click
 
 from ..errors import InputError
-from .common import memory_option, open_file, plan_lines, size
+from .common import kernels_option, memory_option, open_file, plan_lines, size
 
 
 @click.command()
@@ -15,8 +15,9 @@ from .common import memory_option, open_file, plan_lines, size
     "--device", default=0, metavar="N", envvar="KQPREFILL_DEVICE", show_envvar=True, help="CUDA device number."
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, sizes in bytes.")
+@kernels_option
 @memory_option
-def plan(model, tokens, device, as_json, vram):
+def plan(model, tokens, device, as_json, kernels, vram):
     """Say what would stay in GPU memory.
 
     Where a model's weights would live, what takes GPU memory, and what bounds the speed.
@@ -28,8 +29,10 @@ def plan(model, tokens, device, as_json, vram):
     """
     from ..backends.budget import Budget
     from ..backends.cuda.bounds import H100, estimate
-    from ..backends.cuda.device import Gpu
-    from ..backends.cuda.residency import budget_of, make_plan
+    from ..backends.cuda.device.gpu import Gpu, GpuFacts
+    from ..backends.cuda.kernel_set import kernel_set_of
+    from ..backends.cuda.rehearsal import plan_model
+    from ..backends.cuda.weights.plan import budget_of
     from ..errors import BackendError
     from ..models import read_model
 
@@ -45,11 +48,13 @@ def plan(model, tokens, device, as_json, vram):
                 raise BackendError(
                     f"{error}; without a GPU, say how much memory to plan for, such as --vram 8G"
                 ) from None
-            facts, may_take, name = H100, budget.of(0), "no GPU here: an H100 is assumed"
+            facts: GpuFacts = H100
+            may_take, name = budget.of(0), "no GPU here: an H100 is assumed"
         else:
             facts, may_take, name = gpu, budget_of(gpu, budget), gpu.name
-        made = make_plan(family, facts, facts.capability == (9, 0), may_take, tokens)
-        bounds = estimate(made, family, facts)
+        kernel_set = kernel_set_of(facts.capability, kernels)
+        made = plan_model(family, facts, kernel_set, may_take, tokens)
+        bounds = estimate(made, family, facts, kernel_set)
     if as_json:
         described = {
             "model": model,
