@@ -7,7 +7,7 @@ with kqprefill.load("model.gguf") as model:
 
 from .errors import BackendError, GGUFError, InputError, KqprefillError, ModelError
 
-__version__ = "0.2.0"
+__version__ = "0.1.0"
 __all__ = ["load", "KqprefillError", "GGUFError", "ModelError", "InputError", "BackendError", "__version__"]
 
 
