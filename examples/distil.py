@@ -2,8 +2,9 @@
 
 usage: python examples/distil.py model.gguf texts.jsonl teacher.npz [K]
 
-Arrays: tokens [N] of all texts one after another, starts [texts], and for each scored place (all tokens but each text's first)
-top_tokens and top_logprobs [N - texts, K]. Full logits of one text: kqprefill run … --logits all.safetensors --all-positions.
+Arrays: tokens [N] of all texts one after another, starts [texts], and for each scored place (all tokens but each text's
+first) top_tokens and top_logprobs [N - texts, K]. Full logits of one text: kqprefill run … --logits all.safetensors
+--all-positions.
 """
 
 import json

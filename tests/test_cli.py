@@ -14,8 +14,8 @@ import pytest
 from conftest import EXAMPLE, log_softmax
 import kqprefill
 from kqprefill.gguf import GGUFFile
-from kqprefill.synthetic import SyntheticFile
 from kqprefill.models import read_model
+from kqprefill.synthetic import SyntheticFile
 
 COMMAND = Path(sys.executable).with_name("kqprefill")
 ENTRY = [str(COMMAND)] if COMMAND.exists() else [sys.executable, "-m", "kqprefill"]

@@ -171,8 +171,8 @@ def test_the_plot_shows_the_floors(tmp_path):
     from kqprefill.backends.cuda.rehearsal import plan_model
     from kqprefill.cli.plot import check_plot, draw
     from kqprefill.errors import InputError
-    from kqprefill.synthetic import SyntheticFile
     from kqprefill.models import read_model
+    from kqprefill.synthetic import SyntheticFile
 
     family = read_model(SyntheticFile.named("qwen3-32b:Q4_K_M"))
     rows = [

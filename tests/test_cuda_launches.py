@@ -1,4 +1,4 @@
-"""What the CUDA backend launches, held on a machine without a GPU against the kernels' sources and against what is meant."""
+"""What the CUDA backend launches, held without a GPU against the kernels' sources and against what is meant."""
 
 from dataclasses import replace
 import itertools

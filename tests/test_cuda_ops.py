@@ -15,9 +15,9 @@ from kqprefill.backends.cuda.ops.context import Context
 from kqprefill.backends.cuda.ops.cuda_ops import CudaOps
 from kqprefill.core import Batch, no_progress
 from kqprefill.gguf import GGUFFile
-from kqprefill.synthetic import Shape, SyntheticFile, SyntheticTensor, write_gguf
 from kqprefill.models import read_model
 from kqprefill.models.weights import Weight
+from kqprefill.synthetic import Shape, SyntheticFile, SyntheticTensor, write_gguf
 
 pytestmark = pytest.mark.gpu
 

@@ -17,9 +17,9 @@ from kqprefill.backends.cuda.rehearsal import plan_model
 from kqprefill.backends.cuda.weights.host_pages import host_memory
 from kqprefill.backends.cuda.weights.plan import CONTEXT_BYTES
 from kqprefill.engine.model import open_model
-from kqprefill.synthetic import Shape, SyntheticFile
 from kqprefill.gguf.types import GGML
 from kqprefill.models import read_model
+from kqprefill.synthetic import Shape, SyntheticFile
 
 GIB = 1 << 30
 HOPPER = kernel_set_of(H100.capability)

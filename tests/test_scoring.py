@@ -5,14 +5,14 @@ import pytest
 
 from conftest import BACKENDS, CONFORMANCE_FOLDERS, EXAMPLE, log_softmax
 import kqprefill
-from kqprefill.backends.cuda.ops.attention_layout import attention_layout
 from kqprefill.backends.cuda.attention_kernels import PortableAttention
+from kqprefill.backends.cuda.ops.attention_layout import attention_layout
 from kqprefill.core import Segment
 from kqprefill.engine.model import open_model
 from kqprefill.engine.perplexity import perplexity
 from kqprefill.engine.scoring import Item, item_of, packs
-from kqprefill.synthetic import SHAPES, Shape, SyntheticFile
 from kqprefill.gguf.types import GGML
+from kqprefill.synthetic import SHAPES, Shape, SyntheticFile
 
 FOUND = {path.stem: path for folder in reversed(CONFORMANCE_FOLDERS) for path in folder.glob("*.gguf")}
 # Windows of 32; soft-caps; experts, one of them shared; sinks. Those that are not released run where they are.

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from conftest import EXAMPLE
 from gguf import GGUFReader
 import numpy as np
 import pytest
 
+from conftest import EXAMPLE
 import kqprefill
 from kqprefill.gguf import GGUFFile, dequantize
 from kqprefill.gguf.types import GGML

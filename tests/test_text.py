@@ -15,8 +15,8 @@ import pytest
 from conftest import EXAMPLE
 import kqprefill
 from kqprefill.gguf import GGUFFile
-from kqprefill.synthetic import SyntheticFile, write_gguf
 from kqprefill.gguf.vocabulary import byte_pieces
+from kqprefill.synthetic import SyntheticFile, write_gguf
 from kqprefill.text import Tokenizer
 from test_cli import kq
 

@@ -1,4 +1,5 @@
-"""The kernels' block formats, compiled for the host: bit for bit what the host's own decoding gives. Needs a C++ compiler."""
+"""The kernels' block formats, compiled for the host: bit for bit what the host's own decoding gives. Needs a C++
+compiler."""
 
 import shutil
 import subprocess
@@ -8,8 +9,8 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
-from kqprefill.backends.cuda.device.codebooks import definitions
 from kqprefill.backends.cuda.constants import TILE_ROWS
+from kqprefill.backends.cuda.device.codebooks import definitions
 from kqprefill.backends.cuda.units import unit_size
 from kqprefill.gguf import dequantize
 from test_dequantize import FORMATS, rows_of

@@ -1,5 +1,7 @@
 """The command line: one click command a file. Heavy imports (NumPy, CUDA, rich) wait until a command needs them."""
 
+from __future__ import annotations
+
 import os
 import signal
 import sys
@@ -24,7 +26,7 @@ from .tokenize import tokenize
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="kqprefill")
-def cli():
+def cli() -> None:
     """Prefill GGUF language models at the rate of the GPU's matrix units.
 
     \b
@@ -40,8 +42,9 @@ for command in (run, score, perplexity, bench, plan, inspect, tokenize, synth, d
     cli.add_command(command)
 
 
-def main():
-    """Entry point. Exit status: 0, 1 for an error, 2 for wrong usage, 130 when interrupted (SIGINT), 143 when ended (SIGTERM)."""
+def main() -> None:
+    """Entry point. Exit status: 0, 1 for an error, 2 for wrong usage, 130 when interrupted (SIGINT), 143 when ended
+    (SIGTERM)."""
     signal.signal(signal.SIGTERM, raise_signal)
     try:
         status = cli(standalone_mode=False)

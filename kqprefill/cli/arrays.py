@@ -1,17 +1,21 @@
 """Arrays as files that other tools read: .npy (one array), .npz and .safetensors (several, by name)."""
 
+from __future__ import annotations
+
 import json
+from typing import Any, BinaryIO
 
 import numpy as np
 
 _DTYPES = {"float32": "F32", "int32": "I32"}  # of safetensors
 
 
-def write_arrays(file, path, arrays):
-    """Write {name: array} to a binary file, in the format that path's ending says; .npy, also for any other, has the first."""
+def write_arrays(file: BinaryIO, path: str, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
+    """Write {name: array} to a binary file, in the format that path's ending says: .npz, .safetensors, or for any other
+    .npy, which has the first array only."""
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     if path.endswith(".npz"):
-        np.savez(file, **arrays)
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # names may be any: its own option comes by name too
     elif path.endswith(".safetensors"):
         _write_safetensors(file, arrays)
     else:
@@ -21,9 +25,10 @@ def write_arrays(file, path, arrays):
         file.write(first.data)
 
 
-def _write_safetensors(file, arrays):
+def _write_safetensors(file: BinaryIO, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
     """https://huggingface.co/docs/safetensors: the header's length, the header, the arrays one after another."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, array in arrays.items():
         begin, end = end, end + array.nbytes
         header[name] = {"dtype": _DTYPES[array.dtype.name], "shape": array.shape, "data_offsets": [begin, end]}

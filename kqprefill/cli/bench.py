@@ -1,12 +1,16 @@
 """kqprefill bench: tokens/s by prompt length, in the table that llama-bench's users know."""
 
-from contextlib import nullcontext
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 import csv
 import io
 import json
 import math
 import os
 import time
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
@@ -26,11 +30,14 @@ from .common import (
 )
 from .plot import check_plot, draw
 
+if TYPE_CHECKING:
+    from ..backends.timeline import Stage
+
 _WARM_UP = 2  # runs; on a GPU the first compiles, and the second makes the CUDA graph of a short prompt
 
 
 @click.command()
-@click.argument("model", metavar="MODEL|SHAPE:RECIPE")
+@click.argument("name", metavar="MODEL|SHAPE:RECIPE")
 @click.option("-p", "--prompt", "lengths", default="512", show_default=True, metavar="T,T,…", help="Prompt lengths.")
 @click.option("-r", "--repetitions", default=5, show_default=True, type=click.IntRange(1))
 @click.option(
@@ -38,7 +45,8 @@ _WARM_UP = 2  # runs; on a GPU the first compiles, and the second makes the CUDA
     default=0.0,
     metavar="SECONDS",
     type=click.FloatRange(0, 3600),
-    help="Pause before each repetition: what one prompt takes on a rested GPU, where its power limit slows one after another.",
+    help="Pause before each repetition: what one prompt takes on a rested GPU, where its power limit slows one after "
+    "another.",
 )
 @click.option("-o", "--output", type=click.Choice(["md", "json", "jsonl", "csv"]), default="md", show_default=True)
 @click.option(
@@ -50,7 +58,21 @@ _WARM_UP = 2  # runs; on a GPU the first compiles, and the second makes the CUDA
 @device_options
 @memory_option
 @volume_options
-def bench(model, lengths, repetitions, delay, output, detail, picture, backend, device, kernels, vram, quiet, verbose):
+def bench(
+    name: str,
+    lengths: str,
+    repetitions: int,
+    delay: float,
+    output: str,
+    detail: bool,
+    picture: str | None,
+    backend: str,
+    device: int,
+    kernels: str,
+    vram: str | None,
+    quiet: bool,
+    verbose: bool,
+) -> None:
     """Measure prefill speed by prompt length.
 
     Mean and standard deviation of tokens/s, warm-up excluded.
@@ -61,45 +83,48 @@ def bench(model, lengths, repetitions, delay, output, detail, picture, backend, 
     kqprefill bench examples/tiny-qwen3.gguf -p 16,128
     """
     try:
-        lengths = [int(word) for word in lengths.split(",")]
+        prompt_lengths = [int(word) for word in lengths.split(",")]
     except ValueError:
         raise click.BadParameter(f"{lengths!r} is no list of lengths such as 128,512,2048", param_hint="-p") from None
     import statistics
 
-    kind = picture and check_plot(picture)
+    kind = check_plot(picture) if picture else ""
     wake_gpu(backend, device)
     import numpy as np
 
     from ..engine.model import open_model
 
-    rows = []
+    rows: list[dict[str, Any]] = []
+    opened: AbstractContextManager[BinaryIO | None] = output_file(picture) if picture else nullcontext()
     with (
-        output_file(picture) if picture else nullcontext() as picture_file,
+        opened as picture_file,
         progress_bars(not quiet) as progress,
-        open_model(open_file(model), backend, device, kernels, progress, warner(quiet), vram, max(lengths)) as loaded,
+        open_model(
+            open_file(name), backend, device, kernels, progress, warner(quiet), vram, max(prompt_lengths)
+        ) as model,
     ):
-        config = loaded.config
-        for length in lengths:
+        config = model.config
+        for length in prompt_lengths:
             if not 0 < length <= config.context_length:
                 raise InputError(f"-p {length}: the model's context is 1 to {config.context_length} tokens")
-        matrices = loaded.family.matrices()
+        matrices = model.family.matrices()
         if verbose:
-            say_loaded(loaded)
-        for length in lengths:
+            say_loaded(model)
+        for length in prompt_lengths:
             tokens = np.random.default_rng(length).integers(0, config.vocab_size, length)
             for _ in range(_WARM_UP):
-                loaded.prefill(tokens)
+                model.prefill(tokens)
             rates = []
             for _ in range(repetitions):
                 time.sleep(delay)
-                rates.append(length / loaded.prefill(tokens).timings["prefill"])
+                rates.append(length / model.prefill(tokens).timings["prefill"])
             rows.append(
                 {
-                    "model": str(loaded.file.metadata.get("general.name") or os.path.basename(model)),
+                    "model": str(model.file.metadata.get("general.name") or os.path.basename(name)),
                     "size_bytes": sum(w.tensor.nbytes for w in matrices),
                     "parameters": sum(math.prod(w.shape) for w in matrices),
-                    "backend": loaded.backend.name,
-                    "device": loaded.backend.device_name,
+                    "backend": model.backend.name,
+                    "device": model.backend.device_name,
                     "prompt_tokens": length,
                     "repetitions": repetitions,
                     "delay_seconds": delay,
@@ -108,13 +133,13 @@ def bench(model, lengths, repetitions, delay, output, detail, picture, backend, 
                 }
             )
             if detail:
-                rows[-1]["stages"] = _stages(loaded.prefill(tokens, timed=True).stages)
-        if picture:
-            draw(rows, loaded.backend.floors(loaded.family), picture_file, kind)
+                rows[-1]["stages"] = _stages(model.prefill(tokens, timed=True).stages or {})
+        if picture_file is not None:
+            draw(rows, model.backend.floors(model.family), picture_file, kind)
     click.echo(_FORMATS[output](rows))
 
 
-def _stages(stages):
+def _stages(stages: Mapping[str, Stage]) -> dict[str, dict[str, float | None]]:
     """For each stage: milliseconds and, where it means something, TFLOP/s and GB/s."""
     return {
         name: {
@@ -126,7 +151,7 @@ def _stages(stages):
     }
 
 
-def _markdown(rows):
+def _markdown(rows: list[dict[str, Any]]) -> str:
     head = ["model", "size", "params", "backend", "device", "test", "t/s"]
     lines = [
         [
@@ -157,7 +182,7 @@ def _markdown(rows):
     return speeds + "\n\n" + table(head, lines)
 
 
-def _csv(rows):
+def _csv(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         for name, stage in row.pop("stages", {}).items():
             row.update({f"{name}_{key}": value for key, value in stage.items()})

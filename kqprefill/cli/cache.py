@@ -1,5 +1,7 @@
 """kqprefill cache: the compiled kernels on disk."""
 
+from __future__ import annotations
+
 import json
 
 import click
@@ -10,7 +12,7 @@ from .common import size
 @click.command()
 @click.option("--clear", is_flag=True, help="Remove them; they are compiled again when needed.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, sizes in bytes.")
-def cache(clear, as_json):
+def cache(clear: bool, as_json: bool) -> None:
     """Show or clear the compiled kernels on disk.
 
     They lie in $KQPREFILL_CACHE_DIR, or kqprefill in the user's cache folder.

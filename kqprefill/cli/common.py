@@ -1,19 +1,34 @@
 """What the commands share: options, token lists, progress on a terminal, files written whole or not at all."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 import os
 import sys
 import tempfile
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import click
 
 from ..backends import KERNELS, NAMES
 from ..errors import InputError, KqprefillError
 
+if TYPE_CHECKING:
+    from ..backends.cuda.weights.plan import Plan
+    from ..core import Progress
+    from ..engine.model import Model
+    from ..gguf import GGUFFile
+    from ..models.family import Family
+    from ..synthetic import SyntheticFile
+
 STDIO = "-"
 
+# A command's function, which an option is added to.
+Command = TypeVar("Command", bound=Callable[..., Any])
 
-def kernels_option(command):
+
+def kernels_option(command: Command) -> Command:
     """--kernels."""
     return click.option(
         "--kernels",
@@ -26,7 +41,7 @@ def kernels_option(command):
     )(command)
 
 
-def device_options(command):
+def device_options(command: Command) -> Command:
     """--backend, --device, --kernels."""
     command = kernels_option(command)
     command = click.option(
@@ -43,18 +58,19 @@ def device_options(command):
     )(command)
 
 
-def memory_option(command):
+def memory_option(command: Command) -> Command:
     """--vram."""
     return click.option(
         "--vram",
         metavar="SIZE",
         envvar="KQPREFILL_VRAM",
         show_envvar=True,
-        help="GPU memory to take at most, such as 8G or 75%; layers beyond it are streamed.  [default: all that is free]",
+        help="GPU memory to take at most, such as 8G or 75%; layers beyond it are streamed.  "
+        "[default: all that is free]",
     )(command)
 
 
-def batch_option(command):
+def batch_option(command: Command) -> Command:
     """--batch-tokens."""
     return click.option(
         "--batch-tokens",
@@ -68,7 +84,7 @@ def batch_option(command):
     )(command)
 
 
-def volume_options(command):
+def volume_options(command: Command) -> Command:
     """--quiet, --verbose."""
     command = click.option("-v", "--verbose", is_flag=True, help="Say what is done, and show tracebacks.")(command)
     return click.option(
@@ -76,7 +92,7 @@ def volume_options(command):
     )(command)
 
 
-def open_file(name):
+def open_file(name: str) -> GGUFFile | SyntheticFile:
     """A GGUFFile, or the SyntheticFile of a SHAPE:RECIPE. Raises GGUFError, InputError."""
     from ..gguf import GGUFFile
     from ..synthetic import SyntheticFile
@@ -85,7 +101,7 @@ def open_file(name):
     return GGUFFile(name) if is_file else SyntheticFile.named(name)
 
 
-def plan_lines(plan, family):
+def plan_lines(plan: Plan, family: Family) -> Iterator[str]:
     """A residency Plan for people."""
     yield f"GPU memory: {size(plan.nbytes)} of {size(plan.budget)} that may be taken"
     width = max(map(len, plan.parts))
@@ -96,7 +112,7 @@ def plan_lines(plan, family):
     )
 
 
-def say_loaded(model):
+def say_loaded(model: Model) -> None:
     """What an open Model's backend has loaded, and where, on stderr."""
     loaded = model.backend.loaded
     if model.backend.plan is None or loaded is None:
@@ -107,13 +123,13 @@ def say_loaded(model):
         click.echo(line, err=True)
 
 
-def say_summary(line, quiet, verbose):
+def say_summary(line: str, quiet: bool, verbose: bool) -> None:
     """What was done, on stderr: for a person who looks on, or where it is asked for."""
     if verbose or (sys.stderr.isatty() and not quiet):
         click.echo(line, err=True)
 
 
-def read_text(text, option):
+def read_text(text: str, option: str) -> str:
     """A prompt as it is, from stdin (`-`) or from a file (`@FILE`). Raises InputError."""
     try:
         if text == STDIO:
@@ -128,7 +144,7 @@ def read_text(text, option):
     return text
 
 
-def read_tokens(text):
+def read_tokens(text: str) -> list[int]:
     """IDs from `1,2,3` or `1 2 3`, from stdin (`-`) or from a file (`@FILE`). Raises InputError."""
     where = "stdin" if text == STDIO else text[1:] if text.startswith("@") else "--tokens"
     ids = []
@@ -145,7 +161,7 @@ def read_tokens(text):
 
 
 @contextmanager
-def output_file(path):
+def output_file(path: str) -> Iterator[BinaryIO]:
     """A binary file to write `path` through: renamed into place at the end, or removed if the work fails.
 
     A pipe or a device is written as it is, and a symbolic link leads to the file that is replaced.
@@ -177,13 +193,14 @@ def output_file(path):
 
 
 @contextmanager
-def progress_bars(enabled):
+def progress_bars(enabled: bool) -> Iterator[Progress | None]:
     """A progress(stage, done, total) callback: bars on stderr where it is a terminal and `enabled`, else None."""
     if not enabled or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
 
     columns = (
         TextColumn("{task.description:8}"),
@@ -191,10 +208,10 @@ def progress_bars(enabled):
         TextColumn("{task.percentage:3.0f}%"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        tasks = {}
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
 
-        def progress(stage, done, total):
+        def progress(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total)
             bars.update(tasks[stage], completed=done, total=total)
@@ -202,19 +219,19 @@ def progress_bars(enabled):
         yield progress
 
 
-def warner(quiet):
+def warner(quiet: bool) -> Callable[[str], None]:
     """warn(line) to stderr, or to nowhere."""
     return (lambda line: None) if quiet else (lambda line: click.echo(f"kqprefill: {line}", err=True))
 
 
-def table(head, lines):
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """Markdown, its columns aligned."""
     widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
     cells = [head, ["-" * width for width in widths], *lines]
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in cells)
 
 
-def size(nbytes):
+def size(nbytes: float) -> str:
     """Bytes for people."""
     for unit in ("B", "KiB", "MiB"):
         if nbytes < 1024:

@@ -1,5 +1,7 @@
 """kqprefill doctor: what there is to run on, what will run, and what to mend."""
 
+from __future__ import annotations
+
 import json
 import platform
 
@@ -14,7 +16,7 @@ from .common import size
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @click.pass_context
-def doctor(context, device, as_json):
+def doctor(context: click.Context, device: int, as_json: bool) -> None:
     """Say what there is to run on, and what to mend.
 
     Whether the GPU can be used, with which kernels, and what to do where something is wrong.
@@ -29,7 +31,8 @@ def doctor(context, device, as_json):
     from ..backends.cuda.kernel_set import kernel_set_of
     from ..errors import BackendError
 
-    found, problems = {"kqprefill": _version("kqprefill"), "python": platform.python_version()}, []
+    found = {"kqprefill": _version("kqprefill"), "python": platform.python_version()}
+    problems = []
     for package in ("numpy", "gguf", "cuda-python", "cuda-core", "nvidia-cuda-nvrtc", "tokenizers"):
         found[package] = _version(package)
     if found["tokenizers"] is None:
@@ -71,7 +74,7 @@ def doctor(context, device, as_json):
     context.exit(0 if usable else 1)
 
 
-def _version(package):
+def _version(package: str) -> str | None:
     from importlib.metadata import PackageNotFoundError, version  # 20 ms that other commands need not spend
 
     try:

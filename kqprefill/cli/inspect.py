@@ -1,13 +1,19 @@
 """kqprefill inspect: what a model's file holds, read from its header alone."""
 
+from __future__ import annotations
+
 import json
 import math
 import re
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import InputError, KqprefillError
 from .common import open_file, size, table
+
+if TYPE_CHECKING:
+    from ..gguf import ModelFile, ModelTensor
 
 _GROUPS = [  # what a tensor's name begins with, after blk.N. -> group
     ("token_embd", "embedding"),
@@ -20,13 +26,13 @@ _ORDER = ("embedding", "attention", "feed-forward", "experts", "output", "norms 
 
 
 @click.command()
-@click.argument("model", metavar="MODEL|SHAPE:RECIPE")
+@click.argument("name", metavar="MODEL|SHAPE:RECIPE")
 @click.option("--tensors", is_flag=True, help="The table of tensors.")
 @click.option(
     "--metadata", "key", is_flag=False, flag_value="", metavar="[KEY]", help="All metadata, or what is under KEY."
 )
 @click.option("--json", "as_json", is_flag=True, help="JSON, sizes in bytes.")
-def inspect(model, tensors, key, as_json):
+def inspect(name: str, tensors: bool, key: str | None, as_json: bool) -> None:
     """Say what a GGUF file holds.
 
     Architecture, sizes, quantisation by kind of tensor, and whether kqprefill runs it.
@@ -38,32 +44,38 @@ def inspect(model, tensors, key, as_json):
     """
     if tensors and key is not None:
         raise click.UsageError("--tensors and --metadata both say what to print; give one")
-    with open_file(model) as file:
+    with open_file(name) as file:
         if tensors:
-            rows = [
-                {"name": t.name, "type": t.type.name, "shape": list(t.shape), "bytes": t.nbytes}
-                for t in file.tensors.values()
-            ]
-            lines = [[r["name"], r["type"], " x ".join(map(str, r["shape"])), size(r["bytes"])] for r in rows]
-            click.echo(json.dumps(rows) if as_json else table(["tensor", "type", "shape", "size"], lines))
+            click.echo(_tensors(file, as_json))
         elif key is not None:
             click.echo(_metadata(file, key, as_json))
         else:
-            described = _describe(file, model)
+            described = _describe(file, name)
             click.echo(json.dumps(described, ensure_ascii=False) if as_json else _for_people(described))
 
 
-def _describe(file, model):
+def _tensors(file: ModelFile, as_json: bool) -> str:
+    if as_json:
+        rows = [
+            {"name": t.name, "type": t.type.name, "shape": list(t.shape), "bytes": t.nbytes}
+            for t in file.tensors.values()
+        ]
+        return json.dumps(rows)
+    lines = [[t.name, t.type.name, " x ".join(map(str, t.shape)), size(t.nbytes)] for t in file.tensors.values()]
+    return table(["tensor", "type", "shape", "size"], lines)
+
+
+def _describe(file: ModelFile, name: str) -> dict[str, Any]:
     from ..models import read_model
 
+    backends, problem = ["cpu", "cuda"], None
     try:
         read_model(file)
-        backends, problem = ["cpu", "cuda"], None
     except KqprefillError as error:
         backends, problem = [], str(error)
     get = file.metadata.get
     architecture = get("general.architecture")
-    groups = {}
+    groups: dict[str, dict[str, Any]] = {}
     for tensor in file.tensors.values():
         group = groups.setdefault(_group_of(tensor), {"tensors": 0, "parameters": 0, "bytes": 0, "types": {}})
         group["tensors"] += 1
@@ -74,7 +86,7 @@ def _describe(file, model):
         group["bits_per_weight"] = 8 * group["bytes"] / group["parameters"]
     embedding = file.tensors.get("token_embd.weight")
     return {
-        "model": model,
+        "model": name,
         "name": get("general.name"),
         "architecture": architecture,
         "backends": backends,
@@ -89,22 +101,24 @@ def _describe(file, model):
     }
 
 
-def _group_of(tensor):
+def _group_of(tensor: ModelTensor) -> str:
     if len(tensor.shape) == 1:
         return "norms and biases"
     name = re.sub(r"^blk\.\d+\.", "", tensor.name)
     return next((group for pattern, group in _GROUPS if re.match(pattern, name)), "other")
 
 
-def _for_people(d):
-    def shown(value):
+def _for_people(d: dict[str, Any]) -> str:
+    def shown(value: object) -> str:
         return "?" if value is None else str(value)
 
     bits = 8 * d["bytes"] / d["parameters"] if d["parameters"] else 0
     lines = [
         f"{d['model']}: {shown(d['name'])}",
-        f"architecture {shown(d['architecture'])}, {d['parameters'] / 1e9:.2f} B parameters in {size(d['bytes'])}, {bits:.2f} bits each",
-        f"{shown(d['layers'])} layers, context {shown(d['context'])}, vocabulary {shown(d['vocabulary'])} ({shown(d['tokenizer'])})",
+        f"architecture {shown(d['architecture'])}, {d['parameters'] / 1e9:.2f} B parameters in {size(d['bytes'])}, "
+        f"{bits:.2f} bits each",
+        f"{shown(d['layers'])} layers, context {shown(d['context'])}, vocabulary {shown(d['vocabulary'])} "
+        f"({shown(d['tokenizer'])})",
         f"kqprefill runs it ({', '.join(d['backends'])})"
         if d["backends"]
         else f"kqprefill does not run it: {d['problem']}",
@@ -123,7 +137,7 @@ def _for_people(d):
     return "\n".join(lines) + table(["tensors", "", "types", "size", "bits a weight"], rows)
 
 
-def _metadata(file, key, as_json):
+def _metadata(file: ModelFile, key: str, as_json: bool) -> str:
     """All of it, arrays by their first elements; or the whole value under a key."""
     if key and key not in file.metadata:
         raise InputError(f"{file.path}: there is no metadata {key!r}")
@@ -136,11 +150,11 @@ def _metadata(file, key, as_json):
     return "\n".join(f"{name} = {_short(value)}" for name, value in values.items())
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def _short(value):
+def _short(value: object) -> str:
     if isinstance(value, list) and len(value) > 8:
         return f"[{', '.join(map(repr, value[:8]))}, …] ({len(value)})"
     text = repr(value)

@@ -1,5 +1,7 @@
 """kqprefill perplexity: of a long text, comparable with llama-perplexity's."""
 
+from __future__ import annotations
+
 from contextlib import ExitStack
 import json
 import math
@@ -24,7 +26,7 @@ from .common import (
 
 
 @click.command()
-@click.argument("model", type=click.Path())
+@click.argument("name", metavar="MODEL", type=click.Path())
 @click.option("--file", "text", metavar="FILE", help="The text, for the file's own tokenizer; `-` reads stdin.")
 @click.option("--tokens", metavar="IDS", help="Token ids instead: `1,2,3`, `-` for stdin, `@FILE`.")
 @click.option(
@@ -44,12 +46,24 @@ from .common import (
 @memory_option
 @volume_options
 def perplexity(
-    model, text, tokens, context, chunks, as_json, batch_tokens, backend, device, kernels, vram, quiet, verbose
-):
+    name: str,
+    text: str | None,
+    tokens: str | None,
+    context: int,
+    chunks: int | None,
+    as_json: bool,
+    batch_tokens: int,
+    backend: str,
+    device: int,
+    kernels: str,
+    vram: str | None,
+    quiet: bool,
+    verbose: bool,
+) -> None:
     """Print the perplexity of a text, and its standard error.
 
-    As llama-perplexity does: windows of --context tokens, of which the second half is scored, each beginning with BOS where
-    the file asks for it.
+    As llama-perplexity does: windows of --context tokens, of which the second half is scored, each beginning with BOS
+    where the file asks for it.
 
     \b
     kqprefill perplexity examples/tiny-qwen3.gguf --file README.md -c 256
@@ -65,38 +79,41 @@ def perplexity(
 
     with ExitStack() as stack:
         progress = stack.enter_context(progress_bars(not quiet))
-        file = stack.enter_context(open_file(model))
+        file = open_file(name)
+        stack.enter_context(file)
+        bos = None
         try:
-            tokenizer = Tokenizer(file.metadata, model)
+            tokenizer = Tokenizer(file.metadata, name)
+            bos = tokenizer.bos
+            if words is not None:
+                ids = tokenizer.encode(words)
         except KqprefillError:
             if words is not None:
                 raise
-            tokenizer = None
-        if ids is None:
-            ids = tokenizer.encode(words)
-        loaded = stack.enter_context(
+        assert ids is not None, "the text is given as --file or as --tokens"
+        model = stack.enter_context(
             open_model(
                 file, backend, device, kernels, progress, warner(quiet), vram, max_tokens=batch_tokens, ranks=True
             )
         )
 
-        found = measure(loaded, ids, context, chunks, tokenizer and tokenizer.bos, batch_tokens, progress)
-        if math.isnan(found.value):
+        measured = measure(model, ids, context, chunks, bos, batch_tokens, progress)
+        if math.isnan(measured.value):
             raise KqprefillError("the logits hold NaN: the file's weights are damaged or out of range")
         if verbose:
-            say_loaded(loaded)
-    where = f"{loaded.backend.name} ({loaded.backend.device_name})"
-    say_summary(f"{found.n_tokens} tokens of {found.windows} windows of {context}, {where}", quiet, verbose)
+            say_loaded(model)
+    where = f"{model.backend.name} ({model.backend.device_name})"
+    say_summary(f"{measured.n_tokens} tokens of {measured.windows} windows of {context}, {where}", quiet, verbose)
     if as_json:
         described = {
-            "perplexity": found.value,
-            "stderr": found.error,
-            "n_tokens": found.n_tokens,
-            "windows": found.windows,
+            "perplexity": measured.value,
+            "stderr": measured.error,
+            "n_tokens": measured.n_tokens,
+            "windows": measured.windows,
             "context": context,
-            "model": model,
-            "backend": loaded.backend.name,
+            "model": name,
+            "backend": model.backend.name,
         }
         click.echo(json.dumps(described, ensure_ascii=False))
     else:
-        click.echo(f"PPL = {found.value:.4f} +/- {found.error:.5f}")
+        click.echo(f"PPL = {measured.value:.4f} +/- {measured.error:.5f}")

@@ -1,5 +1,7 @@
 """kqprefill plan: what of a model stays in GPU memory and what is streamed, before anything is loaded."""
 
+from __future__ import annotations
+
 import json
 
 import click
@@ -17,7 +19,7 @@ from .common import kernels_option, memory_option, open_file, plan_lines, size
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, sizes in bytes.")
 @kernels_option
 @memory_option
-def plan(model, tokens, device, as_json, kernels, vram):
+def plan(model: str, tokens: int, device: int, as_json: bool, kernels: str, vram: str | None) -> None:
     """Say what would stay in GPU memory.
 
     Where a model's weights would live, what takes GPU memory, and what bounds the speed.

@@ -1,10 +1,15 @@
 """kqprefill bench's figures as a picture."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, BinaryIO
+
 from ..errors import InputError
 
 
-def check_plot(path):
-    """Raise InputError where no picture can be drawn."""
+def check_plot(path: str) -> str:
+    """The kind of picture that path's ending says, such as "png". Raises InputError where none can be drawn."""
     try:
         import matplotlib
     except ImportError:
@@ -12,13 +17,18 @@ def check_plot(path):
     matplotlib.use("Agg")
     from matplotlib.backend_bases import FigureCanvasBase
 
-    kind = path.rpartition(".")[2].lower()
+    kind: str = path.rpartition(".")[2].lower()
     if kind not in FigureCanvasBase.get_supported_filetypes():
         raise InputError(f"--plot {path}: a picture's name ends in .png, .svg or .pdf")
     return kind
 
 
-def draw(rows, floors, file, kind):
+def draw(
+    rows: Sequence[dict[str, Any]],
+    floors: Sequence[tuple[str, Callable[[int], float]]],
+    file: BinaryIO,
+    kind: str,
+) -> None:
     """Tokens/s against prompt length, with what floors (kqprefill.backends.cuda.bounds) allow, into a binary file."""
     from matplotlib.figure import Figure
 

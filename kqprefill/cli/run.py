@@ -1,9 +1,12 @@
 """kqprefill run: one prompt through a model."""
 
+from __future__ import annotations
+
 from contextlib import ExitStack
 import json
 import math
 import sys
+from typing import Any
 
 import click
 
@@ -27,7 +30,7 @@ from .common import (
 
 
 @click.command()
-@click.argument("model", type=click.Path())
+@click.argument("path", metavar="MODEL", type=click.Path())
 @click.option("--tokens", metavar="IDS", help="`1,2,3` or `1 2 3`; `-` reads stdin, `@FILE` a file.")
 @click.option("--prompt", metavar="TEXT", help="Text, for the file's own tokenizer; `-` reads stdin, `@FILE` a file.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the token id.")
@@ -42,15 +45,29 @@ from .common import (
 @click.option(
     "--logits",
     metavar="FILE",
-    help="Write the last position's logits, float32 [V]: .npy, or with the prompt's tokens .npz or .safetensors; `-` is stdout.",
+    help="Write the last position's logits, float32 [V]: .npy, or with the prompt's tokens .npz or .safetensors; "
+    "`-` is stdout.",
 )
 @click.option("--all-positions", is_flag=True, help="With --logits: every position's, float32 [T, V].")
 @device_options
 @memory_option
 @volume_options
 def run(
-    model, tokens, prompt, as_json, as_text, top, logits, all_positions, backend, device, kernels, vram, quiet, verbose
-):
+    path: str,
+    tokens: str | None,
+    prompt: str | None,
+    as_json: bool,
+    as_text: bool,
+    top: int,
+    logits: str | None,
+    all_positions: bool,
+    backend: str,
+    device: int,
+    kernels: str,
+    vram: str | None,
+    quiet: bool,
+    verbose: bool,
+) -> None:
     """Print the greedy next token after a prompt.
 
     \b
@@ -81,48 +98,57 @@ def run(
         # The output is opened before the work, so that a path that can't be written costs no time.
         output = stack.enter_context(output_file(logits)) if logits is not None else None
         progress = stack.enter_context(progress_bars(not quiet))
-        file = stack.enter_context(GGUFFile(model))
+        file = stack.enter_context(GGUFFile(path))
         if ids is None:
             from ..text import Tokenizer
 
+            assert words is not None, "the prompt is given as --tokens or as --prompt"
             ids = Tokenizer(file.metadata, file.path).encode(words)
             if not ids:
                 raise InputError("--prompt: the prompt is empty")
-        loaded = stack.enter_context(
+        model = stack.enter_context(
             open_model(file, backend, device, kernels, progress, warner(quiet), vram, max_tokens=len(ids))
         )
-        if top > loaded.config.vocab_size:
-            raise InputError(f"--top {top}: the vocabulary has {loaded.config.vocab_size} tokens")
+        if top > model.config.vocab_size:
+            raise InputError(f"--top {top}: the vocabulary has {model.config.vocab_size} tokens")
         wanted = "all" if all_positions else "last" if top or output is not None else None
-        result = loaded.prefill(ids, logits=wanted, progress=progress)
+        result = model.prefill(ids, logits=wanted, progress=progress)
         if output is not None:
             from .arrays import write_arrays
 
+            assert logits is not None and result.logits is not None
             write_arrays(output, logits, {"logits": result.logits, "tokens": np.array(ids, np.int32)})
-        timings = {**loaded.timings, **result.timings}
-        held = loaded.backend.memory_used()
+        timings = {**model.timings, **result.timings}
+        held = model.backend.memory_used()
         summary = (
             f"{result.prompt_tokens} tokens, {result.prompt_tokens / timings['prefill']:.0f} tokens/s, "
-            f"load {timings['load']:.2f} s, {loaded.backend.name} ({loaded.backend.device_name})"
+            f"load {timings['load']:.2f} s, {model.backend.name} ({model.backend.device_name})"
             + (f", {size(held)} of GPU memory" if held is not None else "")
         )
-        described = {
-            "token": result.token,
-            "text": loaded.token_text(result.token) if as_json or as_text else None,
+        token = result.token
+        assert token is not None, "the prompt has tokens"
+        described: dict[str, Any] = {
+            "token": token,
+            "text": model.token_text(token) if as_json or as_text else None,
             "logit": result.logit,
             "logprob": result.logprob,
             "prompt_tokens": result.prompt_tokens,
-            "model": model,
-            "backend": loaded.backend.name,
-            "device": loaded.backend.device_name,
+            "model": path,
+            "backend": model.backend.name,
+            "device": model.backend.device_name,
             "timings": {stage: round(seconds, 6) for stage, seconds in timings.items()},
         }
-        likeliest = [
-            {"token": token, "text": loaded.token_text(token), "logprob": logprob, "probability": math.exp(logprob)}
-            for token, logprob in (result.likeliest(top) if top else ())
+        likeliest: list[dict[str, Any]] = [
+            {
+                "token": next_token,
+                "text": model.token_text(next_token),
+                "logprob": logprob,
+                "probability": math.exp(logprob),
+            }
+            for next_token, logprob in (result.likeliest(top) if top else ())
         ]
         if verbose:
-            say_loaded(loaded)
+            say_loaded(model)
     say_summary(summary, quiet, verbose)
     if top:
         described["top"] = likeliest
@@ -142,4 +168,4 @@ def run(
     elif top:
         click.echo(json.dumps(likeliest, ensure_ascii=False))
     elif logits != STDIO:
-        click.echo(described["text"] if as_text and described["text"] is not None else result.token)
+        click.echo(described["text"] if as_text and described["text"] is not None else token)

@@ -1,5 +1,7 @@
 """kqprefill synth: a benchmark model as a file."""
 
+from __future__ import annotations
+
 import click
 
 from .common import STDIO, output_file
@@ -8,7 +10,7 @@ from .common import STDIO, output_file
 @click.command()
 @click.argument("name", metavar="SHAPE:RECIPE")
 @click.argument("out", type=click.Path())
-def synth(name, out):
+def synth(name: str, out: str) -> None:
     """Write a model of a known shape, with random weights.
 
     Its tensors are valid and its text is noise: for benchmarks, here or in llama.cpp.

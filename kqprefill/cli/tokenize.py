@@ -1,5 +1,7 @@
 """kqprefill tokenize: text to token ids."""
 
+from __future__ import annotations
+
 import json
 
 import click
@@ -8,11 +10,11 @@ from .common import read_text
 
 
 @click.command()
-@click.argument("model", type=click.Path())
+@click.argument("path", metavar="MODEL", type=click.Path())
 @click.argument("text", default="-")
 @click.option("--no-special", is_flag=True, help="Without the BOS and EOS that the file asks for.")
 @click.option("--json", "as_json", is_flag=True, help="A JSON array of {id, text}.")
-def tokenize(model, text, no_special, as_json):
+def tokenize(path: str, text: str, no_special: bool, as_json: bool) -> None:
     """Print a text's token ids.
 
     By the tokenizer in the model's file, as --tokens takes them.
@@ -27,8 +29,8 @@ def tokenize(model, text, no_special, as_json):
     from ..text import Tokenizer
 
     words = read_text(text, "TEXT")
-    with GGUFFile(model) as file:
-        ids = Tokenizer(file.metadata, model).encode(words, add_special=not no_special)
+    with GGUFFile(path) as file:
+        ids = Tokenizer(file.metadata, path).encode(words, add_special=not no_special)
         if as_json:
             described = [{"id": token, "text": token_text(file.metadata, token)} for token in ids]
             click.echo(json.dumps(described, ensure_ascii=False))

@@ -24,10 +24,11 @@ import time
 
 from kqprefill.backends.cuda.codebooks import definitions
 from kqprefill.backends.cuda.compiler import Program, flatten
-from kqprefill.backends.cuda.constants import SHARED_DEFINES
-from kqprefill.backends.cuda.device import import_cuda
 from kqprefill.backends.cuda.kernels import every_program
 from kqprefill.backends.cuda.tiles import HOPPER_TILES, AttentionTile, GemmTile, HopperAttentionTile
+
+from kqprefill.backends.cuda.constants import SHARED_DEFINES
+from kqprefill.backends.cuda.device import import_cuda
 from kqprefill.gguf.types import GGML
 
 AFTER = Path(__file__).resolve().parents[2] / "kernels"

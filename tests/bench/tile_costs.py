@@ -13,17 +13,17 @@ from functools import partial
 import statistics
 from typing import Any
 
+from kqprefill.backends.cuda.graphs import capture
+from kqprefill.backends.cuda.tensor_maps import TensorMaps
+from kqprefill.backends.cuda.tiles import HOPPER_TILES, K_MULTIPLE, HopperTile
 import numpy as np
 
 from kqprefill.backends.cuda.backend import CudaBackend
 from kqprefill.backends.cuda.device import Gpu, check
 from kqprefill.backends.cuda.gemm import HopperGemm, Operand
-from kqprefill.backends.cuda.graphs import capture
-from kqprefill.backends.cuda.tensor_maps import TensorMaps
-from kqprefill.backends.cuda.tiles import HOPPER_TILES, K_MULTIPLE, HopperTile
-from kqprefill.synthetic import Shape, SyntheticFile
 from kqprefill.gguf.types import GGML
 from kqprefill.models import read_model
+from kqprefill.synthetic import Shape, SyntheticFile
 
 LAYERS = 4  # whose distinct weights are multiplied in turn, so that none are answered from the L2 cache
 LAUNCHES = 12  # of one measurement

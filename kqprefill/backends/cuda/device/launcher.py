@@ -46,7 +46,7 @@ class Launcher:
         self.overlap = False
 
     def prepare(self, programs: Iterable[Program], progress: Progress) -> None:
-        """Compile (in parallel) or fetch the programs that are not loaded yet, and load them; progress hears
+        """Compile (in parallel) or fetch what is not loaded yet, and load it; progress hears
         "compile"."""
         missing = [program for program in dict.fromkeys(programs) if program not in self._modules]
         if not missing:

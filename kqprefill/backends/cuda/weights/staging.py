@@ -42,7 +42,7 @@ def pieces_of(matrix: Matrix, data: NDArray[np.uint8], most: int) -> list[Piece]
 
 
 def repack(launcher: Launches, matrix: Matrix, first: int, raw: DeviceArray) -> None:
-    """Launch weights.cu's repack: rows as GGUF has them, uint8 [rows, row bytes], to a matrix's tiles from row `first`."""
+    """Launch weights.cu's repack: GGUF's rows, uint8 [rows, row bytes], to a matrix's tiles from row `first`."""
     rows, row_bytes = raw.shape
     launcher.launch(
         weight_program(matrix.type),
