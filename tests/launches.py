@@ -1,6 +1,6 @@
 """What a batch launches on a GPU, in words: each kernel with its block, and every argument by the name of its array.
 
-python tests/launches.py        writes tests/data/launches/*.txt anew, which test_cuda_launches.py holds launches against
+python tests/launches.py     writes tests/data/launches/*.txt anew, which test_cuda_launches.py holds launches against
 """
 
 from dataclasses import dataclass, field

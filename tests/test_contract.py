@@ -205,3 +205,21 @@ def test_ties_go_to_the_lowest_id(backend, tmp_path):
 def test_importing_the_package_is_light():
     code = "import sys, kqprefill; print([m for m in ('numpy', 'cuda', 'rich', 'gguf') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.gpu
+def test_tensor_maps_that_are_dropped_change_nothing(monkeypatch, rng):
+    """Prompts of more lengths than there is room for tensor maps of, some of them again as CUDA graphs."""
+    from kqprefill.backends.cuda.gemm.tensor_maps import TensorMaps
+
+    lengths = [*range(1, 40), 5, 5, 300, 7, 300, 300]
+    prompts = {n: rng.integers(0, 256, n) for n in lengths}
+    with kqprefill.load(EXAMPLE, backend="cuda") as model:
+        expected = {n: model.prefill(prompts[n], logits="all").logits for n in prompts}
+    monkeypatch.setattr(TensorMaps, "CAPACITY", 60)
+    monkeypatch.setattr(TensorMaps, "A_BATCH", 40)
+    with kqprefill.load(EXAMPLE, backend="cuda") as model:
+        for n in lengths:
+            assert np.array_equal(model.prefill(prompts[n], logits="all").logits, expected[n])
+        if model.backend.kernel_set.name == "Hopper":
+            assert model.backend.maps.generation > 1

@@ -51,7 +51,7 @@ def test_what_a_batch_launches(case, kernels):
 )
 @pytest.mark.parametrize("model", MODELS)
 def test_every_launch_fits_its_kernel(model, capability, kernels):
-    """Names and types of arguments, grids, blocks and shared memory, of models' own sizes and batches of many lengths."""
+    """Names and types of arguments, grids, blocks and shared memory, of models' own sizes and many lengths."""
     family = read_model(SyntheticFile.named(model))
     family.blocks = family.blocks[:2]
     facts, kernel_set = Facts(capability), kernel_set_of(capability, kernels)

@@ -31,7 +31,7 @@ from .common import (
 from .plot import check_plot, draw
 
 if TYPE_CHECKING:
-    from ..backends.timeline import Stage
+    from ..timeline import Stage
 
 _WARM_UP = 2  # runs; on a GPU the first compiles, and the second makes the CUDA graph of a short prompt
 

@@ -15,7 +15,6 @@ import numpy as np
 from ..backends import open_backend
 from ..backends.base import Backend, Cache
 from ..backends.budget import Budget
-from ..backends.timeline import Stage
 from ..core import Batch, Float32Array, HeadResult, Int32Array, Logits, PendingHead, Progress, Ranks, no_progress
 from ..errors import InputError
 from ..gguf import GGUFFile, ModelFile
@@ -23,6 +22,7 @@ from ..gguf.vocabulary import token_text
 from ..models import read_model
 from ..models.config import Config
 from ..models.family import Family
+from ..timeline import Stage
 from .scoring import BATCH_TOKENS, Group, Item, Places, Record, Scored, item_of, no_ranks, packed, packs, results
 
 _LOGITS = (None, "last", "all")
@@ -34,7 +34,7 @@ class Prefill:
 
     token: the greedy next token's id, None for an empty prompt; logit and logprob (natural logarithm) are its own.
     logits: float32 [V] for "last", [T, V] for "all", else None. timings: {"prefill": seconds}. stages: {name: Stage}
-    (kqprefill.backends.timeline) where asked for, else None.
+    (kqprefill.timeline) where asked for, else None.
     """
 
     token: int | None

@@ -1,6 +1,6 @@
 """What a model family is: which tensors its files have, and what one layer does with them.
 
-A family's page calls the ops of `kqprefill.backends.base.Ops` and reads like the model's formula; both backends run it.
+A family's page calls the ops of `kqprefill.models.ops.Ops` and reads like the model's formula; both backends run it.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from functools import cached_property
 import math
 from typing import Any, TypeVar
 
-from ..backends.base import Ops, Residual
 from ..core import Float32Array, KeysValues, LayerState, Logits, PendingHead, Progress, no_progress
 from ..errors import ModelError
 from ..gguf import ModelFile, dequantize
 from .config import ArchMetadata, Config, Rope, read_rope
 from .experts import Experts
+from .ops import Ops, Residual
 from .weights import Parts, Shapes, Weight, Weights, may_have_bias
 
 _Page = TypeVar("_Page", bound="Family")

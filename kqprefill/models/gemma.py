@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 
-from ..backends.base import Ops, Residual
 from .family import Family
+from .ops import Ops, Residual
 from .weights import Weights
 
 

@@ -3,9 +3,9 @@ attention scores and logits capped softly."""
 
 from __future__ import annotations
 
-from ..backends.base import Ops, Residual
 from ..core import Logits, PendingHead
 from .gemma import Gemma
+from .ops import Ops, Residual
 from .weights import Shapes, Weights
 
 

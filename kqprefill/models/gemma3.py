@@ -3,8 +3,8 @@ one of full attention, each kind with its own rotary base."""
 
 from __future__ import annotations
 
-from ..backends.base import Ops, Residual
 from .gemma import Gemma
+from .ops import Ops, Residual
 from .weights import Shapes, Weights
 
 

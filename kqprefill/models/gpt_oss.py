@@ -3,9 +3,9 @@ whose gates are clamped."""
 
 from __future__ import annotations
 
-from ..backends.base import Ops, Residual
 from .experts import Experts
 from .family import Family
+from .ops import Ops, Residual
 from .weights import Shapes, Weights
 
 

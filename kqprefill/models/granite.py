@@ -3,9 +3,9 @@ residual stream, and the logits (muP, arXiv 2203.03466)."""
 
 from __future__ import annotations
 
-from ..backends.base import Ops, Residual
 from ..core import Logits, PendingHead
 from .family import Family
+from .ops import Ops, Residual
 from .weights import Weights
 
 

@@ -3,8 +3,8 @@ OLMo 3 three layers of four with a sliding window and without the rotary scaling
 
 from __future__ import annotations
 
-from ..backends.base import Ops, Residual
 from .family import Family
+from .ops import Ops, Residual
 from .weights import Shapes, Weights
 
 

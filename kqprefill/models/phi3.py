@@ -3,9 +3,9 @@ frequencies are divided by factors, of which models for long contexts have their
 
 from __future__ import annotations
 
-from ..backends.base import Ops, Residual
 from ..core import Float32Array
 from .family import Family
+from .ops import Ops, Residual
 from .weights import Parts, Shapes, Weights
 
 

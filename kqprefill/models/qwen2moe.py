@@ -3,8 +3,8 @@ under a gate of its own."""
 
 from __future__ import annotations
 
-from ..backends.base import Ops, Residual
 from .experts import Experts
+from .ops import Ops, Residual
 from .qwen2 import Qwen2
 from .weights import Shapes, Weights
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..backends.base import Ops, Residual
 from .family import Family
+from .ops import Ops, Residual
 from .weights import Shapes, Weights
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..backends.base import Ops, Residual
 from .experts import Experts
+from .ops import Ops, Residual
 from .qwen3 import Qwen3
 from .weights import Shapes, Weights
 

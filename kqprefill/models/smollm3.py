@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from ..backends.base import Ops, Residual
 from .family import Family
+from .ops import Ops, Residual
 from .weights import Weights
 
 _NOPE_EVERY = 4

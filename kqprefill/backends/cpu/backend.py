@@ -7,9 +7,9 @@ import time
 
 from ...core import Batch, Logits, PendingHead, Progress
 from ...models.family import Family
+from ...timeline import Stage, Timeline
 from ..base import Backend, Cache
 from ..budget import Budget
-from ..timeline import Stage, Timeline
 from .ops import CpuCache, CpuOps
 
 

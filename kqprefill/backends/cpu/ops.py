@@ -14,8 +14,9 @@ from ...errors import BackendError
 from ...gguf import ModelTensor, dequantize
 from ...models.config import Config, Rope
 from ...models.experts import Experts
+from ...models.ops import Ops
 from ...models.weights import Weight, Weights
-from ..base import Cache, Ops
+from ..base import Cache
 from .functions import GATES, ranks_of, softcapped, softmax
 
 _MATRIX_PIECE, _MATRIX_ROWS = 1 << 25, 1 << 13  # elements (128 MB), and rows, of a matrix that are dequantised at once

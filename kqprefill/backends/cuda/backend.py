@@ -9,9 +9,9 @@ from typing import Any
 from ...core import KEYS_PER_TOKEN, Batch, Logits, PendingHead, Progress, no_progress
 from ...errors import BackendError
 from ...models.family import Family
+from ...timeline import Stage, Timeline
 from ..base import Backend, Cache, Loaded
 from ..budget import Budget
-from ..timeline import Stage, Timeline
 from .bounds import floors
 from .device.gpu import Gpu, cuda_errors
 from .device.graphs import Graphs

@@ -14,7 +14,7 @@ from ...core import KEYS_PER_TOKEN, Batch, Float32Array, Logits, Targets
 from ...gguf import ModelTensor
 from ...models.family import Family
 from ...models.weights import Weight
-from ..timeline import Timeline
+from ...timeline import Timeline
 from .device.arrays import FLOAT32, UINT8, DeviceArray
 from .device.compiler import Program
 from .device.gpu import Gpu, GpuFacts

@@ -60,7 +60,7 @@ class Launcher:
 
     @contextmanager
     def expecting(self, upcoming: Callable[[], Iterable[Program]], progress: Progress) -> Iterator[None]:
-        """Within the block, the first launch of a program that is not loaded has all of upcoming()'s compiled with it."""
+        """Within the block, the first launch of a program that is not loaded has upcoming()'s compiled with it."""
         self._upcoming, self._progress = upcoming, progress
         try:
             yield

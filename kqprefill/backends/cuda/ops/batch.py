@@ -8,8 +8,8 @@ from typing import Protocol
 
 from ....core import Batch, LayerState
 from ....models.family import Family
+from ....models.ops import Ops
 from ....models.weights import Weight
-from ...base import Ops
 from ..device.arrays import FLOAT16, DeviceArray
 from ..device.workspace import Workspace
 from ..gemm.operand import Operand

@@ -8,8 +8,8 @@ import math
 import numpy as np
 
 from ....errors import ModelError
+from ....models.ops import Sums
 from ....models.weights import Weight
-from ...base import Sums
 from ..device.arrays import FLOAT32, DeviceArray
 from ..gemm.operand import HALVES, Operand
 from ..programs import NORM, weight_program

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ....models.experts import Experts
+from ....models.ops import Sums
 from ....models.weights import Weight, Weights
-from ...base import Sums
 from ..constants import THREADS
 from ..device.arrays import FLOAT32, INT32, DeviceArray
 from ..gemm.operand import HALVES, Groups, Operand

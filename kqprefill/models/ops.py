@@ -1,0 +1,168 @@
+"""The ops that a family's page calls: what a backend computes for one batch.
+
+Shapes: T tokens in the batch, H embedding_length, F feed_forward_length, V vocab_size, D head_dim, nq and nkv heads.
+The residual stream and every op's sums are float32.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+import math
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from ..core import Batch, Logits, PendingHead
+from ..timeline import Timeline
+from .config import Config, Rope
+from .experts import Experts
+from .weights import Weight, Weights
+
+# What ops hand to one another. Each backend has types of its own for them, and a family only hands them on.
+Residual: TypeAlias = Any  # the residual stream, float32 [T, H]; good for one op: its storage may be reused
+Input: TypeAlias = Any  # what a matrix is multiplied by, [T, columns]
+HeadRows: TypeAlias = Any  # q, k or v: [T, heads, D]
+Sums: TypeAlias = Any  # what a matrix makes of its input, float32 [T, rows]
+
+
+class Ops(ABC):
+    """The operations of one batch. What an op returns is good until the next layer.
+
+    layer: the layer that is running; it chooses the cache's slice. timeline: a Timeline that hears which stage each op
+    belongs to, or None.
+    """
+
+    config: Config
+    batch: Batch
+    layer: int = 0
+    timeline: Timeline | None = None
+
+    def begin_layer(self, index: int) -> None:
+        """The ops that follow are this layer's."""
+        self.layer = index
+
+    def enter(self, stage: str, matrices: Sequence[Weight] = (), rows: int = 0, share: float = 1.0) -> None:
+        """What follows belongs to this stage: `rows` rows through that share of these matrices, if any."""
+        if self.timeline is not None:
+            operations = sum(2 * rows * math.prod(w.shape) for w in matrices)
+            self.timeline.enter(stage, int(operations * share), sum(w.tensor.nbytes for w in matrices))
+
+    def enter_attention(self, window: int | None) -> None:
+        """What follows is a layer's attention over this batch."""
+        if self.timeline is not None:
+            seen = self.batch.positions.astype(np.int64) + 1
+            seen = seen if window is None else np.minimum(seen, window)
+            self.timeline.enter("attention", 4 * self.config.q_width * int(seen.sum()))
+
+    @abstractmethod
+    def embed(self, weight: Weight, scale: float = 1.0) -> Residual:
+        """x[t] = scale * weight[the batch's token t]: [T, H]."""
+
+    @abstractmethod
+    def rms_norm(self, x: Residual, weight: Weight) -> Input:
+        """x / sqrt(mean(x²) + eps) * weight over each row (arXiv 1910.07467): [T, H]."""
+
+    @abstractmethod
+    def cast(self, x: Residual) -> Input:
+        """The residual stream as it is, for families that normalise only what is added to it (`add_rms_norm`).
+
+        Raises ModelError where something else was added to it: then nothing bounds its values, and a backend with
+        operands of half precision could overflow.
+        """
+
+    @abstractmethod
+    def add_rms_norm(self, x: Residual, y: Sums, weight: Weight) -> Residual:
+        """x + rms_norm(y, weight)."""
+
+    @abstractmethod
+    def qkv(
+        self,
+        h: Input,
+        wq: Weight,
+        wk: Weight,
+        wv: Weight,
+        *,
+        rope: Rope | None,
+        q_norm: Weight | None = None,
+        k_norm: Weight | None = None,
+    ) -> tuple[HeadRows, HeadRows, HeadRows]:
+        """h through three matrices and their biases: q [T, nq, D], k and v [T, nkv, D].
+
+        q and k are RMS-normalised where a norm is given (head by head, or over all heads: its length says which), then
+        rotated unless rope is None (arXiv 2104.09864).
+        """
+
+    @abstractmethod
+    def attention(
+        self,
+        q: HeadRows,
+        k: HeadRows,
+        v: HeadRows,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Weight | None = None,
+    ) -> Input:
+        """Causal grouped-query attention, softmax(scale * q·kᵀ)·v, over the cache's tokens and the batch's own: [T, nq
+        * D].
+
+        window: a query sees that many tokens, itself the last (None: all). softcap: scores s become
+        softcap * tanh(s / softcap) (arXiv 2408.00118). sinks: a vector [nq], a score of each head that takes a share of
+        the softmax and gives no value (arXiv 2309.17453).
+        """
+
+    @abstractmethod
+    def linear(self, a: Input, weight: Weight, residual: Residual | None = None, scale: float = 1.0) -> Any:
+        """scale * (a · Wᵀ + bias) (+ residual): Sums, or the new Residual where one is given.
+
+        A scale other than 1 is for matrices without a bias.
+        """
+
+    @abstractmethod
+    def mlp(
+        self,
+        h: Input,
+        gate: Weight,
+        up: Weight,
+        down: Weight,
+        *,
+        activation: str,
+        residual: Residual | None = None,
+        scale: float = 1.0,
+    ) -> Any:
+        """scale * down(act(gate(h)) * up(h)) (+ residual) (arXiv 2002.05202); what it returns, and scale, as in
+        `linear`.
+
+        activation: "silu" or "gelu_tanh" (ggml_silu, ggml_gelu).
+        """
+
+    @abstractmethod
+    def moe(self, h: Input, w: Weights, experts: Experts, *, activation: str, residual: Residual) -> Residual:
+        """residual + the mean of the used experts' feed-forward networks (each as `mlp`), weighted by their shares.
+
+        w: Weights with ffn_gate_inp, the router, and ffn_gate_exps, ffn_up_exps and ffn_down_exps. experts: how tokens
+        are routed to them. activation: also "swiglu_oai" (ggml_swiglu_oai with 1.702 and 7).
+        """
+
+    @abstractmethod
+    def add_gated(self, x: Residual, y: Sums, h: Input, weight: Weight) -> Residual:
+        """x + sigmoid(h · weight) * y; weight: a vector [H]."""
+
+    @abstractmethod
+    def head(
+        self,
+        x: Residual,
+        norm: Weight,
+        output: Weight,
+        logits: Logits,
+        scale: float = 1.0,
+        softcap: float | None = None,
+    ) -> PendingHead:
+        """rms_norm, the output matrix, and what is told of the logits; the greedy token is the lowest id of equals.
+
+        Logits are multiplied by scale, and then y becomes softcap * tanh(y / softcap). Returns a function that waits
+        for Ranks where logits are "ranks" and for a HeadResult otherwise, and raises BackendError if a logit that
+        decides the greedy token is NaN.
+        """
