@@ -76,6 +76,12 @@ def flatten(results: Iterable[Any]) -> Iterator[Any]:
         yield from result if isinstance(result, list) else [result]
 
 
+def logits_of(model: Any, tokens: NDArray[Any], cache: Any = None) -> NDArray[Any]:
+    """Every position's, float32 [T, V]."""
+    logits: NDArray[Any] = model.prefill(tokens, logits="all", cache=cache).logits
+    return logits
+
+
 def compute(path: Path, options: Namespace) -> Arrays | None:
     """Everything that is written of a model, by name; None where the model is not supported."""
     import kqprefill
@@ -89,11 +95,11 @@ def compute(path: Path, options: Namespace) -> Arrays | None:
     with model:
         tokens = prompt_of(path, model.config.vocab_size)
         for run in range(CUDA_RUNS if options.backend == "cuda" else 1):
-            arrays[f"logits, run {run}"] = model.prefill(tokens, logits="all").logits
+            arrays[f"logits, run {run}"] = logits_of(model, tokens)
         cache = model.new_cache(len(tokens))
         cuts = [1, 1 + len(tokens) // 3, 2 + len(tokens) // 2]
         for index, piece in enumerate(np.split(tokens, cuts)):
-            arrays[f"logits, piece {index}"] = model.prefill(piece, logits="all", cache=cache).logits
+            arrays[f"logits, piece {index}"] = logits_of(model, piece, cache)
         records = records_of(model.config.vocab_size, model.config.context_length)
         for index, scored in enumerate(flatten(model.score(records, top=3))):
             for field in ("logprobs", "top_tokens", "top_logprobs"):
