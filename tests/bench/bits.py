@@ -33,7 +33,7 @@ SEQUENCE_LENGTHS = (5, 1, 130, 33, 300, 2, 64, 65, 129)
 # (tokens of the prompt, tokens of each choice that continues it).
 CHOICE_LENGTHS = ((200, (1, 40, 3, 150)), (128, (2, 2)), (40, (1, 1, 1, 1)), (70, (9,)), (0, (3, 4)))
 
-Arrays = dict[str, NDArray[Any]]
+Arrays = dict[str, Any]  # of NumPy
 
 
 def find_models(patterns: Iterable[str]) -> dict[str, Path]:
@@ -117,7 +117,7 @@ def write(options: Namespace) -> int:
     for name, path in find_models(options.models or ["*"]).items():
         arrays = compute(path, options)
         if arrays is not None:
-            np.savez(options.folder / f"{name}.npz", **arrays)  # type: ignore[arg-type]  # NumPy's hints take every name for allow_pickle
+            np.savez(options.folder / f"{name}.npz", **arrays)
             written += 1
     print(f"{written} models written to {options.folder} in {time.perf_counter() - start:.1f} s")
     return 0 if written else 1
