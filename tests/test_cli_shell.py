@@ -15,7 +15,7 @@ import pytest
 
 from conftest import EXAMPLE, ROOT
 from kqprefill.cli import cli
-from test_cli import ENTRY, TOKENS, kq
+from test_cli import COMMAND, ENTRY, TOKENS, kq
 
 COMMANDS = ["", *sorted(cli.commands)]
 needs_jq = pytest.mark.skipif(shutil.which("jq") is None, reason="needs jq")
@@ -85,6 +85,7 @@ def test_what_a_cluster_sets_is_in_the_environment(tree):
         assert all(f"KQPREFILL_{option}" in text for option in ("BACKEND", "DEVICE", "KERNELS", "VRAM", "QUIET")), name
 
 
+@pytest.mark.skipif(not COMMAND.exists(), reason="needs the installed command, by whose name click completes")
 def test_completion_completes(tree):
     script = shell(tree, "kqprefill completion bash").stdout.decode()
     assert "complete" in script

@@ -15,7 +15,8 @@ def write_arrays(file: BinaryIO, path: str, arrays: dict[str, np.ndarray[Any, An
     .npy, which has the first array only."""
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     if path.endswith(".npz"):
-        np.savez(file, **arrays)  # type: ignore[arg-type]  # names may be any: its own option comes by name too
+        by_name: dict[str, Any] = {**arrays}  # NumPy's own options have types too
+        np.savez(file, **by_name)
     elif path.endswith(".safetensors"):
         _write_safetensors(file, arrays)
     else:

@@ -33,7 +33,7 @@ SEQUENCE_LENGTHS = (5, 1, 130, 33, 300, 2, 64, 65, 129)
 # (tokens of the prompt, tokens of each choice that continues it).
 CHOICE_LENGTHS = ((200, (1, 40, 3, 150)), (128, (2, 2)), (40, (1, 1, 1, 1)), (70, (9,)), (0, (3, 4)))
 
-Arrays = dict[str, NDArray[Any]]
+Arrays = dict[str, Any]  # of NumPy
 
 
 def find_models(patterns: Iterable[str]) -> dict[str, Path]:
@@ -76,6 +76,12 @@ def flatten(results: Iterable[Any]) -> Iterator[Any]:
         yield from result if isinstance(result, list) else [result]
 
 
+def logits_of(model: Any, tokens: NDArray[Any], cache: Any = None) -> NDArray[Any]:
+    """Every position's, float32 [T, V]."""
+    logits: NDArray[Any] = model.prefill(tokens, logits="all", cache=cache).logits
+    return logits
+
+
 def compute(path: Path, options: Namespace) -> Arrays | None:
     """Everything that is written of a model, by name; None where the model is not supported."""
     import kqprefill
@@ -89,11 +95,11 @@ def compute(path: Path, options: Namespace) -> Arrays | None:
     with model:
         tokens = prompt_of(path, model.config.vocab_size)
         for run in range(CUDA_RUNS if options.backend == "cuda" else 1):
-            arrays[f"logits, run {run}"] = model.prefill(tokens, logits="all").logits
+            arrays[f"logits, run {run}"] = logits_of(model, tokens)
         cache = model.new_cache(len(tokens))
         cuts = [1, 1 + len(tokens) // 3, 2 + len(tokens) // 2]
         for index, piece in enumerate(np.split(tokens, cuts)):
-            arrays[f"logits, piece {index}"] = model.prefill(piece, logits="all", cache=cache).logits
+            arrays[f"logits, piece {index}"] = logits_of(model, piece, cache)
         records = records_of(model.config.vocab_size, model.config.context_length)
         for index, scored in enumerate(flatten(model.score(records, top=3))):
             for field in ("logprobs", "top_tokens", "top_logprobs"):
@@ -111,7 +117,7 @@ def write(options: Namespace) -> int:
     for name, path in find_models(options.models or ["*"]).items():
         arrays = compute(path, options)
         if arrays is not None:
-            np.savez(options.folder / f"{name}.npz", **arrays)  # type: ignore[arg-type]  # NumPy's hints take every name for allow_pickle
+            np.savez(options.folder / f"{name}.npz", **arrays)
             written += 1
     print(f"{written} models written to {options.folder} in {time.perf_counter() - start:.1f} s")
     return 0 if written else 1

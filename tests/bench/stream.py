@@ -47,12 +47,13 @@ def main(name: str, vram: str, lengths: str, repetitions: str = "3") -> None:
     threading.Thread(target=watch_memory, args=(most,), daemon=True).start()
     budget = None if vram == "all" else vram
     with open_model(open_file(name), "cuda", vram=budget, max_tokens=max(prompt_lengths)) as model:
-        nbytes, seconds = model.backend.weights.loaded
-        plan = model.backend.plan
+        plan, loaded = model.backend.plan, model.backend.loaded
+        assert loaded is not None, "the CUDA backend says what it has loaded"
+        loading = f"loaded {loaded.nbytes / 1e9:.2f} GB at {loaded.nbytes / loaded.seconds / 1e9:.1f} GB/s"
         rates = [rate(model, length, int(repetitions)) for length in prompt_lengths]
         print(
             f"{name.rsplit('/', 1)[-1]}, {vram}: {len(plan.streamed)} of {len(model.family.blocks)} layers streamed; "
-            f"{'; '.join(rates)}; loaded {nbytes / 1e9:.2f} GB at {nbytes / seconds / 1e9:.1f} GB/s; "
+            f"{'; '.join(rates)}; {loading}; "
             f"GPU {most[0]} MiB (planned {plan.nbytes >> 20}); host {host_memory()}"
         )
 

@@ -1,28 +1,31 @@
-"""Measures what a step of each of Hopper's GEMM tiles costs, on the matrices of Qwen3-8B's shape in Q4_K.
+"""Measures what a step of each configuration of Hopper's GEMM costs, on the matrices of Qwen3-8B's shape in Q4_K.
 
-Prints HOPPER_TILES of kqprefill/backends/cuda/tiles.py with the last two columns as measured.
+Prints CONFIGS of kqprefill/backends/cuda/gemm/hopper.py with the last two columns as measured.
 
     python tests/bench/tile_costs.py
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, replace
 from functools import partial
 import statistics
-from typing import Any
 
-from kqprefill.backends.cuda.graphs import capture
-from kqprefill.backends.cuda.tensor_maps import TensorMaps
-from kqprefill.backends.cuda.tiles import HOPPER_TILES, K_MULTIPLE, HopperTile
 import numpy as np
 
 from kqprefill.backends.cuda.backend import CudaBackend
-from kqprefill.backends.cuda.device import Gpu, check
-from kqprefill.backends.cuda.gemm import HopperGemm, Operand
+from kqprefill.backends.cuda.constants import OPERAND_GROUP
+from kqprefill.backends.cuda.device.arrays import FLOAT16, FLOAT32, DeviceArray
+from kqprefill.backends.cuda.device.gpu import Gpu, check
+from kqprefill.backends.cuda.device.graphs import capture
+from kqprefill.backends.cuda.gemm.hopper import CONFIGS, HopperConfig, HopperGemm
+from kqprefill.backends.cuda.gemm.operand import Operand
+from kqprefill.backends.cuda.weights.matrix import Matrix
+from kqprefill.core import no_progress
 from kqprefill.gguf.types import GGML
 from kqprefill.models import read_model
+from kqprefill.models.family import Family
 from kqprefill.synthetic import Shape, SyntheticFile
 
 LAYERS = 4  # whose distinct weights are multiplied in turn, so that none are answered from the L2 cache
@@ -54,51 +57,70 @@ def microseconds(gpu: Gpu, launch: Callable[[int], object]) -> float:
     return min(times)
 
 
-def multiply(gemm: HopperGemm, x: Operand, layers: list[Any], out: int, act: Operand, scale: int, layer: int) -> None:
+class GemmOfOneConfig(HopperGemm):
+    """Multiplies by one configuration, whatever the cheapest is."""
+
+    def __init__(self, backend: CudaBackend, config: HopperConfig) -> None:
+        super().__init__(backend.gpu, backend.launcher, backend.maps)
+        self.config = config
+
+    def _config(self, m: int, matrices: Sequence[Matrix], gated: bool, experts: int) -> HopperConfig:
+        return self.config
+
+
+def multiply(
+    gemm: HopperGemm,
+    x: Operand,
+    layers: list[list[Matrix]],
+    out: DeviceArray,
+    act: Operand,
+    scale: DeviceArray,
+    layer: int,
+) -> None:
     """Launch one layer's product of all rows of x: gate and up with their activation where there are two matrices."""
     matrices = layers[layer]
     if len(matrices) == 2:
-        gemm.gated(x, *matrices, act, x.rows, scale, (0, 0), 0)
+        gate, up = matrices
+        gemm.gated(x, gate, up, act, scale, (None, None), "silu")
     else:
-        gemm.linear(x, matrices, out, x.rows, scale, 0, add=False)
+        gemm.linear(x, matrices, out, scale, None, add=False)
 
 
-def step_costs(backend: CudaBackend, gemm: HopperGemm, tile: HopperTile) -> dict[bool, list[float]]:
+def step_costs(backend: CudaBackend, family: Family, config: HopperConfig) -> dict[bool, list[float]]:
     """Nanoseconds of a step along K, of launches that take one round of the multiprocessors (True) or more."""
-    gpu, work, weights = backend.gpu, backend.workspace, backend.weights
-    scale, rng = weights.constant_scale(1.0), np.random.default_rng(0)
+    gpu, work, rng = backend.gpu, backend.work, np.random.default_rng(0)
+    scale = backend.context.scales.of_bound(2.0**14)  # 1
+    gemm = GemmOfOneConfig(backend, config)
     costs: dict[bool, list[float]] = {}
-    gemm._tile = lambda *_, **__: tile
-    for tokens in (tile.tokens, 4 * tile.tokens):
-        out = work.get("out", 4 * tokens * FFN)
-        act = Operand(work.get("act", 2 * tokens * FFN), FFN, scale, tokens)
+    for tokens in (config.tokens, 4 * config.tokens):
+        out = work.array("out", FLOAT32, tokens, FFN)
+        act = Operand(work.array("act", FLOAT16, tokens, FFN), FFN, scale)
         for names, columns in PRODUCTS.items():
-            if (len(names) == 2) != tile.gated:
+            if (len(names) == 2) != bool(config.gated):
                 continue
-            address = work.get(f"x {columns}", 2 * tokens * columns)
-            gpu.upload(address, (rng.standard_normal((tokens, columns)) * 0.5).astype(np.float16))
-            x = Operand(address, columns, scale, tokens)
-            layers = [[weights._matrices[f"blk.{i}.{name}.weight"] for name in names] for i in range(LAYERS)]
-            launch = partial(multiply, gemm, x, layers, out, act, scale)
-            blocks = tile._count(tokens, sum(m.row_tiles for m in layers[0]), experts=0)
+            layers = [[backend.weights.matrix(getattr(weights, name)) for name in names] for weights in family.blocks]
+            x = work.array(f"x {columns}", FLOAT16, tokens, columns)
+            gpu.upload(x.address, (rng.standard_normal((tokens, columns)) * 0.5).astype(np.float16))
+            launch = partial(multiply, gemm, Operand(x, columns, scale), layers, out, act, scale)
+            blocks = config.output_tiles(tokens, sum(matrix.row_tiles for matrix in layers[0]), experts=0)
             rounds = -(-blocks // gpu.multiprocessors)
-            step = microseconds(gpu, launch) * 1e3 / (columns / K_MULTIPLE)
+            step = microseconds(gpu, launch) * 1e3 / (columns / OPERAND_GROUP)
             costs.setdefault(rounds == 1, []).append(step / rounds)
     return costs
 
 
 def main() -> None:
-    """Measure each tile and print the table."""
+    """Measure each configuration and print the table."""
     backend = CudaBackend(0)
-    backend.load(read_model(SyntheticFile(SHAPE, lambda *_: GGML.Q4_K, "tiles")), lambda *_: None)
-    gemm = HopperGemm(backend.gpu, backend.kernels, TensorMaps(backend.gpu, backend.weights))
-    backend.kernels.prepare([tile.program((GGML.Q4_K,)) for tile in HOPPER_TILES], lambda *_: None)
-    for tile in HOPPER_TILES:
-        measured = step_costs(backend, gemm, tile)
+    family = read_model(SyntheticFile(SHAPE, lambda *_: GGML.Q4_K, "tiles"))
+    backend.load(family, no_progress)
+    backend.launcher.prepare([config.program((GGML.Q4_K,)) for config in CONFIGS], no_progress)
+    for config in CONFIGS:
+        measured = step_costs(backend, family, config)
         shared = statistics.mean(measured.get(False) or measured[True])
-        alone = min(measured.get(True) or [shared]) if tile.blocks > 1 else shared
-        row = astuple(replace(tile, alone=round(alone), shared=round(min(alone, shared))))
-        print(f"    HopperTile({', '.join(map(str, row))}),")
+        alone = min(measured.get(True) or [shared]) if config.blocks > 1 else shared
+        row = astuple(replace(config, alone=round(alone), shared=round(min(alone, shared))))
+        print(f"    HopperConfig({', '.join(map(str, row))}),")
 
 
 if __name__ == "__main__":
