@@ -10,7 +10,8 @@ from ..errors import ModelError
 from ..gguf import ModelFile, ModelTensor
 from ..gguf.dequantize import SUPPORTED
 
-# GGUF tensor name, without `.weight` -> shape; a trailing `?` marks a tensor that a file may lack.
+# GGUF tensor name, without `.weight` -> shape. A trailing `?` marks a tensor that a file may lack; a name that ends in `=`
+# before that is the tensor's whole name, as `ssm_a=` or `exp_probs_b.bias=?`.
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
 # GGUF tensor name of a matrix that holds several, one under another -> {name of each: its rows}.
 Parts: TypeAlias = dict[str, dict[str, int]]
@@ -40,7 +41,7 @@ class Weight:
 
 
 class Weights:
-    """Weights by their GGUF names (without `.weight`), as attributes."""
+    """Weights by their GGUF names, as attributes: without `.weight`, and with `_` for any other dot."""
 
     def __init__(self, file: ModelFile, prefix: str, shapes: Shapes, parts: Parts | None = None) -> None:
         """prefix: of the tensors' names in the file, such as `blk.0.`. parts: matrices to be cut into several weights.
@@ -50,13 +51,14 @@ class Weights:
         self._prefix = prefix
         self._by_name: dict[str, Weight] = {}
         for declared, shape in shapes.items():
-            name = declared.rstrip("?")
-            tensor = file.tensors.get(f"{prefix}{name}.weight")
+            full, bias_name, optional = tensor_names(declared, shape)
+            name = declared.rstrip("?=").replace(".", "_")
+            tensor = file.tensors.get(prefix + full)
             if tensor is None:
-                if not declared.endswith("?"):
-                    raise ModelError(f"{file.path}: tensor {prefix}{name}.weight is missing")
+                if not optional:
+                    raise ModelError(f"{file.path}: tensor {prefix}{full} is missing")
                 continue
-            bias = file.tensors.get(f"{prefix}{name}.bias") if may_have_bias(shape) else None
+            bias = file.tensors.get(prefix + bias_name) if bias_name else None
             _check(file, tensor, shape)
             if bias is not None:
                 _check(file, bias, shape[:-1])
@@ -77,9 +79,15 @@ class Weights:
         return iter(self._by_name.values())
 
 
-def may_have_bias(shape: tuple[int, ...]) -> bool:
-    """Whether a tensor of that shape is multiplied by, so that a file may have a bias `[*shape[:-1]]` for it."""
-    return len(shape) >= 2
+def tensor_names(declared: str, shape: tuple[int, ...]) -> tuple[str, str | None, bool]:
+    """(a tensor's name in the file, that of its bias, whether the file may lack it), of a name in Shapes.
+
+    Matrices may have a bias `[*shape[:-1]]`; vectors, and tensors that are declared by their whole names, have none.
+    """
+    optional, name = declared.endswith("?"), declared.removesuffix("?")
+    if name.endswith("="):
+        return name.removesuffix("="), None, optional
+    return f"{name}.weight", f"{name}.bias" if len(shape) >= 2 else None, optional
 
 
 def _cut(whole: Weight, rows: Mapping[str, int]) -> dict[str, Weight]:

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...core import Float32Array, Int32Array, Ranks, Targets
+from ...models.experts import Experts
 
 
 def softmax(x: Float32Array, sink: Float32Array | None = None) -> Float32Array:
@@ -23,6 +25,32 @@ def softmax(x: Float32Array, sink: Float32Array | None = None) -> Float32Array:
 def softcapped(x: Float32Array, softcap: float | None) -> Float32Array:
     """softcap * tanh(x / softcap) (arXiv 2408.00118), or x."""
     return x if softcap is None else np.float32(softcap) * np.tanh(x / np.float32(softcap))
+
+
+def sigmoid(x: Float32Array) -> Float32Array:
+    """1 / (1 + exp(-x))."""
+    with np.errstate(over="ignore"):  # exp(-x) of a very negative x is inf, and 1 / inf the 0 it should be
+        result: Float32Array = 1 / (1 + np.exp(-x))
+    return result
+
+
+LEAST_SUM = np.float32(2.0**-14)  # of shares that are normalised: the smallest normal half (llama.cpp: build_moe_ffn)
+
+
+def best_experts(scores: Float32Array, experts: Experts) -> NDArray[np.intp]:
+    """Which experts each token uses, [T, used]: those of the highest scores [T, count], the lowest numbers of equals first.
+
+    Where experts are in groups, only those of the best groups count: a group is as good as its two best experts together
+    (arXiv 2412.19437).
+    """
+    if experts.groups > 1:
+        groups = scores.reshape(len(scores), experts.groups, -1)
+        value = np.sort(groups, axis=-1)[..., -2:].sum(axis=-1)
+        others = np.argsort(-value, axis=-1, kind="stable")[:, experts.groups_used :]
+        scores = groups.copy()
+        np.put_along_axis(scores, others[:, :, None], -np.inf, axis=1)
+        scores = scores.reshape(len(scores), -1)
+    return np.argsort(-scores, axis=-1, kind="stable")[:, : experts.used]
 
 
 def _silu(x: Float32Array) -> Float32Array:

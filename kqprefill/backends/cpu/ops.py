@@ -17,7 +17,7 @@ from ...models.experts import Experts
 from ...models.ops import Ops
 from ...models.weights import Weight, Weights
 from ..base import Cache
-from .functions import GATES, ranks_of, softcapped, softmax
+from .functions import GATES, LEAST_SUM, best_experts, ranks_of, sigmoid, softcapped, softmax
 
 _MATRIX_PIECE, _MATRIX_ROWS = 1 << 25, 1 << 13  # elements (128 MB), and rows, of a matrix that are dequantised at once
 _SCORES_PIECE = 1 << 25  # attention scores held at once: 128 MB
@@ -222,14 +222,19 @@ class CpuOps(Ops):
         self, h: Float32Array, w: Weights, experts: Experts, *, activation: str, residual: Float32Array
     ) -> Float32Array:
         scores = self.linear(h, w.ffn_gate_inp)
-        if not experts.routed_after:
+        if experts.sigmoid:
+            scores = sigmoid(scores)
+        elif not experts.routed_after:
             scores = softmax(scores)
-        used = np.argsort(-scores, axis=-1, kind="stable")[:, : experts.used]
+        bias = w.get("exp_probs_b_bias")
+        used = best_experts(scores if bias is None else scores + _vector(bias.tensor), experts)
         shares = np.take_along_axis(scores, used, axis=-1)
         if experts.routed_after:
             shares = softmax(shares)
         if experts.normalise:
-            shares /= shares.sum(axis=-1, keepdims=True)
+            shares /= np.maximum(shares.sum(axis=-1, keepdims=True), LEAST_SUM)
+        if experts.scale != 1.0:
+            shares *= np.float32(experts.scale)
         out: Float32Array = residual.copy()
         for expert in np.unique(used):
             tokens, slot = np.nonzero(used == expert)
