@@ -24,7 +24,9 @@ from .qwen2 import Qwen2
 from .qwen2moe import Qwen2Moe
 from .qwen3 import Qwen3
 from .qwen3moe import Qwen3Moe
+from .qwen3next import Qwen3Next
 from .qwen3vl import Qwen3Vl, Qwen3VlMoe
+from .qwen35 import Qwen35, Qwen35Moe
 from .smollm3 import SmolLM3
 
 _PAGES: tuple[type[Family], ...] = (
@@ -47,6 +49,9 @@ _PAGES: tuple[type[Family], ...] = (
     Qwen3VlMoe,
     Glm4,
     Glm4Moe,
+    Qwen35,
+    Qwen35Moe,
+    Qwen3Next,
 )
 FAMILIES = {family.architecture: family for family in _PAGES}
 

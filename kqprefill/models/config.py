@@ -47,8 +47,8 @@ class Rope:
 class Config:
     """Sizes and constants of a decoder-only transformer, named as GGUF names them.
 
-    block_count: the layers that are computed. nextn_predict_layers: blocks after them that predict further tokens, which GGUF
-    counts among its blocks.
+    block_count: the layers that are computed. nextn_predict_layers: blocks after them that predict further tokens,
+    which GGUF counts among its blocks.
     """
 
     architecture: str
@@ -94,7 +94,7 @@ class Config:
             block_count=blocks - nextn,
             context_length=meta.integer("context_length"),
             embedding_length=embedding,
-            feed_forward_length=meta.integer("feed_forward_length"),
+            feed_forward_length=meta.integer("feed_forward_length", meta.integer_or_none("expert_feed_forward_length")),
             head_count=heads,
             head_count_kv=kv_heads,
             head_dim=head_dim,
@@ -147,10 +147,23 @@ class ArchMetadata:
             raise self.error(f"metadata {key} is {value!r}, not true or false")
         return bool(value)
 
+    def flags(self, key: str, at_least: int) -> list[bool]:
+        """An array of bools, of so many layers at least."""
+        value = self._get(key, None)
+        listed = value.tolist() if isinstance(value, np.ndarray) else value
+        if not isinstance(listed, list) or len(listed) < at_least or not all(isinstance(v, bool) for v in listed):
+            raise self.error(f"metadata {key} is not an array of at least {at_least} bools")
+        return listed
+
     def integers(self, key: str, length: int) -> list[int]:
         """An array of so many integers, none negative."""
         value = self._get(key, None)
-        if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu" or value.shape != (length,) or (value < 0).any():
+        if (
+            not isinstance(value, np.ndarray)
+            or value.dtype.kind not in "iu"
+            or value.shape != (length,)
+            or (value < 0).any()
+        ):
             raise self.error(f"metadata {key} is not an array of {length} integers from 0 on")
         return [int(number) for number in value]
 

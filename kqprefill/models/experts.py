@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .config import ArchMetadata, Config
-from .weights import Shapes
+from .weights import Parts, Shapes
 
 _SOFTMAX, _SIGMOID = 1, 2  # expert_gating_func: llama.cpp's llama_expert_gating_func_type
 
@@ -14,12 +14,12 @@ _SOFTMAX, _SIGMOID = 1, 2  # expert_gating_func: llama.cpp's llama_expert_gating
 class Experts:
     """A layer's experts, and how tokens are routed to them.
 
-    count: experts of a layer. used: experts that a token goes through, those of the highest scores. width: of each expert's
-    hidden layer. sigmoid: whether scores become probabilities one by one (arXiv 2412.19437), rather than by a softmax over
-    all. normalise: whether the shares of a token's used experts are divided by their sum. routed_after: whether the softmax
-    that gives the shares is over the used experts' scores alone. scale: what the shares are multiplied by at last. groups,
-    groups_used: experts are in so many groups, of which a token's are those of the best so many; a group is as good as its
-    two best experts together.
+    count: experts of a layer. used: experts that a token goes through, those of the highest scores. width: of each
+    expert's hidden layer. sigmoid: whether scores become probabilities one by one (arXiv 2412.19437), rather than by a
+    softmax over all. normalise: whether the shares of a token's used experts are divided by their sum. routed_after:
+    whether the softmax that gives the shares is over the used experts' scores alone. scale: what the shares are
+    multiplied by at last. groups, groups_used: experts are in so many groups, of which a token's are those of the best
+    so many; a group is as good as its two best experts together.
     """
 
     count: int
@@ -72,8 +72,16 @@ class Experts:
             groups_used=groups_used,
         )
 
-    def instead_of_dense(self, shapes: Shapes, config: Config) -> Shapes:
-        """A block's shapes (Family.block_shapes) with a router and experts in the place of one feed-forward network."""
+    @property
+    def fused_parts(self) -> Parts:
+        """Where gate and up of each expert may be one matrix: its parts (Family.block_parts)."""
+        return {"ffn_gate_up_exps": {"ffn_gate_exps": self.width, "ffn_up_exps": self.width}}
+
+    def instead_of_dense(self, shapes: Shapes, config: Config, fused: bool = False) -> Shapes:
+        """A block's shapes (Family.block_shapes) with a router and experts in the place of one feed-forward network.
+
+        fused: gate and up may be one matrix instead (`fused_parts`).
+        """
         hidden = config.embedding_length
         experts = {
             "ffn_gate_inp": (self.count, hidden),  # the router
@@ -81,6 +89,10 @@ class Experts:
             "ffn_up_exps": (self.count, self.width, hidden),
             "ffn_down_exps": (self.count, hidden, self.width),
         }
+        if fused:
+            for name in ("ffn_gate_exps", "ffn_up_exps"):
+                experts[f"{name}?"] = experts.pop(name)
+            experts["ffn_gate_up_exps?"] = (self.count, 2 * self.width, hidden)
         replaced: Shapes = {}
         for name, shape in shapes.items():
             if name == "ffn_gate":

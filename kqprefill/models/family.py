@@ -163,8 +163,11 @@ class Family(ABC):
     @cached_property
     def layer_states(self) -> tuple[LayerState, ...]:
         """What each layer of an opened family keeps of a sequence, so that the sequence can be continued."""
-        c = self.config
-        return tuple(KeysValues(c.head_count_kv, c.head_dim, self.window(index)) for index in range(c.block_count))
+        return tuple(self.state(index) for index in range(self.config.block_count))
+
+    def state(self, index: int) -> LayerState:
+        """What one layer keeps of a sequence; here, keys and values."""
+        return KeysValues(self.config.head_count_kv, self.config.head_dim, self.window(index))
 
     def tensor_shapes(self) -> Shapes:
         """Every tensor that a file of this model may have, in a file's usual order: full GGUF name -> shape.
@@ -206,7 +209,8 @@ class Family(ABC):
         self.output_norm = self.shared.output_norm
         self.output = self.shared.get("output") or self.token_embd
         self.blocks = [
-            Weights(file, f"blk.{i}.", self.block_shapes(i), self.block_parts(i)) for i in range(self.config.block_count)
+            Weights(file, f"blk.{i}.", self.block_shapes(i), self.block_parts(i))
+            for i in range(self.config.block_count)
         ]
 
     def _refuse_unknown_tensors(self) -> None:

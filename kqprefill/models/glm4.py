@@ -1,5 +1,5 @@
-"""GLM 4 (arXiv 2406.12793; the 0414 models and Z1): Llama's layers with a norm on both sides of each half; gate and up are
-one matrix, and half of each head is rotated."""
+"""GLM 4 (arXiv 2406.12793; the 0414 models and Z1): Llama's layers with a norm on both sides of each half; gate and up
+are one matrix, and half of each head is rotated."""
 
 from __future__ import annotations
 

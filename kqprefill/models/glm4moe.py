@@ -1,5 +1,5 @@
-"""GLM 4.5 to 4.7 (arXiv 2508.06471): after some dense layers, experts chosen by sigmoids with a bias that only the choice
-sees, beside one that every token goes through; biases on q, k and v, and norms of q and k in the largest."""
+"""GLM 4.5 to 4.7 (arXiv 2508.06471): after some dense layers, experts chosen by sigmoids with a bias that only the
+choice sees, beside one that every token goes through; biases on q, k and v, and norms of q and k in the largest."""
 
 from __future__ import annotations
 

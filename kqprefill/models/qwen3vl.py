@@ -1,5 +1,5 @@
-"""Qwen 3 VL (arXiv 2511.21631), what reads text: Qwen 3's layers. Its rotary pairs turn by one of several position axes;
-a text's tokens have their position on the first three, and 0 on the fourth."""
+"""Qwen 3 VL (arXiv 2511.21631), what reads text: Qwen 3's layers. Its rotary pairs turn by one of several position
+axes; a text's tokens have their position on the first three, and 0 on the fourth."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from .qwen3moe import Qwen3Moe
 
 
 def text_rope(rope: Rope, meta: ArchMetadata) -> Rope:
-    """The rotation of text by interleaved sections (ggml's GGML_ROPE_TYPE_IMROPE): a pair of the fourth axis does not turn.
+    """The rotation of text by interleaved sections (ggml's GGML_ROPE_TYPE_IMROPE): a pair of the fourth axis does not
+    turn.
 
     Section a's pairs are those of numbers a, a + 3, a + 6, ...; a pair that no section takes is the fourth's. Raises
     ModelError for sections that do not fit.

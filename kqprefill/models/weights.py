@@ -6,15 +6,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..errors import ModelError
 from ..gguf import ModelFile, ModelTensor
 from ..gguf.dequantize import SUPPORTED
 
-# GGUF tensor name, without `.weight` -> shape. A trailing `?` marks a tensor that a file may lack; a name that ends in `=`
-# before that is the tensor's whole name, as `ssm_a=` or `exp_probs_b.bias=?`.
+# GGUF tensor name, without `.weight` -> shape. A trailing `?` marks a tensor that a file may lack; a name that ends in
+# `=` before that is the tensor's whole name, as `ssm_a=` or `exp_probs_b.bias=?`.
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
-# GGUF tensor name of a matrix that holds several, one under another -> {name of each: its rows}.
-Parts: TypeAlias = dict[str, dict[str, int]]
+# GGUF tensor name of a matrix that holds several -> {name of each: how many rows it has, one matrix under another; or
+# which rows are its own}. Of a stack, each matrix holds several.
+Parts: TypeAlias = dict[str, dict[str, int | NDArray[np.intp]]]
 
 
 @dataclass(frozen=True)
@@ -90,12 +94,18 @@ def tensor_names(declared: str, shape: tuple[int, ...]) -> tuple[str, str | None
     return f"{name}.weight", f"{name}.bias" if len(shape) >= 2 else None, optional
 
 
-def _cut(whole: Weight, rows: Mapping[str, int]) -> dict[str, Weight]:
-    """The matrices that stand one under another in `whole`, by name. rows: of each, from the first on."""
-    cut, begin = {}, 0
-    for name, count in rows.items():
-        end = begin + count
-        cut[name] = Weight(whole.tensor.rows(begin, end), whole.bias and whole.bias.rows(begin, end))
+def _cut(whole: Weight, rows: Mapping[str, int | NDArray[np.intp]]) -> dict[str, Weight]:
+    """The matrices that `whole` holds, by name (see Parts)."""
+    cut, begin, tensor, bias = {}, 0, whole.tensor, whole.bias
+    for name, own in rows.items():
+        if not isinstance(own, int):
+            cut[name] = Weight(tensor.picked(own), bias and bias.picked(own))
+            continue
+        end = begin + own
+        if len(tensor.shape) == 3:
+            cut[name] = Weight(tensor.within(begin, end), bias and bias.within(begin, end))
+        else:
+            cut[name] = Weight(tensor.rows(begin, end), bias and bias.rows(begin, end))
         begin = end
     return cut
 

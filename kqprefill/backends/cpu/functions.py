@@ -38,10 +38,11 @@ LEAST_SUM = np.float32(2.0**-14)  # of shares that are normalised: the smallest 
 
 
 def best_experts(scores: Float32Array, experts: Experts) -> NDArray[np.intp]:
-    """Which experts each token uses, [T, used]: those of the highest scores [T, count], the lowest numbers of equals first.
+    """Which experts each token uses, [T, used]: those of the highest scores [T, count], the lowest numbers of equals
+    first.
 
-    Where experts are in groups, only those of the best groups count: a group is as good as its two best experts together
-    (arXiv 2412.19437).
+    Where experts are in groups, only those of the best groups count: a group is as good as its two best experts
+    together (arXiv 2412.19437).
     """
     if experts.groups > 1:
         groups = scores.reshape(len(scores), experts.groups, -1)
@@ -53,7 +54,8 @@ def best_experts(scores: Float32Array, experts: Experts) -> NDArray[np.intp]:
     return np.argsort(-scores, axis=-1, kind="stable")[:, : experts.used]
 
 
-def _silu(x: Float32Array) -> Float32Array:
+def silu(x: Float32Array) -> Float32Array:
+    """x / (1 + exp(-x))."""
     with np.errstate(over="ignore"):  # exp(-x) of a very negative x is inf, and x / inf the 0 it should be
         result: Float32Array = x / (1 + np.exp(-x))
     return result
@@ -74,7 +76,7 @@ def _swiglu_oai(gate: Float32Array, up: Float32Array) -> Float32Array:
 
 # act(gate) * up of gated feed-forward networks (ggml_silu, ggml_gelu, ggml_swiglu_oai).
 GATES: dict[str, Callable[[Float32Array, Float32Array], Float32Array]] = {
-    "silu": lambda gate, up: _silu(gate) * up,
+    "silu": lambda gate, up: silu(gate) * up,
     "gelu_tanh": lambda gate, up: _gelu_tanh(gate) * up,
     "swiglu_oai": _swiglu_oai,
 }
