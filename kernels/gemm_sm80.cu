@@ -25,7 +25,7 @@ __device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {
 }
 
 using Tokens = TokenTiles<BLOCK_M, GROUPED>;
-using OutputTiles = Scheduler<Tokens, BLOCK_N, kTogether>;
+using OutputTiles = Scheduler<Tokens, BLOCK_N, kTogether, false>;
 
 // Where an output tile is, in rows of x and of W, and which matrix of w it is multiplied by.
 struct OutputTile {
@@ -108,9 +108,9 @@ __device__ __forceinline__ void multiply_tiles(const half_t* x, const half_t* w,
         for (int step = 0; step < STAGES - 1; ++step) load_stage(step);
     };
     auto current = [&]() -> OutputTile {
-        TilePosition at = tiles.at();
-        return {rows.first(at.token_tile), rows.end(at.token_tile), at.column_tile * BLOCK_N,
-                GROUPED ? rows.expert(at.token_tile) - experts.first : 0};
+        int token_tile = tiles.token_tile();
+        return {rows.first(token_tile), rows.end(token_tile), tiles.column_tile() * BLOCK_N,
+                GROUPED ? rows.expert(token_tile) - experts.first : 0};
     };
     if (GROUPED) tiles.skip_absent(experts.first, experts.last);
     if (GROUPED && !tiles.more()) return;
@@ -187,7 +187,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         LinearOutput output = {out, ldo};
         for_each_pair(tile, 0, 1, [&](int row, int column, int i, int j, int half) {
             if (column >= n) return;
-            Biases first = {tile.expert * n + column, column < n}, second = {first.at + 1, column + 1 < n};
+            Biases first = {tile.expert, n, column, column < n}, second = {tile.expert, n, column + 1, column + 1 < n};
             float a = fmaf(acc[i][j][2 * half], alpha, first.of(bias)),
                   b = fmaf(acc[i][j][2 * half + 1], alpha, second.of(bias));
             output.store_columns(row, column, a, b, column + 1 < n, residual);
@@ -214,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
                 bool inside = f + c < features;
-                Biases biases = {tile.expert * features + f + c, inside};
+                Biases biases = {tile.expert, features, f + c, inside};
                 float gate = fmaf(acc[i][j][2 * half + c], alpha, biases.of(gate_bias)),
                       up = fmaf(acc[i][j + 1][2 * half + c], alpha, biases.of(up_bias));
                 y[c] = inside ? gated(gate, up, activation) * scale : 0.0f;

@@ -57,7 +57,7 @@ struct RingPosition {
     int stage = 0;
     uint32_t phase = 0;
 
-    __device__ void advance() {
+    __device__ __forceinline__ void advance() {
         if (++stage == kStages) stage = 0, phase ^= 1;
     }
 };
@@ -65,7 +65,7 @@ template <int kStages>
 struct ProducerPosition : RingPosition<kStages> {};
 template <int kStages>
 struct ConsumerPosition : RingPosition<kStages> {
-    __device__ int previous() const { return this->stage == 0 ? kStages - 1 : this->stage - 1; }
+    __device__ __forceinline__ int previous() const { return this->stage == 0 ? kStages - 1 : this->stage - 1; }
 };
 
 // A ring of kStages stages of kStageBytes each in shared memory, which are filled and read in turn. Each stage has two
@@ -76,11 +76,11 @@ struct Ring {
     static constexpr int kBytes = kStages * kStageBytes, kBarrierBytes = 2 * kStages * Barrier::kBytes;
     uint32_t stages, barriers;  // the shared addresses of the kBytes of stages and the kBarrierBytes of barriers
 
-    __device__ uint32_t stage(int index) const { return stages + index * kStageBytes; }
-    __device__ Barrier arrived(int stage) const { return {barriers + stage * Barrier::kBytes}; }
-    __device__ Barrier finished(int stage) const { return {barriers + (kStages + stage) * Barrier::kBytes}; }
+    // One thread initialises the barriers, with the arrivals that each phase has, and then calls fence_barrier_init.
+    __device__ __forceinline__ uint32_t stage(int index) const { return stages + index * kStageBytes; }
+    __device__ __forceinline__ Barrier arrived(int stage) const { return {barriers + stage * Barrier::kBytes}; }
+    __device__ __forceinline__ Barrier finished(int stage) const { return {barriers + (kStages + stage) * Barrier::kBytes}; }
 
-    // Called by one thread, before fence_barrier_init: each phase has so many arrivals of producers and of consumers.
     __device__ __forceinline__ void init(int producers, int consumers) const {
         for (int i = 0; i < kStages; ++i) {
             arrived(i).init(producers);

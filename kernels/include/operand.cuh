@@ -43,9 +43,10 @@ __device__ __forceinline__ void store_operand(half_t* row, int column, OperandPa
     *reinterpret_cast<OperandPair*>(row + operand_position(column)) = pair;
 }
 
-// Writes, 8 bytes at once, the pairs that begin at `column` and at column + 16; column % 32 is below 16.
-__device__ __forceinline__ void store_operand(half_t* row, int column, OperandPair first, OperandPair second) {
-    *reinterpret_cast<uint2*>(row + operand_position(column)) = make_uint2(first, second);
+// The same for the pairs that begin at `column` and at column + 16, 8 bytes at once; column % 32 is below 16. `to` is where
+// `column` lies in the row.
+__device__ __forceinline__ void store_operand(half_t* to, uint2 pairs) {
+    *reinterpret_cast<uint2*>(to) = pairs;
 }
 
 // Writes, 16 bytes at once, the pairs that begin at column, + 16, + 32 and + 48; column % 64 is below 16.

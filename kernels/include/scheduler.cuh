@@ -18,39 +18,36 @@ struct TokenTiles {
     __device__ int expert(int tile) const { return kGrouped ? groups[tile].expert : 0; }
 };
 
-// Where an output tile is.
-struct TilePosition {
-    int token_tile, column_tile;
-};
-
-// Output tiles are numbered such that kTogether token tiles take turns at a column tile while this is in the L2 cache, then at
-// the next column tile; when these are done, further token tiles follow.
-template <int kTogether>
-__device__ __forceinline__ TilePosition tile_position(int index, int token_tiles, int column_tiles) {
-    int band = index / (kTogether * column_tiles), within = index % (kTogether * column_tiles);
-    int height = min(kTogether, token_tiles - band * kTogether);
-    return {band * kTogether + within % height, within / height};
-}
-
 // The output tiles of a block of a persistent grid, one after another; all blocks of a cluster are at the same one. W has
-// `columns` columns of outputs (or units of several), kColumns in a column tile.
-template <class Tokens, int kColumns, int kTogether, int kCluster = 1>
+// `columns` columns of outputs (or units of several), kColumns of them in a column tile. Output tiles are numbered in bands of
+// kTogether token tiles: these take turns at a column tile while it is in the L2 cache, then at the next column tile.
+// kKeepsCount: whether the number of token tiles is kept in a register, or read again for each output tile.
+template <class Tokens, int kColumns, int kTogether, bool kKeepsCount, int kCluster = 1>
 struct Scheduler {
     const Tokens& x;
-    int columns, count, index;
+    int columns, kept_count, index, tiles;
 
     __device__ Scheduler(const Tokens& x, int columns)
-        : x(x), columns(columns), count(x.count() * ceil_div(columns, kColumns)), index(blockIdx.x / kCluster) {}
-    __device__ bool more() const { return index < count; }
+        : x(x),
+          columns(columns),
+          kept_count(x.count()),
+          index(blockIdx.x / kCluster),
+          tiles(kept_count * column_tiles()) {}
+    __device__ int token_tiles() const { return kKeepsCount ? kept_count : x.count(); }
+    __device__ int column_tiles() const { return ceil_div(columns, kColumns); }
+    __device__ bool more() const { return index < tiles; }
     __device__ void next() { index += gridDim.x / kCluster; }
-    __device__ TilePosition at() const {
-        return tile_position<kTogether>(index, x.count(), ceil_div(columns, kColumns));
-    }
+
+    __device__ int band() const { return index / (kTogether * column_tiles()); }
+    __device__ int within_band() const { return index % (kTogether * column_tiles()); }
+    __device__ int band_height() const { return min(kTogether, token_tiles() - band() * kTogether); }
+    __device__ int column_tile() const { return within_band() / band_height(); }
+    __device__ int token_tile() const { return band() * kTogether + within_band() % band_height(); }
 
     // Goes on to the first tile, from this one on, whose expert is one of first .. last - 1.
     __device__ void skip_absent(int first, int last) {
         for (; more(); next()) {
-            int expert = x.expert(at().token_tile) - first;
+            int expert = x.expert(token_tile()) - first;
             if (expert >= 0 && expert < last - first) break;
         }
     }
