@@ -1,9 +1,11 @@
 // out[m, n] = sum over k of x[m, k] * w[n, k]: halves into float32, with mma.sync and cp.async (sm_80 and later).
 //
-// A block makes BLOCK_M x BLOCK_N tiles in BLOCK_K steps through a ring of STAGES shared-memory buffers; its
-// WARPS_M x WARPS_N warps hold their accumulators in registers and load the fragments of the next k16 step while the
-// current one multiplies. Each output is one chain of sums over k in order, whatever the tile: a row's bits depend
-// neither on the other rows nor on the configuration.
+// A block makes output tiles of BLOCK_M x BLOCK_N, one after another, in steps of BLOCK_K columns that go through a
+// ring of STAGES stages in shared memory. Its WARPS_M x WARPS_N warps hold their accumulators in registers, and load
+// the fragments of the next 16 columns while the current ones are multiplied. Each output is one chain of sums over k
+// in order, whatever the tile: a row's bits depend neither on the other rows nor on the configuration.
+//
+// Where GROUPED, x's rows come in groups, each multiplied by its own matrix of a stack of them (experts).
 #include "include/epilogue.cuh"
 #include "include/ptx.cuh"
 #include "include/scheduler.cuh"
@@ -13,10 +15,13 @@ constexpr int kThreads = 32 * WARPS_M * WARPS_N;
 constexpr int kWarpM = BLOCK_M / WARPS_M, kWarpN = BLOCK_N / WARPS_N;
 constexpr int kFragsM = kWarpM / 16, kFragsN = kWarpN / 8;
 constexpr int kChunks = BLOCK_K / 8;  // 16-byte chunks of a shared-memory row
-constexpr int kStageX = BLOCK_M * BLOCK_K * 2, kStageW = BLOCK_N * BLOCK_K * 2, kStage = kStageX + kStageW;
+constexpr int kStageX = BLOCK_M * BLOCK_K * 2, kStageW = BLOCK_N * BLOCK_K * 2, kStage = kStageX + kStageW;  // bytes
 constexpr int kTogether = 16;  // token tiles that share a column tile of W while it is in the L2 cache
 static_assert(BLOCK_K == 32 || BLOCK_K == 64, "the swizzle knows rows of 64 and 128 bytes");
 static_assert(kFragsN % 2 == 0, "ldmatrix.x4 brings two column fragments, and gate and up come in pairs");
+static_assert(kOperandGroup % BLOCK_K == 0, "operands are padded to whole steps");
+static_assert(THREADS == kThreads, "what the host launches");
+static_assert(STAGES * kStage <= SHARED_BYTES, "what the host launches with");
 
 // Byte offset of a 16-byte chunk, swizzled so that the eight rows of an ldmatrix fall into different banks.
 __device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {
@@ -25,19 +30,21 @@ __device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {
 }
 
 using Tokens = TokenTiles<BLOCK_M, GROUPED>;
+// The count is read again for each tile: a register that kept it would be one too many for the large tile.
 using OutputTiles = Scheduler<Tokens, BLOCK_N, kTogether, false>;
 
-// Where an output tile is, in rows of x and of W, and which matrix of w it is multiplied by.
+// Where an output tile is: rows `row` .. row_end - 1 of the output (and of x), columns from `column` on (rows of w).
+// expert: which matrix of w it is multiplied by.
 struct OutputTile {
     int row, row_end, column, expert;
 };
 
-// What w has of a stack of experts' matrices: those of experts first .. last - 1.
+// w has the matrices of experts first .. last - 1 of a stack.
 struct Experts {
     int first, last;
 };
 
-// One operand's share of the block's copies: kRows rows of BLOCK_K halves a stage.
+// A thread's share of the copies of one operand: of each stage, which has kRows rows of BLOCK_K halves.
 template <int kRows>
 struct Loader {
     static constexpr int kCopies = kRows * kChunks / kThreads, kRowStep = kThreads / kChunks;
@@ -63,6 +70,7 @@ struct Loader {
     }
 };
 
+// What a warp multiplies at a time: its rows of x and of w, of 16 columns.
 struct Fragments {
     uint32_t x[kFragsM][4], w[kFragsN / 2][4];
 
@@ -81,11 +89,11 @@ struct Fragments {
 
 using Accumulators = float[kFragsM][kFragsN][4];
 
-// Multiplies this block's tiles, gridDim.x apart; calls write(tile, accumulators) after each, while the next one's first
-// stages are on their way.
+// Multiplies this block's output tiles; calls write(output tile, accumulators) after each, while the first stages of
+// the next are on their way.
 template <class Write>
-__device__ __forceinline__ void multiply_tiles(const half_t* x, const half_t* w, const Tokens& rows, Experts experts, int n, int k,
-                                               Write write) {
+__device__ __forceinline__ void multiply_tiles(const half_t* x, const half_t* w, const Tokens& rows, Experts experts,
+                                               int n, int k, Write write) {
     extern __shared__ __align__(128) uint8_t shared[];
     uint32_t ring = shared_address(shared);
     int warp = threadIdx.x / 32, warp_m = warp / WARPS_N, warp_n = warp % WARPS_N;
@@ -129,23 +137,23 @@ __device__ __forceinline__ void multiply_tiles(const half_t* x, const half_t* w,
         __syncthreads();
         fragments[0].load(ring, warp_m, warp_n, 0);
         for (int step = 0; step < k_steps; ++step) {
-            constexpr int kSub = BLOCK_K / 16;
+            constexpr int kSubs = BLOCK_K / 16;
             uint32_t stage = ring + step % STAGES * kStage;
 #pragma unroll
-            for (int sub = 0; sub < kSub; ++sub) {
-                if (sub == kSub - 1) {  // the next stage must have come, and everyone be done with the one before this
+            for (int sub = 0; sub < kSubs; ++sub) {
+                if (sub == kSubs - 1) {  // the next stage must have come, and everyone be done with the one before this
                     cp_async_wait<STAGES - 2>();
                     __syncthreads();
                     stage = ring + (step + 1) % STAGES * kStage;
                 }
-                fragments[(sub + 1) % 2].load(stage, warp_m, warp_n, (sub + 1) % kSub);
+                fragments[(sub + 1) % 2].load(stage, warp_m, warp_n, (sub + 1) % kSubs);
                 if (sub == 0) load_stage(step + STAGES - 1);
-                const Fragments& f = fragments[sub % 2];
+                const Fragments& now = fragments[sub % 2];
 #pragma unroll
                 for (int i = 0; i < kFragsM; ++i)
 #pragma unroll
                     for (int j = 0; j < kFragsN; ++j)
-                        mma_m16n8k16(acc[i][j], f.x[i], f.w[j / 2][j % 2 * 2], f.w[j / 2][j % 2 * 2 + 1]);
+                        mma_m16n8k16(acc[i][j], now.x[i], now.w[j / 2][j % 2 * 2], now.w[j / 2][j % 2 * 2 + 1]);
             }
         }
         cp_async_wait<0>();
@@ -159,11 +167,14 @@ __device__ __forceinline__ void multiply_tiles(const half_t* x, const half_t* w,
     }
 }
 
-// Calls write(row, column, ...) for each pair of neighbouring outputs that this thread holds, the tile's own rows only.
+// Calls write(row, column, i, j, half) for each pair of neighbouring outputs that this thread holds of the tile's own
+// rows: they are acc[i][j][2 * half] and the next, at `row` and `column` of the output. Of the fragments j it takes
+// those from first_frag on, frag_step apart.
 template <class Write>
 __device__ __forceinline__ void for_each_pair(OutputTile tile, int first_frag, int frag_step, Write write) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int row0 = tile.row + warp / WARPS_N * kWarpM + lane / 4, column0 = tile.column + warp % WARPS_N * kWarpN + lane % 4 * 2;
+    int row0 = tile.row + warp / WARPS_N * kWarpM + lane / 4,
+        column0 = tile.column + warp % WARPS_N * kWarpN + lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < kFragsM; ++i)
 #pragma unroll
@@ -175,8 +186,8 @@ __device__ __forceinline__ void for_each_pair(OutputTile tile, int first_frag, i
         }
 }
 
-// out = sums / (*x_scale * *w_scale) + bias + residual, float32, rows `ldo` apart. bias (a row for each expert) and residual
-// may be null, and residual may be out itself.
+// out = sums / (*x_scale * *w_scale) + bias + residual, float32, rows `ldo` apart. bias (a row for each expert) and
+// residual may be null, and residual may be out itself.
 extern "C" __global__ void __launch_bounds__(kThreads)
     gemm_linear(const half_t* x, const half_t* w, int m, int n, int k, float* out, int ldo, const float* x_scale,
                 const float* w_scale, const float* bias, const float* residual, const Group* groups,
@@ -197,8 +208,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 }
 
 // out[m, f] = *out_scale * act(gate) * up as an operand, rows `ldo` apart. w's rows are gate and up, 8 and 8 in turn
-// (dequantize's `gated`), with room for `width` of each. gate_bias and up_bias, [features] for each expert, may be null.
-// Columns from `features` to `width` become zero.
+// (dequantize's `gated`), with room for `width` of each. gate_bias and up_bias, [features] for each expert, may be
+// null. Columns from `features` to `width` become zero.
 extern "C" __global__ void __launch_bounds__(kThreads)
     gemm_gated(const half_t* x, const half_t* w, int m, int features, int width, int k, half_t* out, int ldo,
                const float* x_scale, const float* w_scale, const float* gate_bias, const float* up_bias,

@@ -1,16 +1,17 @@
-// out[m, n] = sum over k of x[m, k] * w[n, k] on Hopper, w quantised: it is decoded straight into the registers that wgmma reads.
+// out[m, n] = sum over k of x[m, k] * w[n, k] on Hopper, w quantised: it is decoded straight into the registers that
+// wgmma reads.
 //
-// wgmma computes Yᵀ = W · Xᵀ, with W from registers and X from shared memory. Each of a block's consumer warpgroups multiplies
-// one or two row tiles of W by the tokens of a token tile; with one row tile half of wgmma's 64 rows are zero, which costs
-// nothing where few tokens leave the matrix units idle. Two producer warps have the copy engine bring x (swizzled, 64 columns
-// a step) and weight tiles (a unit at a time) into two rings. A consumer decodes its weights of one step while the matrix
-// units multiply those of the step before. x's columns are in operand order (operand.cuh), so a thread's weights of a step
-// are 16 neighbours in a row. The grid is persistent: while one output tile is in its epilogue, the rings fill for the next.
-// Each output is one chain of sums over k in order, whatever the tile: a token's bits depend neither on other tokens nor on
-// the configuration.
+// wgmma computes Yᵀ = W · Xᵀ, with W from registers and X from shared memory. Each of a block's consumer warpgroups
+// multiplies one or two row tiles of W by the tokens of a token tile; with one row tile half of wgmma's 64 rows are
+// zero, which costs nothing where few tokens leave the matrix units idle. Two producer warps have the copy engine bring
+// x (swizzled, 64 columns a step) and weight tiles (a unit at a time) into two rings. A consumer decodes its weights of
+// one step while the matrix units multiply those of the step before. x's columns are in operand order (operand.cuh), so
+// a thread's weights of a step are 16 neighbours in a row. The grid is persistent: while one output tile is in its
+// epilogue, the rings fill for the next. Each output is one chain of sums over k in order, whatever the tile: a token's
+// bits depend neither on other tokens nor on the configuration.
 //
-// A launch multiplies by up to three matrices side by side (q, k, v), whose block formats may differ, or by gate and up of
-// one format; or, grouped, each group of x's rows by its own matrix of a stack of them (experts).
+// A launch multiplies by up to three matrices side by side (q, k, v), whose block formats may differ, or by gate and up
+// of one format; or, grouped, each group of x's rows by its own matrix of a stack of them (experts).
 #include "include/epilogue.cuh"
 #include "include/row_tiles.cuh"
 #include "include/scheduler.cuh"
@@ -76,17 +77,18 @@ struct Rings {
     const uint8_t* shared;  // the generic address at which shared memory begins
 };
 
-// Producers ---------------------------------------------------------------------------------------------------------------
+// Producers -----------------------------------------------------------------------------------------------------------
 
-// The work of kBlockTiles lanes of a warp: each has the copy engine bring a row tile of W, a weight tile at a time. Nothing
-// that runs writes weights, so this does not wait for earlier kernels (except where one of them listed the token tiles).
-__device__ __forceinline__ void produce_weights(const Rings& rings, const Matrices& matrices, const Tokens& x, int units,
-                                                int row_tiles) {
+// The work of kBlockTiles lanes of a warp: each has the copy engine bring a row tile of W, a weight tile at a time.
+// Nothing that runs writes weights, so this does not wait for earlier kernels (except where one of them listed the
+// token tiles).
+__device__ __forceinline__ void produce_weights(const Rings& rings, const Matrices& matrices, const Tokens& x,
+                                                int units, int row_tiles) {
     int lane = threadIdx.x % 32;
     ProducerPosition<Config::kRawStages> at;
     for (OutputTiles outputs(x, row_tiles); outputs.more(); outputs.next()) {
-        RowTile tile = row_tile<Config>(matrices, first_row_tile(outputs) + lane, units,
-                                        x.expert(outputs.token_tile()));
+        RowTile tile =
+            row_tile<Config>(matrices, first_row_tile(outputs) + lane, units, x.expert(outputs.token_tile()));
         int bytes = tile.weights != nullptr ? Formats::tile_bytes(tile.format) : 0;
 #pragma unroll 1  // few registers are left
         for (int unit = 0; unit < units; ++unit, at.advance()) {
@@ -124,10 +126,10 @@ __device__ __forceinline__ void produce_x(const Rings& rings, const void* x_map,
     }
 }
 
-// Consumers ---------------------------------------------------------------------------------------------------------------
+// Consumers -----------------------------------------------------------------------------------------------------------
 
-// Which row of its row tiles a thread has. In gemm_gated a warp has such rows that eight of its outputs, which lanes trade
-// (epilogue.cuh), are neighbours in operand order. For warp w of a warpgroup:
+// Which row of its row tiles a thread has. In gemm_gated a warp has such rows that eight of its outputs, which lanes
+// trade (epilogue.cuh), are neighbours in operand order. For warp w of a warpgroup:
 //
 //     lanes          0-3     4-7     8-11    12-15   16-19   20-23   24-27   28-31
 //     gemm_linear    8w      8w+1    8w+2    8w+3    8w+4    8w+5    8w+6    8w+7
@@ -146,21 +148,21 @@ struct Consumer {
     ConsumerPosition<Config::kStages> stage;
     ConsumerPosition<Config::kRawStages> raw;
 
-    // acc = W · Xᵀ for this warpgroup's row tiles, of one format. Weights go through two steps of work: what is multiplied in
-    // step i was decoded in step i - 1, and loaded in step i - 2.
+    // acc = W · Xᵀ for this warpgroup's row tiles, of one format. Weights go through two steps of work: what is
+    // multiplied in step i was decoded in step i - 1, and loaded in step i - 2.
     template <class Format>
     __device__ __forceinline__ void multiply_tile(Accumulators& acc) {
         Fields loaded[Config::kTiles];
         uint32_t w[2][2][8] = {};
         auto load = [&](int step) {
-            const uint8_t* from = rings.shared + Config::kRawOffset + raw.stage * Config::kRawStageBytes + first * Formats::kTileBytes;
+            const uint8_t* from =
+                rings.shared + Config::kRawOffset + raw.stage * Config::kRawStageBytes + first * Formats::kTileBytes;
 #pragma unroll
             for (int i = 0; i < Config::kTiles; ++i)
                 loaded[i] = load_fields<Format>(from + i * Formats::kTileBytes, row, step * Config::kStep + column);
         };
         auto decode = [&](int i, int step, uint32_t (&to)[2][8]) {
-            if (i < Config::kTiles)
-                decode_halves<Format>(loaded[i], step * Config::kStep + column, scale, to[i]);
+            if (i < Config::kTiles) decode_halves<Format>(loaded[i], step * Config::kStep + column, scale, to[i]);
         };
         rings.raw.wait_until_arrived(raw);
         load(0);
@@ -178,8 +180,8 @@ struct Consumer {
                     wgmma_f16(acc, now[0][2 * k16], now[1][2 * k16], now[0][2 * k16 + 1], now[1][2 * k16 + 1],
                               x + 2 * k16, unit > 0 || step > 0 || k16 > 0);
                 };
-                // The matrix units take one instruction after another, and a warp that gives them the next waits until there
-                // is room: the decoding stands between them, so as to run beside them.
+                // The matrix units take one instruction after another, and a warp that gives them the next waits until
+                // there is room: the decoding stands between them, so as to run beside them.
                 wgmma_begin();
                 multiply(0);
                 multiply(1);
@@ -210,8 +212,8 @@ struct Consumer {
     }
 };
 
-// Where a thread's accumulators go: numbers 4j + 2i and 4j + 2i + 1 are row `row` of row tile i, and tokens token + 8j and the
-// next of x, where these are before `end`.
+// Where a thread's accumulators go: numbers 4j + 2i and 4j + 2i + 1 are row `row` of row tile i, and tokens token + 8j
+// and the next of x, where these are before `end`.
 struct Outputs {
     const RowTile (&tiles)[Config::kTiles];
     int row, token, end, expert;
@@ -232,11 +234,12 @@ __device__ __forceinline__ void consume(const Rings& rings, const Matrices& matr
         RowTile tiles[Config::kTiles];
 #pragma unroll
         for (int i = 0; i < Config::kTiles; ++i) tiles[i] = tile(i);
-        write(acc, alpha, tiles, consumer.row, x.first(outputs.token_tile()), x.end(outputs.token_tile()), x.expert(outputs.token_tile()));
+        write(acc, alpha, tiles, consumer.row, x.first(outputs.token_tile()), x.end(outputs.token_tile()),
+              x.expert(outputs.token_tile()));
     }
 }
 
-// Kernels -----------------------------------------------------------------------------------------------------------------
+// Kernels -------------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void sync_cluster() {
     if (Config::kCluster == 1) __syncthreads();
@@ -250,9 +253,7 @@ __device__ __forceinline__ void run(const Matrices& matrices, const void* x_map,
     constexpr int kConsumers = Config::kConsumers;
     extern __shared__ __align__(1024) uint8_t shared[];
     uint32_t base = shared_address(shared), barriers = base + Config::kBarrierOffset;
-    Rings rings = {{base, barriers},
-                   {base + Config::kRawOffset, barriers + Config::XRing::kBarrierBytes},
-                   shared};
+    Rings rings = {{base, barriers}, {base + Config::kRawOffset, barriers + Config::XRing::kBarrierBytes}, shared};
     if (threadIdx.x == 0) {
         rings.x.init(1, 4 * Config::kWarpgroups * Config::kCluster);
         for (int i = 0; i < Config::kRawStages; ++i) {
@@ -285,26 +286,26 @@ __device__ __forceinline__ void run(const Matrices& matrices, const void* x_map,
 
 #if !GATED
 
-// out = sums / (*x_scale * *w_scale) + bias (+ out, if `add`), float32, rows `ldo` apart: the matrices' outputs side by side.
-// bias, a row for each expert, may be null. x_map: x's tensor map, boxes of 64 halves by TOKENS / CLUSTER rows. groups and
-// group_count: the token tiles, where they are grouped.
-extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1)
-    __launch_bounds__(Config::kThreads, Config::kBlocks)
+// out = sums / (*x_scale * *w_scale) + bias (+ out, if `add`), float32, rows `ldo` apart: the matrices' outputs side by
+// side. bias, a row for each expert, may be null. x_map: x's tensor map, boxes of 64 halves by TOKENS / CLUSTER rows.
+// groups and group_count: the token tiles, where they are grouped.
+extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bounds__(Config::kThreads, Config::kBlocks)
     gemm_linear(const uint8_t* w0, int rows0, int format0, const uint8_t* w1, int rows1, int format1, const uint8_t* w2,
                 int rows2, int format2, const void* x_map, int m, int k, float* out, int ldo, const float* x_scale,
                 const float* w_scale, const float* bias, int add, const Group* groups, const int* group_count) {
     Matrices matrices = {{w0, w1, w2}, {rows0, rows1, rows2}, {format0, format1, format2}};
-    int row_tiles =
-        count_row_tiles<Config>(rows0) + count_row_tiles<Config>(rows1) + count_row_tiles<Config>(rows2);
+    int row_tiles = count_row_tiles<Config>(rows0) + count_row_tiles<Config>(rows1) + count_row_tiles<Config>(rows2);
     Tokens x = {m, groups, group_count};
     LinearOutput output = {out, ldo};
-    auto write = [&](Accumulators& acc, float alpha, const RowTile(&tiles)[Config::kTiles], int row, int token, int end, int expert) {
-            token += threadIdx.x % 4 * 2;
+    auto write = [&](Accumulators& acc, float alpha, const RowTile(&tiles)[Config::kTiles], int row, int token, int end,
+                     int expert) {
+        token += threadIdx.x % 4 * 2;
 #pragma unroll
         for (int i = 0; i < Config::kTiles; ++i) {
             if (row >= tiles[i].rows) continue;
             int column = tiles[i].column + row;
-                output.store_transposed<Config::kTokens>(acc, i, alpha, Biases{expert, rows0, column, true}.of(bias), column, token, end, add);
+            output.store_transposed<Config::kTokens>(acc, i, alpha, Biases{expert, rows0, column, true}.of(bias),
+                                                     column, token, end, add);
         }
     };
     run(matrices, x_map, x, k, x_scale, w_scale, row_tiles, write);
@@ -312,21 +313,21 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1)
 
 #else
 
-// out[m, f] = *out_scale * act(gate) * up as an operand, rows `ldo` apart. gate_bias and up_bias, [features] for each expert,
-// may be null. Columns from `features` to the next multiple of 64 become zero. x_map, groups and group_count as above.
-extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1)
-    __launch_bounds__(Config::kThreads, Config::kBlocks)
+// out[m, f] = *out_scale * act(gate) * up as an operand, rows `ldo` apart. gate_bias and up_bias, [features] for each
+// expert, may be null. Columns from `features` to the next multiple of 64 become zero. x_map, groups and group_count as
+// above.
+extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bounds__(Config::kThreads, Config::kBlocks)
     gemm_gated(const uint8_t* gate, const uint8_t* up, int features, const void* x_map, int m, int k, half_t* out,
                int ldo, const float* x_scale, const float* w_scale, const float* gate_bias, const float* up_bias,
                const float* out_scale, int activation, const Group* groups, const int* group_count) {
     Matrices matrices = {{gate, up, nullptr}, {features, features, 0}, {0, 0, 0}};
     int row_tiles = 2 * ceil_div(features, kOperandGroup) * (kOperandGroup / kTileRows);
     Tokens x = {m, groups, group_count};
-    auto write = [&](Accumulators& acc, float alpha, const RowTile(&tiles)[Config::kTiles], int row, int token, int end, int expert) {
-            token += threadIdx.x % 4 * 2;
+    auto write = [&](Accumulators& acc, float alpha, const RowTile(&tiles)[Config::kTiles], int row, int token, int end,
+                     int expert) {
+        token += threadIdx.x % 4 * 2;
         GatedOutput output = {out, ldo, features, alpha, *out_scale, activation};
-        output.store_transposed<Config::kTokens>(acc, gate_bias, up_bias, expert, tiles[0].column, row, token,
-                                                 end);
+        output.store_transposed<Config::kTokens>(acc, gate_bias, up_bias, expert, tiles[0].column, row, token, end);
     };
     run(matrices, x_map, x, k, x_scale, w_scale, row_tiles, write);
 }

@@ -9,7 +9,8 @@ __device__ __forceinline__ float unscale(const float* x_scale, const float* w_sc
     return 1.0f / *x_scale / *w_scale;
 }
 
-// The biases of output `column`, of an expert's `columns`: 0 where there is no bias (null), or no such output (!inside).
+// The biases of output `column`, of an expert's `columns`: 0 where there is no bias (null), or no such output
+// (!inside).
 struct Biases {
     int expert, columns, column;
     bool inside;
@@ -29,8 +30,7 @@ struct LinearOutput {
                                                   const float* residual) const {
         uint64_t at = static_cast<uint64_t>(row) * ldo + column;
         if (both && ldo % 2 == 0) {  // both of a pair's addresses are then 8-byte aligned
-            float2 r =
-                residual != nullptr ? *reinterpret_cast<const float2*>(residual + at) : make_float2(0.0f, 0.0f);
+            float2 r = residual != nullptr ? *reinterpret_cast<const float2*>(residual + at) : make_float2(0.0f, 0.0f);
             *reinterpret_cast<float2*>(out + at) = make_float2(a + r.x, b + r.y);
         } else {
             out[at] = residual != nullptr ? a + residual[at] : a;
@@ -38,8 +38,9 @@ struct LinearOutput {
         }
     }
 
-    // Writes column `column` of every pair of tokens that a thread has in a transposed product (Yᵀ): accumulators 4j + 2i and
-    // 4j + 2i + 1 are tokens token + 8j and the next, where these are before `end`. add: they are added to what is there.
+    // Writes column `column` of every pair of tokens that a thread has in a transposed product (Yᵀ): accumulators 4j +
+    // 2i and 4j + 2i + 1 are tokens token + 8j and the next, where these are before `end`. add: they are added to what
+    // is there.
     template <int kTokens>
     __device__ __forceinline__ void store_transposed(const float (&acc)[kTokens / 2], int i, float alpha, float bias,
                                                      int column, int token, int end, int add) const {
@@ -49,7 +50,8 @@ struct LinearOutput {
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
                 float y = fmaf(acc[4 * j + 2 * i + c], alpha, bias);
-                // The L2 cache adds: nothing is waited for, and as each output is added to once, the sum is always the same.
+                // The L2 cache adds: nothing is waited for, and as each output is added to once, the sum is always the
+                // same.
                 if (token + 8 * j + c < end) add ? reduce_add(to + c * ldo, y) : void(to[c * ldo] = y);
             }
     }
@@ -62,16 +64,17 @@ struct GatedOutput {
     float alpha, scale;
     int activation;
 
-    // Writes feature f of every pair of tokens that a thread has in a transposed product: accumulators 4j and 4j + 1 are gate's
-    // sums of tokens token + 8j and the next, 4j + 2 and 4j + 3 up's. row: as row_of_thread (gemm_sm90.cu) has it.
+    // Writes feature f of every pair of tokens that a thread has in a transposed product: accumulators 4j and 4j + 1
+    // are gate's sums of tokens token + 8j and the next, 4j + 2 and 4j + 3 up's. row: as row_of_thread (gemm_sm90.cu)
+    // has it.
     //
-    // A thread has two neighbouring tokens of one feature in each batch of 8 tokens; so of two batches, lanes of neighbouring
-    // features trade a token, then lanes whose pairs of features are 16 apart trade a batch. Each then has four outputs of
-    // one token, which are neighbours in operand order.
+    // A thread has two neighbouring tokens of one feature in each batch of 8 tokens; so of two batches, lanes of
+    // neighbouring features trade a token, then lanes whose pairs of features are 16 apart trade a batch. Each then has
+    // four outputs of one token, which are neighbours in operand order.
     template <int kTokens>
     __device__ __forceinline__ void store_transposed(const float (&acc)[kTokens / 2], const float* gate_bias,
-                                                     const float* up_bias, int expert, int first, int row,
-                                                     int token, int end) const {
+                                                     const float* up_bias, int expert, int first, int row, int token,
+                                                     int end) const {
         int f = first + row;
         bool inside = f < ceil_div(features, kOperandGroup) * kOperandGroup;
         Biases biases = {expert, features, f, f < features};

@@ -1,11 +1,11 @@
-// The row tiles of W that a launch of gemm_sm90.cu multiplies by: kTileRows rows each, whose weight tiles (quants/common.cuh)
-// follow one another. The launch has them in one sequence, of one matrix or of several.
+// The row tiles of W that a launch of gemm_sm90.cu multiplies by: kTileRows rows each, whose weight tiles
+// (quants/common.cuh) follow one another. The launch has them in one sequence, of one matrix or of several.
 #pragma once
 #include "types.cuh"
 #include "../quants/common.cuh"
 
-// The matrices of a launch: up to three, one under another, or gate and up for the gated kernel. Where Config::kGrouped, each
-// is the first of a stack of experts' matrices.
+// The matrices of a launch: up to three, one under another, or gate and up for the gated kernel. Where
+// Config::kGrouped, each is the first of a stack of experts' matrices.
 struct Matrices {
     const uint8_t* weights[3];
     int rows[3], format[3];  // format: the number in Config::Formats

@@ -1,11 +1,12 @@
-// Which output tile of a GEMM a block makes next. An output tile is a token tile (some rows of x) by a column tile (some rows
-// of W, which are columns of the output).
+// Which output tile of a GEMM a block makes next. An output tile is a token tile (some rows of x) by a column tile
+// (some rows of W, which are columns of the output).
 #pragma once
 #include "groups.cuh"
 #include "types.cuh"
 
-// The token tiles of x, of at most kTokens rows. Where kGrouped, x's rows come in groups, each multiplied by a matrix of its
-// own (an expert's), and a kernel before this one has listed the tiles; else there is one matrix, and x has m rows.
+// The token tiles of x, of at most kTokens rows. Where kGrouped, x's rows come in groups, each multiplied by a matrix
+// of its own (an expert's), and a kernel before this one has listed the tiles; else there is one matrix, and x has m
+// rows.
 template <int kTokens, bool kGrouped>
 struct TokenTiles {
     int m;
@@ -18,10 +19,11 @@ struct TokenTiles {
     __device__ int expert(int tile) const { return kGrouped ? groups[tile].expert : 0; }
 };
 
-// The output tiles of a block of a persistent grid, one after another; all blocks of a cluster are at the same one. W has
-// `columns` columns of outputs (or units of several), kColumns of them in a column tile. Output tiles are numbered in bands of
-// kTogether token tiles: these take turns at a column tile while it is in the L2 cache, then at the next column tile.
-// kKeepsCount: whether the number of token tiles is kept in a register, or read again for each output tile.
+// The output tiles of a block of a persistent grid, one after another; all blocks of a cluster are at the same one. W
+// has `columns` columns of outputs (or units of several), kColumns of them in a column tile. Output tiles are numbered
+// in bands of kTogether token tiles: these take turns at a column tile while it is in the L2 cache, then at the next
+// column tile. kKeepsCount: whether the number of token tiles is kept in a register, or read again for each output
+// tile.
 template <class Tokens, int kColumns, int kTogether, bool kKeepsCount, int kCluster = 1>
 struct Scheduler {
     const Tokens& x;
