@@ -19,7 +19,7 @@
 #include "quants/all.cuh"
 #include "quants/format_list.cuh"
 
-// What the host chose (HopperTile in kqprefill/backends/cuda/tiles.py), and the sizes that follow from it.
+// What the host chose (HopperConfig in kqprefill/backends/cuda/gemm/hopper.py), and the sizes that follow from it.
 struct Config {
     static constexpr bool kGated = GATED;           // whether this is gemm_gated, or else gemm_linear
     static constexpr bool kGrouped = GROUPED;       // whether x's rows come in groups, each with a matrix of a stack
