@@ -1,9 +1,9 @@
 // Causal grouped-query attention over whole prompts, FlashAttention-2's way (arXiv 2307.08691), with mma.sync.
 //
 // A block takes one query tile of one head. Each warp has 16 of its queries, keeps their softmax state and outputs in
-// registers, and walks the keys in key blocks that begin at multiples of BLOCK_KV of the sequence. What a query sees, and in
-// which order it sums, thus depends on its position alone: not on how the prompt was cut or tiled.
-// Compiled for one HEAD_DIM, padded to a multiple of 16; with Q_IN_REGISTERS where the fragments of q fit there.
+// registers, and walks the keys in key blocks that begin at multiples of BLOCK_KV of the sequence. What a query sees,
+// and in which order it sums, thus depends on its position alone: not on how the prompt was cut or tiled. Compiled for
+// one HEAD_DIM, padded to a multiple of 16; with Q_IN_REGISTERS where the fragments of q fit there.
 #include "include/operand.cuh"
 #include "include/ptx.cuh"
 #include "include/softmax.cuh"
@@ -14,7 +14,8 @@ constexpr int kDimSteps = HEAD_DIM / 16, kKvFrags = BLOCK_KV / 8;
 constexpr int kRowBytes = HEAD_DIM * 2 + 16;
 constexpr int kKeyBlockBytes = BLOCK_KV * kRowBytes;
 // In shared memory: two stages of a key block of k and one of v; then the query tile, where it is not in registers.
-constexpr int kStageBytes = 2 * kKeyBlockBytes, kSharedBytes = 2 * kStageBytes + (Q_IN_REGISTERS ? 0 : kBlockQ * kRowBytes);
+constexpr int kStageBytes = 2 * kKeyBlockBytes,
+              kSharedBytes = 2 * kStageBytes + (Q_IN_REGISTERS ? 0 : kBlockQ * kRowBytes);
 static_assert(HEAD_DIM % 16 == 0 && BLOCK_KV % 16 == 0, "whole mma steps");
 static_assert(HEAD_DIM <= MAX_HEAD_DIM, "what rope.cu writes");
 static_assert(THREADS == kThreads, "what the host launches");
@@ -33,9 +34,10 @@ __device__ __forceinline__ void load_rows(uint32_t destination, const half_t* so
     }
 }
 
-// q [T, nq, HEAD_DIM], k and v [tokens, nkv, HEAD_DIM]: halves, scaled by *q_scale, *k_scale and any scale for v. out: an
-// operand in v's scale, rows `out_stride` apart, head h at columns h * head_dim. scale: softmax's, for unscaled q and k.
-// window: how many keys a query sees, itself included; 0 for all. softcap: 0 for none. sinks: a score of each head, or null.
+// q [T, nq, HEAD_DIM], k and v [tokens, nkv, HEAD_DIM]: halves, scaled by *q_scale, *k_scale and any scale for v. out:
+// an operand in v's scale, rows `out_stride` apart, head h at columns h * head_dim. scale: softmax's, for unscaled q
+// and k. window: how many keys a query sees, itself included; 0 for all. softcap: 0 for none. sinks: a score of each
+// head, or null.
 extern "C" __global__ void __launch_bounds__(kThreads)
     attention(const half_t* q, const half_t* k, const half_t* v, half_t* out, const QueryTile* tiles, int nq, int nkv,
               int head_dim, int out_stride, float scale, const float* q_scale, const float* k_scale, int window,

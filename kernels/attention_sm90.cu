@@ -1,18 +1,19 @@
 // Causal grouped-query attention over whole prompts on Hopper: FlashAttention with wgmma and the copy engine
 // (arXiv 2407.08608).
 //
-// A block takes one query tile of kBlockQ queries of one head. Each of two consumer warpgroups has 64 of these queries, keeps
-// their softmax state and outputs in registers, and walks the keys in key blocks that begin at multiples of BLOCK_KV of the
-// sequence. A producer warp has the copy engine bring keys and values. While the matrix units multiply one key block's
-// weights by its values, the scores of the next, which were multiplied before, become weights. As in attention_sm80.cu, what
-// a query sees, and in which order it sums, depends on its position alone. Compiled for one HEAD_DIM, a multiple of 64.
+// A block takes one query tile of kBlockQ queries of one head. Each of two consumer warpgroups has 64 of these queries,
+// keeps their softmax state and outputs in registers, and walks the keys in key blocks that begin at multiples of
+// BLOCK_KV of the sequence. A producer warp has the copy engine bring keys and values. While the matrix units multiply
+// one key block's weights by its values, the scores of the next, which were multiplied before, become weights. As in
+// attention_sm80.cu, what a query sees, and in which order it sums, depends on its position alone. Compiled for one
+// HEAD_DIM, a multiple of 64.
 #include "include/operand.cuh"
 #include "include/sm90.cuh"
 #include "include/softmax.cuh"
 
 constexpr int kWarpgroups = 2, kBlockQ = 64 * kWarpgroups, kConsumers = 128 * kWarpgroups, kThreads = kConsumers + 128;
-constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;  // of a thread
-constexpr int kPanels = HEAD_DIM / 64;                            // of 64 columns (128 bytes) each
+constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;   // of a thread
+constexpr int kPanels = HEAD_DIM / 64;                             // of 64 columns (128 bytes) each
 constexpr int kPanelQ = kBlockQ * 128, kPanelKv = BLOCK_KV * 128;  // bytes
 using KeyBlocks = Ring<STAGES, kPanels * kPanelKv>;                // a stage is a key block of k, or of v
 // In shared memory: the query tile, a ring of k and one of v; then the query tile's barrier and the rings'.
@@ -20,7 +21,8 @@ constexpr int kRings = kPanels * kPanelQ, kBarriers = kRings + 2 * KeyBlocks::kB
 static_assert(HEAD_DIM % 64 == 0, "whole panels");
 static_assert(HEAD_DIM <= MAX_HEAD_DIM, "what rope.cu writes");
 static_assert(THREADS == kThreads, "what the host launches");
-static_assert(kBarriers + Barrier::kBytes + 2 * KeyBlocks::kBarrierBytes <= SHARED_BYTES, "what the host launches with");
+static_assert(kBarriers + Barrier::kBytes + 2 * KeyBlocks::kBarrierBytes <= SHARED_BYTES,
+              "what the host launches with");
 
 __device__ __forceinline__ void load_key_block(const KeyBlocks& ring, const ProducerPosition<STAGES>& at,
                                                const void* map, int column, int row) {
@@ -30,7 +32,8 @@ __device__ __forceinline__ void load_key_block(const KeyBlocks& ring, const Prod
         tensor_copy(ring.stage(at.stage) + panel * kPanelKv, map, column + 64 * panel, row, arrived);
 }
 
-// As in attention_sm80.cu, but q, k and v come by tensor maps: boxes of 64 halves by kBlockQ, BLOCK_KV and BLOCK_KV rows.
+// As in attention_sm80.cu, but q, k and v come by tensor maps: boxes of 64 halves by kBlockQ, BLOCK_KV and BLOCK_KV
+// rows.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     attention(const void* q_map, const void* k_map, const void* v_map, half_t* out, const QueryTile* tiles, int nq,
               int nkv, int head_dim, int out_stride, float scale, const float* q_scale, const float* k_scale,
@@ -42,7 +45,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     KeyBlocks values = {keys.stages + KeyBlocks::kBytes, keys.barriers + KeyBlocks::kBarrierBytes};
     if (threadIdx.x == 0) {
         q_arrived.init(1);
-        for (int i = 0; i < STAGES; ++i) {
+        for (int i = 0; i < STAGES; ++i) {  // a consumer warp arrives once
             keys.arrived(i).init(1);
             values.arrived(i).init(1);
             keys.finished(i).init(4 * kWarpgroups);
@@ -148,8 +151,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         float inverse = softmax.inverse_sum(r, to_log2.factor, sink);
         if (row >= tile.rows) continue;
         half_t* to = out + static_cast<uint64_t>(tile.q_row + row) * out_stride;
-        // A thread has a pair of each 8 columns. In operand order, those of every other 8 are neighbours: of each 64 columns,
-        // j = 0, 2, 4, 6 are 16 bytes, and j = 1, 3, 5, 7 another 16.
+        // A thread has a pair of each 8 columns. In operand order, those of every other 8 are neighbours: of each 64
+        // columns, j = 0, 2, 4, 6 are 16 bytes, and j = 1, 3, 5, 7 another 16.
 #pragma unroll
         for (int j = 0; j < HEAD_DIM / 8; j += j % 2 ? 7 : 1) {
             int column = head * HEAD_DIM + 8 * j + pair;

@@ -1,6 +1,6 @@
-// Mixture of experts (arXiv 2401.04088): which experts a token goes to, copies of its row in the experts' order, and the way
-// back. All of it is on the device, and each sum has a fixed order. An entry is one of the `used` experts of a token; it has
-// the number token * used + slot.
+// Mixture of experts (arXiv 2401.04088): which experts a token goes to, copies of its row in the experts' order, and
+// the way back. All of it is on the device, and each sum has a fixed order. An entry is one of the `used` experts of a
+// token; it has the number token * used + slot.
 #include "include/groups.cuh"
 #include "include/operand.cuh"
 #include "include/reduce.cuh"
@@ -11,9 +11,9 @@ static_assert(MOST_EXPERTS <= 32 * 32, "route: a lane has a bit for each of 32 e
 static_assert(MOST_USED_EXPERTS <= 32, "route: a warp has a lane for each expert that a token uses");
 static_assert(MAKE_GROUPS_THREADS == MOST_EXPERTS, "make_groups: a thread an expert");
 
-// Finds the `used` largest of each of n tokens' scores, of equals the ones with the lowest numbers, and their shares. A share
-// comes from a softmax over all scores or, with routed_after, over the chosen ones; with normalise, the shares of a token
-// are made to add up to 1. A warp takes a token.
+// Finds the `used` largest of each of n tokens' scores, of equals the ones with the lowest numbers, and their shares. A
+// share comes from a softmax over all scores or, with routed_after, over the chosen ones; with normalise, the shares of
+// a token are made to add up to 1. A warp takes a token.
 extern "C" __global__ void __launch_bounds__(kThreads)
     route(const float* scores, int n, int experts, int used, int normalise, int routed_after, int* expert_of,
           float* share_of) {
@@ -62,7 +62,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) count(const int* expert_o
     if (threadIdx.x == 0) counts[blockIdx.x] = static_cast<int>(sum);
 }
 
-// place_of[entry] = its row among all entries, ordered by expert and then by entry. A block places the entries of one expert.
+// place_of[entry] = its row among all entries, ordered by expert and then by entry. A block places the entries of one
+// expert.
 constexpr int kPlacing = PLACE_THREADS;
 extern "C" __global__ void __launch_bounds__(kPlacing)
     place(const int* expert_of, int entries, const int* counts, int* place_of) {
@@ -87,8 +88,8 @@ extern "C" __global__ void __launch_bounds__(kPlacing)
     }
 }
 
-// Lists the token tiles of the GEMMs (scheduler.cuh: TokenTiles): each expert's rows, `tokens` at a time. One block, in which
-// a thread has an expert.
+// Lists the token tiles of the GEMMs (scheduler.cuh: TokenTiles): each expert's rows, `tokens` at a time. One block, in
+// which a thread has an expert.
 extern "C" __global__ void __launch_bounds__(MAKE_GROUPS_THREADS)
     make_groups(const int* counts, int experts, int tokens, Group* groups, int* group_count) {
     begin_kernel();
@@ -109,7 +110,8 @@ extern "C" __global__ void __launch_bounds__(COPY_THREADS)
     for (int i = threadIdx.x; i < stride / 8; i += COPY_THREADS) to[i] = from[i];
 }
 
-// x[t, :] += the sum over slots of share_of[entry] * sums[place_of[entry], :], in the order of the slots. A block takes a token.
+// x[t, :] += the sum over slots of share_of[entry] * sums[place_of[entry], :], in the order of the slots. A block takes
+// a token.
 extern "C" __global__ void __launch_bounds__(kThreads)
     combine(float* x, const float* sums, int used, int columns, const int* place_of, const float* share_of) {
     begin_kernel();
@@ -124,9 +126,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 }
 
 // x[t, :] += sigmoid(h[t, :] · weight) * y[t, :]. h: an operand, scaled by *scale, with rows `stride` apart.
-extern "C" __global__ void __launch_bounds__(kThreads)
-    add_gated(float* x, const float* y, const half_t* h, int columns, int stride, const float* scale,
-              const float* weight) {
+extern "C" __global__ void __launch_bounds__(kThreads) add_gated(float* x, const float* y, const half_t* h, int columns,
+                                                                 int stride, const float* scale, const float* weight) {
     begin_kernel();
     x += static_cast<uint64_t>(blockIdx.x) * columns;
     y += static_cast<uint64_t>(blockIdx.x) * columns;

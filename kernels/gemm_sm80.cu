@@ -1,23 +1,27 @@
 // out[m, n] = sum over k of x[m, k] * w[n, k]: halves into float32, with mma.sync and cp.async (sm_80 and later).
 //
-// A block makes BLOCK_M x BLOCK_N tiles in BLOCK_K steps through a ring of STAGES shared-memory buffers; its
-// WARPS_M x WARPS_N warps hold their accumulators in registers and load the fragments of the next k16 step while the
-// current one multiplies. Each output is one chain of sums over k in order, whatever the tile: a row's bits depend
-// neither on the other rows nor on the configuration.
-#include "include/activation.cuh"
-#include "include/groups.cuh"
-#include "include/operand.cuh"
+// A block makes output tiles of BLOCK_M x BLOCK_N, one after another, in steps of BLOCK_K columns that go through a
+// ring of STAGES stages in shared memory. Its WARPS_M x WARPS_N warps hold their accumulators in registers, and load
+// the fragments of the next 16 columns while the current ones are multiplied. Each output is one chain of sums over k
+// in order, whatever the tile: a row's bits depend neither on the other rows nor on the configuration.
+//
+// Where GROUPED, x's rows come in groups, each multiplied by its own matrix of a stack of them (experts).
+#include "include/epilogue.cuh"
 #include "include/ptx.cuh"
+#include "include/scheduler.cuh"
 #include "include/types.cuh"
 
 constexpr int kThreads = 32 * WARPS_M * WARPS_N;
 constexpr int kWarpM = BLOCK_M / WARPS_M, kWarpN = BLOCK_N / WARPS_N;
 constexpr int kFragsM = kWarpM / 16, kFragsN = kWarpN / 8;
 constexpr int kChunks = BLOCK_K / 8;  // 16-byte chunks of a shared-memory row
-constexpr int kStageX = BLOCK_M * BLOCK_K * 2, kStageW = BLOCK_N * BLOCK_K * 2, kStage = kStageX + kStageW;
-constexpr int kGroupM = 16;  // row tiles that share a column tile while it is in the L2 cache
+constexpr int kStageX = BLOCK_M * BLOCK_K * 2, kStageW = BLOCK_N * BLOCK_K * 2, kStage = kStageX + kStageW;  // bytes
+constexpr int kTogether = 16;  // token tiles that share a column tile of W while it is in the L2 cache
 static_assert(BLOCK_K == 32 || BLOCK_K == 64, "the swizzle knows rows of 64 and 128 bytes");
 static_assert(kFragsN % 2 == 0, "ldmatrix.x4 brings two column fragments, and gate and up come in pairs");
+static_assert(kOperandGroup % BLOCK_K == 0, "operands are padded to whole steps");
+static_assert(THREADS == kThreads, "what the host launches");
+static_assert(STAGES * kStage <= SHARED_BYTES, "what the host launches with");
 
 // Byte offset of a 16-byte chunk, swizzled so that the eight rows of an ldmatrix fall into different banks.
 __device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {
@@ -25,43 +29,22 @@ __device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {
     return row * BLOCK_K * 2 + (chunk ^ swizzle) * 16;
 }
 
-struct Tile {
-    int m0, m_end, n0, expert;
+using Tokens = TokenTiles<BLOCK_M, GROUPED>;
+// The count is read again for each tile: a register that kept it would be one too many for the large tile.
+using OutputTiles = Scheduler<Tokens, BLOCK_N, kTogether, false>;
+
+// Where an output tile is: rows `row` .. row_end - 1 of the output (and of x), columns from `column` on (rows of w).
+// expert: which matrix of w it is multiplied by.
+struct OutputTile {
+    int row, row_end, column, expert;
 };
 
-// What rows x has. Where GROUPED, a kernel before this one made tiles of them, and w has matrices first_expert .. last_expert-1 of
-// the stack.
-struct Rows {
-    int m;
-    const Group* groups;
-    const int* group_count;
-    int first_expert, last_expert;
-
-    __device__ int tiles() const { return GROUPED ? *group_count : ceil_div(m, BLOCK_M); }
+// w has the matrices of experts first .. last - 1 of a stack.
+struct Experts {
+    int first, last;
 };
 
-// Block index to tile: kGroupM row tiles at a time, row tiles fastest.
-__device__ __forceinline__ Tile tile_of(int block, const Rows& rows, int n) {
-    int tiles_m = rows.tiles(), tiles_n = ceil_div(n, BLOCK_N);
-    int group = block / (kGroupM * tiles_n), within = block % (kGroupM * tiles_n);
-    int height = min(kGroupM, tiles_m - group * kGroupM), tile = group * kGroupM + within % height,
-        n0 = within / height * BLOCK_N;
-    if (!GROUPED) return {tile * BLOCK_M, rows.m, n0, 0};
-    Group found = rows.groups[tile];
-    return {found.first, found.end, n0, found.expert - rows.first_expert};
-}
-
-// The first of this block's tiles from `index` on whose matrix is there.
-__device__ __forceinline__ int skip_absent(int index, int tiles, const Rows& rows, int n) {
-    if (GROUPED)
-        for (; index < tiles; index += gridDim.x) {
-            int expert = tile_of(index, rows, n).expert;
-            if (expert >= 0 && expert < rows.last_expert - rows.first_expert) break;
-        }
-    return index;
-}
-
-// One operand's share of the block's copies: kRows rows of BLOCK_K halves a stage.
+// A thread's share of the copies of one operand: of each stage, which has kRows rows of BLOCK_K halves.
 template <int kRows>
 struct Loader {
     static constexpr int kCopies = kRows * kChunks / kThreads, kRowStep = kThreads / kChunks;
@@ -87,6 +70,7 @@ struct Loader {
     }
 };
 
+// What a warp multiplies at a time: its rows of x and of w, of 16 columns.
 struct Fragments {
     uint32_t x[kFragsM][4], w[kFragsN / 2][4];
 
@@ -105,15 +89,16 @@ struct Fragments {
 
 using Accumulators = float[kFragsM][kFragsN][4];
 
-// Multiplies this block's tiles, gridDim.x apart; calls write(tile, accumulators) after each, while the next one's first
-// stages are on their way.
+// Multiplies this block's output tiles; calls write(output tile, accumulators) after each, while the first stages of
+// the next are on their way.
 template <class Write>
-__device__ __forceinline__ void multiply_tiles(const half_t* x, const half_t* w, const Rows& rows, int n, int k,
-                                               Write write) {
+__device__ __forceinline__ void multiply_tiles(const half_t* x, const half_t* w, const Tokens& rows, Experts experts,
+                                               int n, int k, Write write) {
     extern __shared__ __align__(128) uint8_t shared[];
     uint32_t ring = shared_address(shared);
     int warp = threadIdx.x / 32, warp_m = warp / WARPS_N, warp_n = warp % WARPS_N;
-    int k_steps = k / BLOCK_K, tiles = rows.tiles() * ceil_div(n, BLOCK_N);
+    int k_steps = k / BLOCK_K;
+    OutputTiles tiles(rows, n);
     Loader<BLOCK_M> load_x;
     Loader<BLOCK_N> load_w;
     auto load_stage = [&](int step) {
@@ -124,15 +109,20 @@ __device__ __forceinline__ void multiply_tiles(const half_t* x, const half_t* w,
         }
         cp_async_commit();
     };
-    auto begin = [&](Tile tile) {
-        load_x.begin(x, tile.m0, tile.m_end, k);
-        load_w.begin(GROUPED ? w + static_cast<uint64_t>(tile.expert) * n * k : w, tile.n0, n, k);
+    auto begin = [&](OutputTile tile) {
+        load_x.begin(x, tile.row, tile.row_end, k);
+        load_w.begin(GROUPED ? w + static_cast<uint64_t>(tile.expert) * n * k : w, tile.column, n, k);
 #pragma unroll
         for (int step = 0; step < STAGES - 1; ++step) load_stage(step);
     };
-    int index = skip_absent(blockIdx.x, tiles, rows, n);
-    if (GROUPED && index >= tiles) return;
-    begin(tile_of(index, rows, n));
+    auto current = [&]() -> OutputTile {
+        int token_tile = tiles.token_tile();
+        return {rows.first(token_tile), rows.end(token_tile), tiles.column_tile() * BLOCK_N,
+                GROUPED ? rows.expert(token_tile) - experts.first : 0};
+    };
+    if (GROUPED) tiles.skip_absent(experts.first, experts.last);
+    if (GROUPED && !tiles.more()) return;
+    begin(current());
     while (true) {
         Accumulators acc;
 #pragma unroll
@@ -147,111 +137,102 @@ __device__ __forceinline__ void multiply_tiles(const half_t* x, const half_t* w,
         __syncthreads();
         fragments[0].load(ring, warp_m, warp_n, 0);
         for (int step = 0; step < k_steps; ++step) {
-            constexpr int kSub = BLOCK_K / 16;
+            constexpr int kSubs = BLOCK_K / 16;
             uint32_t stage = ring + step % STAGES * kStage;
 #pragma unroll
-            for (int sub = 0; sub < kSub; ++sub) {
-                if (sub == kSub - 1) {  // the next stage must have come, and everyone be done with the one before this
+            for (int sub = 0; sub < kSubs; ++sub) {
+                if (sub == kSubs - 1) {  // the next stage must have come, and everyone be done with the one before this
                     cp_async_wait<STAGES - 2>();
                     __syncthreads();
                     stage = ring + (step + 1) % STAGES * kStage;
                 }
-                fragments[(sub + 1) % 2].load(stage, warp_m, warp_n, (sub + 1) % kSub);
+                fragments[(sub + 1) % 2].load(stage, warp_m, warp_n, (sub + 1) % kSubs);
                 if (sub == 0) load_stage(step + STAGES - 1);
-                const Fragments& f = fragments[sub % 2];
+                const Fragments& now = fragments[sub % 2];
 #pragma unroll
                 for (int i = 0; i < kFragsM; ++i)
 #pragma unroll
                     for (int j = 0; j < kFragsN; ++j)
-                        mma_m16n8k16(acc[i][j], f.x[i], f.w[j / 2][j % 2 * 2], f.w[j / 2][j % 2 * 2 + 1]);
+                        mma_m16n8k16(acc[i][j], now.x[i], now.w[j / 2][j % 2 * 2], now.w[j / 2][j % 2 * 2 + 1]);
             }
         }
         cp_async_wait<0>();
         __syncthreads();  // everyone is done with the ring
-        Tile tile = tile_of(index, rows, n);
-        index = skip_absent(index + gridDim.x, tiles, rows, n);
-        if (index < tiles) begin(tile_of(index, rows, n));
+        OutputTile tile = current();
+        tiles.next();
+        if (GROUPED) tiles.skip_absent(experts.first, experts.last);
+        if (tiles.more()) begin(current());
         write(tile, acc);
-        if (index >= tiles) return;
+        if (!tiles.more()) return;
     }
 }
 
-// Calls write(row, column, ...) for each pair of neighbouring outputs that this thread holds, the tile's own rows only.
+// Calls write(row, column, i, j, half) for each pair of neighbouring outputs that this thread holds of the tile's own
+// rows: they are acc[i][j][2 * half] and the next, at `row` and `column` of the output. Of the fragments j it takes
+// those from first_frag on, frag_step apart.
 template <class Write>
-__device__ __forceinline__ void for_each_pair(Tile tile, int first_frag, int frag_step, Write write) {
+__device__ __forceinline__ void for_each_pair(OutputTile tile, int first_frag, int frag_step, Write write) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int row0 = tile.m0 + warp / WARPS_N * kWarpM + lane / 4, column0 = tile.n0 + warp % WARPS_N * kWarpN + lane % 4 * 2;
+    int row0 = tile.row + warp / WARPS_N * kWarpM + lane / 4,
+        column0 = tile.column + warp % WARPS_N * kWarpN + lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < kFragsM; ++i)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             int row = row0 + i * 16 + half * 8;
-            if (row >= tile.m_end) continue;
+            if (row >= tile.row_end) continue;
 #pragma unroll
             for (int j = first_frag; j < kFragsN; j += frag_step) write(row, column0 + j * 8, i, j, half);
         }
 }
 
-// out = acc / (*x_scale * *w_scale) + bias + residual, float32, rows `ldo` apart; bias (a row for each expert) and residual may be null, and
-// residual may be out itself.
+// out = sums / (*x_scale * *w_scale) + bias + residual, float32, rows `ldo` apart. bias (a row for each expert) and
+// residual may be null, and residual may be out itself.
 extern "C" __global__ void __launch_bounds__(kThreads)
     gemm_linear(const half_t* x, const half_t* w, int m, int n, int k, float* out, int ldo, const float* x_scale,
                 const float* w_scale, const float* bias, const float* residual, const Group* groups,
                 const int* group_count, int first_expert, int last_expert) {
     begin_kernel();
-    multiply_tiles(
-        x, w, {m, groups, group_count, first_expert, last_expert}, n, k, [&](Tile tile, const Accumulators& acc) {
-            float alpha = 1.0f / *x_scale / *w_scale;
-            bool paired = ldo % 2 == 0;  // both of a pair's addresses are then 8-byte aligned
-            for_each_pair(tile, 0, 1, [&](int row, int column, int i, int j, int half) {
-                if (column >= n) return;
-                bool both = column + 1 < n;
-                uint64_t at = static_cast<uint64_t>(row) * ldo + column;
-                auto bias_of = [&](int c) {
-                    return bias != nullptr && column + c < n ? bias[tile.expert * n + column + c] : 0.0f;
-                };
-                float a = fmaf(acc[i][j][2 * half], alpha, bias_of(0)),
-                      b = fmaf(acc[i][j][2 * half + 1], alpha, bias_of(1));
-                if (both && paired) {
-                    float2 r =
-                        residual != nullptr ? *reinterpret_cast<const float2*>(residual + at) : make_float2(0.0f, 0.0f);
-                    *reinterpret_cast<float2*>(out + at) = make_float2(a + r.x, b + r.y);
-                } else {
-                    out[at] = residual != nullptr ? a + residual[at] : a;
-                    if (both) out[at + 1] = residual != nullptr ? b + residual[at + 1] : b;
-                }
-            });
+    auto write = [&](OutputTile tile, const Accumulators& acc) {
+        float alpha = unscale(x_scale, w_scale);
+        LinearOutput output = {out, ldo};
+        for_each_pair(tile, 0, 1, [&](int row, int column, int i, int j, int half) {
+            if (column >= n) return;
+            Biases first = {tile.expert, n, column, column < n}, second = {tile.expert, n, column + 1, column + 1 < n};
+            float a = fmaf(acc[i][j][2 * half], alpha, first.of(bias)),
+                  b = fmaf(acc[i][j][2 * half + 1], alpha, second.of(bias));
+            output.store_columns(row, column, a, b, column + 1 < n, residual);
         });
+    };
+    multiply_tiles(x, w, {m, groups, group_count}, {first_expert, last_expert}, n, k, write);
 }
 
-// out[m, f] = half(*out_scale * act(gate) * up), rows `ldo` apart, in operand order: w's rows are gate and up, 8 and 8 in turn
-// (dequantize's `gated`), with room for `width` of each; gate_bias and up_bias [features], for each expert, may be null. Columns from
-// `features` to `width` become zero.
+// out[m, f] = *out_scale * act(gate) * up as an operand, rows `ldo` apart. w's rows are gate and up, 8 and 8 in turn
+// (dequantize's `gated`), with room for `width` of each. gate_bias and up_bias, [features] for each expert, may be
+// null. Columns from `features` to `width` become zero.
 extern "C" __global__ void __launch_bounds__(kThreads)
     gemm_gated(const half_t* x, const half_t* w, int m, int features, int width, int k, half_t* out, int ldo,
                const float* x_scale, const float* w_scale, const float* gate_bias, const float* up_bias,
                const float* out_scale, int activation, const Group* groups, const int* group_count, int first_expert,
                int last_expert) {
     begin_kernel();
-    multiply_tiles(x, w, {m, groups, group_count, first_expert, last_expert}, 2 * width, k,
-                   [&](Tile tile, const Accumulators& acc) {
-                       float alpha = 1.0f / *x_scale / *w_scale, scale = *out_scale;
-                       for_each_pair(tile, 0, 2, [&](int row, int column, int i, int j, int half) {
-                           int f = column / 16 * 8 + column % 8;
-                           if (f >= width) return;
-                           float y[2];
+    auto write = [&](OutputTile tile, const Accumulators& acc) {
+        float alpha = unscale(x_scale, w_scale), scale = *out_scale;
+        for_each_pair(tile, 0, 2, [&](int row, int column, int i, int j, int half) {
+            int f = column / 16 * 8 + column % 8;
+            if (f >= width) return;
+            float y[2];
 #pragma unroll
-                           for (int c = 0; c < 2; ++c) {
-                               bool inside = f + c < features;
-                               auto bias_of = [&](const float* bias) {
-                                   return bias != nullptr && inside ? bias[tile.expert * features + f + c] : 0.0f;
-                               };
-                               float gate = fmaf(acc[i][j][2 * half + c], alpha, bias_of(gate_bias)),
-                                     up = fmaf(acc[i][j + 1][2 * half + c], alpha, bias_of(up_bias));
-                               y[c] = inside ? gated(gate, up, activation) * scale : 0.0f;
-                           }
-                           *reinterpret_cast<uint32_t*>(out + static_cast<uint64_t>(row) * ldo + operand_position(f)) =
-                               pack_half2(y[0], y[1]);
-                       });
-                   });
+            for (int c = 0; c < 2; ++c) {
+                bool inside = f + c < features;
+                Biases biases = {tile.expert, features, f + c, inside};
+                float gate = fmaf(acc[i][j][2 * half + c], alpha, biases.of(gate_bias)),
+                      up = fmaf(acc[i][j + 1][2 * half + c], alpha, biases.of(up_bias));
+                y[c] = inside ? gated(gate, up, activation) * scale : 0.0f;
+            }
+            OperandPair pair = operand_pair(y[0], y[1]);
+            store_operand(out + static_cast<uint64_t>(row) * ldo, f, pair);
+        });
+    };
+    multiply_tiles(x, w, {m, groups, group_count}, {first_expert, last_expert}, 2 * width, k, write);
 }

@@ -79,10 +79,10 @@ struct Candidates {
         __syncthreads();
     }
 
-    // Finds the `top` likeliest of n logits. Each thread looks through a set of them, or through kSets sets. Of the sets'
-    // largest logits the `top`th is a bound: that many logits are no smaller, so what is below it cannot be among them, and
-    // few are left to sort. own_largest: the largest of this thread's set, where it has one. Returns false where too many
-    // are left, as where many are equal, or asked for.
+    // Finds the `top` likeliest of n logits. Each thread looks through a set of them, or through kSets sets. Of the
+    // sets' largest logits the `top`th is a bound: that many logits are no smaller, so what is below it cannot be among
+    // them, and few are left to sort. own_largest: the largest of this thread's set, where it has one. Returns false
+    // where too many are left, as where many are equal, or asked for.
     __device__ bool find(const float* from, int n, int top, float own_largest) const {
         __shared__ int found;
         int sets = top <= kThreads / 4 ? 1 : kSets;
@@ -117,8 +117,8 @@ struct Candidates {
     }
 };
 
-// Writes top + 1 tokens for each row of n logits: first its target (token 0 where targets is null), then the `top` (1 to n)
-// likeliest. A block a row.
+// Writes top + 1 tokens for each row of n logits: first its target (token 0 where targets is null), then the `top` (1
+// to n) likeliest. A block a row.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     rank(const float* logits, int n, const int* targets, int top, Ranked* out) {
     begin_kernel();

@@ -12,9 +12,9 @@ __device__ __forceinline__ float inverse_rms(const float* x, int columns, float 
     return 1.0f / sqrtf(block_sum<kThreads>(sum) / static_cast<float>(columns) + epsilon);
 }
 
-// out[t, :] = *scale * rms_norm(x[t, :]) * weight as an operand: rows are `stride` apart, with zeros from `columns` to there.
-// rows: which of x's rows they are, or null for all in order. A thread takes four columns in turn of each 4 * kThreads; the
-// first kKept such fours it reads once and keeps, the others it reads again.
+// out[t, :] = *scale * rms_norm(x[t, :]) * weight as an operand: rows are `stride` apart, with zeros from `columns` to
+// there. rows: which of x's rows they are, or null for all in order. A thread takes four columns in turn of each 4 *
+// kThreads; the first kKept such fours it reads once and keeps, the others it reads again.
 constexpr int kKept = 4;
 extern "C" __global__ void __launch_bounds__(kThreads)
     rms_norm(const float* x, const float* weight, half_t* out, int columns, int stride, float epsilon,

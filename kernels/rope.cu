@@ -3,8 +3,8 @@
 #include "include/reduce.cuh"
 #include "include/types.cuh"
 
-// table[t, i] = magnitude * (cos, sin)(pi * positions[t] * half_turns[i]) for n tokens. The angle is a double, since as a
-// float32 product it is off by 0.01 radian at position 100,000, and since the table is made once a batch.
+// table[t, i] = magnitude * (cos, sin)(pi * positions[t] * half_turns[i]) for n tokens. The angle is a double, since as
+// a float32 product it is off by 0.01 radian at position 100,000, and since the table is made once a batch.
 extern "C" __global__ void __launch_bounds__(ROPE_TABLE_THREADS)
     rope_table(const int* positions, const double* half_turns, int n, int pairs, float magnitude, float2* table) {
     begin_kernel();
@@ -30,8 +30,8 @@ struct Rotation {
         return norm != nullptr ? 1.0f / sqrtf(warp_sum(sum) / static_cast<float>(head_dim) + epsilon) : 1.0f;
     }
 
-    // Rotates a head whose pairs are `pairs` columns apart, four columns at a time; head_dim and pairs are multiples of 4.
-    // All loads are on their way before the first is waited for.
+    // Rotates a head whose pairs are `pairs` columns apart, four columns at a time; head_dim and pairs are multiples of
+    // 4. All loads are on their way before the first is waited for.
     __device__ __forceinline__ void rotate_fours(int lane) const {
         constexpr int kFours = MAX_HEAD_DIM / 128;
         float4 own[kFours], other[kFours], weight[kFours], other_weight[kFours], angle[kFours][2];
@@ -97,10 +97,10 @@ struct Rotation {
     }
 };
 
-// qkv: float32 [T, (nq + 2 nkv) * head_dim]. q [T, nq, padded], k and v [rows, nkv, padded]: halves, zeros from head_dim on,
-// scaled by *q_scale, *k_scale and *v_scale. A warp takes a head; blockIdx.x is the token. q_norm and k_norm may be null.
-// kv_rows: which rows of k and v are the tokens'; null where they are in order. Where beta > 0, q at position p becomes
-// (1 + beta ln(1 + p / beta_length)) times as large, with p / beta_length rounded down.
+// qkv: float32 [T, (nq + 2 nkv) * head_dim]. q [T, nq, padded], k and v [rows, nkv, padded]: halves, zeros from
+// head_dim on, scaled by *q_scale, *k_scale and *v_scale. A warp takes a head; blockIdx.x is the token. q_norm and
+// k_norm may be null. kv_rows: which rows of k and v are the tokens'; null where they are in order. Where beta > 0, q
+// at position p becomes (1 + beta ln(1 + p / beta_length)) times as large, with p / beta_length rounded down.
 extern "C" __global__ void __launch_bounds__(32 * kWarps)
     rotate_qkv(const float* qkv, half_t* q, half_t* k, half_t* v, int nq, int nkv, int head_dim, int padded,
                const float* q_norm, const float* k_norm, float epsilon, const float2* table, int pairs, int interleaved,
@@ -134,8 +134,8 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps)
     else rotation.rotate(threadIdx.x % 32, heads[warp], interleaved);
 }
 
-// Copies rows of k and v, `chunks` times 16 bytes each: row copies[i].x becomes row copies[i].y. A block makes a copy. These
-// are rows that sequences which begin alike have each for itself (softmax.cuh: QueryTile).
+// Copies rows of k and v, `chunks` times 16 bytes each: row copies[i].x becomes row copies[i].y. A block makes a copy.
+// These are rows that sequences which begin alike have each for itself (softmax.cuh: QueryTile).
 extern "C" __global__ void __launch_bounds__(COPY_THREADS)
     copy_rows(uint4* k, uint4* v, int chunks, const int2* copies) {
     begin_kernel();

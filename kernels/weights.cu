@@ -5,7 +5,7 @@
 #include "quants/all.cuh"
 
 using Format = FORMAT;
-constexpr int kThreads = WEIGHT_THREADS, kSlices = 8;  // kSlices: of a row, in measure
+constexpr int kThreads = WEIGHT_THREADS, kSlices = 8;   // kSlices: of a row, in measure
 constexpr int kTileBytes = kTileRows * Format::kBytes;  // of a weight tile
 static_assert(kThreads == kSlices * kTileRows, "measure: a thread has a slice of a row of a weight tile");
 
@@ -18,8 +18,9 @@ __device__ __forceinline__ void decode_at(const uint8_t* weights, int row, int c
     decode_floats<Format>(tile_at(weights, row, column, units), row % kTileRows, column % Format::kElements, out);
 }
 
-// Makes weight tiles of rows as GGUF stores them: `rows` of row_bytes each (up to 3 bytes before and after them are read
-// too). A block takes REPACK_UNITS weight tiles of a row tile through shared memory, so that whole lines are read and written.
+// Makes weight tiles of rows as GGUF stores them: `rows` of row_bytes each (up to 3 bytes before and after them are
+// read too). A block takes REPACK_UNITS weight tiles of a row tile through shared memory, so that whole lines are read
+// and written.
 extern "C" __global__ void __launch_bounds__(kThreads)
     repack(const uint8_t* source, uint64_t row_bytes, int rows, uint8_t* tiles, int units) {
     constexpr int kSpan = REPACK_UNITS * Format::kBytes,
@@ -71,9 +72,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     }
 }
 
-// Makes gemm_sm80.cu's operand of `rows` rows of w from row `first` on: halves of *scale * w, with zeros from the matrix's
-// columns to `stride`, at rows first_out .. of out, `stride` apart. A thread makes 16. gated: after each 8 rows, room for 8
-// rows of another matrix is left, so that gate and up take turns.
+// Makes gemm_sm80.cu's operand of `rows` rows of w from row `first` on: halves of *scale * w, with zeros from the
+// matrix's columns to `stride`, at rows first_out .. of out, `stride` apart. A thread makes 16. gated: after each 8
+// rows, room for 8 rows of another matrix is left, so that gate and up take turns.
 extern "C" __global__ void __launch_bounds__(kThreads)
     dequantize(const uint8_t* weights, int units, int first, int rows, half_t* out, int stride, int first_out,
                int gated, const float* scale) {
@@ -86,8 +87,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     Fields fields = load_fields<Format>(tile_at(weights, first + row, column, units), (first + row) % kTileRows,
                                         column % Format::kElements);
     decode_halves<Format>(fields, column % Format::kElements, *scale, w);
-    // Four lanes have the 64 weights of an operand's group, each of them pairs from everywhere in the group's operand order.
-    // They trade, first with the lane two away and then with the next, so that each can write 32 bytes in a run.
+    // Four lanes have the 64 weights of an operand's group, each of them pairs from everywhere in the group's operand
+    // order. They trade, first with the lane two away and then with the next, so that each can write 32 bytes in a run.
 #pragma unroll
     for (int distance = 2; distance; distance /= 2) {
         bool upper = threadIdx.x & distance;
@@ -124,12 +125,11 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     }
 }
 
-// row_norm[row] = |w[row, :] ∘ input|₂, and *absmax = the larger of itself and max |w|, as bits: those of floats that are not
-// negative have their order. input [columns]: the norm weight that the matrix's input was multiplied by, or null for ones. A
-// block takes a row tile.
-extern "C" __global__ void __launch_bounds__(kThreads)
-    measure(const uint8_t* weights, int units, int rows, int columns, const float* input, float* row_norm,
-            uint32_t* absmax) {
+// row_norm[row] = |w[row, :] ∘ input|₂, and *absmax = the larger of itself and max |w|, as bits: those of floats that
+// are not negative have their order. input [columns]: the norm weight that the matrix's input was multiplied by, or
+// null for ones. A block takes a row tile.
+extern "C" __global__ void __launch_bounds__(kThreads) measure(const uint8_t* weights, int units, int rows, int columns,
+                                                               const float* input, float* row_norm, uint32_t* absmax) {
     begin_kernel();
     __shared__ float partial[kSlices][kTileRows];
     int row = threadIdx.x % kTileRows, slice = threadIdx.x / kTileRows;

@@ -164,14 +164,21 @@ def _mixed(name, layer):
 
 
 _DENSE = Shape("qwen3", 1, 512, 8, 2, 64, 768, 320, 4096, 1e6)
+_ODD = Shape("qwen2", 1, 480, 6, 2, 80, 1000, 333, 4096, 1e6)  # widths that are no multiple of 64, and biases
 _EXPERTS = Shape("gpt-oss", 1, 512, 8, 2, 64, 256, 320, 4096, 1e6, window=64, yarn=4.0, experts=16, used=3)
 # name -> (model, batch, logits, whether the embedding's rows come from the host)
 CASES = {
     "prompt": (_DENSE, Batch(np.arange(17, dtype=np.int32)), "last", False),
+    "odd sizes": (_ODD, Batch(np.arange(2000, dtype=np.int32) % 300), "all", False),
     "packed": (_DENSE, shared_prompt(700), "ranks", True),
     "experts": (_EXPERTS, Batch(np.arange(300, dtype=np.int32)), None, False),
 }
 KERNELS = {"hopper": ((9, 0), "auto"), "portable": ((8, 0), "auto")}
+
+
+def path_of(case, kernels):
+    """Where the launches of a case are written down."""
+    return FOLDER / f"{case.replace(' ', '-')}-{kernels}.txt"
 
 
 def text_of_case(case, kernels):
@@ -189,4 +196,4 @@ if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
     for case in CASES:
         for kernels in KERNELS:
-            (FOLDER / f"{case}-{kernels}.txt").write_text(text_of_case(case, kernels))
+            path_of(case, kernels).write_text(text_of_case(case, kernels))

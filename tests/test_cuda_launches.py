@@ -18,8 +18,8 @@ from kqprefill.backends.cuda.device.workspace import Workspace
 from kqprefill.backends.cuda.gemm import hopper
 from kqprefill.backends.cuda.kernel_set import kernel_set_of
 from kqprefill.backends.cuda.ops.attention_layout import attention_layout
-from kqprefill.backends.cuda.rehearsal import rehearse
-from kqprefill.core import KEYS_PER_TOKEN, LARGEST_KEY_BLOCK, Batch
+from kqprefill.backends.cuda.rehearsal import planned_batch, rehearse
+from kqprefill.core import KEYS_PER_TOKEN, LARGEST_KEY_BLOCK, Batch, Segment, Targets
 from kqprefill.engine.scoring import Item, packed, packs
 from kqprefill.errors import ModelError
 from kqprefill.models import read_model
@@ -42,7 +42,7 @@ MODELS = [
 @pytest.mark.parametrize("case", launches.CASES)
 def test_what_a_batch_launches(case, kernels):
     """Every kernel, block, grid and argument. A change that is meant is written down by `python tests/launches.py`."""
-    expected = (launches.FOLDER / f"{case}-{kernels}.txt").read_text(encoding="utf-8")
+    expected = launches.path_of(case, kernels).read_text(encoding="utf-8")
     assert launches.text_of_case(case, kernels).splitlines() == expected.splitlines()
 
 
@@ -133,6 +133,25 @@ def test_packed_batches_keep_to_the_keys_that_are_planned_for(rng):
             rows = attention_layout(batch.segments, config).rows
             alone = len(group) == 1 and len(group[0][0].continuations) == 1
             assert alone or (rows <= KEYS_PER_TOKEN * batch_tokens and len(batch.tokens) <= batch_tokens)
+
+
+def test_packed_batches_fit_the_memory_that_is_planned():
+    """What a batch with as many rows of keys as may be takes is no more than the plan for batches of its length has."""
+    family = read_model(SyntheticFile.named("tiny:Q4_K_M"))
+    facts, kernel_set = Facts((9, 0)), kernel_set_of((9, 0))
+    n = 4096
+    prompts = [Segment(i * 256, 128 + 100, 0) for i in range(n // 256)]
+    more = [Segment(s.first + 228, 28, 228, after=i) for i, s in enumerate(prompts)]
+    segments = sorted([*prompts, *more], key=lambda s: s.first)
+    places = {segment: i for i, segment in enumerate(segments)}
+    segments = [replace(s, after=None if s.after is None else places[prompts[s.after]]) for s in segments]
+    ids = np.zeros(n, np.int32)
+    batch = Batch(ids, segments=tuple(segments), targets=Targets(np.arange(n, dtype=np.int32), ids, 32))
+    rows = attention_layout(batch.segments, kernel_set.attention(64)).rows
+    assert n < rows <= KEYS_PER_TOKEN * n
+    planned = rehearse(family, facts, kernel_set, planned_batch(n, ranks=True), "ranks").work_bytes
+    tables = 256 << 10  # which rows are whose
+    assert rehearse(family, facts, kernel_set, batch, "ranks").work_bytes <= planned + tables
 
 
 def test_a_page_that_casts_what_nothing_bounds_is_refused():

@@ -1,4 +1,4 @@
-"""The rooms of the package have an order: what lies in one imports only from those before it, and nothing in a circle."""
+"""The rooms of the package have an order: what lies in one imports only from those before it, nothing in circles."""
 
 import ast
 
@@ -34,9 +34,9 @@ def test_imports_go_one_way(room, order):
         if own[:depth] != room or own[depth] not in order:
             continue
         for line, module in imports_of(path):
-            if module[:depth] == room and len(module) > depth and module[depth] in order:
-                if order.index(module[depth]) > order.index(own[depth]):
-                    wrong.append(f"{path.relative_to(ROOT)}:{line} imports {'.'.join(module)}")
+            in_a_room = module[:depth] == room and len(module) > depth and module[depth] in order
+            if in_a_room and order.index(module[depth]) > order.index(own[depth]):
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {'.'.join(module)}")
     assert not wrong, "\n".join(wrong)
 
 

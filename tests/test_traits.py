@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
-from kqprefill.backends.cuda.constants import TILE_ROWS
+from kqprefill.backends.cuda.constants import SHARED_DEFINES, TILE_ROWS
 from kqprefill.backends.cuda.device.codebooks import definitions
 from kqprefill.backends.cuda.units import unit_size
 from kqprefill.gguf import dequantize
@@ -34,6 +34,7 @@ def decode(tmp_path_factory):
             "-std=c++17",
             "-O1",
             "-ffp-contract=off",
+            *(f"-D{name}={value}" for name, value in SHARED_DEFINES.items()),
             "-I",
             folder,
             folder / "decode.cpp",

@@ -4,8 +4,9 @@
 
 enum Activation { kSilu = ACTIVATION_SILU, kGeluTanh = ACTIVATION_GELU_TANH, kSwigluOai = ACTIVATION_SWIGLU_OAI };
 
-// act(g) * u. SiLU is g / (1 + exp(-g)). GELU's tanh form, 0.5 g (1 + tanh(z)) with z = sqrt(2/pi) (g + 0.044715 g³), is
-// g / (1 + exp(-2z)). gpt-oss's (ggml_swiglu_oai) is SiLU with a slope of 1.702 times u + 1, with g and u clamped first.
+// act(g) * u. SiLU is g / (1 + exp(-g)). GELU's tanh form, 0.5 g (1 + tanh(z)) with z = sqrt(2/pi) (g + 0.044715 g³),
+// is g / (1 + exp(-2z)). gpt-oss's (ggml_swiglu_oai) is SiLU with a slope of 1.702 times u + 1, with g and u clamped
+// first.
 __device__ __forceinline__ float gated(float g, float u, int activation) {
     float z = g;
     if (activation == kGeluTanh) z = 1.5957691216f * fmaf(0.044715f * g * g, g, g);

@@ -1,5 +1,5 @@
-// Hopper's barriers in shared memory (PTX ISA: mbarrier), and the rings through which producer warps hand data to consumer
-// warps. For sm_90a only.
+// Hopper's barriers in shared memory (PTX ISA: mbarrier), and the rings through which producer warps hand data to
+// consumer warps. For sm_90a only.
 #pragma once
 #include "types.cuh"
 
@@ -51,13 +51,14 @@ __device__ __forceinline__ void fence_barrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Where a warp is in a ring: at which stage, and in the how-manieth round through the ring (its parity).
+// Where a producer or a consumer is in a ring: at which stage, and whether in an even (0) or an odd round through the
+// ring.
 template <int kStages>
 struct RingPosition {
     int stage = 0;
     uint32_t phase = 0;
 
-    __device__ void advance() {
+    __device__ __forceinline__ void advance() {
         if (++stage == kStages) stage = 0, phase ^= 1;
     }
 };
@@ -65,22 +66,25 @@ template <int kStages>
 struct ProducerPosition : RingPosition<kStages> {};
 template <int kStages>
 struct ConsumerPosition : RingPosition<kStages> {
-    __device__ int previous() const { return this->stage == 0 ? kStages - 1 : this->stage - 1; }
+    __device__ __forceinline__ int previous() const { return this->stage == 0 ? kStages - 1 : this->stage - 1; }
 };
 
 // A ring of kStages stages of kStageBytes each in shared memory, which are filled and read in turn. Each stage has two
-// barriers. A phase of `arrived` ends when the stage's data have come: the producers arrive there, and announce bytes. A
-// phase of `finished` ends when all consumers have read them: then the stage may be filled again.
+// barriers. A phase of `arrived` ends when the stage's data have come: the producers arrive there, and announce bytes.
+// A phase of `finished` ends when all consumers have read them: then the stage may be filled again.
 template <int kStages, int kStageBytes>
 struct Ring {
     static constexpr int kBytes = kStages * kStageBytes, kBarrierBytes = 2 * kStages * Barrier::kBytes;
     uint32_t stages, barriers;  // the shared addresses of the kBytes of stages and the kBarrierBytes of barriers
 
-    __device__ uint32_t stage(int index) const { return stages + index * kStageBytes; }
-    __device__ Barrier arrived(int stage) const { return {barriers + stage * Barrier::kBytes}; }
-    __device__ Barrier finished(int stage) const { return {barriers + (kStages + stage) * Barrier::kBytes}; }
+    __device__ __forceinline__ uint32_t stage(int index) const { return stages + index * kStageBytes; }
+    __device__ __forceinline__ Barrier arrived(int stage) const { return {barriers + stage * Barrier::kBytes}; }
+    __device__ __forceinline__ Barrier finished(int stage) const {
+        return {barriers + (kStages + stage) * Barrier::kBytes};
+    }
 
-    // Called by one thread, before fence_barrier_init: each phase has so many arrivals of producers and of consumers.
+    // Called by one thread, which then calls fence_barrier_init: each phase has so many arrivals of producers, and of
+    // consumers.
     __device__ __forceinline__ void init(int producers, int consumers) const {
         for (int i = 0; i < kStages; ++i) {
             arrived(i).init(producers);
@@ -88,18 +92,21 @@ struct Ring {
         }
     }
 
-    // A producer waits until the stage is free, and announces so many bytes. Its copies complete on the barrier returned.
+    // A producer waits until the stage may be filled, arrives, and announces so many bytes. Its copies are to complete
+    // on the barrier that is returned.
     __device__ __forceinline__ Barrier begin_filling(const ProducerPosition<kStages>& at, int bytes) const {
         finished(at.stage).wait(at.phase ^ 1);
         arrived(at.stage).arrive_expecting(bytes);
         return arrived(at.stage);
     }
 
+    // A consumer waits until the stage's data have come.
     __device__ __forceinline__ void wait_until_arrived(const ConsumerPosition<kStages>& at) const {
         arrived(at.stage).wait(at.phase);
     }
-    // A consumer has finished with a stage: a thread for itself, or all of a warp (one arrival). Where a cluster's blocks
-    // fill a stage together, each of them must know.
+
+    // A consumer has finished with a stage: each thread says so for itself, or a warp once for all its threads. Where
+    // the blocks of a cluster fill each other's stages, each of them must know.
     __device__ __forceinline__ void release_by_thread(int stage) const { finished(stage).arrive(); }
     template <int kCluster = 1>
     __device__ __forceinline__ void release_by_warp(int stage) const {

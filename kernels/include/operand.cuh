@@ -1,10 +1,11 @@
-// How the columns of a GEMM's operands are ordered in memory ("operand order"), and how values are written in that order.
+// How the columns of a GEMM's operands are ordered in memory ("operand order"), and how values are written in that
+// order.
 //
-// One mma or wgmma instruction takes 16 columns. Of these a thread holds numbers 2c, 2c + 1, 2c + 8 and 2c + 9, where c is
-// lane % 4: four columns that are not neighbours. But a sum does not mind an order that both operands share. So both are
-// stored with the columns of each group of kOperandGroup = 64 permuted, such that what a thread holds for four
-// instructions are 16 neighbouring columns, 16c .. 16c + 15. These are weights that share one scale, and they are decoded
-// at once, straight to the registers where they are multiplied.
+// One mma or wgmma instruction takes 16 columns. Of these a thread holds numbers 2c, 2c + 1, 2c + 8 and 2c + 9, where c
+// is lane % 4: four columns that are not neighbours. But a sum does not mind an order that both operands share. So both
+// are stored with the columns of each group of kOperandGroup = 64 permuted, such that what a thread holds for four
+// instructions are 16 neighbouring columns, 16c .. 16c + 15. These are weights that share one scale, and they are
+// decoded at once, straight to the registers where they are multiplied.
 //
 // A group in memory; each number is a column, and the columns of one thread stand one below another:
 //
@@ -28,8 +29,8 @@ __host__ __device__ constexpr int operand_position(int column) {
     return (column & ~63) | (column >> 2 & 3) << 4 | (column >> 1 & 1) << 3 | (column >> 4 & 3) << 1 | (column & 1);
 }
 
-// The one format that operands have today: halves, each a power of two times its value. Another would bring its own pair,
-// load_operand and store_operand.
+// The one format that operands have today: halves, each a power of two times its value. Another would bring its own
+// pair, load_operand and store_operand.
 
 // Columns 2i and 2i + 1 of a row, as they are stored.
 using OperandPair = uint32_t;
@@ -43,9 +44,10 @@ __device__ __forceinline__ void store_operand(half_t* row, int column, OperandPa
     *reinterpret_cast<OperandPair*>(row + operand_position(column)) = pair;
 }
 
-// Writes, 8 bytes at once, the pairs that begin at `column` and at column + 16; column % 32 is below 16.
-__device__ __forceinline__ void store_operand(half_t* row, int column, OperandPair first, OperandPair second) {
-    *reinterpret_cast<uint2*>(row + operand_position(column)) = make_uint2(first, second);
+// The same for the pairs that begin at `column` and at column + 16, 8 bytes at once; column % 32 is below 16. `to` is
+// where `column` lies in the row.
+__device__ __forceinline__ void store_operand(half_t* to, uint2 pairs) {
+    *reinterpret_cast<uint2*>(to) = pairs;
 }
 
 // Writes, 16 bytes at once, the pairs that begin at column, + 16, + 32 and + 48; column % 64 is below 16.

@@ -1,10 +1,10 @@
-// Hopper's instructions (PTX ISA: cp.async.bulk, barrier.cluster, wgmma, setmaxnreg), one small wrapper each. For sm_90a
-// only. The barriers on which copies complete are in barriers.cuh.
+// Hopper's instructions (PTX ISA: cp.async.bulk, barrier.cluster, wgmma, setmaxnreg), one small wrapper each. For
+// sm_90a only. The barriers on which copies complete are in barriers.cuh.
 #pragma once
 #include "barriers.cuh"
 #include "ptx.cuh"
 
-// Copies from global to shared memory that the copy engine makes, completing on a barrier ----------------------------------
+// Copies from global to shared memory that the copy engine makes, completing on a barrier -----------------------------
 
 // Copies `bytes` bytes, a multiple of 16; both addresses are 16-byte aligned.
 __device__ __forceinline__ void bulk_copy(uint32_t destination, const void* source, int bytes, Barrier barrier) {
@@ -22,23 +22,25 @@ __device__ __forceinline__ void tensor_copy(uint32_t destination, const void* ma
         "l"(map), "r"(column), "r"(row), "r"(barrier.address)
         : "memory");
 }
-// Does the same for several blocks of the cluster (a bit of `blocks` each): in each of them the box goes to the same shared
-// address, and completes on the barrier of the same address.
-__device__ __forceinline__ void tensor_copy(uint32_t destination, const void* map, int column, int row,
-                                            Barrier barrier, uint16_t blocks) {
+// Does the same for several blocks of the cluster (a bit of `blocks` each): in each of them the box goes to the same
+// shared address, and completes on the barrier of the same address.
+__device__ __forceinline__ void tensor_copy(uint32_t destination, const void* map, int column, int row, Barrier barrier,
+                                            uint16_t blocks) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
         "[%1, {%2, %3}], [%4], %5;" ::"r"(destination),
         "l"(map), "r"(column), "r"(row), "r"(barrier.address), "h"(blocks)
         : "memory");
 }
-// Cluster, and registers between warpgroups --------------------------------------------------------------------------------
+
+// Cluster, and registers between warpgroups ---------------------------------------------------------------------------
 
 // All threads of the cluster wait for one another.
 __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// All warps of a warpgroup call one of these: its threads have kRegisters registers from then on.
 template <int kRegisters>
 __device__ __forceinline__ void give_up_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -48,10 +50,11 @@ __device__ __forceinline__ void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// wgmma --------------------------------------------------------------------------------------------------------------------
+// wgmma ---------------------------------------------------------------------------------------------------------------
 
-// Descriptor of an operand in shared memory: rows of 64 halves (128 bytes), 128-byte swizzle, groups of 8 rows 1024 bytes
-// apart. A transposed operand of more than 64 columns has them in panels of 64, `panel` bytes apart.
+// The descriptor of an operand in shared memory: rows of 64 halves (128 bytes) with the 128-byte swizzle, groups of 8
+// rows 1024 bytes apart. A transposed operand of more than 64 columns has them in panels of 64, which are `panel` bytes
+// apart.
 __device__ __forceinline__ uint64_t wgmma_operand(uint32_t address, uint32_t panel = 16) {
     return static_cast<uint64_t>((address & 0x3ffff) >> 4) | static_cast<uint64_t>(panel >> 4) << 16 | 64ull << 32 |
            1ull << 62;
@@ -68,9 +71,10 @@ __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// d (64 x N, floats) = a (64 x 16, shared or registers) * b (16 x N, shared) + (accumulate ? d : 0), one warpgroup. Thread t
-// holds rows t/32*16 + t%32/4 (+8) and columns 8j + t%4*2 (+1): d[4j], d[4j+1] in the first row, d[4j+2], d[4j+3] in the
-// second. Of a in registers it holds columns t%4*2 (+1) of both rows (a0, a1), and the columns 8 beyond (a2, a3).
+// d (64 x N, floats) = a (64 x 16, shared or registers) * b (16 x N, shared) + (accumulate ? d : 0), one warpgroup.
+// Thread t holds rows t/32*16 + t%32/4 (+8) and columns 8j + t%4*2 (+1): d[4j], d[4j+1] in the first row, d[4j+2],
+// d[4j+3] in the second. Of a in registers it holds columns t%4*2 (+1) of both rows (a0, a1), and the columns 8 beyond
+// (a2, a3).
 #define WGMMA_D8(i)                                                                                             \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
         "+f"(d[i + 7])
@@ -78,31 +82,23 @@ __device__ __forceinline__ void wgmma_wait() {
 #define WGMMA_D32(i) WGMMA_D8(i), WGMMA_D8(i + 8), WGMMA_D8(i + 16), WGMMA_D8(i + 24)
 #define WGMMA_D64 WGMMA_D32(0), WGMMA_D32(32)
 #define WGMMA_D128 WGMMA_D64, WGMMA_D32(64), WGMMA_D32(96)
+// clang-format off
 #define WGMMA_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define WGMMA_R16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define WGMMA_R32 \
-    WGMMA_R16     \
-        ", "      \
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define WGMMA_R64                                                                        \
-    WGMMA_R32                                                                            \
-        ", "                                                                             \
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
-        ", "                                                                             \
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define WGMMA_R128                                                                                   \
-    WGMMA_R64                                                                                        \
-        ", "                                                                                         \
-        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"             \
-        ", "                                                                                         \
-        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"             \
-        ", "                                                                                         \
-        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
-        ", "                                                                                         \
-        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define WGMMA_R32 WGMMA_R16 \
+    ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define WGMMA_R64 WGMMA_R32 \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+    ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define WGMMA_R128 WGMMA_R64 \
+    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+    ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
+    ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
+    ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+// clang-format on
 
-// The numbers of the operands after d, which asm wants as text, differ with the size. A transposed b has its 16 rows, not its
-// columns, one after another.
+// The numbers of the operands after d, which asm wants as text, differ with the size. A transposed b has its 16 rows,
+// not its columns, one after another.
 #define WGMMA_RS(SIZE, D, R, OUT, A0, A1, A2, A3, B, P, T)                                                       \
     template <bool kTransposed = false>                                                                          \
     __device__ __forceinline__ void wgmma_f16(float (&d)[D], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, \

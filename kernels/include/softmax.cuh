@@ -1,15 +1,15 @@
-// What the attention kernels share: query tiles, and the online softmax (arXiv 2307.08691) of scores as mma and wgmma hold
-// them. A thread has scores of two rows: numbers 4j and 4j + 1 are the first row's, 4j + 2 and 4j + 3 the second's, both at
-// columns 8j and 8j + 1 counted from the thread's own first column.
+// What the attention kernels share: query tiles, and the online softmax (arXiv 2307.08691) of scores as mma and wgmma
+// hold them. A thread has scores of two rows: numbers 4j and 4j + 1 are the first row's, 4j + 2 and 4j + 3 the
+// second's, both at columns 8j and 8j + 1 counted from the thread's own first column.
 #pragma once
 #include "ptx.cuh"
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-// A query tile, made by the host: `rows` queries from row `q_row` of q, the first at `position` of its sequence. Its keys and
-// values are walked in key blocks of BLOCK_KV, which begin at multiples of BLOCK_KV of the sequence. The first `shared` of
-// these blocks lie where the sequence's token 0 would be row `shared_row` of k and v, the others where it would be row
-// `kv_row`: two sequences that begin alike have the first blocks in common.
+// A query tile, made by the host: `rows` queries from row `q_row` of q, the first at `position` of its sequence. Its
+// keys and values are walked in key blocks of BLOCK_KV, which begin at multiples of BLOCK_KV of the sequence. The first
+// `shared` of these blocks lie where the sequence's token 0 would be row `shared_row` of k and v, the others where it
+// would be row `kv_row`: two sequences that begin alike have the first blocks in common.
 struct QueryTile {
     int q_row, rows, position, kv_row, shared, shared_row;
 
@@ -24,17 +24,14 @@ struct Scale {
     float factor, cap_factor, softcap;
 
     __device__ Scale(float scale, float softcap)
-        : factor((softcap > 0.0f ? softcap : scale) * kLog2E),
-          cap_factor(scale / softcap),
-          softcap(softcap) {}
+        : factor((softcap > 0.0f ? softcap : scale) * kLog2E), cap_factor(scale / softcap), softcap(softcap) {}
     template <int kScores>
     __device__ void cap(float (&scores)[kScores]) const {  // 2 / (1 + exp(-2z)) - 1 is tanh(z)
         if (softcap <= 0.0f) return;
 #pragma unroll
         for (int i = 0; i < kScores; ++i)
             scores[i] =
-                fmaf(2.0f, reciprocal_approx(1.0f + exp2_approx(-2.0f * kLog2E * cap_factor * scores[i])),
-                     -1.0f);
+                fmaf(2.0f, reciprocal_approx(1.0f + exp2_approx(-2.0f * kLog2E * cap_factor * scores[i])), -1.0f);
     }
 };
 
@@ -43,8 +40,8 @@ __device__ __forceinline__ float sink_of(const float* sinks, int head) {
     return sinks != nullptr ? sinks[head] * kLog2E : __int_as_float(0xff800000);
 }
 
-// Makes the scores of keys that a query does not see -inf. behind: by how many positions the thread's first row is past its
-// first column.
+// Makes the scores of keys that a query does not see -inf. behind: by how many positions the thread's first row is past
+// its first column.
 template <int kScores>
 __device__ __forceinline__ void mask(float (&scores)[kScores], int behind, int window) {
 #pragma unroll
@@ -59,8 +56,8 @@ struct Softmax {
     // The largest scores are finite, so that a row that has seen nothing yet makes no NaN of -inf - -inf.
     float row_max[2] = {-1e30f, -1e30f}, row_sum[2] = {0.0f, 0.0f};
 
-    // Makes weights of scores, relative to the largest score so far. correction: what earlier weights, and what was summed
-    // with them, are to be multiplied by.
+    // Makes weights of scores, relative to the largest score so far. correction: what earlier weights, and what was
+    // summed with them, are to be multiplied by.
     template <int kScores>
     __device__ __forceinline__ void update(float (&scores)[kScores], float factor, float (&correction)[2]) {
 #pragma unroll

@@ -1,5 +1,5 @@
-// Integer types and half-precision conversions. NVRTC is given no CUDA headers: all that the kernels need is here and in
-// ptx.cuh, which keeps compiles short and asks for no toolkit on the user's machine.
+// Integer types and half-precision conversions. NVRTC is given no CUDA headers: all that the kernels need is here and
+// in ptx.cuh, which keeps compiles short and asks for no toolkit on the user's machine.
 #pragma once
 
 typedef unsigned char uint8_t;
@@ -50,9 +50,9 @@ __host__ __device__ constexpr uint32_t half2_constant(int minus_1024_to_2047) {
     return 0xe400e400u + (static_cast<uint32_t>(-minus_1024_to_2047 - 1024)) * 0x00010001u;
 }
 
-// A launch may begin before the kernel before it has ended (programmatic dependent launch, sm_90 and later). So every kernel
-// calls this before it reads or writes what another may write or read: it returns when all earlier kernels have ended, and lets
-// the next one's blocks take the room that this one's leave.
+// A launch may begin before the kernel before it has ended (programmatic dependent launch, sm_90 and later). So every
+// kernel calls this before it reads or writes what another may write or read: it returns when all earlier kernels have
+// ended, and lets the next one's blocks take the room that this one's leave.
 __device__ __forceinline__ void begin_kernel() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

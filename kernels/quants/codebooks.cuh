@@ -1,10 +1,11 @@
-// The formats whose integers are drawn from tables (ggml-common.h: block_iq1_s ... iq3_s, mxfp4, nvfp4), ternary and one-bit ones
-// (tq1_0, tq2_0, q1_0). The grids are handed over as text where a program uses them (codebooks.py): GRID_<type>, an entry two
-// words of eight bytes, or one word of four, each word's middle bytes exchanged (common.cuh: paired).
+// The formats whose integers are drawn from tables (ggml-common.h: block_iq1_s ... iq3_s, mxfp4, nvfp4), ternary and
+// one-bit ones (tq1_0, tq2_0, q1_0). The grids are handed over as text where a program uses them (codebooks.py):
+// GRID_<type>, an entry two words of eight bytes, or one word of four, each word's middle bytes exchanged (common.cuh:
+// paired).
 #pragma once
 #include "kquants.cuh"
 
-// Signs -----------------------------------------------------------------------------------------------------------------------
+// Signs ---------------------------------------------------------------------------------------------------------------
 // Flip the halves of pairs q[0..4) where bits 0..7 of `signs` are set.
 __device__ __forceinline__ void flip(uint32_t signs, uint32_t* q) {
 #pragma unroll
@@ -29,7 +30,7 @@ struct HalfLast : KQuant {
     __host__ __device__ static constexpr int source_of(int to) { return to < kHalfAt ? to + 2 : to - kHalfAt; }
 };
 
-// 2 bits: eight magnitudes of 8, 25 and 43 from a grid, and their signs ------------------------------------------------------------
+// 2 bits: eight magnitudes of 8, 25 and 43 from a grid, and their signs -----------------------------------------------
 
 #ifdef GRID_IQ2_XXS
 __device__ const uint2 kGridIQ2_XXS[256] = {GRID_IQ2_XXS};
@@ -94,7 +95,7 @@ struct IQ2_S : HalfLast<82> {  // low bits of indices[32], signs[32], high bits[
 };
 #endif
 
-// 3 bits: four magnitudes from a grid -------------------------------------------------------------------------------------------
+// 3 bits: four magnitudes from a grid ---------------------------------------------------------------------------------
 
 #ifdef GRID_IQ3_XXS
 __device__ const uint32_t kGridIQ3_XXS[256] = {GRID_IQ3_XXS};
@@ -116,9 +117,8 @@ struct IQ3_XXS : HalfLast<98> {  // indices[64], (4 x 7 signs, scale) [8], d
 
 #ifdef GRID_IQ3_S
 __device__ const uint32_t kGridIQ3_S[512] = {GRID_IQ3_S};
-struct IQ3_S
-    : HalfLast<
-          110> {  // low bits of indices[64], signs[32], ninth bits[8], scales[4], d; the file has ninth bits before signs
+// Low bits of indices[64], signs[32], ninth bits[8], scales[4], d; the file has the ninth bits before the signs.
+struct IQ3_S : HalfLast<110> {
     __host__ __device__ static constexpr int source_of(int to) {
         return to < 64 ? 2 + to : to < 96 ? 74 + to - 64 : to < 104 ? 66 + to - 96 : to < 108 ? 2 + to : to - 108;
     }
@@ -139,8 +139,8 @@ struct IQ3_S
 };
 #endif
 
-// 1 bit and a half: eight of -1, 0 and 1 from a grid, all moved by an eighth up or down. In eighths both are whole numbers: the
-// grid here has 8 * value + 15, so that bytes are positive.
+// 1 bit and a half: eight of -1, 0 and 1 from a grid, all moved by an eighth up or down. In eighths both are whole
+// numbers: the grid here has 8 * value + 15, so that bytes are positive.
 
 #ifdef GRID_IQ1
 __device__ const uint2 kGridIQ1[2048] = {GRID_IQ1};
@@ -164,8 +164,8 @@ struct IQ1_S : HalfLast<50> {  // low bits of indices[32], (4 x 3 high bits, sca
     }
 };
 
-struct IQ1_M
-    : KQuant {  // low bits of indices[32], (3 high bits, direction) [32] in half bytes, (4 x 3 bits of scale, 4 of d) [4]
+// Low bits of indices[32], (3 high bits, direction) [32] in half bytes, (4 x 3 bits of scale, 4 of d) [4].
+struct IQ1_M : KQuant {
     static constexpr int kBytes = 56, kCenter = 0;
     static constexpr bool kHasMin = false;
     __host__ __device__ static constexpr int source_of(int to) { return to; }
@@ -186,14 +186,14 @@ struct IQ1_M
 };
 #endif
 
-// -1, 0 and 1 -----------------------------------------------------------------------------------------------------------------------
+// -1, 0 and 1 ---------------------------------------------------------------------------------------------------------
 
 struct TQ1_0 : KQuant {  // five ternary digits a byte: qs[48], four: qh[4], d
     static constexpr int kBytes = 54, kCenter = 0;
     static constexpr bool kHasMin = false;
     __host__ __device__ static constexpr int source_of(int to) { return to < 48 ? paired(to) : to; }
-    // Digits of bytes 0 and 2, and 1 and 3, of a word, less 1, as pairs of halves: a byte is a fraction of 256, whose leading
-    // digit is moved to the front by a power of 3.
+    // Digits of bytes 0 and 2, and 1 and 3, of a word, less 1, as pairs of halves: a byte is a fraction of 256, whose
+    // leading digit is moved to the front by a power of 3.
     __device__ static void digits(uint32_t bytes, uint32_t power, uint32_t* q) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -207,8 +207,8 @@ struct TQ1_0 : KQuant {  // five ternary digits a byte: qs[48], four: qh[4], d
         uint32_t power = digit == 0 ? 1 : digit == 1 ? 3 : digit == 2 ? 9 : digit == 3 ? 27 : 81;
         uint4 qs = unit.load16(at < 160 ? at & 16 : 32);
         uint32_t low = unit.u16(48), high = unit.u16(50);
-        uint32_t qh =
-            (low & 0xffu) | (high & 0xffu) << 8 | (low >> 8) << 16 | (high >> 8) << 24;  // bytes 0, 2, 1, 3: paired
+        // Bytes 0, 2, 1, 3: paired.
+        uint32_t qh = (low & 0xffu) | (high & 0xffu) << 8 | (low >> 8) << 16 | (high >> 8) << 24;
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
             constexpr uint32_t kPowers[4] = {1, 3, 9, 27};
@@ -257,7 +257,7 @@ struct Q1_0 : KQuant {  // two blocks of 128: (bits[16]) [2], d[2]
     }
 };
 
-// 4-bit floats: 0, 1, 2, 3, 4, 6, 8, 12 (halves of E2M1's values) and their negatives --------------------------------------------------
+// 4-bit floats: 0, 1, 2, 3, 4, 6, 8, 12 (halves of E2M1's values) and their negatives ---------------------------------
 
 // Of four numbers 0..15, one a byte: four signed bytes.
 __device__ __forceinline__ uint32_t e2m1_values(uint32_t q) {

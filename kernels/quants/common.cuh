@@ -1,21 +1,22 @@
 // What a block format is to the kernels, and how weights lie in device memory.
 //
-// Each quantised struct of this folder is one ggml type. A unit is a run of a row's weights: a K-quant's super-block of 256,
-// eight blocks of 32, or 128 unquantised weights. A weight is d * (q + kCenter) - m, where q is a small integer, exact in
-// half precision, that was moved to lie about 0. A struct has:
+// Each quantised struct of this folder is one ggml type. A unit is a run of a row's weights: a K-quant's super-block of
+// 256, eight blocks of 32, or 128 unquantised weights. A weight is d * (q + kCenter) - m, where q is a small integer,
+// exact in half precision, that was moved to lie about 0. A struct has:
 //   kElements               weights of a unit
 //   kBytes                  bytes of a unit, as many as in the file
-//   source_of(to)           which byte of the unit as GGUF stores it becomes byte `to` in device memory (the repack kernel
-//                           asks): fields are gathered so that all are aligned, and packed integers stand as `paired` says
+//   source_of(to)           which byte of the unit as GGUF stores it becomes byte `to` in device memory (the repack
+//                           kernel asks): fields are gathered so that all are aligned, and packed integers stand as
+//                           `paired` says
 //   integers(unit, at, q)   q of weights at .. at + 15, as eight pairs of halves; at is a multiple of 16
 //   affine(unit, at, d, m)  their d and m; kHasMin says whether there is an m
 // decode_floats and decode_halves below make weights of these; unquantised types bring functions of their own.
 //
-// A matrix is stored in weight tiles of kTileRows rows by one unit, [row tile][unit]: the tiles of one row tile follow one
-// another. Within a weight tile the 16-byte pieces of the units stand transposed, [piece][row ^ 2 * (piece % 4)]; what is left
-// of the units, kBytes % 16, comes last, [row]. A weight tile is thus one contiguous copy, and shared memory is read without
-// bank conflicts both by a warp that takes a row a lane and by one whose four neighbouring lanes take four pieces of a row.
-// Rows and columns past the matrix's are zero bytes, which every format decodes to 0.
+// A matrix is stored in weight tiles of kTileRows rows by one unit, [row tile][unit]: the tiles of one row tile follow
+// one another. Within a weight tile the 16-byte pieces of the units stand transposed, [piece][row ^ 2 * (piece % 4)];
+// what is left of the units, kBytes % 16, comes last, [row]. A weight tile is thus one contiguous copy, and shared
+// memory is read without bank conflicts both by a warp that takes a row a lane and by one whose four neighbouring lanes
+// take four pieces of a row. Rows and columns past the matrix's are zero bytes, which every format decodes to 0.
 #pragma once
 #include "../include/types.cuh"
 
@@ -45,15 +46,15 @@ __device__ __forceinline__ uint32_t word_of(const uint4& v, int i) {
     return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-// Packed integers -----------------------------------------------------------------------------------------------------------
-// Two bytes that are 16 bits apart become a pair of halves at once. So the middle two bytes of each word are exchanged when
-// weights are repacked: bytes 0 and 2 are then neighbouring weights, and bytes 1 and 3 the two after them.
+// Packed integers -----------------------------------------------------------------------------------------------------
+// Two bytes that are 16 bits apart become a pair of halves at once. So the middle two bytes of each word are exchanged
+// when weights are repacked: bytes 0 and 2 are then neighbouring weights, and bytes 1 and 3 the two after them.
 __host__ __device__ constexpr int paired(int to) {
     return (to & ~3) | (to & 1) << 1 | (to >> 1 & 1);
 }
 
-// Makes two pairs of halves, less kOffset, of the four bytes of a word: 0x6400 | i is the half 1024 + i, and the difference
-// is exact.
+// Makes two pairs of halves, less kOffset, of the four bytes of a word: 0x6400 | i is the half 1024 + i, and the
+// difference is exact.
 template <int kOffset>
 __device__ __forceinline__ void bytes_to_pairs(uint32_t word, uint32_t* q) {
     constexpr uint32_t kLess = half2_constant(-(1024 + kOffset));
@@ -78,9 +79,9 @@ __device__ __forceinline__ uint32_t iq4_values(uint32_t q) {
     return table_values(q, 0xbfad9881u, 0xf6eaddcfu, 0x26190d01u, 0x71594535u);
 }
 
-// Loading ahead ---------------------------------------------------------------------------------------------------------------
-// What `integers` and `affine` read for 16 weights, in the order in which they read it. They run twice: first to load, when
-// the compiler drops what they compute; and again, when the loads have come, to decode.
+// Loading ahead -------------------------------------------------------------------------------------------------------
+// What `integers` and `affine` read for 16 weights, in the order in which they read it. They run twice: first to load,
+// when the compiler drops what they compute; and again, when the loads have come, to decode.
 struct Fields {
     uint4 pieces[4];
     uint32_t values[6];
@@ -106,7 +107,7 @@ struct Reader {
     __device__ float half(int offset) const { return half_to_float(static_cast<half_t>(u16(offset))); }
 };
 
-// Weights ---------------------------------------------------------------------------------------------------------------------
+// Weights -------------------------------------------------------------------------------------------------------------
 
 // What is read for the sixteen weights at `at` of row `row`'s unit.
 template <class Format>
@@ -125,8 +126,8 @@ __device__ __forceinline__ Fields load_fields(const uint8_t* tile, int row, int 
     return fields;
 }
 
-// Sixteen weights, at `at` of a unit, in float32, with the bits of ggml's dequantize_row_*: the products are exact, so only
-// the last step rounds.
+// Sixteen weights, at `at` of a unit, in float32, with the bits of ggml's dequantize_row_*: the products are exact, so
+// only the last step rounds.
 template <class Format>
 __device__ __forceinline__ void decode_floats(const uint8_t* tile, int row, int at, float (&out)[16]) {
     Unit<Format::kBytes> unit{tile, row};
@@ -145,8 +146,9 @@ __device__ __forceinline__ void decode_floats(const uint8_t* tile, int row, int 
     }
 }
 
-// The sixteen weights whose fields were loaded, at `at` of their unit, times `scale`, a power of two, as pairs of halves. d
-// and d * kCenter - m are rounded to halves first, each to half a unit in the weight's last place, as the result is too.
+// The sixteen weights whose fields were loaded, at `at` of their unit, times `scale`, a power of two, as pairs of
+// halves. d and d * kCenter - m are rounded to halves first, each to half a unit in the weight's last place, as the
+// result is too.
 template <class Format>
 __device__ __forceinline__ void decode_halves(Fields& fields, int at, float scale, uint32_t (&out)[8]) {
     Reader<Format, false> unit{fields, {}};

@@ -1,7 +1,8 @@
 #pragma once
 #include "common.cuh"
 
-// A list of block formats as a type: those that the matrices of one launch may have. A number says which one a matrix has.
+// A list of block formats as a type: those that the matrices of one launch may have. A number says which one a matrix
+// has.
 
 template <class First, class... Rest>
 struct FormatList {

@@ -22,14 +22,10 @@ import sys
 import tempfile
 import time
 
-from kqprefill.backends.cuda.codebooks import definitions
-from kqprefill.backends.cuda.compiler import Program, flatten
-from kqprefill.backends.cuda.kernels import every_program
-from kqprefill.backends.cuda.tiles import HOPPER_TILES, AttentionTile, GemmTile, HopperAttentionTile
-
-from kqprefill.backends.cuda.constants import SHARED_DEFINES
-from kqprefill.backends.cuda.device import import_cuda
-from kqprefill.gguf.types import GGML
+from kqprefill.backends.cuda.device.codebooks import definitions
+from kqprefill.backends.cuda.device.compiler import Program, flatten
+from kqprefill.backends.cuda.device.gpu import import_cuda
+from kqprefill.backends.cuda.kernel_set import every_program
 
 AFTER = Path(__file__).resolve().parents[2] / "kernels"
 # Of each kind of format one or two: unquantised, of 32 weights, K-quants, from a grid, 4-bit floats, ternary.
@@ -42,28 +38,13 @@ _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 
 def is_representative(program: Program) -> bool:
     """Whether a program is among those that are compared without --all."""
-    defines = dict(program.defines)
+    defines = dict(program.constants)
     if program.source == "weights.cu":
         return defines["FORMAT"] in SOME_FORMATS
     if program.source == "gemm_sm90.cu":
         formats = defines["FORMATS"]
         return formats in ALL_TILES_OF or (formats in SOME_FORMATS and defines["TOKENS"] in SOME_TOKENS)
     return True
-
-
-def launch_defines(program: Program) -> dict[str, int]:
-    """THREADS and SHARED_BYTES of a program with tiles, as the host launches it; nothing for the others."""
-    defines = dict(program.defines)
-    for kind in (GemmTile, AttentionTile, HopperAttentionTile):
-        if program.source == kind.source:
-            tile = kind(**{name: int(defines[name.upper()]) for name in kind.__dataclass_fields__})
-            return {"THREADS": tile.threads, "SHARED_BYTES": tile.shared_bytes}
-    if program.source != "gemm_sm90.cu":
-        return {}
-    wanted = [int(defines[name]) for name in ("GATED", "TOKENS", "WARPGROUPS", "TILES", "CLUSTER")]
-    (hopper,) = (t for t in HOPPER_TILES if [t.gated, t.tokens, t.warpgroups, t.tiles, t.cluster] == wanted)
-    types = tuple(GGML[name] for name in defines["FORMATS"].split(","))
-    return {"THREADS": hopper.threads, "SHARED_BYTES": hopper.shared_bytes(types)}
 
 
 @cache
@@ -73,16 +54,14 @@ def text_of(folder: Path, source: str) -> str:
 
 
 def compile_from(folder: Path, program: Program, arch: str) -> bytes:
-    """The CUBIN of a program from a kernel folder, with the options of kqprefill/backends/cuda/compiler.py.
+    """The CUBIN of a program from a kernel folder, with the options of kqprefill/backends/cuda/device/compiler.py.
 
-    It gets the defines that host and kernels share beside its own; a folder from before there were any does not mind.
+    A folder from before host and kernels shared defines does not mind them.
     """
     core, _ = import_cuda()
-    shared = {**SHARED_DEFINES, **launch_defines(program)}
-    defines = {**{name: str(value) for name, value in shared.items()}, **dict(program.defines)}
-    formats = [name for key in ("FORMAT", "FORMATS") for name in defines.get(key, "").split(",")]
+    formats = [name for key, value in program.constants if key in ("FORMAT", "FORMATS") for name in value.split(",")]
     options = core.ProgramOptions(
-        name=program.source, arch=arch, std="c++17", define_macro=list(defines.items()), fma=False
+        name=program.source, arch=arch, std="c++17", define_macro=list(program.defines), fma=False
     )
     text = definitions(formats) + text_of(folder, program.source)
     return bytes(core.Program(text, "c++", options).compile("cubin").code)

@@ -1,0 +1,106 @@
+// What the GEMMs do with the sums in their accumulators before they are written: scales, biases, residuals and gates.
+#pragma once
+#include "activation.cuh"
+#include "operand.cuh"
+#include "ptx.cuh"
+
+// By what sums of scaled operands are multiplied: x was scaled by *x_scale, w by *w_scale.
+__device__ __forceinline__ float unscale(const float* x_scale, const float* w_scale) {
+    return 1.0f / *x_scale / *w_scale;
+}
+
+// The biases of output `column`, of an expert's `columns`: 0 where there is no bias (null), or no such output
+// (!inside).
+struct Biases {
+    int expert, columns, column;
+    bool inside;
+
+    __device__ __forceinline__ float of(const float* bias) const {
+        return bias != nullptr && inside ? bias[expert * columns + column] : 0.0f;
+    }
+};
+
+// gemm_linear's outputs, which may be added to a residual: written to rows `ldo` floats apart.
+struct LinearOutput {
+    float* out;
+    int ldo;
+
+    // Writes two neighbouring columns of a row, the second only if `both`. residual may be null, or out itself.
+    __device__ __forceinline__ void store_columns(int row, int column, float a, float b, bool both,
+                                                  const float* residual) const {
+        uint64_t at = static_cast<uint64_t>(row) * ldo + column;
+        if (both && ldo % 2 == 0) {  // both of a pair's addresses are then 8-byte aligned
+            float2 r = residual != nullptr ? *reinterpret_cast<const float2*>(residual + at) : make_float2(0.0f, 0.0f);
+            *reinterpret_cast<float2*>(out + at) = make_float2(a + r.x, b + r.y);
+        } else {
+            out[at] = residual != nullptr ? a + residual[at] : a;
+            if (both) out[at + 1] = residual != nullptr ? b + residual[at + 1] : b;
+        }
+    }
+
+    // Writes column `column` of every pair of tokens that a thread has in a transposed product (Yᵀ): accumulators 4j +
+    // 2i and 4j + 2i + 1 are tokens token + 8j and the next, where these are before `end`. add: they are added to what
+    // is there.
+    template <int kTokens>
+    __device__ __forceinline__ void store_transposed(const float (&acc)[kTokens / 2], int i, float alpha, float bias,
+                                                     int column, int token, int end, int add) const {
+        float* to = out + static_cast<uint64_t>(token) * ldo + column;
+#pragma unroll
+        for (int j = 0; j < kTokens / 8; ++j, to += 8 * static_cast<uint64_t>(ldo))
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                float y = fmaf(acc[4 * j + 2 * i + c], alpha, bias);
+                // The L2 cache adds: nothing is waited for, and as each output is added to once, the sum is always the
+                // same.
+                if (token + 8 * j + c < end) add ? reduce_add(to + c * ldo, y) : void(to[c * ldo] = y);
+            }
+    }
+};
+
+// gemm_gated's outputs, scale * act(gate) * up of `features` features: an operand, with rows `ldo` apart.
+struct GatedOutput {
+    half_t* out;
+    int ldo, features;
+    float alpha, scale;
+    int activation;
+
+    // Writes feature f of every pair of tokens that a thread has in a transposed product: accumulators 4j and 4j + 1
+    // are gate's sums of tokens token + 8j and the next, 4j + 2 and 4j + 3 up's. row: as row_of_thread (gemm_sm90.cu)
+    // has it.
+    //
+    // A thread has two neighbouring tokens of one feature in each batch of 8 tokens; so of two batches, lanes of
+    // neighbouring features trade a token, then lanes whose pairs of features are 16 apart trade a batch. Each then has
+    // four outputs of one token, which are neighbours in operand order.
+    template <int kTokens>
+    __device__ __forceinline__ void store_transposed(const float (&acc)[kTokens / 2], const float* gate_bias,
+                                                     const float* up_bias, int expert, int first, int row, int token,
+                                                     int end) const {
+        int f = first + row;
+        bool inside = f < ceil_div(features, kOperandGroup) * kOperandGroup;
+        Biases biases = {expert, features, f, f < features};
+        float gate_b = biases.of(gate_bias), up_b = biases.of(up_bias);
+        bool odd = row & 1, second = row & 16;
+        uint32_t keep = f < features ? ~0u : 0;  // a select would be compiled to a branch around each
+        half_t* to = out + operand_position(f & ~17);
+#pragma unroll
+        for (int j = 0; j < kTokens / 8; j += 2) {
+            OperandPair pair[2];
+#pragma unroll
+            for (int batch = 0; batch < 2; ++batch) {
+                float y[2];
+#pragma unroll
+                for (int c = 0; c < 2; ++c) {
+                    int at = 4 * (j + batch) + c;
+                    float g = fmaf(acc[at], alpha, gate_b), u = fmaf(acc[at + 2], alpha, up_b);
+                    y[c] = bits_to_float(__float_as_uint(gated(g, u, activation) * scale) & keep);
+                }
+                float given = __shfl_xor_sync(0xffffffffu, odd ? y[0] : y[1], 4);
+                pair[batch] = odd ? operand_pair(given, y[1]) : operand_pair(y[0], given);
+            }
+            uint32_t given = __shfl_xor_sync(0xffffffffu, second ? pair[0] : pair[1], 8);
+            int t = token + 8 * (j + second) + odd;
+            uint2 pairs = second ? make_uint2(given, pair[1]) : make_uint2(pair[0], given);
+            if (t < end && inside) store_operand(to + static_cast<uint64_t>(t) * ldo, pairs);
+        }
+    }
+};

@@ -1,0 +1,60 @@
+// The row tiles of W that a launch of gemm_sm90.cu multiplies by: kTileRows rows each, whose weight tiles
+// (quants/common.cuh) follow one another. The launch has them in one sequence, of one matrix or of several.
+#pragma once
+#include "types.cuh"
+#include "../quants/common.cuh"
+
+// The matrices of a launch: up to three, one under another, or gate and up for the gated kernel. Where
+// Config::kGrouped, each is the first of a stack of experts' matrices.
+struct Matrices {
+    const uint8_t* weights[3];
+    int rows[3], format[3];  // format: the number in Config::Formats
+};
+
+// A row tile: where its weight tiles begin, and where its outputs go.
+struct RowTile {
+    const uint8_t* weights;  // null where there is no such row tile
+    int format, rows;        // rows: how many there are, the others are padding
+    int column;              // of the output, that its first row becomes
+};
+
+// How many row tiles a matrix of so many rows has, rounded up so that those of a warpgroup are of one matrix.
+template <class Config>
+__device__ __forceinline__ int count_row_tiles(int rows) {
+    return ceil_div(rows, kTileRows * Config::kTiles) * Config::kTiles;
+}
+
+// Row tile `index` of an expert's matrices (expert 0 where there are none), which have `units` units in a row.
+template <class Config>
+__device__ __forceinline__ RowTile row_tile(const Matrices& matrices, int index, int units, int expert) {
+    using Formats = typename Config::Formats;
+    // Row tiles of the experts before this one.
+    int stacked = Config::kGrouped ? expert * ceil_div(matrices.rows[0], kTileRows) : 0;
+    if (Config::kGated) {  // gate's and up's take turns
+        int tile = index >> 1, rows = min(kTileRows, matrices.rows[0] - tile * kTileRows);
+        const uint8_t* weights = index & 1 ? matrices.weights[1] : matrices.weights[0];
+        if (rows <= 0) return {nullptr, 0, 0, tile * kTileRows};
+        weights += static_cast<uint64_t>(stacked) * units * Formats::tile_bytes(0);
+        return {weights + static_cast<uint64_t>(tile) * units * Formats::tile_bytes(0), 0, rows, tile * kTileRows};
+    }
+    int tiles0 = count_row_tiles<Config>(matrices.rows[0]), tiles1 = count_row_tiles<Config>(matrices.rows[1]);
+    int column = 0, format = matrices.format[0], rows = matrices.rows[0];
+    const uint8_t* weights = matrices.weights[0];
+    if (Config::kGrouped) {
+        if (index * kTileRows >= rows) return {nullptr, 0, 0, 0};
+        return {weights + (static_cast<uint64_t>(stacked) + index) * units * Formats::tile_bytes(0), 0,
+                min(kTileRows, rows - index * kTileRows), index * kTileRows};
+    }
+    // The matrices are written out, as an index into the arguments would put them into local memory.
+    if (index >= tiles0) {
+        column = rows, index -= tiles0;
+        weights = matrices.weights[1], rows = matrices.rows[1], format = matrices.format[1];
+        if (index >= tiles1) {
+            column += rows, index -= tiles1;
+            weights = matrices.weights[2], rows = matrices.rows[2], format = matrices.format[2];
+        }
+    }
+    if (index * kTileRows >= rows) return {nullptr, 0, 0, 0};
+    return {weights + static_cast<uint64_t>(index) * units * Formats::tile_bytes(format), format,
+            min(kTileRows, rows - index * kTileRows), column + index * kTileRows};
+}
