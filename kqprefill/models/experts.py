@@ -73,6 +73,11 @@ class Experts:
         )
 
     @property
+    def chooses_by_more(self) -> bool:
+        """Whether experts are chosen, or shares made, by more than a softmax of the scores."""
+        return self.sigmoid or self.scale != 1.0 or self.groups > 1
+
+    @property
     def fused_parts(self) -> Parts:
         """Where gate and up of each expert may be one matrix: its parts (Family.block_parts)."""
         return {"ffn_gate_up_exps": {"ffn_gate_exps": self.width, "ffn_up_exps": self.width}}

@@ -183,7 +183,7 @@ class Family(ABC):
     def matrices(self) -> list[Weight]:
         """Every matrix of the model (experts' are one under another); a tied output counts once."""
         every = (self.token_embd, self.output, *(w for block in self.blocks for w in block))
-        by_name = {w.name: w for w in every if len(w.shape) >= 2}
+        by_name = {w.name: w for w in every if w.is_matrix}
         return list(by_name.values())
 
     def read_rope(self, *, base: float | None = None, scaled: bool = True) -> Rope:

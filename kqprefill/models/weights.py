@@ -39,6 +39,11 @@ class Weight:
         """The tensor's shape."""
         return self.tensor.shape
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether something is multiplied by it as a matrix; a convolution's taps are not, though they have two dimensions."""
+        return len(self.shape) >= 2 and not self.name.endswith("conv1d.weight")
+
     def expert(self, index: int) -> Weight:
         """The matrix, and the bias, of one of the experts."""
         return Weight(self.tensor.item(index), self.bias and self.bias.item(index))

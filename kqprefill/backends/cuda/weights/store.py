@@ -18,7 +18,7 @@ from ....models.family import Family
 from ....models.weights import Weight
 from ...base import Loaded
 from ...budget import gib
-from ..constants import OPERAND_GROUP, TILE_ROWS
+from ..constants import TILE_ROWS
 from ..device.gpu import Gpu
 from ..device.launcher import Launches
 from ..device.workspace import aligned
@@ -240,8 +240,8 @@ def _refuse_misshapen(family: Family) -> None:
             raise BackendError(
                 f"tensor {weight.name}: rows of {matrix.columns} are too long for CUDA; use --backend cpu"
             )
-        if len(weight.shape) == 3 and weight.shape[1] % OPERAND_GROUP:
+        if len(weight.shape) == 3 and weight.shape[1] % TILE_ROWS:
             raise BackendError(
-                f"tensor {weight.name}: experts of {weight.shape[1]} rows, no multiple of {OPERAND_GROUP}, "
+                f"tensor {weight.name}: experts of {weight.shape[1]} rows, no multiple of {TILE_ROWS}, "
                 "do not run on CUDA; use --backend cpu"
             )
