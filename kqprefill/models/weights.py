@@ -41,7 +41,8 @@ class Weight:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether something is multiplied by it as a matrix; a convolution's taps are not, though they have two dimensions."""
+        """Whether something is multiplied by it as a matrix; a convolution's taps are not, though they have two
+        dimensions."""
         return len(self.shape) >= 2 and not self.name.endswith("conv1d.weight")
 
     def expert(self, index: int) -> Weight:

@@ -30,7 +30,7 @@ def softcapped(x: Float32Array, softcap: float | None) -> Float32Array:
 def sigmoid(x: Float32Array) -> Float32Array:
     """1 / (1 + exp(-x))."""
     with np.errstate(over="ignore"):  # exp(-x) of a very negative x is inf, and 1 / inf the 0 it should be
-        result: Float32Array = 1 / (1 + np.exp(-x))
+        result: Float32Array = np.float32(1) / (np.float32(1) + np.exp(-x))
     return result
 
 

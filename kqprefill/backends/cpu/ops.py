@@ -110,8 +110,8 @@ class CpuOps(Ops):
         q_norm: Weight | None = None,
         k_norm: Weight | None = None,
     ) -> tuple[Float32Array, Float32Array, Float32Array, Float32Array]:
-        both, k, v = (self.linear(h, w).reshape(len(h), -1, self.config.head_dim) for w in (wq, wk, wv))
-        both = both.reshape(len(h), -1, 2, self.config.head_dim)
+        k, v = (self.linear(h, w).reshape(len(h), -1, self.config.head_dim) for w in (wk, wv))
+        both = self.linear(h, wq).reshape(len(h), -1, 2, self.config.head_dim)
         q, gate = both[:, :, 0], both[:, :, 1]
         q, k = (x if norm is None else self.rms_norm(x, norm) for x, norm in ((q, q_norm), (k, k_norm)))
         if rope is not None:

@@ -36,8 +36,8 @@ def half_bytes(state: KeysValues, capacity: int) -> int:
 
 
 def halo_rows(state: Recurrent) -> int:
-    """Rows of a recurrence's inputs that are kept of a sequence: those of the chunk that it ended in, which is gone through
-    again when it goes on, and those that the convolution wants before them."""
+    """Rows of a recurrence's inputs that are kept of a sequence: those of the chunk that it ended in, which is gone
+    through again when it goes on, and those that the convolution wants before them."""
     return DELTA_CHUNK - 1 + state.taps
 
 
@@ -45,8 +45,8 @@ def halo_rows(state: Recurrent) -> int:
 class RecurrentArrays:
     """A recurrence's state on the device.
 
-    state: float32 [1, heads, key_dim, value_dim], after the last whole chunk. sums, rates: the last rows of what the layer's
-    matrices made, float32 [halo_rows, channels] and [halo_rows, 2 * heads].
+    state: float32 [1, heads, key_dim, value_dim], after the last whole chunk. sums, rates: the last rows of what the
+    layer's matrices made, float32 [halo_rows, channels] and [halo_rows, 2 * heads].
     """
 
     state: DeviceArray
@@ -135,8 +135,8 @@ class DeviceCache(Cache):
 
 
 class HostCache(DeviceCache):
-    """All layers' states in page-locked host memory, of which two are on the device: while one is computed, the one before
-    is copied out and the next comes in."""
+    """All layers' states in page-locked host memory, of which two are on the device: while one is computed, the one
+    before is copied out and the next comes in."""
 
     def __init__(self, gpu: Gpu, states: Sequence[LayerState], capacity: int) -> None:
         nbytes, most = DeviceCache.bytes_needed(states, capacity), host_memory() * 3 // 4
@@ -184,8 +184,8 @@ class HostCache(DeviceCache):
         self._stream.sync()
 
     def _runs(self, layer: int, first: int, last: int) -> Iterator[tuple[NDArray[np.uint8], int]]:
-        """(bytes on the host, their device address) of what a layer keeps of tokens first to last - 1: their keys and their
-        values, or the whole of a recurrence's state."""
+        """(bytes on the host, their device address) of what a layer keeps of tokens first to last - 1: their keys and
+        their values, or the whole of a recurrence's state."""
         host, address = self._on_host[layer], self._address(layer)
         if not isinstance(self._states[layer], KeysValues):
             yield host, address

@@ -27,8 +27,9 @@ class ChunkLayout:
 def chunk_layout(segments: Sequence[Segment], keep: bool = False) -> ChunkLayout:
     """The layout of segments whose rows are numbered from the first of them on.
 
-    A segment that comes after none, but not at a sequence's first position, goes on from state 0; what comes before it are
-    the rows before its first. keep: such a segment leaves its state as state 0 again, whether it begins there or not.
+    A segment that comes after none, but not at a sequence's first position, goes on from state 0; what comes before it
+    are the rows before its first. keep: such a segment leaves its state as state 0 again, whether it begins there or
+    not.
     """
     followed = {segment.after for segment in segments if segment.after is not None}
     states = {number: place for place, number in enumerate(sorted(followed))}

@@ -1,4 +1,5 @@
-"""Gated DeltaNet (arXiv 2412.06464): a recurrence in chunks (kernels/delta_inputs.cu, delta_prepare.cu, delta_scan.cu)."""
+"""Gated DeltaNet (arXiv 2412.06464): a recurrence in chunks, which kernels/delta_inputs.cu, delta_prepare.cu and
+delta_scan.cu compute."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from .dense import DenseOps
 
 @dataclass(frozen=True)
 class _Piece:
-    """Tokens first to last - 1 of the batch: their chunks and sequences on the device, and how many states they leave."""
+    """Tokens first to last - 1 of the batch: their chunks and sequences on the device, and how many states they
+    leave."""
 
     first: int
     last: int
@@ -61,7 +63,8 @@ class DeltaOps(DenseOps):
         """
         if len(self.batch.segments) > 1:
             return [(0, self.n, self.batch.segments)]
-        start, pieces, first = self.batch.start, [], 0
+        start, first = self.batch.start, 0
+        pieces: list[tuple[int, int, tuple[Segment, ...]]] = []
         while first < self.n:
             whole = (start + first) % DELTA_CHUNK
             last = min(self.n, first + TOKENS_AT_ONCE - whole)
@@ -211,7 +214,8 @@ class DeltaOps(DenseOps):
         o: DeviceArray,
     ) -> None:
         config: ScanConfig = scan_config(net.head_dim, self.context.gpu.shared_memory)
-        # A state's values are at most as many times a value's as the sequence has tokens: each adds a projection of its own.
+        # A state's values are at most as many times a value's as the sequence has tokens: each adds a projection of its
+        # own.
         growth = math.ceil(math.log2(self.config.context_length)) - math.log2(DELTA_CHUNK)
         for sequences in piece.sequences:
             self.launcher.launch(

@@ -62,8 +62,8 @@ class ExpertOps(DenseOps):
         return Residual(residual.values)
 
     def _activated(self, rows: int, width: int) -> DeviceArray:
-        """Where gate's and up's outcome goes. What pads its columns is zero: it is an array that nobody else writes, whose new
-        memory is zero, and no kernel writes the padding but as zeros."""
+        """Where gate's and up's outcome goes. What pads its columns is zero: it is an array that nobody else writes,
+        whose new memory is zero, and no kernel writes the padding but as zeros."""
         stride = HALVES.padded(width)
         name = "activated" if stride == width else f"activated, {width} of {stride}"
         return self.work.array(name, HALVES.dtype, rows, stride)

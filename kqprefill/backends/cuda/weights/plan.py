@@ -113,8 +113,8 @@ def refuse_unsupported(family: Family) -> None:
     experts = family.experts
     if experts is not None and experts.groups > MOST_EXPERT_GROUPS:
         raise BackendError(
-            f"{family.file.path}: {experts.groups} groups of experts do not run on CUDA (at most {MOST_EXPERT_GROUPS}); "
-            "use --backend cpu"
+            f"{family.file.path}: {experts.groups} groups of experts do not run on CUDA (at most "
+            f"{MOST_EXPERT_GROUPS}); use --backend cpu"
         )
     if experts is not None and (experts.count > MOST_EXPERTS or experts.used > MOST_USED_EXPERTS):
         raise BackendError(

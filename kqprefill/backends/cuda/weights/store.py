@@ -102,7 +102,9 @@ class WeightsOnDevice:
             self._buffers["streamed"] = buffer = self._gpu.allocate(plan.tile_bytes, "a streamed layer")
             for layer in plan.streamed:
                 matrices = self._assign(groups[layer], int(buffer.handle))
-                self._pieces[layer] = [Piece(m, 0, t.data.reshape(m.rows, -1)) for t, m in zip(groups[layer], matrices)]
+                self._pieces[layer] = [
+                    piece for t, m in zip(groups[layer], matrices) for piece in pieces_of(m, t.data, plan.slot_bytes)
+                ]
         self.plan = plan
 
     def _groups(self, plan: Plan) -> dict[str | int, list[ModelTensor]]:
