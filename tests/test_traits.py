@@ -9,6 +9,7 @@ import pytest
 
 from conftest import ROOT
 from kqprefill.backends.cuda.codebooks import definitions
+from kqprefill.backends.cuda.constants import SHARED_DEFINES
 from kqprefill.backends.cuda.tiles import TILE_ROWS, unit_size
 from kqprefill.gguf import dequantize
 from test_dequantize import FORMATS, rows_of
@@ -32,6 +33,7 @@ def decode(tmp_path_factory):
             "-std=c++17",
             "-O1",
             "-ffp-contract=off",
+            *(f"-D{name}={value}" for name, value in SHARED_DEFINES.items()),
             "-I",
             folder,
             folder / "decode.cpp",

@@ -51,8 +51,10 @@ def is_representative(program: Program) -> bool:
 
 
 def launch_defines(program: Program) -> dict[str, int]:
-    """THREADS and SHARED_BYTES of a program with tiles, as the host launches it; nothing for the others."""
+    """THREADS and SHARED_BYTES of a program with tiles that does not have them; nothing for the others."""
     defines = dict(program.defines)
+    if "THREADS" in defines:
+        return {}
     for kind in (GemmTile, AttentionTile, HopperAttentionTile):
         if program.source == kind.source:
             tile = kind(**{name: int(defines[name.upper()]) for name in kind.__dataclass_fields__})
