@@ -219,8 +219,8 @@ struct Consumer {
 template <class Write>
 __device__ __forceinline__ void consume(const Rings& rings, const Matrices& matrices, const Tokens& x, int units,
                                         int row_tiles, float alpha, float scale, Write write) {
-    int warpgroup = static_cast<int>(threadIdx.x) / 128, column = static_cast<int>(threadIdx.x) % 4 * 16;
-    Consumer consumer = {rings, units, warpgroup * Config::kTiles, row_of_thread(), column, scale};
+    int thread = threadIdx.x;
+    Consumer consumer = {rings, units, thread / 128 * Config::kTiles, row_of_thread(), thread % 4 * 16, scale};
     for (OutputTiles outputs(x, row_tiles); outputs.more(); outputs.next()) {
         auto tile = [&](int i) {
             return row_tile<Config>(matrices, first_row_tile(outputs) + consumer.first + i, units, 0);
