@@ -72,15 +72,15 @@ __device__ __forceinline__ int first_row_tile(const OutputTiles& outputs) {
 }
 
 struct Rings {
-    Config::XRing x;
-    Config::RawRing raw;
+    Config::XRing x;        // steps of x
+    Config::RawRing raw;    // weight tiles, still quantised: one for each row tile of the block
     const uint8_t* shared;  // the generic address at which shared memory begins
 };
 
 // Producers -----------------------------------------------------------------------------------------------------------
 
 // The work of kBlockTiles lanes of a warp: each has the copy engine bring a row tile of W, a weight tile at a time.
-// Nothing that runs writes weights, so this does not wait for earlier kernels (except where one of them listed the
+// Nothing that may still run writes weights, so this does not wait for earlier kernels (except where one lists the
 // token tiles).
 __device__ __forceinline__ void produce_weights(const Rings& rings, const Matrices& matrices, const Tokens& x,
                                                 int units, int row_tiles) {
@@ -128,8 +128,8 @@ __device__ __forceinline__ void produce_x(const Rings& rings, const void* x_map,
 
 // Consumers -----------------------------------------------------------------------------------------------------------
 
-// Which row of its row tiles a thread has. In gemm_gated a warp has such rows that eight of its outputs, which lanes
-// trade (epilogue.cuh), are neighbours in operand order. For warp w of a warpgroup:
+// Which row of its row tiles a thread has. In gemm_gated a warp has such rows that each lane, when lanes have traded
+// outputs (epilogue.cuh), writes four that are neighbours in operand order. For warp w of a warpgroup:
 //
 //     lanes          0-3     4-7     8-11    12-15   16-19   20-23   24-27   28-31
 //     gemm_linear    8w      8w+1    8w+2    8w+3    8w+4    8w+5    8w+6    8w+7
@@ -139,6 +139,7 @@ __device__ __forceinline__ int row_of_thread() {
     return Config::kGated ? slot / 2 % 2 * 16 + warp * 4 + slot / 4 * 2 + slot % 2 : warp * 8 + slot;
 }
 
+// A thread of a consumer warpgroup.
 struct Consumer {
     static constexpr int kUnitSteps = Config::kUnitSteps, kStageSteps = Config::kStageSteps;
     const Rings& rings;
@@ -212,19 +213,14 @@ struct Consumer {
     }
 };
 
-// Where a thread's accumulators go: numbers 4j + 2i and 4j + 2i + 1 are row `row` of row tile i, and tokens token + 8j
-// and the next of x, where these are before `end`.
-struct Outputs {
-    const RowTile (&tiles)[Config::kTiles];
-    int row, token, end, expert;
-};
-
-// Multiplies this block's output tiles; calls write(accumulators, outputs) after each.
+// Multiplies this block's output tiles; calls write(accumulators, alpha, row tiles, row, first token, end, expert)
+// after each. Accumulators 4j + 2i and 4j + 2i + 1 of a thread are row `row` of row tile i, and tokens 8j + lane % 4 *
+// 2 and the next, counted from the first token of the token tile, which ends before token `end`.
 template <class Write>
 __device__ __forceinline__ void consume(const Rings& rings, const Matrices& matrices, const Tokens& x, int units,
                                         int row_tiles, float alpha, float scale, Write write) {
-    int warpgroup = static_cast<int>(threadIdx.x) / 128, column = static_cast<int>(threadIdx.x) % 4 * 16;
-    Consumer consumer = {rings, units, warpgroup * Config::kTiles, row_of_thread(), column, scale};
+    int thread = threadIdx.x;
+    Consumer consumer = {rings, units, thread / 128 * Config::kTiles, row_of_thread(), thread % 4 * 16, scale};
     for (OutputTiles outputs(x, row_tiles); outputs.more(); outputs.next()) {
         auto tile = [&](int i) {
             return row_tile<Config>(matrices, first_row_tile(outputs) + consumer.first + i, units, 0);
@@ -246,7 +242,7 @@ __device__ __forceinline__ void sync_cluster() {
     else cluster_sync();
 }
 
-// A block: makes its rings, and has its warps produce or consume. write(accumulators, alpha, outputs) is the epilogue.
+// The work of a block: it makes its rings, and has its warps produce or consume. `write` is the epilogue (see consume).
 template <class Write>
 __device__ __forceinline__ void run(const Matrices& matrices, const void* x_map, const Tokens& x, int k,
                                     const float* x_scale, const float* w_scale, int row_tiles, Write write) {

@@ -9,6 +9,7 @@ struct Ranked {
 };
 
 constexpr int kThreads = HEAD_THREADS;
+static_assert((kThreads & (kThreads - 1)) == 0, "sort takes a power of two of candidates");
 
 // logits = cap(scale * logits), cap(y) = softcap * tanh(y / softcap) where softcap > 0 (arXiv 2408.00118).
 extern "C" __global__ void __launch_bounds__(kThreads)

@@ -16,6 +16,7 @@ extern "C" __global__ void __launch_bounds__(ROPE_TABLE_THREADS)
 }
 
 constexpr int kWarps = ROTATE_THREADS / 32;
+static_assert(MAX_HEAD_DIM % 128 == 0, "rotate_fours: a warp takes 128 columns of a head at a time");
 
 // What a warp does with one head of one token.
 struct Rotation {

@@ -1,8 +1,9 @@
 // Powers of two that keep half-precision operands in range, chosen on the device so that no launch waits for the host.
 //
-// A half holds 2^-24 .. 65504. The scales below come from bounds that no input can exceed, so overflow is impossible:
-// a weight is at most its matrix's absmax; a row x of rms_norm obeys |x/w| <= sqrt(H), so by Cauchy-Schwarz
-// |W_n · x| <= sqrt(H) · |W_n ∘ w|. Such a bound is loose by a factor around sqrt(H), far less than half's 40 binades.
+// A half holds 2^-24 .. 65504. The scales below come from bounds that no input can exceed, so overflow is impossible. A
+// weight is at most its matrix's absmax. An output x of RMSNorm with weight w, of H columns, obeys |x / w|₂ <= sqrt(H),
+// so by Cauchy-Schwarz |W_n · x| <= sqrt(H) · |W_n ∘ w|₂. Such a bound is loose by a factor of about sqrt(H), which is
+// far less than the 40 binades that a half has.
 #include "include/types.cuh"
 
 constexpr int kThreads = OUTPUT_SCALE_THREADS;

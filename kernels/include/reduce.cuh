@@ -17,6 +17,7 @@ __device__ __forceinline__ float warp_sum(float v) {
 // The sum over a block of kThreads threads, known to all of them. It may be called again at once.
 template <int kThreads>
 __device__ float block_sum(float v) {
+    static_assert(kThreads % 32 == 0, "whole warps");
     __shared__ float partial[kThreads / 32];
     v = warp_sum(v);
     if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = v;

@@ -30,7 +30,7 @@ __device__ __forceinline__ uint32_t pack_half2(float low, float high) {
     return packed;
 }
 
-// Pairs of halves.
+// Arithmetic on pairs of halves.
 __device__ __forceinline__ uint32_t half2_add(uint32_t a, uint32_t b) {
     uint32_t r;
     asm("add.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));

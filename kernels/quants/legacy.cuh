@@ -1,6 +1,6 @@
-// The 32-weight formats (ggml-common.h: block_q4_0, q4_1, q5_0, q5_1, q8_0, iq4_nl), eight blocks a unit.
-// A block's nibbles: weight i < 16 is the low one of byte i, weight i + 16 its high one; Q5's fifth bits are a word.
-// A unit gathers its blocks' fields: eight d, eight m (if any), eight qh (if any), eight qs.
+// The 32-weight formats (ggml-common.h: block_q4_0, q4_1, q5_0, q5_1, q8_0, iq4_nl), eight blocks a unit. Of a block's
+// nibbles, weight i < 16 is the low one of byte i, and weight i + 16 its high one; the fifth bits of Q5 are a word. A
+// unit gathers the fields of its blocks: eight d, eight m (if any), eight qh (if any), eight qs.
 #pragma once
 #include "common.cuh"
 
@@ -23,7 +23,7 @@ struct Gathered {
         d = unit.half(at / 32 * 2);
         if constexpr (kHasMin) m = -unit.half(16 + at / 32 * 2);  // these formats add theirs
     }
-    // Word w of the 16 nibbles of weights at .. at+15, a byte each.
+    // Word w of the nibbles of weights at .. at + 15, a byte each.
     __device__ static uint32_t nibbles(const uint4& qs, int at, int w) {
         return word_of(qs, w) >> (at & 16 ? 4 : 0) & 0x0f0f0f0fu;
     }

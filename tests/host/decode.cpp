@@ -1,4 +1,4 @@
-// Decodes one tile of any block format on the host, by the structs that the kernels are compiled with: GGUF's rows of one
+// Decodes one weight tile of any block format on the host, by the structs that the kernels are compiled with: GGUF's rows of one
 // unit come on stdin, their weights in float32 go to stdout. usage: decode FORMAT
 #include <cstdio>
 #include <string>
