@@ -33,7 +33,7 @@ __device__ __forceinline__ void copy_rows(uint32_t to, int to_row, const half_t*
 // q, k, w, u, p, decay: as delta_prepare has them. state_factor: by what S is multiplied to be halves, where u is scaled
 // by *v_scale / kChunk and S is in units of that. states: float32 [states, value_heads, HEAD_DIM, HEAD_DIM]. Writes o, rows
 // of value_heads * HEAD_DIM values. A block takes a sequence (x) of SLICE columns of a value head (y).
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
     delta_scan(const half_t* q, const half_t* k, const half_t* w, const half_t* u, const half_t* p, const float* decay,
                const Chunk* chunks, const Sequence* sequences, int key_heads, int value_heads, int by_turns,
                const float* v_scale, float state_factor, float* states, float* o) {

@@ -59,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 // of the best `groups_used` of `groups` groups of neighbours, a group being worth its two best experts together; a share
 // is scale * probability, with normalise over the chosen ones' sum. A warp takes a token.
 constexpr float kLeastSum = 6.103515625e-5f;  // of shares that are normalised: 2^-14, as llama.cpp has it
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
     route_biased(const float* scores, const float* bias, int n, int experts, int used, int sigmoid, int normalise,
                  float scale, int groups, int groups_used, int* expert_of, float* share_of) {
     begin_kernel();

@@ -157,13 +157,8 @@ class ArchMetadata:
 
     def integers(self, key: str, length: int) -> list[int]:
         """An array of so many integers, none negative."""
-        value = self._get(key, None)
-        if (
-            not isinstance(value, np.ndarray)
-            or value.dtype.kind not in "iu"
-            or value.shape != (length,)
-            or (value < 0).any()
-        ):
+        value = np.asarray(self._get(key, None))
+        if value.dtype.kind not in "iu" or value.shape != (length,) or (value < 0).any():
             raise self.error(f"metadata {key} is not an array of {length} integers from 0 on")
         return [int(number) for number in value]
 

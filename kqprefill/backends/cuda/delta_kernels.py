@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -60,9 +61,20 @@ class ScanConfig:
         return self.stages * DELTA_CHUNK * rows + (self.head_dim + 2 * DELTA_CHUNK) * _row(self.slice)
 
 
+def _scan_configs(head_dim: int) -> list[ScanConfig]:
+    """From the largest on."""
+    return [ScanConfig(head_dim, *of) for of in ((64, 2), (32, 2), (32, 1)) if of[0] <= head_dim]
+
+
 @cache
 def scan_config(head_dim: int, shared_memory: int) -> ScanConfig:
     """The largest that a block with this much shared memory (bytes) can have."""
-    slices = (64, 32) if head_dim >= 64 else (32,)
-    configs = (ScanConfig(head_dim, slice_, stages) for stages in (2, 1) for slice_ in slices)
-    return next(config for config in configs if config.program.shared_bytes <= shared_memory)
+    return next(config for config in _scan_configs(head_dim) if config.program.shared_bytes <= shared_memory)
+
+
+def delta_programs() -> Iterator[Program]:
+    """All that models in use may need."""
+    for head_dim in HEAD_DIMS:
+        yield inputs_program(head_dim, 4)
+        yield prepare_program(head_dim)
+        yield from (config.program for config in _scan_configs(head_dim))
