@@ -195,13 +195,24 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     begin_kernel();
     auto write = [&](OutputTile tile, const Accumulators& acc) {
         float alpha = unscale(x_scale, w_scale);
-        LinearOutput output = {out, ldo};
+        bool paired = ldo % 2 == 0;  // both of a pair's addresses are then 8-byte aligned
         for_each_pair(tile, 0, 1, [&](int row, int column, int i, int j, int half) {
             if (column >= n) return;
-            Biases first = {tile.expert, n, column, column < n}, second = {tile.expert, n, column + 1, column + 1 < n};
-            float a = fmaf(acc[i][j][2 * half], alpha, first.of(bias)),
-                  b = fmaf(acc[i][j][2 * half + 1], alpha, second.of(bias));
-            output.store_columns(row, column, a, b, column + 1 < n, residual);
+            bool both = column + 1 < n;
+            uint64_t at = static_cast<uint64_t>(row) * ldo + column;
+            auto bias_of = [&](int c) {
+                return bias != nullptr && column + c < n ? bias[tile.expert * n + column + c] : 0.0f;
+            };
+            float a = fmaf(acc[i][j][2 * half], alpha, bias_of(0)),
+                  b = fmaf(acc[i][j][2 * half + 1], alpha, bias_of(1));
+            if (both && paired) {
+                float2 r =
+                    residual != nullptr ? *reinterpret_cast<const float2*>(residual + at) : make_float2(0.0f, 0.0f);
+                *reinterpret_cast<float2*>(out + at) = make_float2(a + r.x, b + r.y);
+            } else {
+                out[at] = residual != nullptr ? a + residual[at] : a;
+                if (both) out[at + 1] = residual != nullptr ? b + residual[at + 1] : b;
+            }
         });
     };
     multiply_tiles(x, w, {m, groups, group_count}, {first_expert, last_expert}, n, k, write);
@@ -225,9 +236,11 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
                 bool inside = f + c < features;
-                Biases biases = {tile.expert, features, f + c, inside};
-                float gate = fmaf(acc[i][j][2 * half + c], alpha, biases.of(gate_bias)),
-                      up = fmaf(acc[i][j + 1][2 * half + c], alpha, biases.of(up_bias));
+                auto bias_of = [&](const float* bias) {
+                    return bias != nullptr && inside ? bias[tile.expert * features + f + c] : 0.0f;
+                };
+                float gate = fmaf(acc[i][j][2 * half + c], alpha, bias_of(gate_bias)),
+                      up = fmaf(acc[i][j + 1][2 * half + c], alpha, bias_of(up_bias));
                 y[c] = inside ? gated(gate, up, activation) * scale : 0.0f;
             }
             OperandPair pair = operand_pair(y[0], y[1]);

@@ -20,23 +20,10 @@ struct Biases {
     }
 };
 
-// gemm_linear's outputs, which may be added to a residual: written to rows `ldo` floats apart.
+// gemm_linear's outputs: float32, with rows `ldo` apart.
 struct LinearOutput {
     float* out;
     int ldo;
-
-    // Writes two neighbouring columns of a row, the second only if `both`. residual may be null, or out itself.
-    __device__ __forceinline__ void store_columns(int row, int column, float a, float b, bool both,
-                                                  const float* residual) const {
-        uint64_t at = static_cast<uint64_t>(row) * ldo + column;
-        if (both && ldo % 2 == 0) {  // both of a pair's addresses are then 8-byte aligned
-            float2 r = residual != nullptr ? *reinterpret_cast<const float2*>(residual + at) : make_float2(0.0f, 0.0f);
-            *reinterpret_cast<float2*>(out + at) = make_float2(a + r.x, b + r.y);
-        } else {
-            out[at] = residual != nullptr ? a + residual[at] : a;
-            if (both) out[at + 1] = residual != nullptr ? b + residual[at + 1] : b;
-        }
-    }
 
     // Writes column `column` of every pair of tokens that a thread has in a transposed product (Yᵀ): accumulators 4j +
     // 2i and 4j + 2i + 1 are tokens token + 8j and the next, where these are before `end`. add: they are added to what

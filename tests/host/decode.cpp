@@ -1,5 +1,5 @@
-// Decodes one weight tile of any block format on the host, by the structs that the kernels are compiled with: GGUF's rows of one
-// unit come on stdin, their weights in float32 go to stdout. usage: decode FORMAT
+// Decodes one weight tile of any block format on the host, by the structs that the kernels are compiled with: GGUF's
+// rows of one unit come on stdin, their weights in float32 go to stdout. usage: decode FORMAT
 #include <cstdio>
 #include <string>
 #include <vector>

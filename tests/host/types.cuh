@@ -1,4 +1,5 @@
-// kernels/include/types.cuh for a host compiler, as far as kernels/quants/ needs it: CUDA's words, and halves in software.
+// kernels/include/types.cuh for a host compiler, as far as kernels/quants/ needs it: CUDA's words, and halves in
+// software.
 #pragma once
 #include <cstdint>
 #include <cmath>
@@ -8,13 +9,23 @@
 #define __forceinline__ inline
 
 typedef uint16_t half_t;
-struct uint2 { uint32_t x, y; };
-struct uint4 { uint32_t x, y, z, w; };
+struct uint2 {
+    uint32_t x, y;
+};
+struct uint4 {
+    uint32_t x, y, z, w;
+};
 
-inline float bits_to_float(uint32_t bits) { float f; memcpy(&f, &bits, 4); return f; }
+inline float bits_to_float(uint32_t bits) {
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
 inline float half_to_float(half_t h) {
     int exponent = h >> 10 & 31, mantissa = h & 1023;
-    float f = exponent == 31 ? (mantissa ? NAN : INFINITY) : exponent ? std::ldexp(1024.0f + mantissa, exponent - 25) : std::ldexp(static_cast<float>(mantissa), -24);
+    float f = exponent == 31 ? (mantissa ? NAN : INFINITY)
+              : exponent     ? std::ldexp(1024.0f + mantissa, exponent - 25)
+                             : std::ldexp(static_cast<float>(mantissa), -24);
     return h & 0x8000 ? -f : f;
 }
 inline half_t float_to_half(float f) {  // of an integer up to 2048, or one of those times a power of two
@@ -23,14 +34,21 @@ inline half_t float_to_half(float f) {  // of an integer up to 2048, or one of t
     uint32_t magnitude = f == 0 ? 0 : (exponent + 14) << 10 | (static_cast<uint32_t>(fraction * 2048) & 1023);
     return static_cast<half_t>(magnitude | (std::signbit(f) ? 0x8000 : 0));
 }
-inline uint32_t pack_half2(float low, float high) { return float_to_half(low) | static_cast<uint32_t>(float_to_half(high)) << 16; }
+inline uint32_t pack_half2(float low, float high) {
+    return float_to_half(low) | static_cast<uint32_t>(float_to_half(high)) << 16;
+}
 inline uint32_t half2_add(uint32_t a, uint32_t b) {
-    return pack_half2(half_to_float(a & 0xffff) + half_to_float(b & 0xffff), half_to_float(a >> 16) + half_to_float(b >> 16));
+    return pack_half2(half_to_float(a & 0xffff) + half_to_float(b & 0xffff),
+                      half_to_float(a >> 16) + half_to_float(b >> 16));
 }
 uint32_t half2_multiply(uint32_t, uint32_t);  // decode_halves', which the host does not call
 uint32_t half2_fma(uint32_t, uint32_t, uint32_t);
-constexpr uint32_t half2_constant(int minus_1024_to_2047) { return 0xe400e400u + static_cast<uint32_t>(-minus_1024_to_2047 - 1024) * 0x00010001u; }
-inline int __popc(uint32_t x) { return __builtin_popcount(x); }
+constexpr uint32_t half2_constant(int minus_1024_to_2047) {
+    return 0xe400e400u + static_cast<uint32_t>(-minus_1024_to_2047 - 1024) * 0x00010001u;
+}
+inline int __popc(uint32_t x) {
+    return __builtin_popcount(x);
+}
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
     uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
     uint32_t r = 0;
