@@ -71,7 +71,8 @@ def test_every_launch_fits_its_kernel(model, capability, kernels):
             assert gemm in {program.source for program in programs}
             assert programs <= set(rehearse(family, facts, kernel_set, batch, logits, host_embedding).programs)
             copies = [kernel for _, kernel, *_ in launched].count("copy_rows")
-            continued = logits == "ranks" and batch.segments[0].length % LARGEST_KEY_BLOCK
+            block = kernel_set.attention(family.config.head_dim).block_kv
+            continued = logits == "ranks" and batch.segments[0].length % block
             assert copies == (attentive if continued else 0)
 
 

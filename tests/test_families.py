@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from conftest import more_metadata
 from kqprefill.core import KeysValues, Recurrent
 from kqprefill.gguf.types import GGML
 from kqprefill.models import FAMILIES, read_model
@@ -44,21 +45,9 @@ WINDOWS = {
 }
 
 
-MORE = {
-    "rope.dimension_sections": [3, 3, 2, 0],
-    "expert_shared_feed_forward_length": 64,
-    "ssm.conv_kernel": 4,
-    "ssm.state_size": 32,
-    "ssm.group_count": 2,
-    "ssm.time_step_rank": 4,
-    "ssm.inner_size": 128,
-}
-
-
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_layers_run_in_order_with_the_windows_that_they_declare(architecture: str) -> None:
-    by_axes = not architecture.startswith("glm4")
-    more = {key: value for key, value in MORE.items() if by_axes or key != "rope.dimension_sections"}
+    more = more_metadata(architecture)
     shape = Shape(architecture, 7, 64, 4, 2, 16, 64, 256, 4096, 1e4, window=40, experts=4, used=2, more=more)
     family = read_model(SyntheticFile(shape, lambda *_: GGML.F32, architecture))
     ops: Any = Recorder()
