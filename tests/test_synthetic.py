@@ -42,6 +42,8 @@ def test_a_model_of_every_family(architecture: str) -> None:
     assert all(name in file.tensors for name in family.tensor_shapes() if not name.endswith("?"))
     assert len(family.layer_states) == len(family.blocks) == file.metadata[f"{architecture}.block_count"]
     assert (family.experts is not None) == (architecture in EXPERTS)
+    names = [matrix.name for matrix in family.matrices()]
+    assert len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)

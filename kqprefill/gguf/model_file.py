@@ -47,9 +47,9 @@ class ModelTensor(ABC):
         """Those rows of a matrix, or elements of an F32 vector, as a tensor of their own."""
         return self._part(f"{self.name}[{begin}:{end}]", (end - begin, *self.shape[1:]), begin)
 
-    def picked(self, rows: NDArray[np.intp]) -> ModelTensor:
-        """Those rows of a matrix, in that order, as a tensor of their own; its data are copies."""
-        return PickedRows(f"{self.name}[rows]", (len(rows), *self.shape[1:]), self.type, base=self, picks=rows)
+    def picked(self, rows: NDArray[np.intp], name: str) -> ModelTensor:
+        """Those rows of a matrix, in that order, as a tensor of that name; its data are copies."""
+        return PickedRows(name, (len(rows), *self.shape[1:]), self.type, base=self, picks=rows)
 
     def within(self, begin: int, end: int) -> ModelTensor:
         """Those rows of each matrix of a stack, as a stack of their own; its data are a view."""

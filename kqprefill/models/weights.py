@@ -105,7 +105,9 @@ def _cut(whole: Weight, rows: Mapping[str, int | NDArray[np.intp]]) -> dict[str,
     cut, begin, tensor, bias = {}, 0, whole.tensor, whole.bias
     for name, own in rows.items():
         if not isinstance(own, int):
-            cut[name] = Weight(tensor.picked(own), bias and bias.picked(own))
+            cut[name] = Weight(
+                tensor.picked(own, f"{tensor.name}[{name}]"), bias and bias.picked(own, f"{bias.name}[{name}]")
+            )
             continue
         end = begin + own
         if len(tensor.shape) == 3:

@@ -136,7 +136,7 @@ SHAPES = {
 
 # Mixes of llama.cpp's, and single types: all matrices of one type.
 RECIPES = ("Q4_K_M", "MXFP4_MOE", *sorted(t.name for t in SUPPORTED))
-_UNQUANTISED = ("ffn_gate_inp", "ssm_conv1d")  # stay in F32, whatever the recipe
+_ROUTER = "ffn_gate_inp"  # stays in F32, whatever the recipe
 # Where a row is no multiple of a block, llama.cpp takes another type, of blocks of 32; for all not named here IQ4_NL.
 _FALLBACKS = {GGML.Q4_K: GGML.Q5_0, GGML.Q5_K: GGML.Q5_1, GGML.Q6_K: GGML.Q8_0}
 
@@ -145,7 +145,7 @@ def recipe_types(recipe: str, shape: Shape) -> TypeOf:
     """What a recipe (of RECIPES) makes of a model of that shape."""
 
     def type_of(name: str, layer: int) -> GGML:
-        if name in _UNQUANTISED:
+        if name == _ROUTER:
             return GGML.F32
         if recipe == "Q4_K_M":
             return _q4_k_m(shape, name, layer)
