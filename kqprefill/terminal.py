@@ -8,7 +8,6 @@ move the cursor, set the title, or turn the order of a line round. Whatever come
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 import json
 from math import isfinite
 import sys
@@ -87,7 +86,6 @@ def _json_escape(character: str) -> str:
     return "".join("\\u" + halves[at : at + 4] for at in range(0, len(halves), 4))
 
 
-@cache
 def _is_unsafe(character: str) -> bool:
     from unicodedata import category  # where a text has other characters than printable ones
 
