@@ -68,7 +68,7 @@ REFUSED = {
     ),
     "rotary beta 1e-310": (
         {"metadata": {"qwen3.rope.scaling.type": "yarn", "qwen3.rope.scaling.yarn_beta_slow": 1e-310}},
-        "out of range",
+        "not a positive number of float32's range",
     ),
     "negative epsilon": ({"metadata": {"qwen3.attention.layer_norm_rms_epsilon": -1.0}}, "not a positive number"),
     "more blocks than tensors": ({"metadata": {"qwen3.block_count": 2**31 - 1}}, "block_count"),

@@ -86,7 +86,7 @@ def test_byte_level_bpe():
         ({}, "no vocabulary"),
         ({"model": "bert", "tokens": ["a"]}, "kind 'bert'"),
         ({"model": "gpt2", "tokens": ["a"], "pre": "new"}, "pre-tokenizer 'new'"),
-        ({"model": "llama", "tokens": ["a"], "scores": np.zeros(2)}, "scores does not fit"),
+        ({"model": "llama", "tokens": ["a"], "scores": np.zeros(2)}, "scores has 2 values for 1 tokens"),
         ({"model": "llama", "tokens": ["a"], "bos_token_id": 7}, "bos_token_id is 7"),
     ],
 )

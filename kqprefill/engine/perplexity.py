@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core import Progress
-from ..errors import InputError
+from ..errors import BackendError, InputError
 from .scoring import BATCH_TOKENS
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ def perplexity(
     Windows of `context` tokens follow one another, at most `most` of them, and what is left over is left out; of each
     the second half is scored, each token given all before it in the window (llama.cpp, tools/perplexity: `perplexity`).
     bos: what each window's first token is replaced by (files that ask for BOS), or None. progress("windows", done,
-    total) hears how far it is. Raises InputError where a window does not fit the model, or the text does not fill one.
+    total) hears how far it is. Raises InputError where a window does not fit the model, or the text does not fill one;
+    BackendError where a log-probability is not finite.
     """
     if not 4 <= context <= model.config.context_length:
         raise InputError(f"a context of {context} tokens: 4 to the model's {model.config.context_length} are possible")
@@ -63,10 +64,16 @@ def perplexity(
 
     parts = []
     for done, scored in enumerate(model.score(map(window, range(count)), batch_tokens), 1):
+        if not np.isfinite(scored.logprobs).all():
+            at = (done - 1) * context + half + 1 + int((~np.isfinite(scored.logprobs)).argmax())
+            raise BackendError(
+                f"the log-probability of token {at} of the text is not finite: the file's weights are damaged or out "
+                "of range"
+            )
         parts.append(-scored.logprobs.astype(np.float64))
         if progress:
             progress("windows", done, count)
     surprisal = np.concatenate(parts)
     n, mean = len(surprisal), float(surprisal.mean())
-    value = math.exp(min(mean, 700.0)) if math.isfinite(mean) else math.nan
+    value = math.exp(min(mean, 700.0))
     return Perplexity(value, value * math.sqrt(float(surprisal.var()) / max(1, n - 1)), n, count)

@@ -97,8 +97,9 @@ class Scored:
 
     @property
     def logprob(self) -> float:
-        """Of all of them together: the sum."""
-        return float(self.logprobs.sum(dtype=np.float64))
+        """Of all of them together: the sum. Where the model's logits were not finite, neither is this."""
+        with np.errstate(invalid="ignore"):
+            return float(self.logprobs.sum(dtype=np.float64))
 
     @property
     def mean_logprob(self) -> float | None:
