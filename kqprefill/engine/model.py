@@ -24,7 +24,20 @@ from ..models.config import Config
 from ..models.family import Family
 from ..timeline import Stage
 from .checks import refuse_non_finite, token_ids
-from .scoring import BATCH_TOKENS, Group, Item, Places, Record, Scored, item_of, no_ranks, packed, packs, results
+from .scoring import (
+    BATCH_TOKENS,
+    FIRST_TOKENS,
+    Group,
+    Item,
+    Places,
+    Record,
+    Scored,
+    item_of,
+    no_ranks,
+    packed,
+    packs,
+    results,
+)
 
 _LOGITS = (None, "last", "all")
 
@@ -110,7 +123,11 @@ class Model:
         return Prefill(head.token, head.logit, head.logprob, head.logits, len(ids), timings, stages)
 
     def score(
-        self, records: Iterable[Record | Item | None], batch_tokens: int = BATCH_TOKENS, top: int = 0
+        self,
+        records: Iterable[Record | Item | None],
+        batch_tokens: int = BATCH_TOKENS,
+        top: int = 0,
+        progress: Progress | None = None,
     ) -> Iterator[Any]:
         """The log-probabilities of many prompts, packed into batches: a generator of a Scored
         (kqprefill.engine.scoring) for each record, or of a list of them where it has "choices".
@@ -119,10 +136,11 @@ class Model:
         or "prompt" (text), and perhaps "completion" or "choices" (one or several continuations of the same kind, scored
         given the prompt); or an Item of `item`. None among them has all before it computed at once, rather than wait
         for a full batch. batch_tokens: of a batch, at most, but for one longer prompt. top: how many likeliest tokens
-        to name at each place. Logits stay on the device; results are the same however records are packed. Where a
-        record's logits are not finite, so are its log-probabilities: they are handed on as they are, since the others
-        are sound (`kqprefill score` reports such a record as one that failed). Raises InputError for a bad record, or
-        a model that has been closed; BackendError.
+        to name at each place. progress(stage, done, total) hears of compiling and of each batch's layers. The first
+        batches are smaller, so that their results come soon. Logits stay on the device; results are the same however
+        records are packed. Where a record's logits are not finite, so are its log-probabilities: they are handed on as
+        they are, since the others are sound (`kqprefill score` reports such a record as one that failed). Raises
+        InputError for a bad record, or a model that has been closed; BackendError.
         """
         self._check_open()
         if batch_tokens < 1 or not 0 <= top <= self.config.vocab_size:
@@ -131,8 +149,11 @@ class Model:
         items = (r if r is None or isinstance(r, Item) else self.item(r) for r in records)
         running: _Running | None = None
         partial: list[Scored] = []  # of a record whose last batch has not been read
-        for group in packs(items, batch_tokens):
-            started = None if group is None else self._start(group, top)
+        for group in packs(items, batch_tokens, FIRST_TOKENS):
+            if running is not None and not self.backend.runs_ahead:
+                yield from running.finish(partial)
+                running = None
+            started = None if group is None else self._start(group, top, progress)
             if running is not None:  # while the next batch runs
                 yield from running.finish(partial)
             running = started
@@ -147,11 +168,11 @@ class Model:
         return item
 
     @np.errstate(all="ignore")
-    def _start(self, group: Group, top: int) -> _Running:
+    def _start(self, group: Group, top: int, progress: Progress | None) -> _Running:
         self._check_open()
         batch, places = packed([piece for piece, _ in group], top)
         if batch.targets is not None and len(batch.targets.rows):
-            pending, _ = self.backend.run(self.family, batch, None, "ranks", no_progress)
+            pending, _ = self.backend.run(self.family, batch, None, "ranks", progress or no_progress)
         else:
             pending = no_ranks(top)
         return _Running(group, batch, places, pending)
