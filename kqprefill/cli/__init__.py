@@ -9,7 +9,7 @@ from contextlib import suppress
 import os
 import sys
 
-from .interrupts import Interrupted, mend_streams, on_signals, raise_signal
+from .interrupts import Interrupted, mend_streams, on_signals, raise_signal, reason
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def _status_of(error: BaseException) -> int:
         say("out of memory; a shorter prompt, or logits of the last position only, need less")
     elif isinstance(error, OSError):
         if not isinstance(error, BrokenPipeError):
-            say(f"{error.filename or 'stdout'}: {error.strerror or error}")
+            say(f"{error.filename or 'stdout'}: {reason(error)}")
     else:
         say(f"an error in kqprefill itself: {type(error).__name__}: {error}; --verbose shows where, please report it")
     return 2 if isinstance(error, InputError) else 1

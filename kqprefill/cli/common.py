@@ -16,6 +16,7 @@ import click
 from ..backends import KERNELS, NAMES
 from ..errors import InputError, KqprefillError
 from ..terminal import print_text, shown
+from .interrupts import reason
 from .outputs import STDIO
 from .sources import from_home, model_path
 
@@ -184,7 +185,7 @@ def read_text_file(path: str, option: str) -> str:
         with open(from_home(path), "rb") as file:
             return file.read().decode("utf-8-sig")
     except OSError as error:
-        raise KqprefillError(f"{option} {path}: {error.strerror}") from None
+        raise KqprefillError(f"{option} {path}: {reason(error)}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{option} {path}: not a text file (byte {error.start} is no UTF-8)") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import errno
 import os
 import signal
 import sys
@@ -32,6 +33,12 @@ def on_signals(handler: Callable[[int, FrameType | None], Any]) -> dict[int, Any
     """
     heard = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in heard}
+
+
+def reason(error: OSError) -> str:
+    """What failed, for people."""
+    closed = error.errno == errno.EBADF  # what is left of a stream that was closed before we began
+    return "it is closed" if closed else error.strerror or str(error)
 
 
 def mend_streams() -> None:

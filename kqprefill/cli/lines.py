@@ -16,10 +16,11 @@ from typing import Any
 
 from ..errors import InputError, KqprefillError
 from ..terminal import shown_json
-from .interrupts import on_signals, raise_signal
+from .interrupts import on_signals, raise_signal, reason
 from .outputs import STDIO
 
-_PATIENCE = 100  # milliseconds that a pipe's reader may take for a piece of a line once we are to end
+_LOOK = 100  # milliseconds after which a pipe that takes nothing is asked again
+_PATIENCE = 500  # milliseconds that its reader may take for a piece of a line once we are to end
 _PIECE = select.PIPE_BUF  # bytes that a pipe takes at once where it takes any
 
 
@@ -116,7 +117,7 @@ class Lines:
             raise KqprefillError(f"{self.name}: whoever read it has gone before all was written") from None
         except OSError as error:
             how = "; --resume goes on from the last whole line" if self.is_file and self.name != "stdout" else ""
-            raise KqprefillError(f"{self.name} cannot be written: {error.strerror}{how}") from None
+            raise KqprefillError(f"{self.name} cannot be written: {reason(error)}{how}") from None
         finally:
             self._writing = False
         if self._signalled:
@@ -127,8 +128,10 @@ class Lines:
         if not self.is_file:
             waiting = select.poll()
             waiting.register(self._handle, select.POLLOUT)
-            while not waiting.poll(_PATIENCE):
-                if self._signalled:
+            waited = 0
+            while not waiting.poll(_LOOK):
+                waited = waited + _LOOK if self._signalled else 0
+                if waited > _PATIENCE:
                     raise_signal(self._signalled)
             data = data[:_PIECE]
         return os.write(self._handle, data)

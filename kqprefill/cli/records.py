@@ -14,6 +14,7 @@ import threading
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from ..errors import InputError, KqprefillError
+from .interrupts import reason
 from .outputs import STDIO
 from .sources import from_home
 
@@ -156,7 +157,7 @@ class Records:
                     end += len(text)
                     yield name, number, end, text.removeprefix(_BOM) if number == 1 else text
             except OSError as error:
-                raise KqprefillError(f"{name}: {error.strerror}") from None
+                raise KqprefillError(f"{name}: {reason(error)}") from None
 
     def _record(self, index: int, name: str, line: int, end: int, text: bytes) -> Record:
         others: dict[str, Any] = {}
