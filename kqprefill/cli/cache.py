@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
+from ..errors import KqprefillError
+from ..terminal import print_json, print_text
 from .common import size
 
 
@@ -15,7 +15,8 @@ from .common import size
 def cache(clear: bool, as_json: bool) -> None:
     """Show or clear the compiled kernels on disk.
 
-    They lie in $KQPREFILL_CACHE_DIR, or kqprefill in the user's cache folder.
+    They lie in $KQPREFILL_CACHE_DIR, or kqprefill in the user's cache folder. (A path that is not absolute is ignored.)
+    Only what kqprefill wrote there is shown, and removed.
 
     \b
     kqprefill cache
@@ -23,8 +24,10 @@ def cache(clear: bool, as_json: bool) -> None:
     from ..backends.cuda.device.compiler import KernelCache
 
     kernels = KernelCache()
+    if kernels.folder is None:
+        raise KqprefillError(kernels.why_off())
     count, nbytes = kernels.clear() if clear else kernels.held()
     if as_json:
-        click.echo(json.dumps({"folder": str(kernels.folder), "kernels": count, "bytes": nbytes, "cleared": clear}))
+        print_json({"folder": str(kernels.folder), "kernels": count, "bytes": nbytes, "cleared": clear})
     else:
-        click.echo(f"{kernels.folder}: {count} programs, {size(nbytes)}" + (" removed" if clear else ""))
+        print_text(f"{kernels.folder}: {count} programs, {size(nbytes)}" + (" removed" if clear else ""))
