@@ -39,6 +39,7 @@ COMMANDS = [
     ["run", "FILE", "--prompt", "TEXT", "--json", *CPU],
     ["score", "FILE", "-", "--per-token", "--top", "2", *CPU],
     ["score", "FILE", "-", "--on-error", "skip", *CPU],
+    ["score", "FILE", "-", "--per-token", "--top", "256", "--on-error", "skip", *CPU],
     ["perplexity", "FILE", "--tokens", "1,2,3,4,5,6,7,8,9,10,11,12", "-c", "6", "--json", *CPU],
     ["tokenize", "FILE", "TEXT"],
     ["tokenize", "FILE", "TEXT", "--json"],

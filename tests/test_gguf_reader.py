@@ -94,10 +94,13 @@ UNSOUND = {
         "tensor u begins at byte 32",
     ),
     "tensors at one place": (with_data(tensor_info() + tensor_info("u"), count=2), "within tensor t"),
-    "alignment true": (header(metadata=1) + pair("general.alignment", 7, b"\1"), "alignment is True, not a number"),
+    "alignment true": (
+        header(metadata=1) + pair("general.alignment", 7, b"\1"),
+        "alignment is True, not an integer of 0",
+    ),
     "alignment an array": (
         header(metadata=1) + pair("general.alignment", 9, struct.pack("<IQI", 4, 1, 32)),
-        "alignment is an array of 1 uint32, not a number",
+        "alignment is an array of 1 uint32, not an integer of 0",
     ),
     "negative split count": (header(metadata=1) + pair("split.count", 5, struct.pack("<i", -2)), "split.count is -2"),
     "more files than names": (

@@ -135,6 +135,13 @@ def test_a_character_that_no_token_stands_for(kind, text, at, character):
         tokenizer.encode(text)
 
 
+def test_a_space_before_a_text_that_no_token_stands_for():
+    values = {**NO_BYTES, "tokens": ["<s>", "</s>", "a", "b", "c"], "add_space_prefix": True}
+    tokenizer = Tokenizer({f"tokenizer.ggml.{key}": value for key, value in values.items()}, "test")
+    with pytest.raises(kqprefill.InputError, match="no token for the space before a text"):
+        tokenizer.encode("ab")
+
+
 def test_a_word_that_is_a_token_without_its_bytes():
     """The names whose words are looked up whole (Llama 3) need no tokens for the bytes of such a word."""
     values = {"model": "gpt2", "pre": "llama-bpe", "tokens": ["xyz", "a"], "add_bos_token": False}

@@ -248,7 +248,7 @@ class _Run:
 
     def _write(self, record: Record, result: Scored | list[Scored]) -> None:
         several = result if isinstance(result, list) else [result]
-        if not all(math.isfinite(scored.logprob) for scored in several):
+        if not all(scored.finite for scored in several):
             self._fail(record, "its logits hold NaN or infinities: the file's weights are damaged or out of range")
             return
         described = [self._describe(scored) for scored in several]
