@@ -203,6 +203,14 @@ def test_a_closed_model_says_so(backend):
         list(results)
 
 
+def test_a_cache_of_another_model_says_so(model, backend):
+    with (
+        kqprefill.load(EXAMPLE, backend=backend) as other,
+        pytest.raises(kqprefill.InputError, match="cache is not one"),
+    ):
+        model.prefill([1], cache=other.new_cache(4))
+
+
 def test_nan_weights_are_an_error_not_a_token(backend, tmp_path):
     raw = bytearray(EXAMPLE.read_bytes())
     from kqprefill.gguf import GGUFFile

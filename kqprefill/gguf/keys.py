@@ -77,7 +77,6 @@ KEYS = {
     "tokenizer.ggml.add_bos_token": FLAG,
     "tokenizer.ggml.add_eos_token": FLAG,
     "tokenizer.ggml.add_space_prefix": FLAG,
-    "tokenizer.chat_template": TEXT,
 }
 
 
