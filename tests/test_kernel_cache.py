@@ -205,5 +205,9 @@ def test_doctor_says_which_variables_do_not_count(tmp_path):
         [sys.executable, "-m", "kqprefill", "doctor", "--json"], capture_output=True, env=environment, cwd=tmp_path
     )
     problems = " ".join(json.loads(done.stdout)["problems"])
+    shown = subprocess.run(
+        [sys.executable, "-m", "kqprefill", "cache", "--json"], capture_output=True, env=environment, cwd=tmp_path
+    )
+    assert shown.stderr.count(b"it is ignored") == 2 and os.path.isabs(json.loads(shown.stdout)["folder"])
     assert "KQPREFILL_CACHE_DIR is 'here'" in problems and "XDG_CACHE_HOME is 'there'" in problems
     assert not Path(tmp_path / "here").exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 from ..errors import KqprefillError
@@ -21,8 +23,10 @@ def cache(clear: bool, as_json: bool) -> None:
     \b
     kqprefill cache
     """
-    from ..backends.cuda.device.compiler import KernelCache
+    from ..backends.cuda.device.compiler import KernelCache, ignored_variables
 
+    for line in ignored_variables():
+        print_text(f"kqprefill: {line}", sys.stderr)
     kernels = KernelCache()
     if kernels.folder is None:
         raise KqprefillError(kernels.why_off())

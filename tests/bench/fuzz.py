@@ -1,6 +1,6 @@
 """Run commands on many files with faults: python tests/bench/fuzz.py [FILES [SEED [BEGIN]]].
 
-100,000 files take about an hour of one core. Prints each fault with the seed and the number of its file, which give
+100,000 files take half an hour to an hour of one core. Prints each fault with the seed and the number of its file, which give
 the same file again; exit status 1 where there was one.
 """
 
