@@ -306,7 +306,7 @@ def test_the_page_shows_and_escapes(tmp_path):
     done = score("--html", page, stdin=lines(records))
     assert done.returncode == 0 and len(read(done.stdout)) == 2
     text = page.read_text(encoding="utf-8")
-    assert text.count('<span class="t s') >= len(records[0]["prompt"]) + 6 and "alert(1)" not in text  # a token a byte
+    assert text.count('<bdi class="t s') >= len(records[0]["prompt"]) + 6 and "alert(1)" not in text  # a token a byte
     assert text.count("<script>") == 1 and "record 1, choice 1" in text
     assert not any(word in text for word in ("http://", "https://", "src=", "@import"))  # nothing from elsewhere
 

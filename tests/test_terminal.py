@@ -1,14 +1,25 @@
 """What a terminal is shown of texts from files, and what a pipe gets of them."""
 
+import errno
 import io
 import json
+import os
+import pty
+import re
+import subprocess
 import sys
+from types import SimpleNamespace
 import unicodedata
 
+import numpy as np
 import pytest
 
+from kqprefill.cli.page import Page
+from kqprefill.engine.scoring import Item, Scored
 from kqprefill.errors import KqprefillError
 from kqprefill.terminal import json_value, print_json, print_text, shown, shown_json
+from test_cli import kq
+from test_models import variant
 
 HARMFUL = [
     "\x1b]0;title\x07",  # OSC
@@ -69,11 +80,10 @@ def test_what_is_only_to_be_read_is_left_alone(text):
 
 
 def test_every_character_there_is():
-    allowed = {"\u200c", "\u200d", "\n"}  # JSON's own line ends
-    for character in map(chr, range(sys.maxunicode + 1)):
-        assert character != "\n" or shown(character) == "\\n"
-        for printed in (shown(character), shown_json(character)):
-            assert all(c in allowed or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Cn") for c in printed)
+    everything = "".join(map(chr, range(sys.maxunicode + 1)))
+    for printed, kept in ((shown(everything), "\u200c\u200d"), (shown_json(everything), "\u200c\u200d\n")):
+        assert not [c for c in {*printed} - {*kept} if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Cn")]
+        assert len({*printed}) > 140_000  # letters of all scripts among them
 
 
 def test_lines_are_kept_where_they_are_meant():
@@ -112,3 +122,79 @@ def test_json_has_no_nan():
         print_json(float("nan"), Stream(False))
     values = {"a": [float("nan"), 1.5, float("inf")], "b": (float("-inf"), True, None, "x")}
     assert json_value(values) == {"a": ["NaN", 1.5, "Infinity"], "b": ["-Infinity", True, None, "x"]}
+
+
+def on_terminal(*args):
+    """(exit status, what a terminal gets) of a command of which stdin, stdout and stderr are one."""
+    own, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kqprefill", *map(str, args)], stdin=theirs, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    parts = []
+    while True:
+        try:
+            part = os.read(own, 1 << 16)
+        except OSError as error:  # the last one has closed it
+            assert error.errno == errno.EIO
+            break
+        if not part:
+            break
+        parts.append(part)
+    os.close(own)
+    return process.wait(), b"".join(parts).decode()
+
+
+HOSTILE = "\x1b]0;owned\x07\x9b31m\u202eevil\x08\r\n\x1b[2J"
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """A model whose every text would take the terminal over."""
+    path = tmp_path_factory.mktemp("hostile") / "model.gguf"
+    values = {
+        "general.name": HOSTILE,
+        "tokenizer.ggml.model": HOSTILE,
+        "tokenizer.ggml.tokens": [f"{HOSTILE}{i}" for i in range(256)],
+        f"key{HOSTILE}": f"value{HOSTILE}",
+        "not.finite": float("nan"),
+    }
+    return variant(path, metadata=values, tensors={f"t{HOSTILE}": np.ones(4, np.float32)})
+
+
+INSPECTIONS = [[], ["--json"], ["--tensors"], ["--tensors", "--json"], ["--metadata"], ["--metadata", "--json"]]
+INSPECTIONS += [["--metadata", key] for key in ("general.name", "tokenizer.ggml.tokens", HOSTILE, f"key{HOSTILE}")]
+INSPECTIONS += [["--metadata", "tokenizer.ggml.tokens", "--json"]]
+
+
+@pytest.mark.parametrize("args", INSPECTIONS, ids=lambda args: ascii(" ".join(args)))
+def test_inspect_on_a_terminal_and_in_a_pipe(args, hostile):
+    status, seen = on_terminal("inspect", hostile, *args)
+    assert seen.replace("\r\n", "").isprintable() and "Traceback" not in seen
+    assert status == (2 if args[-1:] == [HOSTILE] else 0)
+    piped = kq("inspect", hostile, *args)
+    assert piped.returncode == status
+    if "--json" in args:
+        assert json.loads(piped.stdout) == json.loads(seen)
+    elif "general.name" in args:
+        assert piped.stdout.decode() == HOSTILE + "\n"
+
+
+def test_doctor_on_a_terminal(monkeypatch, tmp_path):
+    monkeypatch.setenv("KQPREFILL_CACHE_DIR", f"{tmp_path}/{HOSTILE}")
+    for args in ([], ["--json"]):
+        status, seen = on_terminal("doctor", *args)
+        assert status in (0, 1) and seen.replace("\r\n", "").isprintable() and "evil" in seen
+
+
+def test_each_token_of_the_page_is_isolated():
+    texts = ["\u202eabc", "</bdi>", "\x1b[31m", "d"]
+    written = io.BytesIO()
+    page = Page(written, SimpleNamespace(token_text=texts.__getitem__), "m\u202e", 2)
+    one = np.zeros((2, 2), np.int32)
+    page.add(0, Item([0, 1, 2, 3]), [Scored(np.array([2, 3], np.int32), np.array([-1.0, -2.0]), one, -np.ones((2, 2)))])
+    page.end()
+    text = written.getvalue().decode()
+    assert re.search(r'<span class="p"><bdi>\u202eabc</bdi><bdi>&lt;/bdi&gt;</bdi></span>', text)
+    assert len(re.findall(r"<bdi class=\"t s\d\" data-p=\"-[12]\.0000\"[^>]*>[^<]*</bdi>", text)) == 2
+    assert text.count("\u202e") == 1 and "\\\\u202eabc" in text  # beside the isolated one, only as an escape

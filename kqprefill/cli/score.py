@@ -309,7 +309,7 @@ class _Run:
         assert record.item is not None, "a result is of a record that had something to score"
         self._waiting_tokens -= record.item.tokens
         several = result if isinstance(result, list) else [result]
-        if not all(math.isfinite(s.logprob) and _all_finite(s.top_logprobs) for s in several):
+        if not all(scored.finite for scored in several):
             self._fail(record, "its logits hold NaN or infinities: the file's weights are damaged or out of range")
             return
         described = [self._describe(scored) for scored in several]
@@ -354,7 +354,3 @@ class _Run:
 def _numbers(floats: Float32Array) -> list[float]:
     """float32 as the shortest decimals that stand for them."""
     return [float(str(x)) for x in floats]
-
-
-def _all_finite(floats: Float32Array) -> bool:
-    return all(map(math.isfinite, floats.ravel().tolist()))

@@ -105,6 +105,8 @@ class Model:
         start_time = time.perf_counter()
         if logits not in _LOGITS:
             raise InputError(f"logits={logits!r} is unknown; choose None, 'last' or 'all'")
+        if cache is not None and not any(cache is own for own in self._caches):
+            raise InputError("the cache is not one that this model's new_cache made")
         ids = self._check_tokens(tokens)
         start = 0 if cache is None else cache.length
         if len(ids) == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 import math
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +22,8 @@ CONTEXT = 512  # llama-perplexity's
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp of the mean surprisal over n_tokens tokens of so many windows, and its standard error."""
+    """exp of the mean surprisal over n_tokens tokens of so many windows, and its standard error; each the largest float
+    where it would be beyond it."""
 
     value: float
     error: float
@@ -86,5 +88,7 @@ def perplexity(
         parts.append(-scored.logprobs.astype(np.float64))
     surprisal = np.concatenate(parts)
     n, mean = len(surprisal), float(surprisal.mean())
-    value = math.exp(min(mean, 700.0))
-    return Perplexity(value, value * math.sqrt(float(surprisal.var()) / max(1, n - 1)), n, count)
+    largest = sys.float_info.max
+    value = math.exp(mean) if mean < math.log(largest) else largest
+    error = value * math.sqrt(float(surprisal.var()) / max(1, n - 1))
+    return Perplexity(value, min(error, largest), n, count)

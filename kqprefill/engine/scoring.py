@@ -97,6 +97,11 @@ class Scored:
         return len(self.tokens)
 
     @property
+    def finite(self) -> bool:
+        """Whether all log-probabilities are; they are not where the model's logits were not."""
+        return bool(np.isfinite(self.logprobs).all() and np.isfinite(self.top_logprobs).all())
+
+    @property
     def logprob(self) -> float:
         """Of all of them together: the sum. Where the model's logits were not finite, neither is this."""
         with np.errstate(invalid="ignore"):

@@ -52,7 +52,7 @@ def _numbers(value: Any, kinds: str) -> list[Any] | None:
 
 TEXT = Kind("a text", _text)
 FLAG = Kind("true or false", _flag)
-COUNT = Kind("a number of things", _count)
+COUNT = Kind("an integer of 0 or more", _count)
 TOKEN = Kind("a token's id", _count)
 TEXTS = Kind("an array of texts", _texts)
 INTEGERS = Kind("an array of integers", lambda value: _numbers(value, "iu"))
@@ -77,7 +77,6 @@ KEYS = {
     "tokenizer.ggml.add_bos_token": FLAG,
     "tokenizer.ggml.add_eos_token": FLAG,
     "tokenizer.ggml.add_space_prefix": FLAG,
-    "tokenizer.chat_template": TEXT,
 }
 
 

@@ -83,10 +83,10 @@ class Tokenizer:
             try:
                 ids += self._bpe.encode(prefix + part)
             except NoTokenError as error:
-                at = max(0, start + error.at - len(prefix))
+                at = start + error.at - len(prefix)
+                which = f"{error.character!r}, character {at} of the text" if at >= 0 else "the space before a text"
                 raise InputError(
-                    f"{self._path}: its vocabulary has no token for {error.character!r}, character {at} of the text; "
-                    "leave it out, or give --tokens"
+                    f"{self._path}: its vocabulary has no token for {which}; leave it out, or give --tokens"
                 ) from None
             after_special = False
         if add_special and self._eos is not None:
