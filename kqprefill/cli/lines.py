@@ -28,13 +28,13 @@ class Lines:
     """Where results are written, each line whole: a file, or stdout (`-`). A context manager.
 
     resume: go on where the file ends; `done` lines are there already, `bad` of them errors, and `last` is the last; a
-    line that was not written whole is cut off by the first that is written. Raises InputError for a file that is not to
-    be overwritten, that another process writes, or that is no such output, which stays as it is; KqprefillError where
-    it cannot be written.
+    line that was not written whole is cut off by the first that is written. written: lines of this run. Raises
+    InputError for a file that is not to be overwritten, that another process writes, or that is no such output, which
+    stays as it is; KqprefillError where it cannot be written.
     """
 
     def __init__(self, path: str, resume: bool = False) -> None:
-        self.done = self.bad = 0
+        self.done = self.bad = self.written = 0
         self.name = "stdout" if path == STDIO else path
         self.last: dict[str, Any] | None = None
         self._writing, self._signalled = False, 0
@@ -111,6 +111,7 @@ class Lines:
             self._drop_cut()
             while data:
                 data = data[self._write_some(data) :]
+            self.written += 1
         except BrokenPipeError:
             if self.name == "stdout":
                 raise

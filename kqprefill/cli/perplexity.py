@@ -92,7 +92,7 @@ def perplexity(
     try:
         with ExitStack() as stack:
             bars = stack.enter_context(progress_bars(not quiet))
-            watch = _Watch(bars, context)
+            watch = _Watch(bars)
             file = open_file(name)
             stack.enter_context(file)
             bos = None
@@ -108,11 +108,12 @@ def perplexity(
             model = stack.enter_context(
                 open_on(file, backend, device, kernels, vram, quiet, bars, batch_tokens, ranks=True)
             )
+            watch.begin(context * min(len(ids) // max(context, 1), chunks or len(ids)))
             measured = measure(model, ids, context, chunks, bos, batch_tokens, watch)
             if verbose:
                 say_loaded(model)
     except Interrupted:
-        if watch is not None and watch.total and not quiet:
+        if watch is not None and watch.done and not quiet:
             say(f"interrupted: {watch.done:.0%} of the text was scored; the figure needs all of it (--chunks N: less)")
         raise
     where = f"{model.backend.name} ({model.backend.device_name})"
@@ -135,15 +136,18 @@ def perplexity(
 class _Watch:
     """A Progress (kqprefill.core) that shows how far it is, with tokens/s, and remembers it."""
 
-    def __init__(self, bars: Bars | None, context: int) -> None:
-        self._bars, self._context = bars, context
-        self._begin = time.perf_counter()
-        self.done, self.total = 0.0, 0
+    def __init__(self, bars: Bars | None) -> None:
+        self._bars, self._tokens, self._begun = bars, 0, 0.0
+        self.done = 0.0  # as a part of all
+
+    def begin(self, tokens: int) -> None:
+        """So many tokens are being measured from now on."""
+        self._tokens, self._begun = tokens, time.perf_counter()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
+        note = ""
         if stage == "windows":
-            if not self.total:
-                self._begin = time.perf_counter()
-            self.done, self.total = done / total, total
+            self.done = done / total
+            note = f"{self.done * self._tokens / (time.perf_counter() - self._begun):.0f} tokens/s"
         if self._bars is not None:
-            self._bars(stage, done, total)
+            self._bars(stage, done, total, note)

@@ -37,7 +37,7 @@ def progress_bars(enabled: bool) -> Iterator[Bars | None]:
 
     columns = Progress(
         TextColumn("{task.description:8}"),
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=16),
         TextColumn("{task.percentage:3.0f}%"),
         TimeElapsedColumn(),
         TextColumn("left"),

@@ -160,7 +160,9 @@ def score(
     except Interrupted:
         if lines is not None and run is not None and not quiet:
             how = f" in {output}; --resume goes on from there" if output != STDIO and lines.is_file else ""
-            say(f"interrupted: {run.written} records are done{how}")
+            say(
+                f"interrupted: {run.written} records are done{how}" if run.written else "interrupted: no record is done"
+            )
         raise
     rate, where = run.tokens / seconds, f"{model.backend.name} ({model.backend.device_name})"
     say_summary(f"{run.scored} records, {run.tokens} tokens, {rate:.0f} tokens/s, {where}", quiet, verbose)
@@ -206,7 +208,7 @@ class _Run:
     @property
     def written(self) -> int:
         """Lines that the output has, with those of the run that is continued."""
-        return self._lines.done + self.scored + self.bad
+        return self._lines.done + self._lines.written
 
     def go(self, batch_tokens: int, top: int) -> None:
         """Score all records. Raises KqprefillError at the first bad one, unless they are skipped."""

@@ -152,13 +152,13 @@ class Model:
         running: _Running | None = None
         partial: list[Scored] = []  # of a record whose last batch has not been read
         for group in packs(items, batch_tokens, FIRST_TOKENS):
-            if running is not None and not self.backend.runs_ahead:
-                yield from running.finish(partial)
-                running = None
             started = None if group is None else self._start(group, top, progress)
             if running is not None:  # while the next batch runs
                 yield from running.finish(partial)
             running = started
+            if running is not None and not self.backend.runs_ahead:
+                yield from running.finish(partial)
+                running = None
         if running is not None:
             yield from running.finish(partial)
 
