@@ -15,22 +15,23 @@ from .interrupts import Interrupted, mend_streams, on_signals, raise_signal, rea
 def main() -> None:
     """Entry point. Exit status: 0; 1 for an error; 2 for wrong usage; 3 where `score` has skipped bad records; 130 when
     interrupted (SIGINT), 143 when ended (SIGTERM)."""
+    status = 1
     try:
-        on_signals(raise_signal)
-        mend_streams()
-        from .commands import cli
+        try:
+            on_signals(raise_signal)
+            mend_streams()
+            from .commands import cli
 
-        status = cli(standalone_mode=False)
-        sys.stdout.flush()
-    except Interrupted as ended:
-        status = ended.status
-    except BaseException as error:
-        status = _status_of(error)
-    try:
+            status = cli(standalone_mode=False) or 0
+            sys.stdout.flush()
+        except Interrupted as ended:
+            status = ended.status
+        except BaseException as error:
+            status = _status_of(error)
         sys.stderr.flush()
-    finally:
+    finally:  # a second interrupt too
         # All is written: taking Python and the driver apart piece by piece takes as long as a short prompt.
-        os._exit(status or 0)
+        os._exit(status)
 
 
 def _status_of(error: BaseException) -> int:

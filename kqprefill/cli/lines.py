@@ -56,7 +56,7 @@ class Lines:
 
     def _open(self, path: str) -> int:
         try:
-            if not self._is_new and not os.path.isfile(path):  # a pipe, which waits for its reader, or a device
+            if os.path.exists(path) and not os.path.isfile(path):  # a pipe, which waits for its reader, or a device
                 return os.open(path, os.O_WRONLY)
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
