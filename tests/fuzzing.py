@@ -66,6 +66,7 @@ def warm_up():
 
     import kqprefill.backends.cpu.backend
     import kqprefill.cli.arrays
+    import kqprefill.cli.commands
     import kqprefill.cli.page
     import kqprefill.engine.perplexity
 
@@ -140,9 +141,9 @@ def faults_of(outcome, args, terminal, file_bytes, memory_before):
     """What is wrong with how a command ended."""
     status, stderr = outcome.status, outcome.stderr
     lines = stderr.splitlines()
-    if status not in (0, 1, 2):
+    if status not in (0, 1, 2, 3):
         yield f"status {status}"
-    if "Traceback" in stderr or "Warning" in stderr:
+    if any(word in stderr for word in ("Traceback", "Warning", "an error in kqprefill itself")):
         yield "a traceback or a warning"
     if status == 0 and stderr and "--on-error" not in args:
         yield "status 0 beside an error"
@@ -156,7 +157,7 @@ def faults_of(outcome, args, terminal, file_bytes, memory_before):
         yield f"{outcome.seconds:.2f} s"
     if outcome.nbytes > memory_before + MEMORY[0] + MEMORY[1] * file_bytes:
         yield f"{(outcome.nbytes - memory_before) >> 20} MiB for a file of {file_bytes} bytes"
-    if status == 0 and ("--json" in args or args[0] == "score"):
+    if status in (0, 3) and ("--json" in args or args[0] == "score"):
         try:
             for line in outcome.stdout.splitlines() if args[0] == "score" else [outcome.stdout]:
                 json.loads(line, parse_constant=refuse)
