@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,10 +59,10 @@ class SyntheticFile:
         """The model called "SHAPE:RECIPE", such as "qwen3-8b:Q4_K_M". Raises InputError for one that is not known."""
         shape_name, _, recipe = name.partition(":")
         recipe = recipe.upper() or "Q4_K_M"
-        if shape_name not in SHAPES or recipe not in RECIPES:
-            raise InputError(
-                f"{name}: neither a file nor SHAPE:RECIPE; shapes are {', '.join(SHAPES)}; recipes {', '.join(RECIPES)}"
-            )
+        if shape_name not in SHAPES:
+            raise InputError(f"{name}: no file, and there is no shape {_known(shape_name, SHAPES)}")
+        if recipe not in RECIPES:
+            raise InputError(f"{name}: {shape_name} is a shape, but there is no recipe {_known(recipe, RECIPES)}")
         shape = SHAPES[shape_name]
         return cls(shape, recipe_types(recipe, shape), f"{shape_name}:{recipe}")
 
@@ -74,6 +75,14 @@ class SyntheticFile:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _known(name: str, names: Iterable[str]) -> str:
+    """A name that is not one of those, with the nearest of them, or all."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, names, 3, 0.5)
+    return f"{name!r}; " + (f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}")
 
 
 def _metadata(shape: Shape, name: str) -> dict[str, Any]:
