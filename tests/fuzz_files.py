@@ -53,8 +53,9 @@ ARCH.embedding_scale ARCH.residual_scale ARCH.attention.temperature_scale ARCH.e
 ARCH.expert_shared_feed_forward_length ARCH.expert_shared_count ARCH.expert_gating_func ARCH.expert_weights_scale
 ARCH.expert_weights_norm ARCH.expert_group_count ARCH.expert_group_used_count ARCH.leading_dense_block_count
 ARCH.nextn_predict_layers ARCH.full_attention_interval ARCH.attention.recurrent_layers ARCH.rope.dimension_sections
-ARCH.ssm.conv_kernel ARCH.ssm.state_size ARCH.ssm.group_count ARCH.ssm.time_step_rank ARCH.ssm.inner_size tokenizer.ggml.add_bos_token tokenizer.ggml.add_eos_token
-tokenizer.ggml.add_space_prefix tokenizer.ggml.pre tokenizer.ggml.eos_token_id tokenizer.chat_template""".split()
+ARCH.ssm.conv_kernel ARCH.ssm.state_size ARCH.ssm.group_count ARCH.ssm.time_step_rank ARCH.ssm.inner_size
+tokenizer.ggml.add_bos_token tokenizer.ggml.add_eos_token tokenizer.ggml.add_space_prefix tokenizer.ggml.pre
+tokenizer.ggml.eos_token_id tokenizer.chat_template""".split()
 SMALL_TYPES = [t for t in SUPPORTED if t.name in "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 IQ4_NL MXFP4".split()]
 RECORDED = [EXAMPLE, *(ROOT / "tests/data").glob("*.gguf")]  # of llama.cpp's making, every format among them
 

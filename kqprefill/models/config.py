@@ -145,7 +145,7 @@ class ArchMetadata:
     def count(self, key: str) -> int:
         """An integer from 0 to 2^31 - 1; 0 where the file does not say."""
         value = self._get(key, 0)
-        return 0 if value == 0 and not isinstance(value, bool) else self.integer(key)
+        return 0 if type(value) is int and value == 0 else self.integer(key)
 
     def flag(self, key: str, default: bool) -> bool:
         """A bool."""
