@@ -43,6 +43,8 @@ def test_a_model_of_every_family(architecture: str) -> None:
     assert (family.experts is not None) == (architecture in EXPERTS)
     names = [matrix.name for matrix in family.matrices()]
     assert len(set(names)) == len(names)
+    rates = [tensor.data.view(np.float32) for name, tensor in file.tensors.items() if name.endswith(".ssm_a")]
+    assert all((rate < 0).all() for rate in rates)  # of decay, in every layer
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)

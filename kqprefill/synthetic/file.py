@@ -32,7 +32,8 @@ class SyntheticTensor(ModelTensor):
     def data(self) -> NDArray[np.uint8]:
         """The quantised bytes, uint8 [..., row bytes]."""
         if self.whole is None:
-            return random_weights(self.shape, self.type, self.name.split(".")[-2])
+            *_, name, last = self.name.split(".")
+            return random_weights(self.shape, self.type, name if last in ("weight", "bias") else last)
         view = self.whole.data.reshape(-1)[self.offset : self.offset + self.nbytes]
         return view.reshape(*self.shape[:-1], nbytes_of(self.shape[-1:], self.type))
 
