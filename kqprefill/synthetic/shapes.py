@@ -91,6 +91,7 @@ SHAPES = {
     "gpt-oss-20b": Shape(
         "gpt-oss", 24, 2880, 64, 8, 64, 2880, 201088, 131072, 1.5e5, window=128, yarn=32.0, experts=32, used=4
     ),
+    "gemma3-270m": Shape("gemma3", 18, 640, 4, 1, 256, 2048, 262144, 32768, 1e6, tied=True, window=512),
     "llama3-8b": Shape("llama", 32, 4096, 32, 8, 128, 14336, 128256, 131072, 5e5),
     "llama3-70b": Shape("llama", 80, 8192, 64, 8, 128, 28672, 128256, 131072, 5e5),
 }

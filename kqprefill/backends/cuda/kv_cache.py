@@ -11,11 +11,11 @@ import numpy as np
 from ...core import KeysValues, LayerState
 from ...errors import BackendError
 from ..base import Cache
-from ..budget import gib
+from ..budget import gib, host_memory
 from .attention_kernels import padded_head
 from .device.arrays import FLOAT16, DeviceArray
 from .device.gpu import Gpu, check, cuda_errors
-from .weights.host_pages import WINDOW, host_memory, populate
+from .weights.host_pages import WINDOW, populate
 
 _THREADS = 8
 
