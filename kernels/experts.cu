@@ -9,6 +9,7 @@
 constexpr int kThreads = EXPERT_THREADS;
 static_assert(MOST_EXPERTS <= 32 * 32, "route: a lane has a bit for each of 32 experts");
 static_assert(MOST_USED_EXPERTS <= 32, "route: a warp has a lane for each expert that a token uses");
+static_assert(MOST_EXPERT_GROUPS <= 32, "route_biased: a lane has a group, a word a bit for each");
 static_assert(MAKE_GROUPS_THREADS == MOST_EXPERTS, "make_groups: a thread an expert");
 
 // Finds the `used` largest of each of n tokens' scores, of equals the ones with the lowest numbers, and their shares. A
@@ -51,6 +52,92 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     if (lane >= used) return;
     expert_of[token * used + lane] = own_expert;
     share_of[token * used + lane] = own_share / (normalise || routed_after ? shares : total);
+}
+
+// The same where the choice is by another value than the share (arXiv 2412.19437): a score becomes a probability, by a
+// sigmoid or by the softmax over all scores; the choice is by probability + bias (bias may be null), among the experts
+// of the best `groups_used` of `groups` groups of neighbours, a group being worth its two best experts together; a share
+// is scale * probability, with normalise over the chosen ones' sum. A warp takes a token.
+constexpr float kLeastSum = 6.103515625e-5f;  // of shares that are normalised: 2^-14, as llama.cpp has it
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    route_biased(const float* scores, const float* bias, int n, int experts, int used, int sigmoid, int normalise,
+                 float scale, int groups, int groups_used, int* expert_of, float* share_of) {
+    begin_kernel();
+    const float kNone = __int_as_float(0xff800000);
+    int token = blockIdx.x * (kThreads / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (token >= n) return;
+    scores += static_cast<uint64_t>(token) * experts;
+    float largest = kNone, total = 0.0f;
+    if (!sigmoid) {
+        for (int i = lane; i < experts; i += 32) largest = fmaxf(largest, scores[i]);
+        for (int offset = 16; offset; offset >>= 1)
+            largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
+        for (int i = lane; i < experts; i += 32) total += expf(scores[i] - largest);
+        total = warp_sum(total);
+    }
+    auto probability = [&](int i) {
+        return sigmoid ? 1.0f / (1.0f + expf(-scores[i])) : expf(scores[i] - largest) / total;
+    };
+    auto choice = [&](int i) { return probability(i) + (bias != nullptr ? bias[i] : 0.0f); };
+
+    uint32_t allowed = ~0u;  // a bit for each group
+    int in_group = experts / groups;
+    if (groups > 1) {
+        float own = kNone;  // lane g: what group g is worth
+        for (int g = 0; g < groups; ++g) {
+            float first = kNone, second = kNone;
+            for (int i = g * in_group + lane; i < (g + 1) * in_group; i += 32) {
+                float c = choice(i);
+                if (c > first) second = first, first = c;
+                else second = fmaxf(second, c);
+            }
+            for (int offset = 16; offset; offset >>= 1) {
+                float other = __shfl_xor_sync(0xffffffffu, first, offset);
+                float other_second = __shfl_xor_sync(0xffffffffu, second, offset);
+                second = fmaxf(fminf(first, other), fmaxf(second, other_second));
+                first = fmaxf(first, other);
+            }
+            if (lane == g) own = first + second;
+        }
+        allowed = 0;
+        for (int round = 0; round < groups_used; ++round) {
+            float best = allowed >> lane & 1 || lane >= groups ? kNone : own;
+            int index = allowed >> lane & 1 || lane >= groups ? 0x7fffffff : lane;
+            for (int offset = 16; offset; offset >>= 1) {
+                float other = __shfl_xor_sync(0xffffffffu, best, offset);
+                int other_index = __shfl_xor_sync(0xffffffffu, index, offset);
+                if (other > best || (other == best && other_index < index)) best = other, index = other_index;
+            }
+            allowed |= 1u << index;
+        }
+    }
+
+    float shares = 0.0f, own_share = 0.0f;
+    uint32_t taken = 0;  // a bit for each of this lane's experts
+    int own_expert = 0;
+    for (int slot = 0; slot < used; ++slot) {
+        float best = kNone;
+        int index = 0x7fffffff;
+        for (int i = 0; lane + 32 * i < experts; ++i) {
+            int expert = lane + 32 * i;
+            if (taken >> i & 1 || !(allowed >> expert / in_group & 1)) continue;
+            float c = choice(expert);
+            if (c > best || index == 0x7fffffff) best = c, index = expert;
+        }
+        for (int offset = 16; offset; offset >>= 1) {
+            float other = __shfl_xor_sync(0xffffffffu, best, offset);
+            int other_index = __shfl_xor_sync(0xffffffffu, index, offset);
+            if (other > best || (other == best && other_index < index) || index == 0x7fffffff)
+                best = other, index = other_index;
+        }
+        if (index % 32 == lane) taken |= 1u << index / 32;
+        float share = probability(index);
+        shares += share;
+        if (slot == lane) own_expert = index, own_share = share;
+    }
+    if (lane >= used) return;
+    expert_of[token * used + lane] = own_expert;
+    share_of[token * used + lane] = scale * (normalise ? own_share / fmaxf(shares, kLeastSum) : own_share);
 }
 
 // counts[e] = how many of the entries are expert e's. A block counts for one expert.

@@ -101,12 +101,13 @@ struct Rotation {
 // qkv: float32 [T, (nq + 2 nkv) * head_dim]. q [T, nq, padded], k and v [rows, nkv, padded]: halves, zeros from
 // head_dim on, scaled by *q_scale, *k_scale and *v_scale. A warp takes a head; blockIdx.x is the token. q_norm and
 // k_norm may be null. kv_rows: which rows of k and v are the tokens'; null where they are in order. Where beta > 0, q
-// at position p becomes (1 + beta ln(1 + p / beta_length)) times as large, with p / beta_length rounded down.
+// at position p becomes (1 + beta ln(1 + p / beta_length)) times as large, with p / beta_length rounded down. gated: 1
+// where each head of q is followed by as many gates, which this passes over (gates.cu), else 0.
 extern "C" __global__ void __launch_bounds__(32 * kWarps)
     rotate_qkv(const float* qkv, half_t* q, half_t* k, half_t* v, int nq, int nkv, int head_dim, int padded,
                const float* q_norm, const float* k_norm, float epsilon, const float2* table, int pairs, int interleaved,
                const float* q_scale, const float* k_scale, const float* v_scale, const int* kv_rows,
-               const int* positions, float beta, int beta_length) {
+               const int* positions, float beta, int beta_length, int gated) {
     begin_kernel();
     __shared__ float heads[kWarps][MAX_HEAD_DIM];
     int warp = threadIdx.x / 32, head = blockIdx.y * kWarps + warp, token = blockIdx.x;
@@ -114,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps)
     bool is_q = head < nq, is_v = head >= nq + nkv;
     int slot = is_q ? head : is_v ? head - nq - nkv : head - nq, kv_row = kv_rows != nullptr ? kv_rows[token] : token;
     Rotation rotation = {
-        qkv + (static_cast<uint64_t>(token) * (nq + 2 * nkv) + head) * head_dim,
+        qkv + (static_cast<uint64_t>(token) * (nq + 2 * nkv + gated * nq) + head + gated * (is_q ? head : nq)) * head_dim,
         (is_q ? q + static_cast<uint64_t>(token) * nq * padded
               : (is_v ? v : k) + static_cast<uint64_t>(kv_row) * nkv * padded) +
             slot * padded,

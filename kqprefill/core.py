@@ -148,3 +148,15 @@ class KeysValues(LayerState):
     def width(self) -> int:
         """Values of one token's keys."""
         return self.heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class Recurrent(LayerState):
+    """The state of a linear recurrence: a matrix [key_dim, value_dim] for each of `heads`, whatever the sequence's
+    length; and of the convolution before it the last `taps` rows of `channels` values."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    channels: int
+    taps: int

@@ -166,12 +166,23 @@ def _mixed(name, layer):
 _DENSE = Shape("qwen3", 1, 512, 8, 2, 64, 768, 320, 4096, 1e6)
 _ODD = Shape("qwen2", 1, 480, 6, 2, 80, 1000, 333, 4096, 1e6)  # widths that are no multiple of 64, and biases
 _EXPERTS = Shape("gpt-oss", 1, 512, 8, 2, 64, 256, 320, 4096, 1e6, window=64, yarn=4.0, experts=16, used=3)
+_DELTA = {
+    "ssm.group_count": 2,
+    "ssm.time_step_rank": 4,
+    "ssm.state_size": 64,
+    "ssm.inner_size": 256,
+    "ssm.conv_kernel": 4,
+    "full_attention_interval": 2,
+    "rope.dimension_sections": [11, 11, 10, 0],
+}
+_RECURRENT = Shape("qwen35", 2, 512, 4, 2, 128, 768, 320, 4096, 1e7, more=_DELTA)
 # name -> (model, batch, logits, whether the embedding's rows come from the host)
 CASES = {
     "prompt": (_DENSE, Batch(np.arange(17, dtype=np.int32)), "last", False),
     "odd sizes": (_ODD, Batch(np.arange(2000, dtype=np.int32) % 300), "all", False),
     "packed": (_DENSE, shared_prompt(700), "ranks", True),
     "experts": (_EXPERTS, Batch(np.arange(300, dtype=np.int32)), None, False),
+    "recurrence": (_RECURRENT, shared_prompt(300), None, False),
 }
 KERNELS = {"hopper": ((9, 0), "auto"), "portable": ((8, 0), "auto")}
 

@@ -36,6 +36,8 @@ def test_every_family_and_format_has_a_case():
     assert released <= set(CASES)
     models = "qwen3-q4_k llama-q4_k_m qwen2-q5_k gemma-q4_k gemma3-q4_k_m phi3-q4_k_m olmo2-q4_k granite-q4_k".split()
     formats = [f"qwen3-{kind.name.lower()}" for kind in SUPPORTED if kind.name not in ("F32", "F16", "BF16")]
+    models += "qwen3vl-q4_k_m qwen3vlmoe-q4_k_m glm4-q4_k_m glm4moe-nextn-q3_k_m qwen35-tied-nextn".split()
+    models += "qwen35moe-q4_k_m qwen3next-moe-q3_k_m".split()
     assert released == {*models, *formats}
 
 

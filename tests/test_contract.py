@@ -9,7 +9,10 @@ import pytest
 from conftest import BACKENDS, EXAMPLE, ROOT, relative_error
 import kqprefill
 
-GEMMA = ROOT / "tests/data/gemma3-q4_k_m.gguf"  # sliding windows of 32, two rotary bases
+DATA = ROOT / "tests" / "data"
+# Sliding windows of 32 and two rotary bases; recurrent layers, in both of their layouts; experts chosen by sigmoids.
+NAMES = "gemma3-q4_k_m qwen35-tied-nextn qwen3next-moe-q3_k_m glm4moe-nextn-q3_k_m".split()
+FAMILIES = [EXAMPLE, *(DATA / f"{name}.gguf" for name in NAMES)]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -29,7 +32,7 @@ def prompt(rng):
     return lambda model, n: rng.integers(0, model.config.vocab_size, n)
 
 
-@pytest.mark.parametrize("path", [EXAMPLE, GEMMA], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", FAMILIES, ids=lambda p: p.stem)
 def test_cutting_a_prompt_changes_nothing(path, backend, prompt):
     with kqprefill.load(path, backend=backend) as model:
         tokens = prompt(model, 300)
@@ -48,10 +51,11 @@ def test_cutting_a_prompt_changes_nothing(path, backend, prompt):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("path", FAMILIES, ids=lambda p: p.stem)
 @pytest.mark.parametrize("kernels", ["auto", "portable"])
-def test_long_and_short_batches_give_the_same_bits(kernels, prompt):
+def test_long_and_short_batches_give_the_same_bits(path, kernels, prompt):
     """Batch lengths that different tiles serve, and on both sides of where launches overlap (257 tokens)."""
-    with kqprefill.load(EXAMPLE, backend="cuda", kernels=kernels) as model:
+    with kqprefill.load(path, backend="cuda", kernels=kernels) as model:
         tokens = prompt(model, 3300)
         whole = model.prefill(tokens, logits="all").logits
         cache, at = model.new_cache(3300), 0

@@ -19,7 +19,7 @@ from kqprefill.backends.cuda.gemm import hopper
 from kqprefill.backends.cuda.kernel_set import kernel_set_of
 from kqprefill.backends.cuda.ops.attention_layout import attention_layout
 from kqprefill.backends.cuda.rehearsal import planned_batch, rehearse
-from kqprefill.core import KEYS_PER_TOKEN, LARGEST_KEY_BLOCK, Batch, Segment, Targets
+from kqprefill.core import KEYS_PER_TOKEN, LARGEST_KEY_BLOCK, Batch, KeysValues, Segment, Targets
 from kqprefill.engine.scoring import Item, packed, packs
 from kqprefill.errors import ModelError
 from kqprefill.models import read_model
@@ -35,6 +35,9 @@ MODELS = [
     "llama3-70b:F32",
     "llama3-8b:Q3_K",
     "qwen3-30b-a3b:Q4_K_M",
+    "qwen3.6-27b:Q4_K_M",
+    "qwen3.6-35b-a3b:Q4_K_M",
+    "glm-4.5-air:Q4_K_M",
 ]
 
 
@@ -53,7 +56,8 @@ def test_what_a_batch_launches(case, kernels):
 def test_every_launch_fits_its_kernel(model, capability, kernels):
     """Names and types of arguments, grids, blocks and shared memory, of models' own sizes and many lengths."""
     family = read_model(SyntheticFile.named(model))
-    family.blocks = family.blocks[:2]
+    family.blocks = family.blocks[:4]
+    attentive = sum(isinstance(state, KeysValues) for state in family.layer_states[:4])
     facts, kernel_set = Facts(capability), kernel_set_of(capability, kernels)
     gemm = "gemm_sm90.cu" if kernel_set.name == "Hopper" else "gemm_sm80.cu"
     for n in (1, 16, 17, 64, 100, 129, 2048, 4000, 20000):
@@ -67,7 +71,9 @@ def test_every_launch_fits_its_kernel(model, capability, kernels):
             assert gemm in {program.source for program in programs}
             assert programs <= set(rehearse(family, facts, kernel_set, batch, logits, host_embedding).programs)
             copies = [kernel for _, kernel, *_ in launched].count("copy_rows")
-            assert copies == (2 if logits == "ranks" and batch.segments[0].length % LARGEST_KEY_BLOCK else 0)
+            block = kernel_set.attention(family.config.head_dim).block_kv
+            continued = logits == "ranks" and batch.segments[0].length % block
+            assert copies == (attentive if continued else 0)
 
 
 def test_arguments_go_by_name():
@@ -92,10 +98,11 @@ def test_arguments_go_by_name():
 
 def test_shared_numbers_are_used_by_the_kernels():
     """Each define that the host passes is one that some kernel reads; each kernel has its threads from one of them."""
-    sources = "norm rope scales head experts weights gemm_sm80 gemm_sm90 attention_sm80 attention_sm90".split()
+    one_size = "norm rope scales head experts gates weights delta_inputs".split()  # kernels whose blocks are these
+    sources = [*one_size, *"delta_prepare delta_scan gemm_sm80 gemm_sm90 attention_sm80 attention_sm90".split()]
     text = "\n".join(text_of(f"{source}.cu") for source in sources)
     assert [name for name in SHARED_DEFINES if name not in text] == []
-    kernels = {kernel for source in sources[:6] for kernel in signatures_of(f"{source}.cu")}
+    kernels = {kernel for source in one_size for kernel in signatures_of(f"{source}.cu")}
     assert kernels == set(THREADS)
     assert len(set(ACTIVATIONS.values())) == len(ACTIVATIONS)
 

@@ -29,6 +29,15 @@ def shape(architecture, hidden, heads, kv_heads, head_dim, ffn, vocab, **more):
     return Shape(architecture, more.pop("layers", 1), hidden, heads, kv_heads, head_dim, ffn, vocab, 4096, 1e4, **more)
 
 
+DELTA = {
+    "ssm.group_count": 2,
+    "ssm.time_step_rank": 4,
+    "ssm.state_size": 64,
+    "ssm.inner_size": 256,
+    "ssm.conv_kernel": 4,
+    "full_attention_interval": 4,
+    "rope.dimension_sections": [11, 11, 10, 0],
+}
 MIX = (GGML.Q4_K, GGML.F16, GGML.Q5_1)  # super-blocks, single weights, blocks of 32
 MODELS = {
     "llama, no grouping": (shape("llama", 256, 4, 4, 64, 512, 160), GGML.Q4_K),
@@ -45,6 +54,16 @@ MODELS = {
         shape("qwen3", 256, 4, 2, 64, 512, 160),
         lambda name, _: MIX[sum(name.encode()) % 3],
     ),
+    "recurrence, gates": (
+        shape("qwen35", 256, 4, 2, 64, 512, 160, layers=4, more={**DELTA, "full_attention_interval": 2}),
+        GGML.Q4_K,
+    ),
+    "recurrence, heads of 128": (
+        shape(
+            "qwen35", 256, 2, 1, 256, 512, 160, layers=2, more=DELTA | {"ssm.state_size": 128, "ssm.inner_size": 512}
+        ),
+        GGML.Q8_0,
+    ),
     "wide": (shape("qwen3", 2560, 8, 2, 128, 4096, 1000), GGML.Q4_K),
 }
 
@@ -53,6 +72,8 @@ class PoisonedWorkspace(Workspace):
     """A Workspace whose outputs are NaN until a kernel writes them."""
 
     OUTPUTS = "normed", "qkv", "q", "k", "v", "logits", "activated", "dequantised", "linear", "residual"
+    OUTPUTS += "gates", "delta", "delta sums", "delta rates", "delta gates", "delta outputs"
+    OUTPUTS += tuple(f"delta {name}" for name in "q k v w u p decay states".split())
 
     def array(self, name, dtype, *shape):
         array = super().array(name, dtype, *shape)
@@ -117,7 +138,7 @@ class BothOps:
         return both
 
     def _compare(self, op, expected, got):
-        if op == "qkv":
+        if op in ("qkv", "gated_qkv"):  # gates are looked at where they have been applied
             for name, e, g in zip("qkv", expected, got):
                 tokens, heads, dim = e.shape
                 self._note(name, e.reshape(tokens * heads, dim), self._halves(g.values, g.scale, dim))

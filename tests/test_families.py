@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from conftest import more_metadata
+from kqprefill.core import KeysValues, Recurrent
 from kqprefill.gguf.types import GGML
 from kqprefill.models import FAMILIES, read_model
 from kqprefill.synthetic import Shape, SyntheticFile
@@ -27,6 +29,9 @@ class Recorder:
     def qkv(self, *_: Any, **__: Any) -> tuple[None, None, None]:
         return None, None, None
 
+    def gated_qkv(self, *_: Any, **__: Any) -> tuple[None, None, None, None]:
+        return None, None, None, None
+
     def __getattr__(self, name: str) -> Any:
         return lambda *_, **__: None
 
@@ -42,11 +47,15 @@ WINDOWS = {
 
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_layers_run_in_order_with_the_windows_that_they_declare(architecture: str) -> None:
-    shape = Shape(architecture, 7, 64, 4, 2, 16, 64, 256, 4096, 1e4, window=40, experts=4, used=2)
+    more = more_metadata(architecture)
+    shape = Shape(architecture, 7, 64, 4, 2, 16, 64, 256, 4096, 1e4, window=40, experts=4, used=2, more=more)
     family = read_model(SyntheticFile(shape, lambda *_: GGML.F32, architecture))
     ops: Any = Recorder()
     heard: list[tuple[str, int, int]] = []
     family.forward(ops, lambda *progress: heard.append(progress))
     assert ops.layers == list(range(7)) and heard == [("prefill", i + 1, 7) for i in range(7)]
-    assert ops.windows == [state.window for state in family.layer_states] == WINDOWS.get(architecture, [None] * 7)
-    assert {(state.heads, state.head_dim) for state in family.layer_states} == {(2, 16)}
+    kept = [state for state in family.layer_states if isinstance(state, KeysValues)]
+    assert ops.windows == [state.window for state in kept] == WINDOWS.get(architecture, [None] * len(kept))
+    assert {(state.heads, state.head_dim) for state in kept} == {(2, 16)}
+    recurrent = [i for i, state in enumerate(family.layer_states) if isinstance(state, Recurrent)]
+    assert recurrent == ([0, 1, 2, 4, 5, 6] if architecture.startswith(("qwen35", "qwen3next")) else [])

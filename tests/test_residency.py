@@ -22,7 +22,10 @@ from kqprefill.synthetic import Shape, SyntheticFile
 
 GIB = 1 << 30
 HOPPER = kernel_set_of(H100.capability)
-MODELS = [EXAMPLE, *(ROOT / "tests/data" / f"{name}.gguf" for name in ("gemma3-q4_k_m",))]
+MODELS = [
+    EXAMPLE,
+    *(ROOT / "tests/data" / f"{name}.gguf" for name in ("gemma3-q4_k_m", "qwen35-tied-nextn", "qwen3next-moe-q3_k_m")),
+]
 
 
 def plan_of(name, budget, tokens, **more):

@@ -15,8 +15,10 @@ from kqprefill.gguf.types import GGML
 from kqprefill.synthetic import SHAPES, Shape, SyntheticFile
 
 FOUND = {path.stem: path for folder in reversed(CONFORMANCE_FOLDERS) for path in folder.glob("*.gguf")}
-# Windows of 32; soft-caps; experts, one of them shared; sinks. Those that are not released run where they are.
-NAMES = [n for n in ("gemma3-q4_k_m", "gemma2-q4_k", "qwen2moe-q4_k", "gpt-oss-mxfp4", "granite-q4_k") if n in FOUND]
+# Windows of 32; soft-caps; experts, one of them shared; sinks; recurrences. Those that are not released run where they
+# are.
+WANTED = "gemma3-q4_k_m gemma2-q4_k qwen2moe-q4_k gpt-oss-mxfp4 granite-q4_k qwen35-tied-nextn qwen3next-moe-q3_k_m"
+NAMES = [name for name in WANTED.split() if name in FOUND]
 
 
 MODELS = [

@@ -9,19 +9,20 @@ from gguf import GGUFReader
 import numpy as np
 import pytest
 
-from conftest import EXAMPLE
+from conftest import EXAMPLE, more_metadata
 import kqprefill
 from kqprefill.gguf import GGUFFile, dequantize
 from kqprefill.gguf.types import GGML
 from kqprefill.models import FAMILIES, describe_model, read_model
 from kqprefill.synthetic import RECIPES, SHAPES, Shape, SyntheticFile, pool, write_gguf
 
-EXPERTS = ("qwen2moe", "qwen3moe", "olmoe", "gpt-oss")
+EXPERTS = "qwen2moe qwen3moe olmoe gpt-oss glm4moe qwen3vlmoe qwen35moe qwen3next".split()
 
 
 def small(architecture: str) -> Shape:
     """A few layers of that architecture."""
     shape = replace(SHAPES["tiny"], architecture=architecture, window=64)
+    shape = replace(shape, more=more_metadata(architecture))
     return replace(shape, experts=4, used=2) if architecture in EXPERTS else shape
 
 
@@ -41,6 +42,8 @@ def test_a_model_of_every_family(architecture: str) -> None:
     assert all(name in file.tensors for name in family.tensor_shapes() if not name.endswith("?"))
     assert len(family.layer_states) == len(family.blocks) == file.metadata[f"{architecture}.block_count"]
     assert (family.experts is not None) == (architecture in EXPERTS)
+    names = [matrix.name for matrix in family.matrices()]
+    assert len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)

@@ -8,6 +8,7 @@ typedef unsigned short uint16_t;
 typedef short int16_t;
 typedef unsigned int uint32_t;
 typedef unsigned long long uint64_t;
+typedef long long int64_t;
 typedef uint16_t half_t;  // IEEE binary16, as bits
 
 __device__ __forceinline__ float half_to_float(half_t h) {

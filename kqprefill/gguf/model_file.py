@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 import math
 from typing import Any, Protocol, TypeVar
 
@@ -47,9 +47,45 @@ class ModelTensor(ABC):
         """Those rows of a matrix, or elements of an F32 vector, as a tensor of their own."""
         return self._part(f"{self.name}[{begin}:{end}]", (end - begin, *self.shape[1:]), begin)
 
+    def picked(self, rows: NDArray[np.intp], name: str) -> ModelTensor:
+        """Those rows of a matrix, in that order, as a tensor of that name; its data are copies."""
+        return PickedRows(name, (len(rows), *self.shape[1:]), self.type, base=self, picks=rows)
+
+    def within(self, begin: int, end: int) -> ModelTensor:
+        """Those rows of each matrix of a stack, as a stack of their own; its data are a view."""
+        shape = (self.shape[0], end - begin, *self.shape[2:])
+        return RowsOfEach(f"{self.name}[:,{begin}:{end}]", shape, self.type, base=self, begin=begin)
+
     def _part(self: _Self, name: str, shape: tuple[int, ...], index: int) -> _Self:
         """What begins at that index of the first dimension and has that shape."""
         return replace(self, name=name, shape=shape, offset=self.offset + index * (self.nbytes // self.shape[0]))
+
+
+@dataclass(frozen=True)
+class PickedRows(ModelTensor):
+    """Rows of another tensor."""
+
+    base: ModelTensor = field(kw_only=True)
+    picks: NDArray[np.intp] = field(kw_only=True, compare=False)
+
+    @property
+    def data(self) -> NDArray[np.uint8]:
+        return self.base.data[self.picks]
+
+
+@dataclass(frozen=True)
+class RowsOfEach(ModelTensor):
+    """Some rows of each matrix of a stack; of one of them they follow one another."""
+
+    base: ModelTensor = field(kw_only=True)
+    begin: int = field(kw_only=True)
+
+    @property
+    def data(self) -> NDArray[np.uint8]:
+        return self.base.data[:, self.begin : self.begin + self.shape[1]]
+
+    def item(self, index: int) -> ModelTensor:  # type: ignore[override]
+        return self.base.item(index).rows(self.begin, self.begin + self.shape[1])
 
 
 class ModelFile(Protocol):

@@ -11,6 +11,8 @@ from .family import Family
 from .gemma import Gemma
 from .gemma2 import Gemma2
 from .gemma3 import Gemma3
+from .glm4 import Glm4
+from .glm4moe import Glm4Moe
 from .gpt_oss import GptOss
 from .granite import Granite
 from .llama import Llama
@@ -22,6 +24,9 @@ from .qwen2 import Qwen2
 from .qwen2moe import Qwen2Moe
 from .qwen3 import Qwen3
 from .qwen3moe import Qwen3Moe
+from .qwen3next import Qwen3Next
+from .qwen3vl import Qwen3Vl, Qwen3VlMoe
+from .qwen35 import Qwen35, Qwen35Moe
 from .smollm3 import SmolLM3
 
 _PAGES: tuple[type[Family], ...] = (
@@ -40,6 +45,13 @@ _PAGES: tuple[type[Family], ...] = (
     Granite,
     SmolLM3,
     GptOss,
+    Qwen3Vl,
+    Qwen3VlMoe,
+    Glm4,
+    Glm4Moe,
+    Qwen35,
+    Qwen35Moe,
+    Qwen3Next,
 )
 FAMILIES = {family.architecture: family for family in _PAGES}
 

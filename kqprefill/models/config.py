@@ -45,7 +45,11 @@ class Rope:
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes and constants of a decoder-only transformer, named as GGUF names them."""
+    """Sizes and constants of a decoder-only transformer, named as GGUF names them.
+
+    block_count: the layers that are computed. nextn_predict_layers: blocks after them that predict further tokens,
+    which GGUF counts among its blocks.
+    """
 
     architecture: str
     block_count: int
@@ -57,6 +61,7 @@ class Config:
     head_dim: int
     rms_epsilon: float
     vocab_size: int
+    nextn_predict_layers: int = 0
 
     @property
     def q_width(self) -> int:
@@ -81,17 +86,21 @@ class Config:
             raise meta.error("attention.value_length differs from attention.key_length, which is not supported")
         if head_dim % 2:
             raise meta.error(f"attention.key_length {head_dim} is odd; rotary embedding needs pairs")
+        blocks, nextn = meta.integer("block_count"), meta.count("nextn_predict_layers")
+        if nextn >= blocks:
+            raise meta.error(f"nextn_predict_layers {nextn} leaves nothing of block_count {blocks}")
         return cls(
             architecture=meta.architecture,
-            block_count=meta.integer("block_count"),
+            block_count=blocks - nextn,
             context_length=meta.integer("context_length"),
             embedding_length=embedding,
-            feed_forward_length=meta.integer("feed_forward_length"),
+            feed_forward_length=meta.integer("feed_forward_length", meta.integer_or_none("expert_feed_forward_length")),
             head_count=heads,
             head_count_kv=kv_heads,
             head_dim=head_dim,
             rms_epsilon=meta.number("attention.layer_norm_rms_epsilon"),
             vocab_size=vocab_size,
+            nextn_predict_layers=nextn,
         )
 
 
@@ -125,6 +134,33 @@ class ArchMetadata:
             shown = "an array of differing values" if isinstance(value, np.ndarray) else repr(value)
             raise self.error(f"metadata {key} is {shown}, not a positive integer")
         return value
+
+    def count(self, key: str) -> int:
+        """An integer from 0 to 2^31 - 1; 0 where the file does not say."""
+        value = self._get(key, 0)
+        return 0 if value == 0 and not isinstance(value, bool) else self.integer(key)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """A bool."""
+        value = self._get(key, default)
+        if not isinstance(value, (bool, np.bool_)):
+            raise self.error(f"metadata {key} is {value!r}, not true or false")
+        return bool(value)
+
+    def flags(self, key: str, at_least: int) -> list[bool]:
+        """An array of bools, of so many layers at least."""
+        value = self._get(key, None)
+        listed = value.tolist() if isinstance(value, np.ndarray) else value
+        if not isinstance(listed, list) or len(listed) < at_least or not all(isinstance(v, bool) for v in listed):
+            raise self.error(f"metadata {key} is not an array of at least {at_least} bools")
+        return listed
+
+    def integers(self, key: str, length: int) -> list[int]:
+        """An array of so many integers, none negative."""
+        value = np.asarray(self._get(key, None))
+        if value.dtype.kind not in "iu" or value.shape != (length,) or (value < 0).any():
+            raise self.error(f"metadata {key} is not an array of {length} integers from 0 on")
+        return [int(number) for number in value]
 
     def integer_or_none(self, key: str) -> int | None:
         """`integer`, or None where the file does not say."""

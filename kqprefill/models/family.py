@@ -17,7 +17,7 @@ from ..gguf import ModelFile, dequantize
 from .config import ArchMetadata, Config, Rope, read_rope
 from .experts import Experts
 from .ops import Ops, Residual
-from .weights import Parts, Shapes, Weight, Weights, may_have_bias
+from .weights import Parts, Shapes, Weight, Weights, tensor_names
 
 _Page = TypeVar("_Page", bound="Family")
 
@@ -79,8 +79,8 @@ class Family(ABC):
 
     # What a family overrides -----------------------------------------------------------------------------------------
 
-    def block_shapes(self) -> Shapes:
-        """The shapes of one block's tensors, by their names within it."""
+    def block_shapes(self, index: int) -> Shapes:
+        """The shapes of a layer's tensors, by their names within its block."""
         c = self.config
         return {
             "attn_norm": (c.embedding_length,),
@@ -104,7 +104,7 @@ class Family(ABC):
             "rope_freqs?": (self.rotary_pairs,),
         }
 
-    def block_parts(self) -> Parts:
+    def block_parts(self, index: int) -> Parts:
         """The matrices of a block that this family keeps one under another in one tensor."""
         return {}
 
@@ -120,6 +120,15 @@ class Family(ABC):
     def rope_factors(self) -> Float32Array | None:
         """What the rotary frequencies are divided by, float32 [rotary_pairs], or None."""
         return self.vector("rope_freqs")
+
+    def leaves(self, name: str) -> bool:
+        """Whether a tensor that the formula has no place for is left in the file: part of what prefill does not use.
+
+        Here, the blocks after the last layer, which predict further tokens (multi-token prediction, arXiv 2404.19737).
+        """
+        block = name.split(".")[1] if name.startswith("blk.") else ""
+        extra = range(self.config.block_count, self.config.block_count + self.config.nextn_predict_layers)
+        return block.isdigit() and int(block) in extra
 
     def window(self, index: int) -> int | None:
         """How many tokens a query of that layer sees, itself the last; None where it sees all."""
@@ -154,8 +163,11 @@ class Family(ABC):
     @cached_property
     def layer_states(self) -> tuple[LayerState, ...]:
         """What each layer of an opened family keeps of a sequence, so that the sequence can be continued."""
-        c = self.config
-        return tuple(KeysValues(c.head_count_kv, c.head_dim, self.window(index)) for index in range(c.block_count))
+        return tuple(self.state(index) for index in range(self.config.block_count))
+
+    def state(self, index: int) -> LayerState:
+        """What one layer keeps of a sequence; here, keys and values."""
+        return KeysValues(self.config.head_count_kv, self.config.head_dim, self.window(index))
 
     def tensor_shapes(self) -> Shapes:
         """Every tensor that a file of this model may have, in a file's usual order: full GGUF name -> shape.
@@ -164,15 +176,14 @@ class Family(ABC):
         """
         shapes = _file_shapes("", self.shared_shapes())
         del shapes["token_embd.bias?"]  # its rows are looked up as they are
-        block = self.block_shapes()
         for index in range(self.config.block_count):
-            shapes |= _file_shapes(f"blk.{index}.", block)
+            shapes |= _file_shapes(f"blk.{index}.", self.block_shapes(index))
         return shapes
 
     def matrices(self) -> list[Weight]:
         """Every matrix of the model (experts' are one under another); a tied output counts once."""
         every = (self.token_embd, self.output, *(w for block in self.blocks for w in block))
-        by_name = {w.name: w for w in every if len(w.shape) >= 2}
+        by_name = {w.name: w for w in every if w.is_matrix}
         return list(by_name.values())
 
     def read_rope(self, *, base: float | None = None, scaled: bool = True) -> Rope:
@@ -197,8 +208,10 @@ class Family(ABC):
         self.token_embd = Weight(self.shared.token_embd.tensor)  # without a bias: see tensor_shapes
         self.output_norm = self.shared.output_norm
         self.output = self.shared.get("output") or self.token_embd
-        shapes, parts = self.block_shapes(), self.block_parts()
-        self.blocks = [Weights(file, f"blk.{i}.", shapes, parts) for i in range(self.config.block_count)]
+        self.blocks = [
+            Weights(file, f"blk.{i}.", self.block_shapes(i), self.block_parts(i))
+            for i in range(self.config.block_count)
+        ]
 
     def _refuse_unknown_tensors(self) -> None:
         """A tensor that the formula has no place for means another model than the one we would compute."""
@@ -206,7 +219,7 @@ class Family(ABC):
         known = {name.rstrip("?") for name in self.tensor_shapes()}
         if self.output is self.token_embd:
             known.remove("output.bias")  # there is no output matrix that it could belong to
-        unknown = [name for name in tensors if name not in known]
+        unknown = [name for name in tensors if name not in known and not self.leaves(name)]
         if unknown:
             more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
             raise self.meta.error(f"tensor {unknown[0]}{more} has no place in this family as kqprefill knows it")
@@ -216,8 +229,8 @@ def _file_shapes(prefix: str, shapes: Shapes) -> Shapes:
     """Those shapes by their tensors' names in a file, and the biases that belong to them."""
     named: Shapes = {}
     for declared, shape in shapes.items():
-        name, mark = declared.rstrip("?"), "?" * declared.endswith("?")
-        named[f"{prefix}{name}.weight{mark}"] = shape
-        if may_have_bias(shape):
-            named[f"{prefix}{name}.bias?"] = shape[:-1]
+        name, bias, optional = tensor_names(declared, shape)
+        named[f"{prefix}{name}{'?' * optional}"] = shape
+        if bias is not None:
+            named[f"{prefix}{bias}?"] = shape[:-1]
     return named

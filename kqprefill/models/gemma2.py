@@ -12,9 +12,9 @@ from .weights import Shapes, Weights
 class Gemma2(Gemma):
     architecture = "gemma2"
 
-    def block_shapes(self) -> Shapes:
+    def block_shapes(self, index: int) -> Shapes:
         width = (self.config.embedding_length,)
-        return {**super().block_shapes(), "post_attention_norm": width, "post_ffw_norm": width}
+        return {**super().block_shapes(index), "post_attention_norm": width, "post_ffw_norm": width}
 
     def read_hyper_parameters(self) -> None:
         super().read_hyper_parameters()

@@ -11,10 +11,10 @@ from .weights import Shapes, Weights
 class Gemma3(Gemma):
     architecture = "gemma3"
 
-    def block_shapes(self) -> Shapes:
+    def block_shapes(self, index: int) -> Shapes:
         width, head = (self.config.embedding_length,), (self.config.head_dim,)
         norms = {"attn_q_norm": head, "attn_k_norm": head, "post_attention_norm": width, "post_ffw_norm": width}
-        return {**super().block_shapes(), **norms}
+        return {**super().block_shapes(index), **norms}
 
     def read_hyper_parameters(self) -> None:
         self.rope_global = self.read_rope()

@@ -13,8 +13,8 @@ class GptOss(Family):
     architecture = "gpt-oss"
     experts: Experts
 
-    def block_shapes(self) -> Shapes:
-        shapes = self.experts.instead_of_dense(super().block_shapes(), self.config)
+    def block_shapes(self, index: int) -> Shapes:
+        shapes = self.experts.instead_of_dense(super().block_shapes(index), self.config)
         shapes["post_attention_norm"] = shapes.pop("ffn_norm")
         return {**shapes, "attn_sinks": (self.config.head_count,)}
 

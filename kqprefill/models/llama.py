@@ -12,8 +12,8 @@ class Llama(Family):
     architecture = "llama"
     rope_interleaved = True  # llama.cpp's converter permutes q and k for it
 
-    def block_shapes(self) -> Shapes:
-        shapes = super().block_shapes()
+    def block_shapes(self, index: int) -> Shapes:
+        shapes = super().block_shapes(index)
         return shapes if self.experts is None else self.experts.instead_of_dense(shapes, self.config)
 
     def read_experts(self) -> Experts | None:

@@ -11,9 +11,9 @@ from .weights import Shapes, Weights
 class Olmo2(Family):
     architecture = "olmo2"
 
-    def block_shapes(self) -> Shapes:
+    def block_shapes(self, index: int) -> Shapes:
         c = self.config
-        shapes = super().block_shapes()
+        shapes = super().block_shapes(index)
         del shapes["attn_norm"], shapes["ffn_norm"]
         width = (c.embedding_length,)
         norms = {

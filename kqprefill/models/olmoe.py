@@ -12,10 +12,10 @@ class Olmoe(Family):
     architecture = "olmoe"
     experts: Experts
 
-    def block_shapes(self) -> Shapes:
+    def block_shapes(self, index: int) -> Shapes:
         c = self.config
         norms = {"attn_q_norm": (c.q_width,), "attn_k_norm": (c.kv_width,)}
-        return {**self.experts.instead_of_dense(super().block_shapes(), c), **norms}
+        return {**self.experts.instead_of_dense(super().block_shapes(index), c), **norms}
 
     def read_experts(self) -> Experts:
         return Experts.from_gguf(self.meta, self.config)

@@ -16,6 +16,7 @@ import numpy as np
 from ..core import Batch, Logits, PendingHead
 from ..timeline import Timeline
 from .config import Config, Rope
+from .delta_net import DeltaNet
 from .experts import Experts
 from .weights import Weight, Weights
 
@@ -111,6 +112,35 @@ class Ops(ABC):
         window: a query sees that many tokens, itself the last (None: all). softcap: scores s become
         softcap * tanh(s / softcap) (arXiv 2408.00118). sinks: a vector [nq], a score of each head that takes a share of
         the softmax and gives no value (arXiv 2309.17453).
+        """
+
+    @abstractmethod
+    def gated_qkv(
+        self,
+        h: Input,
+        wq: Weight,
+        wk: Weight,
+        wv: Weight,
+        *,
+        rope: Rope | None,
+        q_norm: Weight | None = None,
+        k_norm: Weight | None = None,
+    ) -> tuple[HeadRows, HeadRows, HeadRows, Any]:
+        """As `qkv`, where wq's rows are for each head those of q, then those of a gate; with the gates, for `gated`."""
+
+    @abstractmethod
+    def gated(self, a: Input, gate: Any) -> Input:
+        """a * sigmoid(gate), of attention's output a [T, nq * D]."""
+
+    @abstractmethod
+    def delta_net(self, h: Input, w: Weights, net: DeltaNet) -> Input:
+        """Gated DeltaNet between the norm before it and its output matrix (arXiv 2412.06464): [T, value_heads *
+        head_dim].
+
+        The rows of attn_qkv h of each sequence go through a causal convolution by ssm_conv1d and silu, and are q, k and
+        v. q and k are L2-normalised head by head. With beta = sigmoid(ssm_beta h), g = ssm_a * softplus(ssm_alpha h +
+        ssm_dt), and a state S that is zero at a sequence's start, each token makes S = e^g S, u = beta (v - S^T k), S =
+        S + k u^T and o = S^T q / sqrt(head_dim). Returns rms_norm(o, ssm_norm) head by head, times silu(attn_gate h).
         """
 
     @abstractmethod

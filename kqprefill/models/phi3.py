@@ -12,9 +12,9 @@ from .weights import Parts, Shapes, Weights
 class Phi3(Family):
     architecture = "phi3"
 
-    def block_shapes(self) -> Shapes:
+    def block_shapes(self, index: int) -> Shapes:
         c = self.config
-        shapes = super().block_shapes()
+        shapes = super().block_shapes(index)
         del shapes["attn_q"], shapes["attn_k"], shapes["attn_v"], shapes["ffn_gate"]
         fused = {
             "attn_qkv": (c.q_width + 2 * c.kv_width, c.embedding_length),
@@ -22,7 +22,7 @@ class Phi3(Family):
         }
         return {**shapes, **fused}
 
-    def block_parts(self) -> Parts:
+    def block_parts(self, index: int) -> Parts:
         c = self.config
         return {
             "attn_qkv": {"attn_q": c.q_width, "attn_k": c.kv_width, "attn_v": c.kv_width},

@@ -13,11 +13,11 @@ class Qwen2Moe(Qwen2):
     architecture = "qwen2moe"
     experts: Experts
 
-    def block_shapes(self) -> Shapes:
+    def block_shapes(self, index: int) -> Shapes:
         c = self.config
         shared = self.meta.integer("expert_shared_feed_forward_length", c.feed_forward_length)
         return {
-            **super().block_shapes(),
+            **super().block_shapes(index),
             "ffn_gate_inp_shexp": (c.embedding_length,),
             "ffn_gate_shexp": (shared, c.embedding_length),
             "ffn_up_shexp": (shared, c.embedding_length),

@@ -10,9 +10,9 @@ from .weights import Shapes, Weights
 class Qwen3(Family):
     architecture = "qwen3"
 
-    def block_shapes(self) -> Shapes:
+    def block_shapes(self, index: int) -> Shapes:
         head = (self.config.head_dim,)
-        return {**super().block_shapes(), "attn_q_norm": head, "attn_k_norm": head}
+        return {**super().block_shapes(index), "attn_q_norm": head, "attn_k_norm": head}
 
     def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
         h = ops.rms_norm(x, w.attn_norm)

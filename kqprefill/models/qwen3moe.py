@@ -12,8 +12,8 @@ class Qwen3Moe(Qwen3):
     architecture = "qwen3moe"
     experts: Experts
 
-    def block_shapes(self) -> Shapes:
-        return self.experts.instead_of_dense(super().block_shapes(), self.config)
+    def block_shapes(self, index: int) -> Shapes:
+        return self.experts.instead_of_dense(super().block_shapes(index), self.config)
 
     def read_experts(self) -> Experts:
         return Experts.from_gguf(self.meta, self.config, normalise=True)

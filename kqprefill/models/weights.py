@@ -6,14 +6,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..errors import ModelError
 from ..gguf import ModelFile, ModelTensor
 from ..gguf.dequantize import SUPPORTED
 
-# GGUF tensor name, without `.weight` -> shape; a trailing `?` marks a tensor that a file may lack.
+# GGUF tensor name, without `.weight` -> shape. A trailing `?` marks a tensor that a file may lack; a name that ends in
+# `=` before that is the tensor's whole name, as `ssm_a=` or `exp_probs_b.bias=?`.
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
-# GGUF tensor name of a matrix that holds several, one under another -> {name of each: its rows}.
-Parts: TypeAlias = dict[str, dict[str, int]]
+# GGUF tensor name of a matrix that holds several -> {name of each: how many rows it has, one matrix under another; or
+# which rows are its own}. Of a stack, each matrix holds several.
+Parts: TypeAlias = dict[str, dict[str, int | NDArray[np.intp]]]
 
 
 @dataclass(frozen=True)
@@ -34,13 +39,19 @@ class Weight:
         """The tensor's shape."""
         return self.tensor.shape
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether something is multiplied by it as a matrix; a convolution's taps are not, though they have two
+        dimensions."""
+        return len(self.shape) >= 2 and not self.name.endswith("conv1d.weight")
+
     def expert(self, index: int) -> Weight:
         """The matrix, and the bias, of one of the experts."""
         return Weight(self.tensor.item(index), self.bias and self.bias.item(index))
 
 
 class Weights:
-    """Weights by their GGUF names (without `.weight`), as attributes."""
+    """Weights by their GGUF names, as attributes: without `.weight`, and with `_` for any other dot."""
 
     def __init__(self, file: ModelFile, prefix: str, shapes: Shapes, parts: Parts | None = None) -> None:
         """prefix: of the tensors' names in the file, such as `blk.0.`. parts: matrices to be cut into several weights.
@@ -50,13 +61,14 @@ class Weights:
         self._prefix = prefix
         self._by_name: dict[str, Weight] = {}
         for declared, shape in shapes.items():
-            name = declared.rstrip("?")
-            tensor = file.tensors.get(f"{prefix}{name}.weight")
+            full, bias_name, optional = tensor_names(declared, shape)
+            name = declared.rstrip("?=").replace(".", "_")
+            tensor = file.tensors.get(prefix + full)
             if tensor is None:
-                if not declared.endswith("?"):
-                    raise ModelError(f"{file.path}: tensor {prefix}{name}.weight is missing")
+                if not optional:
+                    raise ModelError(f"{file.path}: tensor {prefix}{full} is missing")
                 continue
-            bias = file.tensors.get(f"{prefix}{name}.bias") if may_have_bias(shape) else None
+            bias = file.tensors.get(prefix + bias_name) if bias_name else None
             _check(file, tensor, shape)
             if bias is not None:
                 _check(file, bias, shape[:-1])
@@ -77,17 +89,31 @@ class Weights:
         return iter(self._by_name.values())
 
 
-def may_have_bias(shape: tuple[int, ...]) -> bool:
-    """Whether a tensor of that shape is multiplied by, so that a file may have a bias `[*shape[:-1]]` for it."""
-    return len(shape) >= 2
+def tensor_names(declared: str, shape: tuple[int, ...]) -> tuple[str, str | None, bool]:
+    """(a tensor's name in the file, that of its bias, whether the file may lack it), of a name in Shapes.
+
+    Matrices may have a bias `[*shape[:-1]]`; vectors, and tensors that are declared by their whole names, have none.
+    """
+    optional, name = declared.endswith("?"), declared.removesuffix("?")
+    if name.endswith("="):
+        return name.removesuffix("="), None, optional
+    return f"{name}.weight", f"{name}.bias" if len(shape) >= 2 else None, optional
 
 
-def _cut(whole: Weight, rows: Mapping[str, int]) -> dict[str, Weight]:
-    """The matrices that stand one under another in `whole`, by name. rows: of each, from the first on."""
-    cut, begin = {}, 0
-    for name, count in rows.items():
-        end = begin + count
-        cut[name] = Weight(whole.tensor.rows(begin, end), whole.bias and whole.bias.rows(begin, end))
+def _cut(whole: Weight, rows: Mapping[str, int | NDArray[np.intp]]) -> dict[str, Weight]:
+    """The matrices that `whole` holds, by name (see Parts)."""
+    cut, begin, tensor, bias = {}, 0, whole.tensor, whole.bias
+    for name, own in rows.items():
+        if not isinstance(own, int):
+            cut[name] = Weight(
+                tensor.picked(own, f"{tensor.name}[{name}]"), bias and bias.picked(own, f"{bias.name}[{name}]")
+            )
+            continue
+        end = begin + own
+        if len(tensor.shape) == 3:
+            cut[name] = Weight(tensor.within(begin, end), bias and bias.within(begin, end))
+        else:
+            cut[name] = Weight(tensor.rows(begin, end), bias and bias.rows(begin, end))
         begin = end
     return cut
 

@@ -22,13 +22,15 @@ _POOL_BLOCKS = 8192  # of a type that block_pool.npz does not have
 
 @cache
 def random_weights(shape: tuple[int, ...], kind: GGML, name: str) -> NDArray[np.uint8]:
-    """A tensor's data, uint8 [..., row bytes]: blocks drawn from the pool; a vector's (F32) weights are spread about 1.
+    """A tensor's data, uint8 [..., row bytes]: blocks drawn from the pool; a vector's (F32) weights are spread about 1,
+    or -1 where they are rates of decay.
 
     The same for the same arguments.
     """
     rng = np.random.default_rng([*shape, int(kind), *name.encode()])
     if len(shape) == 1:
-        return (1 + 0.1 * rng.standard_normal(shape, np.float32)).astype(np.float32).view(np.uint8)
+        vector = (1 + 0.1 * rng.standard_normal(shape, np.float32)).astype(np.float32)
+        return (-vector if name.endswith("ssm_a") else vector).view(np.uint8)
     blocks, nbytes = pool(kind), nbytes_of(shape, kind)
     index = rng.integers(0, len(blocks), nbytes // GGML_QUANT_SIZES[kind][1], dtype=np.uint32)
     # Memory of its own pages, as a mapped file's, which a backend may lock.

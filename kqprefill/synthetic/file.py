@@ -43,7 +43,7 @@ class SyntheticFile:
     """A ModelFile that is no file: metadata and tensors are made of a Shape."""
 
     def __init__(self, shape: Shape, type_of: TypeOf, name: str) -> None:
-        """type_of: gives each matrix's type; vectors and biases are F32. name: instead of a path."""
+        """type_of: gives each matrix's type; vectors, biases and convolutions are F32. name: instead of a path."""
         self.path = name
         self.metadata = _metadata(shape, name)
         self.tensors: dict[str, SyntheticTensor] = {}
@@ -92,6 +92,6 @@ def _metadata(shape: Shape, name: str) -> dict[str, Any]:
 def _type_of(full_name: str, dims: tuple[int, ...], type_of: TypeOf) -> GGML:
     """The type of a tensor, such as `blk.0.attn_q.weight`, of that shape."""
     *block, name, suffix = full_name.split(".")  # block: [] or ["blk", its number]
-    if len(dims) == 1 or suffix == "bias":
+    if len(dims) == 1 or suffix == "bias" or name == "ssm_conv1d":
         return GGML.F32
     return fitting_type(type_of(name, int(block[1]) if block else 0), dims[-1])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 import re
 from typing import Any, TypeAlias
 
@@ -20,7 +20,7 @@ class Shape:
 
     window: of sliding-window attention; 0 for none. yarn: how many times as long YaRN makes the context, which is then
     `context`; 0 for none. experts: of a layer, each of width ffn; 0 for one feed-forward network. used: experts that
-    a token goes through.
+    a token goes through. more: other metadata under the architecture's name.
     """
 
     architecture: str
@@ -38,6 +38,7 @@ class Shape:
     yarn: float = 0
     experts: int = 0
     used: int = 0
+    more: Mapping[str, Any] = field(default_factory=dict)
 
     def metadata(self) -> dict[str, Any]:
         """The GGUF metadata under the architecture's name, without that name."""
@@ -67,19 +68,47 @@ class Shape:
                 "rope.scaling.factor": self.yarn,
                 "rope.scaling.original_context_length": int(self.context / self.yarn),
             }
-        return values
+        return {**values, **self.more}
 
     def has_optional(self, name: str) -> bool:
         """Whether the model has that tensor (full GGUF name), which its family's files may lack."""
         if name == "output.weight":
             return not self.tied
+        if re.fullmatch(_SEPARATE, name):
+            return True
         biases = _BIASES.get(self.architecture)
         return biases is not None and re.fullmatch(biases, name) is not None
 
 
+# Matrices that some families' files have in one with others: here they are apart.
+_SEPARATE = r"blk\.\d+\.(ffn_gate_exps|ffn_up_exps|attn_qkv|attn_gate)\.weight"
 # Pattern of the biases that an architecture's models have, by full GGUF name; the others' have none.
 _QKV_BIASES = r"blk\.\d+\.attn_[qkv]\.bias"
-_BIASES = {"qwen2": _QKV_BIASES, "qwen2moe": _QKV_BIASES, "gpt-oss": r"blk\..*\.bias"}
+_BIASES = {"qwen2": _QKV_BIASES, "qwen2moe": _QKV_BIASES, "gpt-oss": r"blk\..*\.bias", "glm4moe": _QKV_BIASES}
+
+
+def _delta_layers(value_heads: int, **more: Any) -> dict[str, Any]:
+    """The metadata of Qwen 3.5's recurrent layers."""
+    return {
+        "full_attention_interval": 4,
+        "ssm.group_count": 16,
+        "ssm.time_step_rank": value_heads,
+        "ssm.state_size": 128,
+        "ssm.inner_size": 128 * value_heads,
+        "ssm.conv_kernel": 4,
+        "rope.dimension_count": 64,
+        "rope.dimension_sections": [11, 11, 10, 0],
+        **more,
+    }
+
+
+_GLM_AIR = {
+    "rope.dimension_count": 64,
+    "leading_dense_block_count": 1,
+    "feed_forward_length": 10944,
+    "expert_shared_count": 1,
+    "attention.layer_norm_rms_epsilon": 1e-5,
+}
 
 SHAPES = {
     "tiny": Shape("qwen3", 2, 256, 4, 2, 64, 512, 256, 4096, 1e6),  # examples/tiny-qwen3.gguf
@@ -92,6 +121,16 @@ SHAPES = {
         "gpt-oss", 24, 2880, 64, 8, 64, 2880, 201088, 131072, 1.5e5, window=128, yarn=32.0, experts=32, used=4
     ),
     "gemma3-270m": Shape("gemma3", 18, 640, 4, 1, 256, 2048, 262144, 32768, 1e6, tied=True, window=512),
+    "qwen3.6-27b": Shape("qwen35", 64, 5120, 24, 4, 256, 17408, 248320, 262144, 1e7, more=_delta_layers(48)),
+    "qwen3.6-35b-a3b": Shape(
+        *("qwen35moe", 40, 2048, 16, 2, 256, 512, 248320, 262144, 1e7),
+        experts=256,
+        used=8,
+        more=_delta_layers(32, expert_shared_feed_forward_length=512),
+    ),
+    "glm-4.5-air": Shape(
+        "glm4moe", 46, 4096, 96, 8, 128, 1408, 151552, 131072, 1e6, experts=128, used=8, more=_GLM_AIR
+    ),
     "llama3-8b": Shape("llama", 32, 4096, 32, 8, 128, 14336, 128256, 131072, 5e5),
     "llama3-70b": Shape("llama", 80, 8192, 64, 8, 128, 28672, 128256, 131072, 5e5),
 }
@@ -126,6 +165,8 @@ def _q4_k_m(shape: Shape, name: str, layer: int) -> GGML:
     more_bits = layer < n // 8 or layer >= 7 * n // 8 or (layer - n // 8) % 3 == 2  # llama.cpp's use_more_bits
     if name.removesuffix("_exps") in ("attn_v", "ffn_down") and more_bits:
         return GGML.Q6_K
+    if name == "attn_qkv":
+        return GGML.Q5_K
     if name == "attn_v" and (shape.architecture, n) == ("llama", 80):  # the 70B: eight heads share each row of v
         return GGML.Q5_K
     return GGML.Q4_K

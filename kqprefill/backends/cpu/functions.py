@@ -8,8 +8,10 @@ from itertools import pairwise
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...core import Float32Array, Int32Array, Ranks, Targets
+from ...models.experts import Experts
 from .threads import in_parallel
 
 _SCORES_PIECE = 1 << 25  # attention scores held at once: 128 MB
@@ -34,7 +36,35 @@ def softcapped(x: Float32Array, softcap: float | None) -> Float32Array:
     return x if softcap is None else np.float32(softcap) * np.tanh(x / np.float32(softcap))
 
 
-def _silu(x: Float32Array) -> Float32Array:
+def sigmoid(x: Float32Array) -> Float32Array:
+    """1 / (1 + exp(-x))."""
+    with np.errstate(over="ignore"):  # exp(-x) of a very negative x is inf, and 1 / inf the 0 it should be
+        result: Float32Array = np.float32(1) / (np.float32(1) + np.exp(-x))
+    return result
+
+
+LEAST_SUM = np.float32(2.0**-14)  # of shares that are normalised: the smallest normal half (llama.cpp: build_moe_ffn)
+
+
+def best_experts(scores: Float32Array, experts: Experts) -> NDArray[np.intp]:
+    """Which experts each token uses, [T, used]: those of the highest scores [T, count], the lowest numbers of equals
+    first.
+
+    Where experts are in groups, only those of the best groups count: a group is as good as its two best experts
+    together (arXiv 2412.19437).
+    """
+    if experts.groups > 1:
+        groups = scores.reshape(len(scores), experts.groups, -1)
+        value = np.sort(groups, axis=-1)[..., -2:].sum(axis=-1)
+        others = np.argsort(-value, axis=-1, kind="stable")[:, experts.groups_used :]
+        scores = groups.copy()
+        np.put_along_axis(scores, others[:, :, None], -np.inf, axis=1)
+        scores = scores.reshape(len(scores), -1)
+    return np.argsort(-scores, axis=-1, kind="stable")[:, : experts.used]
+
+
+def silu(x: Float32Array) -> Float32Array:
+    """x / (1 + exp(-x))."""
     with np.errstate(over="ignore"):  # exp(-x) of a very negative x is inf, and x / inf the 0 it should be
         result: Float32Array = x / (1 + np.exp(-x))
     return result
@@ -55,7 +85,7 @@ def _swiglu_oai(gate: Float32Array, up: Float32Array) -> Float32Array:
 
 # act(gate) * up of gated feed-forward networks (ggml_silu, ggml_gelu, ggml_swiglu_oai).
 GATES: dict[str, Callable[[Float32Array, Float32Array], Float32Array]] = {
-    "silu": lambda gate, up: _silu(gate) * up,
+    "silu": lambda gate, up: silu(gate) * up,
     "gelu_tanh": lambda gate, up: _gelu_tanh(gate) * up,
     "swiglu_oai": _swiglu_oai,
 }

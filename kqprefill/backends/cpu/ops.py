@@ -9,15 +9,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...core import Batch, Float32Array, HeadResult, KeysValues, LayerState, Logits, PendingHead
+from ...core import Batch, Float32Array, HeadResult, KeysValues, LayerState, Logits, PendingHead, Recurrent
 from ...errors import BackendError
 from ...gguf import ModelTensor, dequantize
 from ...models.config import Config, Rope
+from ...models.delta_net import DeltaNet
 from ...models.experts import Experts
 from ...models.ops import Ops
 from ...models.weights import Weight, Weights
 from ..base import Cache
-from .functions import GATES, attention_tasks, multiply, ranks_of, softcapped, softmax
+from .delta_net import State, convolve, first_state, gates, recur
+from .functions import (
+    GATES,
+    LEAST_SUM,
+    attention_tasks,
+    best_experts,
+    multiply,
+    ranks_of,
+    sigmoid,
+    silu,
+    softcapped,
+    softmax,
+)
 from .threads import blas, in_parallel
 from .weights import DecodedWeights
 
@@ -28,21 +41,25 @@ HeadRows = tuple[Float32Array, Float32Array, Float32Array]
 
 
 class CpuCache(Cache):
-    """Each layer's keys and values, float32 [capacity, heads, head_dim] each."""
+    """Of each layer two arrays: keys and values, float32 [capacity, heads, head_dim] each; or a recurrence's state
+    (delta_net.State)."""
 
     def __init__(self, states: Sequence[LayerState], capacity: int) -> None:
         super().__init__(capacity)
-        self.keys_values = [_storage(state, capacity) for state in states]
+        self.states = [_storage(state, capacity) for state in states]
 
     def close(self) -> None:
-        self.keys_values.clear()
+        self.states.clear()
 
 
 def _storage(state: LayerState, capacity: int) -> tuple[Float32Array, Float32Array]:
-    if not isinstance(state, KeysValues):
-        raise TypeError(f"the CPU keeps no state of kind {type(state).__name__}")
-    shape = capacity, state.heads, state.head_dim
-    return np.empty(shape, np.float32), np.empty(shape, np.float32)
+    if isinstance(state, KeysValues):
+        shape = capacity, state.heads, state.head_dim
+        return np.empty(shape, np.float32), np.empty(shape, np.float32)
+    if isinstance(state, Recurrent):
+        matrices = np.zeros((state.heads, state.key_dim, state.value_dim), np.float32)
+        return matrices, np.zeros((state.taps, state.channels), np.float32)
+    raise TypeError(f"the CPU keeps no state of kind {type(state).__name__}")
 
 
 class CpuOps(Ops):
@@ -99,6 +116,53 @@ class CpuOps(Ops):
             q = q * rope.temperature(self.batch.positions).astype(np.float32)[:, None, None]
         return self._rotate(q, rope), self._rotate(k, rope), v
 
+    def gated_qkv(
+        self,
+        h: Float32Array,
+        wq: Weight,
+        wk: Weight,
+        wv: Weight,
+        *,
+        rope: Rope | None,
+        q_norm: Weight | None = None,
+        k_norm: Weight | None = None,
+    ) -> tuple[Float32Array, Float32Array, Float32Array, Float32Array]:
+        k, v = (self.linear(h, w).reshape(len(h), -1, self.config.head_dim) for w in (wk, wv))
+        both = self.linear(h, wq).reshape(len(h), -1, 2, self.config.head_dim)
+        q, gate = both[:, :, 0], both[:, :, 1]
+        q, k = (x if norm is None else self.rms_norm(x, norm) for x, norm in ((q, q_norm), (k, k_norm)))
+        if rope is not None:
+            q, k = self._rotate(q, rope), self._rotate(k, rope)
+        return q, k, v, gate
+
+    def gated(self, a: Float32Array, gate: Float32Array) -> Float32Array:
+        result: Float32Array = a * sigmoid(gate).reshape(len(a), -1)
+        return result
+
+    def delta_net(self, h: Float32Array, w: Weights, net: DeltaNet) -> Float32Array:
+        rows, z = self.linear(h, w.attn_qkv), self.linear(h, w.attn_gate)
+        rate, bias = _vector(w.ssm_a.tensor), _vector(w.ssm_dt_bias.tensor)
+        beta, decay = gates(self.linear(h, w.ssm_beta), self.linear(h, w.ssm_alpha), rate, bias)
+        self.enter("rest")
+        taps = _vector(w.ssm_conv1d.tensor)
+        out = np.empty((len(h), net.value_heads, net.head_dim), np.float32)
+        ends: list[State] = []  # each segment's
+        for segment in self.batch.segments:
+            own = segment.rows
+            if segment.after is not None:
+                matrices, before = ends[segment.after]
+            elif self.cache is not None and segment.position:
+                matrices, before = self.cache.states[self.layer]
+            else:
+                matrices, before = first_state(net)
+            u, before = convolve(rows[own], before, taps)
+            out[own], matrices = recur(u, beta[own], decay[own], net, self.config.rms_epsilon, matrices)
+            ends.append((matrices, before))
+            if self.cache is not None:
+                for kept, new in zip(self.cache.states[self.layer], (matrices, before)):
+                    kept[...] = new
+        return self.rms_norm(out, w.ssm_norm).reshape(len(h), -1) * silu(z)
+
     def _rotate(self, x: Float32Array, rope: Rope) -> Float32Array:
         self.enter("rest")
         if id(rope) not in self._rotations:
@@ -129,12 +193,12 @@ class CpuOps(Ops):
         sinks: Weight | None = None,
     ) -> Float32Array:
         self.enter_attention(window)
-        out: Float32Array = np.empty_like(q)
+        out = np.empty(q.shape, np.float32)
         small: list[Callable[[], None]] = []  # of segments that one thread computes, beside others
         for segment in self.batch.segments:
             keys, values, end = k[segment.rows], v[segment.rows], segment.position + segment.length
             if self.cache is not None:
-                cached_keys, cached_values = self.cache.keys_values[self.layer]
+                cached_keys, cached_values = self.cache.states[self.layer]
                 cached_keys[segment.position : end], cached_values[segment.position : end] = keys, values
                 keys, values = cached_keys[:end], cached_values[:end]
             elif segment.after is not None:
@@ -212,14 +276,19 @@ class CpuOps(Ops):
         self, h: Float32Array, w: Weights, experts: Experts, *, activation: str, residual: Float32Array
     ) -> Float32Array:
         scores = self.linear(h, w.ffn_gate_inp)
-        if not experts.routed_after:
+        if experts.sigmoid:
+            scores = sigmoid(scores)
+        elif not experts.routed_after:
             scores = softmax(scores)
-        used = np.argsort(-scores, axis=-1, kind="stable")[:, : experts.used]
+        bias = w.get("exp_probs_b_bias")
+        used = best_experts(scores if bias is None else scores + _vector(bias.tensor), experts)
         shares = np.take_along_axis(scores, used, axis=-1)
         if experts.routed_after:
             shares = softmax(shares)
         if experts.normalise:
-            shares /= shares.sum(axis=-1, keepdims=True)
+            shares /= np.maximum(shares.sum(axis=-1, keepdims=True), LEAST_SUM)
+        if experts.scale != 1.0:
+            shares *= np.float32(experts.scale)
         out: Float32Array = residual.copy()
         for expert in np.unique(used):
             tokens, slot = np.nonzero(used == expert)

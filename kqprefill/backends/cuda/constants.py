@@ -8,6 +8,8 @@ OPERAND_GROUP = 64  # columns that an operand is padded to and permuted within (
 MAX_HEAD_DIM = 256  # that rope.cu and the attention kernels take
 MOST_EXPERTS = 1024  # of a layer (experts.cu)
 MOST_USED_EXPERTS = 32  # by a token
+DELTA_CHUNK = 64  # positions of a sequence that Gated DeltaNet takes at a time (kernels/include/chunks.cuh)
+MOST_EXPERT_GROUPS = 32  # that experts are chosen from
 
 # The activations of gated feed-forward networks, by the numbers that the GEMMs are told
 # (kernels/include/activation.cuh).
@@ -15,17 +17,18 @@ ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "swiglu_oai": 2}
 
 # Threads of a block: the define, its value, and the kernels that are launched with so many.
 _THREADS = {
-    "NORM_THREADS": (256, "rms_norm rms_norm_in_place cast add_rms_norm"),
+    "NORM_THREADS": (256, "rms_norm rms_norm_in_place cast add_rms_norm store_gates multiply_gates"),
     "ROPE_TABLE_THREADS": (256, "rope_table"),
     "ROTATE_THREADS": (256, "rotate_qkv"),
     "COPY_THREADS": (128, "copy_rows gather"),
     "SINGLE_THREAD": (1, "weight_scale divide_scale"),
     "OUTPUT_SCALE_THREADS": (256, "output_scale"),
     "HEAD_THREADS": (1024, "finish_logits rank"),
-    "EXPERT_THREADS": (256, "route count combine add_gated"),
+    "EXPERT_THREADS": (256, "route route_biased count combine add_gated"),
     "PLACE_THREADS": (1024, "place"),
     "MAKE_GROUPS_THREADS": (MOST_EXPERTS, "make_groups"),
     "WEIGHT_THREADS": (256, "repack dequantize embed measure"),
+    "DELTA_INPUT_THREADS": (128, "delta_inputs delta_output"),
 }
 THREADS = {kernel: threads for threads, kernels in _THREADS.values() for kernel in kernels.split()}
 
@@ -35,6 +38,8 @@ SHARED_DEFINES = {
     "MAX_HEAD_DIM": MAX_HEAD_DIM,
     "MOST_EXPERTS": MOST_EXPERTS,
     "MOST_USED_EXPERTS": MOST_USED_EXPERTS,
+    "MOST_EXPERT_GROUPS": MOST_EXPERT_GROUPS,
+    "DELTA_CHUNK": DELTA_CHUNK,
     **{f"ACTIVATION_{name.upper()}": number for name, number in ACTIVATIONS.items()},
     **{name: threads for name, (threads, _) in _THREADS.items()},
 }

@@ -9,6 +9,7 @@ from ...errors import BackendError
 from ...gguf.dequantize import SUPPORTED
 from ...gguf.types import GGML
 from .attention_kernels import AttentionConfig, hopper_attention, portable_attention
+from .delta_kernels import delta_programs
 from .device.compiler import Program, Target, known_architectures
 from .device.gpu import GpuFacts
 from .device.launcher import Launches
@@ -63,7 +64,8 @@ class KernelSet(ABC):
 
     def every_program(self) -> list[Program]:
         """All programs that files in use may need: what the tests compile."""
-        return list(dict.fromkeys((*COMMON, *map(weight_program, sorted(SUPPORTED)), *self._own_programs())))
+        of_every_set = (*COMMON, *map(weight_program, sorted(SUPPORTED)), *delta_programs())
+        return list(dict.fromkeys((*of_every_set, *self._own_programs())))
 
 
 class Portable(KernelSet):

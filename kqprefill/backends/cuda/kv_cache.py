@@ -2,35 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 import mmap
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ...core import KeysValues, LayerState
+from ...core import KeysValues, LayerState, Recurrent
 from ...errors import BackendError
 from ..base import Cache
 from ..budget import gib, host_memory
 from .attention_kernels import padded_head
-from .device.arrays import FLOAT16, DeviceArray
+from .constants import DELTA_CHUNK
+from .device.arrays import FLOAT16, FLOAT32, DeviceArray
 from .device.gpu import Gpu, check, cuda_errors
+from .device.workspace import aligned
 from .weights.host_pages import WINDOW, populate
 
 _THREADS = 8
 
 
-def token_shape(state: LayerState) -> tuple[int, int]:
-    """What one token's keys, or values, take in a layer's state: halves [heads, head_dim padded to 16]."""
-    if not isinstance(state, KeysValues):
-        raise TypeError(f"CUDA keeps no state of kind {type(state).__name__}")
+def token_shape(state: KeysValues) -> tuple[int, int]:
+    """What one token's keys, or values, take: halves [heads, head_dim padded to 16]."""
     return state.heads, padded_head(state.head_dim)
 
 
-def half_bytes(state: LayerState, capacity: int) -> int:
+def half_bytes(state: KeysValues, capacity: int) -> int:
     """Bytes of one layer's keys, or values."""
     heads, dim = token_shape(state)
     return FLOAT16.itemsize * capacity * heads * dim
+
+
+def halo_rows(state: Recurrent) -> int:
+    """Rows of a recurrence's inputs that are kept of a sequence: those of the chunk that it ended in, which is gone
+    through again when it goes on, and those that the convolution wants before them."""
+    return DELTA_CHUNK - 1 + state.taps
+
+
+@dataclass(frozen=True)
+class RecurrentArrays:
+    """A recurrence's state on the device.
+
+    state: float32 [1, heads, key_dim, value_dim], after the last whole chunk. sums, rates: the last rows of what the
+    layer's matrices made, float32 [halo_rows, channels] and [halo_rows, 2 * heads].
+    """
+
+    state: DeviceArray
+    sums: DeviceArray
+    rates: DeviceArray
+
+    @classmethod
+    def at(cls, address: int, state: Recurrent) -> RecurrentArrays:
+        """The arrays one after another from an address on."""
+        rows = halo_rows(state)
+        shapes = (1, state.heads, state.key_dim, state.value_dim), (rows, state.channels), (rows, 2 * state.heads)
+        arrays = []
+        for shape in shapes:
+            arrays.append(DeviceArray(address, FLOAT32, shape))
+            address += aligned(arrays[-1].nbytes)
+        return cls(*arrays)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all of them."""
+        return sum(aligned(array.nbytes) for array in (self.state, self.sums, self.rates))
+
+
+def state_bytes(state: LayerState, capacity: int) -> int:
+    """Bytes of one layer's state, of a sequence of at most `capacity` tokens."""
+    if isinstance(state, KeysValues):
+        return 2 * half_bytes(state, capacity)
+    if isinstance(state, Recurrent):
+        return RecurrentArrays.at(0, state).nbytes
+    raise TypeError(f"CUDA keeps no state of kind {type(state).__name__}")
 
 
 class DeviceCache(Cache):
@@ -47,11 +93,11 @@ class DeviceCache(Cache):
     @staticmethod
     def bytes_needed(states: Sequence[LayerState], capacity: int) -> int:
         """Bytes of device memory."""
-        return sum(2 * half_bytes(state, capacity) for state in states)
+        return sum(state_bytes(state, capacity) for state in states)
 
     def _layout(self) -> list[int]:
         """Where each layer's state begins in the buffer."""
-        sizes = [2 * half_bytes(state, self.capacity) for state in self._states]
+        sizes = [state_bytes(state, self.capacity) for state in self._states]
         return [sum(sizes[:layer]) for layer in range(len(sizes))]
 
     @property
@@ -59,19 +105,28 @@ class DeviceCache(Cache):
         """Bytes of device memory held."""
         return self._buffer.size if self._buffer is not None else 0
 
+    def _address(self, layer: int) -> int:
+        return int(self._buffer.handle) + self._starts[layer]
+
     def keys_values(self, layer: int) -> tuple[DeviceArray, DeviceArray]:
         """A layer's keys and values from token 0 on: halves [capacity, heads, padded head_dim] each."""
         state = self._states[layer]
+        assert isinstance(state, KeysValues), "a layer with attention"
         shape = (self.capacity, *token_shape(state))
-        start = int(self._buffer.handle) + self._starts[layer]
-        keys = DeviceArray(start, FLOAT16, shape)
-        return keys, DeviceArray(start + half_bytes(state, self.capacity), FLOAT16, shape)
+        keys = DeviceArray(self._address(layer), FLOAT16, shape)
+        return keys, DeviceArray(keys.address + half_bytes(state, self.capacity), FLOAT16, shape)
+
+    def recurrent(self, layer: int) -> RecurrentArrays:
+        """A layer's recurrent state."""
+        state = self._states[layer]
+        assert isinstance(state, Recurrent), "a layer with a recurrence"
+        return RecurrentArrays.at(self._address(layer), state)
 
     def begin_layer(self, layer: int, start: int, n: int) -> None:
-        """Launch what has the layer's `start` cached tokens ready in its arrays; n more are to be written there."""
+        """Launch what has the layer's state of `start` cached tokens ready; n more are to come."""
 
     def end_batch(self, start: int, n: int) -> None:
-        """Wait until the last layer's are kept."""
+        """Wait until the last layer's state is kept."""
 
     def close(self) -> None:
         if self._buffer is not None:
@@ -103,18 +158,16 @@ class HostCache(DeviceCache):
                 pool.submit(populate, address, min(WINDOW, nbytes - begin), write=True)
         with cuda_errors(f"page-locking {gib(nbytes)} of host memory for a cache of {capacity} tokens"):
             check(gpu.driver.cuMemHostRegister(self._bytes.ctypes.data, nbytes, 0))
-        sizes = [half_bytes(state, capacity) for state in states]
-        self._host_halves = [  # of each layer, keys and values: uint8 [capacity, bytes of a token]
-            self._bytes[2 * sum(sizes[:i]) : 2 * sum(sizes[: i + 1])].reshape(2, capacity, -1)
-            for i in range(len(sizes))
-        ]
+        sizes = [state_bytes(state, capacity) for state in states]
+        starts = [sum(sizes[:layer]) for layer in range(len(sizes))]
+        self._on_host = [self._bytes[start : start + size] for start, size in zip(starts, sizes)]
 
     @staticmethod
     def bytes_needed(states: Sequence[LayerState], capacity: int) -> int:
-        return 2 * max(2 * half_bytes(state, capacity) for state in states)
+        return 2 * max(state_bytes(state, capacity) for state in states)
 
     def _layout(self) -> list[int]:
-        largest = max(2 * half_bytes(state, self.capacity) for state in self._states)
+        largest = max(state_bytes(state, self.capacity) for state in self._states)
         return [layer % 2 * largest for layer in range(len(self._states))]
 
     def begin_layer(self, layer: int, start: int, n: int) -> None:
@@ -130,25 +183,37 @@ class HostCache(DeviceCache):
         self._copy_out(len(self._states) - 1, start, n)
         self._stream.sync()
 
+    def _runs(self, layer: int, first: int, last: int) -> Iterator[tuple[NDArray[np.uint8], int]]:
+        """(bytes on the host, their device address) of what a layer keeps of tokens first to last - 1: their keys and
+        their values, or the whole of a recurrence's state."""
+        host, address = self._on_host[layer], self._address(layer)
+        if not isinstance(self._states[layer], KeysValues):
+            yield host, address
+            return
+        for half in range(2):
+            array = self.keys_values(layer)[half]
+            begin = half * array.nbytes
+            low, high = first * array.row_bytes, last * array.row_bytes
+            yield host[begin + low : begin + high], array.address + low
+
     def _copy_in(self, layer: int, start: int) -> None:
         # The stream's order has this layer's room copied out of before it is written.
         if start:
-            for array, kept in zip(self.keys_values(layer), self._host_halves[layer]):
-                self._gpu.upload(array.address, kept[:start], self._stream)
+            for kept, address in self._runs(layer, 0, start):
+                self._gpu.upload(address, kept, self._stream)
         self._stream.record(self._ready[layer % 2])
 
     def _copy_out(self, layer: int, start: int, n: int) -> None:
-        self._stream.wait(self._gpu.stream)  # the layer's attention has been launched
-        for array, kept in zip(self.keys_values(layer), self._host_halves[layer]):
-            part, source = kept[start : start + n], array.rows(start)
-            handle, driver = self._stream.handle, self._gpu.driver
-            check(driver.cuMemcpyDtoHAsync(part.ctypes.data, source.address, part.nbytes, handle))
+        self._stream.wait(self._gpu.stream)  # what writes the layer's state has been launched
+        handle, driver = self._stream.handle, self._gpu.driver
+        for kept, address in self._runs(layer, start, start + n):
+            check(driver.cuMemcpyDtoHAsync(kept.ctypes.data, address, kept.nbytes, handle))
 
     def close(self) -> None:
         if self._buffer is not None:
             self._gpu.driver.cuStreamSynchronize(self._stream.handle)
             self._gpu.driver.cuMemHostUnregister(self._bytes.ctypes.data)
-            self._host_halves.clear()
+            self._on_host.clear()
             del self._bytes
             self._host.close()
             self._stream.close()

@@ -8,8 +8,10 @@ from ...gguf.types import GGML
 from .device.compiler import Program
 from .units import repack_units
 
-NORM, ROPE, SCALES, HEAD, EXPERTS = (Program(f"{name}.cu") for name in ("norm", "rope", "scales", "head", "experts"))
-COMMON = (NORM, ROPE, SCALES, HEAD, EXPERTS)
+NORM, ROPE, SCALES, HEAD, EXPERTS, GATES = (
+    Program(f"{name}.cu") for name in ("norm", "rope", "scales", "head", "experts", "gates")
+)
+COMMON = (NORM, ROPE, SCALES, HEAD, EXPERTS, GATES)
 
 
 @cache

@@ -66,6 +66,9 @@ class NoGpu(Gpu):
     def zero(self, address: int, nbytes: int) -> None:
         pass
 
+    def copy(self, to: int, source: int, nbytes: int) -> None:
+        pass
+
 
 class _MeasuredWorkspace(Workspace):
     """A Workspace that knows how large it has become."""

@@ -134,6 +134,10 @@ class Gpu:
         check(self.driver.cuMemcpyDtoHAsync(array.ctypes.data, address, array.nbytes, self.stream.handle))
         self.stream.sync()
 
+    def copy(self, to: int, source: int, nbytes: int) -> None:
+        """Copy device memory, in the order of the stream."""
+        check(self.driver.cuMemcpyDtoDAsync(to, source, nbytes, self.stream.handle))
+
     def zero(self, address: int, nbytes: int) -> None:
         """Set bytes of device memory to zero, in the order of the stream."""
         check(self.driver.cuMemsetD8Async(address, 0, nbytes, self.stream.handle))

@@ -26,6 +26,8 @@ _POINTERS: dict[str, np.dtype] = {
     "int2": INT32,
     "Group": INT32,
     "QueryTile": INT32,
+    "Chunk": INT32,
+    "Sequence": INT32,
     "uint8_t": UINT8,
     "uint32_t": UINT32,
 }

@@ -13,7 +13,7 @@ from ....models.weights import Weight
 from ..constants import THREADS
 from ..device.arrays import FLOAT16, FLOAT32, DeviceArray
 from ..gemm.operand import HALVES, Operand
-from ..programs import NORM, ROPE
+from ..programs import GATES, NORM, ROPE
 from ..weights.matrix import Matrix
 from .batch import TOKENS_AT_ONCE, BatchOps
 
@@ -50,14 +50,40 @@ class AttentionOps(BatchOps):
         q_norm: Weight | None = None,
         k_norm: Weight | None = None,
     ) -> tuple[Heads, Heads, Heads]:
-        c, weights = self.config, (wq, wk, wv)
+        q, k, v, _ = self._qkv(h, (wq, wk, wv), rope, q_norm, k_norm, gated=False)
+        return q, k, v
+
+    def gated_qkv(
+        self,
+        h: Operand,
+        wq: Weight,
+        wk: Weight,
+        wv: Weight,
+        *,
+        rope: Rope | None,
+        q_norm: Weight | None = None,
+        k_norm: Weight | None = None,
+    ) -> tuple[Heads, Heads, Heads, DeviceArray | None]:
+        return self._qkv(h, (wq, wk, wv), rope, q_norm, k_norm, gated=True)
+
+    def _qkv(
+        self,
+        h: Operand,
+        weights: tuple[Weight, Weight, Weight],
+        rope: Rope | None,
+        q_norm: Weight | None,
+        k_norm: Weight | None,
+        gated: bool,
+    ) -> tuple[Heads, Heads, Heads, DeviceArray | None]:
+        c = self.config
         matrices = [self.matrix(w) for w in weights]
-        width = c.q_width + 2 * c.kv_width
+        width = c.q_width * (2 if gated else 1) + 2 * c.kv_width
         bias = None
         if any(w.bias is not None for w in weights):
             bias, _ = self.context.small.vector(*(w.bias or m.rows for w, m in zip(weights, matrices)))
         sums = self.work.array("qkv", FLOAT32, min(self.n, TOKENS_AT_ONCE), width)
         q = self.work.array("q", FLOAT16, self.n, c.head_count, self.attention_config.head_dim)
+        gates = self.work.array("gates", HALVES.dtype, self.n, HALVES.padded(c.q_width)) if gated else None
         k, v = self.states.keys_values(self.layer)
         for t in range(0, self.n, TOKENS_AT_ONCE):
             end = min(t + TOKENS_AT_ONCE, self.n)
@@ -68,12 +94,39 @@ class AttentionOps(BatchOps):
                 if norm is not None and norm.shape != (c.head_dim,):
                     self._normalise_all_heads(sums.rows(0, end - t).columns(column), norm, width)
             scales = self._rotated_scales(h, matrices, weights, q_norm, k_norm, rope)
-            self._rotate(sums, t, end, (q, k, v), scales, q_norm, k_norm, rope)
+            self._rotate(sums, t, end, (q, k, v), scales, q_norm, k_norm, rope, gated)
+            if gates is not None:
+                self._store_gates(sums.rows(0, end - t), gates.rows(t, end))
         if self.key_copies is not None:
             chunks = k.row_bytes // _COPY_BYTES
             copies = self.key_copies
             self.launcher.launch(ROPE, "copy_rows", grid=copies.shape[0], k=k, v=v, chunks=chunks, copies=copies)
-        return Heads(q, scales[0]), Heads(k, scales[1]), Heads(v, scales[2])
+        return Heads(q, scales[0]), Heads(k, scales[1]), Heads(v, scales[2]), gates
+
+    def _store_gates(self, sums: DeviceArray, gates: DeviceArray) -> None:
+        self.launcher.launch(
+            GATES,
+            "store_gates",
+            grid=sums.shape[0],
+            qkv=sums,
+            row=sums.shape[1],
+            heads=self.config.head_count,
+            head_dim=self.config.head_dim,
+            gates=gates,
+            stride=gates.shape[1],
+        )
+
+    def gated(self, a: Operand, gate: DeviceArray) -> Operand:
+        self.launcher.launch(
+            GATES,
+            "multiply_gates",
+            grid=a.rows,
+            a=a.values,
+            gates=gate,
+            columns=a.columns,
+            stride=a.values.shape[1],
+        )
+        return a
 
     def _normalise_all_heads(self, sums: DeviceArray, norm: Weight, stride: int) -> None:
         self.launcher.launch(
@@ -97,6 +150,7 @@ class AttentionOps(BatchOps):
         q_norm: Weight | None,
         k_norm: Weight | None,
         rope: Rope | None,
+        gated: bool,
     ) -> None:
         """From the sums of tokens t to end - 1 to their heads, normalised, rotated and scaled."""
         c, (q, k, v) = self.config, to
@@ -130,6 +184,7 @@ class AttentionOps(BatchOps):
             positions=self.positions.rows(t),
             beta=rope.beta if rope is not None and pairs else 0.0,
             beta_length=rope.beta_length if rope is not None and pairs else 1,
+            gated=int(gated),
         )
 
     def _rotated_scales(

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from ....core import Batch, LayerState
+from ....core import Batch, KeysValues, LayerState
 from ....models.family import Family
 from ....models.ops import Ops
 from ....models.weights import Weight
+from ..constants import DELTA_CHUNK
 from ..device.arrays import FLOAT16, DeviceArray
 from ..device.workspace import Workspace
 from ..gemm.operand import Operand
@@ -61,7 +62,9 @@ class _WorkStates:
         self._work, self._states, self._rows = work, states, rows
 
     def keys_values(self, layer: int) -> tuple[DeviceArray, DeviceArray]:
-        shape = token_shape(self._states[layer])
+        state = self._states[layer]
+        assert isinstance(state, KeysValues), "a layer with attention"
+        shape = token_shape(state)
         k, v = (self._work.array(name, FLOAT16, self._rows, *shape) for name in ("k", "v"))
         return k, v
 
@@ -102,6 +105,12 @@ class BatchOps(Ops):
             self.target_rows = self.work.upload("target rows", batch.targets.rows)
             self.target_tokens = self.work.upload("targets", batch.targets.tokens)
         self.rope_tables: dict[int, DeviceArray] = {}  # by the id of their Rope
+        # Of recurrences: as many states as sequences may leave for others, where a batch is planned for.
+        self.planned_states = self.n // DELTA_CHUNK if key_rows else 0
+        self.begin_batch(family)
+
+    def begin_batch(self, family: Family) -> None:
+        """Upload what only some families' ops need."""
 
     def begin_layer(self, index: int) -> None:
         super().begin_layer(index)

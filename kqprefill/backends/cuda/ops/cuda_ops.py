@@ -7,9 +7,10 @@ residual stream and all sums are float32.
 from __future__ import annotations
 
 from .attention import AttentionOps
+from .delta import DeltaOps
 from .experts import ExpertOps
 from .head import HeadOps
 
 
-class CudaOps(AttentionOps, ExpertOps, HeadOps):
+class CudaOps(AttentionOps, DeltaOps, ExpertOps, HeadOps):
     """The operations of one batch."""

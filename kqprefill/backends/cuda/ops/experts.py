@@ -40,9 +40,9 @@ class ExpertOps(DenseOps):
             tokens = h.part(t, end)
             scores = self.work.array("scores", FLOAT32, end - t, count)
             self.multiply(tokens, [router], scores, self.bias(w.ffn_gate_inp))
-            places, shares, counts = self._route(scores, experts)
+            places, shares, counts = self._route(scores, experts, w.get("exp_probs_b_bias"))
             x = self._gather(tokens, places, used)
-            act = Operand(self.work.array("activated", HALVES.dtype, rows, g.rows), g.rows, act_scale)
+            act = Operand(self._activated(rows, g.rows), g.rows, act_scale)
             groups = self._groups(counts, rows, gated.group_rows(rows, [g, u], True, count))
             gated.gated(x, g, u, act, weight_scale, biases, activation, groups)
             sums = self.work.array("sums", FLOAT32, rows, hidden)
@@ -61,26 +61,55 @@ class ExpertOps(DenseOps):
             )
         return Residual(residual.values)
 
-    def _route(self, scores: DeviceArray, experts: Experts) -> tuple[DeviceArray, DeviceArray, DeviceArray]:
+    def _activated(self, rows: int, width: int) -> DeviceArray:
+        """Where gate's and up's outcome goes. What pads its columns is zero: it is an array that nobody else writes,
+        whose new memory is zero, and no kernel writes the padding but as zeros."""
+        stride = HALVES.padded(width)
+        name = "activated" if stride == width else f"activated, {width} of {stride}"
+        return self.work.array(name, HALVES.dtype, rows, stride)
+
+    def _route(
+        self, scores: DeviceArray, experts: Experts, bias: Weight | None
+    ) -> tuple[DeviceArray, DeviceArray, DeviceArray]:
         """From each token's scores: where its copies' rows go and the share of each, [tokens * used]; each expert's
         rows."""
         tokens, count = scores.shape
         rows = tokens * experts.used
         chosen, shares = self.work.array("experts", INT32, rows), self.work.array("shares", FLOAT32, rows)
         places, counts = self.work.array("places", INT32, rows), self.work.array("counts", INT32, count)
-        self.launcher.launch(
-            EXPERTS,
-            "route",
-            grid=-(-tokens // _ROUTED_A_BLOCK),
-            scores=scores,
-            n=tokens,
-            experts=count,
-            used=experts.used,
-            normalise=int(experts.normalise),
-            routed_after=int(experts.routed_after),
-            expert_of=chosen,
-            share_of=shares,
-        )
+        grid = -(-tokens // _ROUTED_A_BLOCK)
+        if experts.chooses_by_more or bias is not None:
+            self.launcher.launch(
+                EXPERTS,
+                "route_biased",
+                grid=grid,
+                scores=scores,
+                bias=self.vector(bias),
+                n=tokens,
+                experts=count,
+                used=experts.used,
+                sigmoid=int(experts.sigmoid),
+                normalise=int(experts.normalise),
+                scale=experts.scale,
+                groups=experts.groups,
+                groups_used=experts.groups_used,
+                expert_of=chosen,
+                share_of=shares,
+            )
+        else:
+            self.launcher.launch(
+                EXPERTS,
+                "route",
+                grid=grid,
+                scores=scores,
+                n=tokens,
+                experts=count,
+                used=experts.used,
+                normalise=int(experts.normalise),
+                routed_after=int(experts.routed_after),
+                expert_of=chosen,
+                share_of=shares,
+            )
         self.launcher.launch(EXPERTS, "count", grid=count, expert_of=chosen, entries=rows, counts=counts)
         self.launcher.launch(
             EXPERTS, "place", grid=count, expert_of=chosen, entries=rows, counts=counts, place_of=places

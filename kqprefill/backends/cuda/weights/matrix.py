@@ -63,7 +63,7 @@ def matrix_of(tensor: ModelTensor, address: int = 0) -> Matrix:
 
 def layer_matrices(family: Family) -> list[list[ModelTensor]]:
     """The matrices' tensors of each layer."""
-    return [[w.tensor for w in block if len(w.shape) >= 2] for block in family.blocks]
+    return [[w.tensor for w in block if w.is_matrix] for block in family.blocks]
 
 
 def tile_bytes(tensors: Iterable[ModelTensor]) -> int:

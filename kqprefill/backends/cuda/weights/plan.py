@@ -15,7 +15,7 @@ import math
 from ....errors import BackendError
 from ....models.family import Family
 from ...budget import Budget, gib, host_memory
-from ..constants import MOST_EXPERTS, MOST_USED_EXPERTS, TILE_ROWS
+from ..constants import MOST_EXPERT_GROUPS, MOST_EXPERTS, MOST_USED_EXPERTS, TILE_ROWS
 from ..device.compiler import Program
 from ..device.gpu import Gpu
 from ..device.workspace import aligned
@@ -111,6 +111,11 @@ def budget_of(gpu: Gpu, vram: Budget | None) -> int:
 def refuse_unsupported(family: Family) -> None:
     """Raises BackendError for a model whose layers CUDA does not have all of."""
     experts = family.experts
+    if experts is not None and experts.groups > MOST_EXPERT_GROUPS:
+        raise BackendError(
+            f"{family.file.path}: {experts.groups} groups of experts do not run on CUDA (at most "
+            f"{MOST_EXPERT_GROUPS}); use --backend cpu"
+        )
     if experts is not None and (experts.count > MOST_EXPERTS or experts.used > MOST_USED_EXPERTS):
         raise BackendError(
             f"{family.file.path}: {experts.used} of {experts.count} experts do not run on CUDA (at most "

@@ -34,11 +34,15 @@ class Piece:
 
 
 def pieces_of(matrix: Matrix, data: NDArray[np.uint8], most: int) -> list[Piece]:
-    """A matrix in Pieces of at most `most` bytes each."""
-    row_bytes = data.nbytes // matrix.rows
+    """A matrix in Pieces of at most `most` bytes each, and of what lies in one run on the host."""
+    row_bytes = data.shape[-1]
     step = max(TILE_ROWS, most // row_bytes // TILE_ROWS * TILE_ROWS)
-    data = data.reshape(matrix.rows, row_bytes)
-    return [Piece(matrix, first, data[first : first + step]) for first in range(0, matrix.rows, step)]
+    pieces, begin = [], 0
+    for run in [data] if data.flags.c_contiguous else list(data):
+        rows = run.reshape(-1, row_bytes)
+        pieces += [Piece(matrix, begin + at, rows[at : at + step]) for at in range(0, len(rows), step)]
+        begin += len(rows)
+    return pieces
 
 
 def repack(launcher: Launches, matrix: Matrix, first: int, raw: DeviceArray) -> None:

@@ -18,7 +18,7 @@ from ....models.family import Family
 from ....models.weights import Weight
 from ...base import Loaded
 from ...budget import gib
-from ..constants import OPERAND_GROUP, TILE_ROWS
+from ..constants import TILE_ROWS
 from ..device.gpu import Gpu
 from ..device.launcher import Launches
 from ..device.workspace import aligned
@@ -102,7 +102,9 @@ class WeightsOnDevice:
             self._buffers["streamed"] = buffer = self._gpu.allocate(plan.tile_bytes, "a streamed layer")
             for layer in plan.streamed:
                 matrices = self._assign(groups[layer], int(buffer.handle))
-                self._pieces[layer] = [Piece(m, 0, t.data.reshape(m.rows, -1)) for t, m in zip(groups[layer], matrices)]
+                self._pieces[layer] = [
+                    piece for t, m in zip(groups[layer], matrices) for piece in pieces_of(m, t.data, plan.slot_bytes)
+                ]
         self.plan = plan
 
     def _groups(self, plan: Plan) -> dict[str | int, list[ModelTensor]]:
@@ -240,8 +242,8 @@ def _refuse_misshapen(family: Family) -> None:
             raise BackendError(
                 f"tensor {weight.name}: rows of {matrix.columns} are too long for CUDA; use --backend cpu"
             )
-        if len(weight.shape) == 3 and weight.shape[1] % OPERAND_GROUP:
+        if len(weight.shape) == 3 and weight.shape[1] % TILE_ROWS:
             raise BackendError(
-                f"tensor {weight.name}: experts of {weight.shape[1]} rows, no multiple of {OPERAND_GROUP}, "
+                f"tensor {weight.name}: experts of {weight.shape[1]} rows, no multiple of {TILE_ROWS}, "
                 "do not run on CUDA; use --backend cpu"
             )
