@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import ctypes
 from functools import cache
 from importlib import import_module
+import os
 from threading import Lock
 
 import numpy as np
@@ -67,6 +68,9 @@ def blas() -> _Blas:
 def _pool() -> ThreadPoolExecutor:
     # What overflows is found in the logits; NumPy's settings for warnings are each thread's own.
     return ThreadPoolExecutor(blas().threads, "kqprefill", initializer=lambda: np.seterr(all="ignore"))
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads
 
 
 def in_parallel(tasks: Sequence[Callable[[], None]]) -> None:
