@@ -70,7 +70,8 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(blas().threads, "kqprefill", initializer=lambda: np.seterr(all="ignore"))
 
 
-os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads
 
 
 def in_parallel(tasks: Sequence[Callable[[], None]]) -> None:
