@@ -9,7 +9,9 @@ constexpr int kThreads = DELTA_INPUT_THREADS, kDim = HEAD_DIM, kTaps = KERNEL;
 constexpr int kGroups = kThreads / kDim, kGroupRows = kChunk / kGroups;  // of threads that have a column each, and rows
 static_assert(kThreads % kDim == 0 && kDim % 32 == 0, "whole groups of threads, whole warps of columns");
 
-__device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
+__device__ __forceinline__ float silu(float x) {
+    return x / (1.0f + expf(-x));
+}
 
 // sums: float32 rows of `channels` values, the heads of q, k and v side by side; taps: [channels, KERNEL]. Writes of each
 // chunk and head HEAD_DIM halves of each position, zeros from `count` on: q and k, [chunks, key_heads, kChunk, HEAD_DIM],
@@ -71,7 +73,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         for (int i = lane; i < kDim; i += 32) sum = fmaf(o[at + i], o[at + i], sum);
         float r = *scale / sqrtf(warp_sum(sum) / static_cast<float>(kDim) + epsilon);
         for (int i = 2 * lane; i < kDim; i += 64) {
-            float2 value = *reinterpret_cast<const float2*>(o + at + i), gate = *reinterpret_cast<const float2*>(z + at + i);
+            float2 value = *reinterpret_cast<const float2*>(o + at + i),
+                   gate = *reinterpret_cast<const float2*>(z + at + i);
             store_operand(out, head * kDim + i,
                           operand_pair(value.x * r * norm[i] * silu(gate.x), value.y * r * norm[i + 1] * silu(gate.y)));
         }

@@ -21,8 +21,8 @@ static_assert(2 * kDim <= kThreads, "a thread has a column of U or of W");
 // (x) of a value head (y).
 extern "C" __global__ void __launch_bounds__(kThreads)
     delta_prepare(const half_t* q, const half_t* k, const half_t* v, const float* gates, const float* rate,
-                  const float* step_bias, const Chunk* chunks, int key_heads, int value_heads, int by_turns,
-                  half_t* w, half_t* u, half_t* p, float* decay) {
+                  const float* step_bias, const Chunk* chunks, int key_heads, int value_heads, int by_turns, half_t* w,
+                  half_t* u, half_t* p, float* decay) {
     begin_kernel();
     extern __shared__ __align__(128) uint8_t shared[];
     half_t *keys = reinterpret_cast<half_t*>(shared + kKeys), *queries = reinterpret_cast<half_t*>(shared + kQueries);
@@ -93,9 +93,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
                 value[c] = seen ? factor * expf(total[t] - total[s + c]) * acc[j][2 * r + c] : 0.0f;
             }
             if (of_queries)
-                *reinterpret_cast<uint32_t*>(p + own * (kChunk * kChunk) + t * kChunk + s) = pack_half2(value[0], value[1]);
-            else
-                *reinterpret_cast<float2*>(sums + t * kSumRow + s) = make_float2(value[0], value[1]);
+                *reinterpret_cast<uint32_t*>(p + own * (kChunk * kChunk) + t * kChunk + s) =
+                    pack_half2(value[0], value[1]);
+            else *reinterpret_cast<float2*>(sums + t * kSumRow + s) = make_float2(value[0], value[1]);
         }
     __syncthreads();
     if (threadIdx.x >= 2 * kDim) return;

@@ -46,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     int key_head = by_turns ? head % key_heads : head / (value_heads / key_heads);
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warp_row = warp % 4, warp_column = warp / 4 * 32;
     int own_row = lane / 4, own_column = warp_column + lane % 4 * 2;  // of what mma gives, with 8 rows and columns on
-    const float unit = *v_scale / kChunk;  // S and u are held times this
+    const float unit = *v_scale / kChunk;                             // S and u are held times this
     const float unscale = 1.0f / unit, unscale_state = 1.0f / state_factor;
 
     auto load = [&](int index) {
@@ -130,7 +130,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
                 int at = (t * kSliceRow + own_column + 8 * j) * 2;
                 uint32_t before = *reinterpret_cast<const uint32_t*>(held + kU + at);
                 float low = fmaf(-removed[j][2 * r], unscale_state, half_to_float(static_cast<half_t>(before)));
-                float high = fmaf(-removed[j][2 * r + 1], unscale_state, half_to_float(static_cast<half_t>(before >> 16)));
+                float high =
+                    fmaf(-removed[j][2 * r + 1], unscale_state, half_to_float(static_cast<half_t>(before >> 16)));
                 *reinterpret_cast<uint32_t*>(shared + kChange + at) = pack_half2(low, high);
                 *reinterpret_cast<uint32_t*>(shared + kDecayed + at) = pack_half2(low * to_end, high * to_end);
             }
@@ -175,7 +176,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
                 for (int s = 0; s < kChunk / 16; ++s) {
                     uint32_t a[4], b[4];
-                    ldmatrix_x4_trans(a, stage + kK + ((s * 16 + lane / 16 * 8 + lane % 8) * kRow + row + lane / 8 % 2 * 8) * 2);
+                    ldmatrix_x4_trans(
+                        a, stage + kK + ((s * 16 + lane / 16 * 8 + lane % 8) * kRow + row + lane / 8 % 2 * 8) * 2);
 #pragma unroll
                     for (int j = 0; j < 2; ++j) {
                         uint32_t right = ((s * 16 + lane % 16) * kSliceRow + warp_column + j * 16 + lane / 16 * 8) * 2;

@@ -115,7 +115,8 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps)
     bool is_q = head < nq, is_v = head >= nq + nkv;
     int slot = is_q ? head : is_v ? head - nq - nkv : head - nq, kv_row = kv_rows != nullptr ? kv_rows[token] : token;
     Rotation rotation = {
-        qkv + (static_cast<uint64_t>(token) * (nq + 2 * nkv + gated * nq) + head + gated * (is_q ? head : nq)) * head_dim,
+        qkv +
+            (static_cast<uint64_t>(token) * (nq + 2 * nkv + gated * nq) + head + gated * (is_q ? head : nq)) * head_dim,
         (is_q ? q + static_cast<uint64_t>(token) * nq * padded
               : (is_v ? v : k) + static_cast<uint64_t>(kv_row) * nkv * padded) +
             slot * padded,

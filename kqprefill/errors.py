@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from .terminal import shown
+
 
 class KqprefillError(Exception):
     """Base of every error that kqprefill raises on purpose.
 
-    Names from a file may hold anything: control characters are escaped, so that a message is one line and moves no
-    cursor.
+    Names from a file may hold anything: what a terminal would obey is escaped (`shown`), so that a message is one line
+    and moves no cursor.
     """
 
     def __init__(self, message: object) -> None:
-        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(message)))
+        super().__init__(shown(message))
 
 
 class GGUFError(KqprefillError):

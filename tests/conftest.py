@@ -80,20 +80,6 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=f"no GPU: {reason}"))
 
 
-def more_metadata(architecture):
-    """What `architecture`'s files say beside what all files do, for a small model with heads of 16 and 7 layers or
-    less."""
-    if architecture in ("glm4moe", "qwen3vl", "qwen3vlmoe", "qwen35", "qwen35moe", "qwen3next"):
-        more = {"expert_shared_feed_forward_length": 64} if "moe" in architecture or "next" in architecture else {}
-        if architecture != "glm4moe":
-            more["rope.dimension_sections"] = [3, 3, 2, 0]
-        if architecture.startswith(("qwen35", "qwen3next")):
-            sizes = {"conv_kernel": 4, "state_size": 32, "group_count": 2, "time_step_rank": 4, "inner_size": 128}
-            more |= {f"ssm.{key}": size for key, size in sizes.items()}
-        return more
-    return {}
-
-
 BACKENDS = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # (backend, kernels): what a GPU chooses by itself, and what every GPU can run.
 PATHS = [

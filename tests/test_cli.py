@@ -85,7 +85,7 @@ def test_logits_to_stdout(expected):
         (["--tokens", "256"], 2, "token 256 at position 0 is not in the vocabulary (0 to 255)"),
         (["--tokens", "-1"], 2, "token -1"),
         (["--tokens", ""], 2, "empty"),
-        (["--tokens", "@/no/such/file"], 2, "/no/such/file"),
+        (["--tokens", "@/no/such/file"], 1, "/no/such/file"),
         (["--tokens", " ".join(["1"] * 4097)], 2, "context length of 4096"),
         (["--tokens", "1", "--logits", "/no/such/folder/x.npy"], 1, "/no/such/folder/x.npy cannot be written"),
         (["--tokens", "1", "--logits", "/"], 1, "cannot be written"),
@@ -116,7 +116,7 @@ def test_a_failed_run_leaves_no_file(tmp_path):
 
 def test_a_failed_run_keeps_the_old_file(tmp_path):
     (tmp_path / "x.npy").write_text("old")
-    run("--tokens", "256", "--logits", tmp_path / "x.npy")
+    run("--tokens", "256", "--logits", tmp_path / "x.npy", "--force")
     assert (tmp_path / "x.npy").read_text() == "old"
 
 
@@ -131,14 +131,14 @@ def test_a_full_disk_is_one_line(args):
 
 
 def test_logits_through_a_pipe_and_a_link(expected, tmp_path):
-    pipe, link, file = tmp_path / "pipe", tmp_path / "link", tmp_path / "file.npy"
+    pipe, link, file = tmp_path / "pipe", tmp_path / "link.npy", tmp_path / "file.npy"
     os.mkfifo(pipe)
     reader = subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE)
     assert run("--tokens", TOKENS, "--logits", pipe).returncode == 0
     assert np.load(io.BytesIO(reader.communicate(timeout=30)[0])) == pytest.approx(expected.logits[-1], abs=1e-5)
     file.write_text("old")
     link.symlink_to(file)
-    assert run("--tokens", TOKENS, "--logits", link).returncode == 0
+    assert run("--tokens", TOKENS, "--logits", link, "--force").returncode == 0
     assert link.is_symlink() and np.load(file) == pytest.approx(expected.logits[-1], abs=1e-5)
 
 
@@ -242,7 +242,9 @@ def test_plan():
         (["qwen3-32b", "--vram", "1G"], 1, b"tokens need at least 2."),
         (["qwen3-32b", "--vram", "lots"], 2, b"memory budget"),
         (["qwen3-32b", "--vram", "8G", "-p", "50000"], 2, b"context"),
-        (["no-such-model", "--vram", "8G"], 2, b"neither a file nor"),
+        (["no-such-model", "--vram", "8G"], 2, b"no file, and there is no shape 'no-such-model'; there are tiny"),
+        (["qwen3-32", "--vram", "8G"], 2, b"did you mean qwen3-32b or"),
+        (["qwen3-8b:Q4_KM", "--vram", "8G"], 2, b"there is no recipe 'Q4_KM'; did you mean Q4_K_M or"),
     ],
 )
 def test_plan_refuses(args, status, complaint):

@@ -47,7 +47,7 @@ def test_a_line_for_each_record(model):
         {"prompt": "Hello there", **EXTRA},
         {"tokens": prompt},
         {"prompt": "Hello there", "completion": ", you"},
-        {"tokens": prompt, "choices": [more, more[:1]], "index": "ours wins"},
+        {"tokens": prompt, "choices": [more, more[:1]]},
         {"tokens": [7]},
     ]
     done = score("--per-token", "--greedy", "--top", 2, stdin=b"\n" + lines(records) + b"  \n")
@@ -113,7 +113,7 @@ def test_a_bad_line_stops(bad, why):
 
 def test_bad_lines_can_be_skipped():
     done = score("--on-error", "skip", stdin=b"".join(bad + b'\n{"tokens": [3, 4]}\n' for bad, _ in BAD))
-    assert done.returncode == 0
+    assert done.returncode == 3
     found = read(done.stdout)
     assert [line["index"] for line in found] == list(range(2 * len(BAD)))
     for line, (_, why) in zip(found[::2], BAD):
@@ -201,7 +201,9 @@ def test_a_signal_leaves_whole_lines(long_input, tmp_path, number, status):
     process = start(path, out, "--html", tmp_path / "page.html")
     wait_for_lines(process, out)
     process.send_signal(number)
-    assert process.communicate()[1].strip() == b"" and process.returncode == status
+    said, done = process.communicate()[1], out.read_bytes().count(b"\n")
+    assert said.decode() == f"kqprefill: interrupted: {done} records are done in {out}; --resume goes on from there\n"
+    assert process.returncode == status
     assert whole.startswith(out.read_bytes()) and out.read_bytes().endswith(b"\n")
     assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]  # no half of a page
     assert len(out.read_bytes()) < len(whole)
@@ -263,7 +265,7 @@ def test_outputs_are_not_overwritten_or_mixed_up(long_input, tmp_path):
     out.unlink()
     assert kq("score", tmp_path / "no.gguf", path, "-o", out, "--backend", "cpu").returncode == 1 and not out.exists()
     assert score(path, "--resume").returncode == 2
-    assert score(tmp_path / "absent.jsonl").returncode == 2
+    assert score(tmp_path / "absent.jsonl").returncode == 1
 
 
 def test_two_processes_do_not_write_one_output(long_input, tmp_path):
@@ -286,7 +288,7 @@ def test_reading_ahead_is_bounded(tmp_path):
 
     (tmp_path / "in").write_bytes(b'{"tokens": []}\n' * 500)
     made = []
-    reader = records.Records(str(tmp_path / "in"), lambda content: made.append(1) or Item())
+    reader = records.Records([str(tmp_path / "in")], lambda content: made.append(1) or Item())
     taken = iter(reader)
     for count in range(1, 30):
         next(taken)
@@ -304,7 +306,7 @@ def test_the_page_shows_and_escapes(tmp_path):
     done = score("--html", page, stdin=lines(records))
     assert done.returncode == 0 and len(read(done.stdout)) == 2
     text = page.read_text(encoding="utf-8")
-    assert text.count('<span class="t s') >= len(records[0]["prompt"]) + 6 and "alert(1)" not in text  # a token a byte
+    assert text.count('<bdi class="t s') >= len(records[0]["prompt"]) + 6 and "alert(1)" not in text  # a token a byte
     assert text.count("<script>") == 1 and "record 1, choice 1" in text
     assert not any(word in text for word in ("http://", "https://", "src=", "@import"))  # nothing from elsewhere
 
@@ -341,7 +343,7 @@ def test_windows_begin_with_bos(tmp_path):
         class config:
             context_length = 100
 
-        def score(self, records, batch_tokens):
+        def score(self, records, batch_tokens, progress):
             self.records = list(records)
             return iter([type("S", (), {"logprobs": np.full(3, -1.0, np.float32)}) for _ in self.records])
 
@@ -359,7 +361,6 @@ def test_windows_begin_with_bos(tmp_path):
     [
         (["--tokens", "1,2,3"], "one window takes 512"),
         (["--tokens", "1,2,3", "-c", 3], "4 to the model's"),
-        (["--file", "absent"], "absent"),
         ([], "--file"),
         (["--tokens", "1", "--file", "x"], "either"),
     ],
@@ -367,3 +368,8 @@ def test_windows_begin_with_bos(tmp_path):
 def test_perplexity_refuses(args, complaint):
     done = kq("perplexity", EXAMPLE, "--backend", "cpu", *args)
     assert done.returncode == 2 and complaint in done.stderr.decode()
+
+
+def test_a_text_that_is_not_there():
+    done = kq("perplexity", EXAMPLE, "--backend", "cpu", "--file", "absent")
+    assert (done.returncode, done.stderr) == (1, b"kqprefill: --file absent: No such file or directory\n")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from conftest import EXAMPLE, ROOT
-from kqprefill.cli import cli
+from kqprefill.cli.commands import cli
 from test_cli import COMMAND, ENTRY, TOKENS, kq
 
 COMMANDS = ["", *sorted(cli.commands)]
@@ -77,7 +77,7 @@ def test_what_a_cluster_sets_is_in_the_environment(tree):
         "KQPREFILL_VRAM": "8G",
     }
     done = shell(tree, "kqprefill score examples/tiny-qwen3.gguf", input=b'{"tokens": [1, 2]}\nx\n')
-    assert done.returncode == 0 and done.stdout.count(b"\n") == 2 and done.stderr == b""
+    assert done.returncode == 3 and done.stdout.count(b"\n") == 2 and done.stderr == b""
     environment["KQPREFILL_BACKEND"] = "nonsense"
     assert shell(tree, "kqprefill run examples/tiny-qwen3.gguf --tokens 1").returncode == 2
     for name in ("run", "score", "perplexity", "bench"):

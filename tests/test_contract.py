@@ -119,6 +119,16 @@ def test_an_empty_prompt_is_a_no_op(model):
         ([0, 10**20], "token 100000000000000000000 at position 1"),
         ([[1], [2, 3]], "flat sequence"),
         (["1"], "integers"),
+        ([1, True], "position 1 has True"),
+        ([1, np.True_], "position 1 has"),
+        ([1, None], "position 1 has None"),
+        (np.array([True]), "not bool of shape"),
+        ("abc", "not the text 'abc'"),
+        ({"a": 1}, "integers, not {'a': 1}"),
+        (None, "integers, not None"),
+        (5, "integers, not 5"),
+        ([10**5000], "an integer of 16610 bits at position 0"),
+        ([[[]] * 2] * 70, "position 0 has an array"),
     ],
 )
 def test_bad_tokens_are_refused(model, tokens, complaint):
@@ -175,6 +185,36 @@ def test_closing_frees_the_gpu():
     gpu.close()
 
 
+def test_a_closed_model_says_so(backend):
+    model = kqprefill.load(EXAMPLE, backend=backend)
+    model.close()
+    model.close()
+    for use in (
+        lambda: model.prefill([1]),
+        lambda: list(model.score([[1, 2]])),
+        lambda: model.item([1, 2]),
+        lambda: model.tokenize("a"),
+        lambda: model.token_text(1),
+        lambda: model.new_cache(4),
+    ):
+        with pytest.raises(kqprefill.InputError, match="has been closed"):
+            use()
+    model = kqprefill.load(EXAMPLE, backend=backend)
+    results = model.score([[1, 2, 3]] * 9, batch_tokens=2)
+    next(results)
+    model.close()
+    with pytest.raises(kqprefill.InputError, match="has been closed"):
+        list(results)
+
+
+def test_a_cache_of_another_model_says_so(model, backend):
+    with (
+        kqprefill.load(EXAMPLE, backend=backend) as other,
+        pytest.raises(kqprefill.InputError, match="cache is not one"),
+    ):
+        model.prefill([1], cache=other.new_cache(4))
+
+
 def test_nan_weights_are_an_error_not_a_token(backend, tmp_path):
     raw = bytearray(EXAMPLE.read_bytes())
     from kqprefill.gguf import GGUFFile
@@ -188,6 +228,51 @@ def test_nan_weights_are_an_error_not_a_token(backend, tmp_path):
     path.write_bytes(raw)
     with kqprefill.load(path, backend=backend) as model, pytest.raises(kqprefill.BackendError, match="NaN"):
         model.prefill([1, 2, 3])
+
+
+DAMAGES = {"inf": b"\x00\x7c", "-inf": b"\x00\xfc", "nan": b"\x00\x7e"}
+
+
+def damaged(path, tensor, row, scale):
+    """The example with another scale in the first block of a row of a Q6_K tensor."""
+    from kqprefill.gguf import GGUFFile
+
+    raw = bytearray(EXAMPLE.read_bytes())
+    with GGUFFile(EXAMPLE) as file:
+        found = file.tensors[tensor]
+        assert found.type.name == "Q6_K"
+        at = found.offset + row * (found.nbytes // found.shape[0]) + 208
+    raw[at : at + 2] = DAMAGES[scale]
+    path.write_bytes(raw)
+    return path
+
+
+@pytest.mark.parametrize("scale", DAMAGES)
+@pytest.mark.parametrize("logits", [None, "last", "all"])
+def test_logits_that_are_not_finite_are_an_error(backend, logits, scale, tmp_path, capfd):
+    """One token's logit, whether the greedy one's or another's."""
+    with kqprefill.load(damaged(tmp_path / "model.gguf", "output.weight", 7, scale), backend=backend) as model:
+        try:
+            result = model.prefill([1, 2, 3], logits=logits)
+        except kqprefill.BackendError as error:
+            assert "position" in str(error) and ("NaN" in str(error) or "infinities" in str(error))
+        else:  # a logit of minus infinity, which nobody asked to see
+            assert logits is None and np.isfinite([result.logit, result.logprob]).all()
+    assert capfd.readouterr() == ("", "")  # NumPy has no warnings to give
+
+
+@pytest.mark.parametrize("scale", ["inf", "nan"])
+def test_rows_that_are_not_finite_are_named_though_the_last_is(scale):
+    from kqprefill.engine.checks import refuse_non_finite
+
+    logits = np.zeros((40, 1 << 19), np.float32)  # some pieces, each looked at by a thread
+    refuse_non_finite(logits, 1.0, -1.0, 5, 40)
+    logits[:, 3] = 3e38
+    logits[:, 4] = 3e38  # a sum that overflows, of logits that do not
+    refuse_non_finite(logits, 1.0, -1.0, 5, 40)
+    logits[37, 9] = logits[38, 1] = float(scale)
+    with pytest.raises(kqprefill.BackendError, match="position 42 hold " + ("NaN" if scale == "nan" else "infinities")):
+        refuse_non_finite(logits, 1.0, -1.0, 5, 40)
 
 
 def test_ties_go_to_the_lowest_id(backend, tmp_path):

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from conftest import more_metadata
 from kqprefill.core import KeysValues, Recurrent
 from kqprefill.gguf.types import GGML
 from kqprefill.models import FAMILIES, read_model
 from kqprefill.synthetic import Shape, SyntheticFile
+from small_models import more_metadata
 
 
 class Recorder:

@@ -1,5 +1,6 @@
 """The reader against the gguf package's on sound files, and against lies in unsound ones."""
 
+import os
 from random import Random
 import struct
 import time
@@ -88,6 +89,30 @@ UNSOUND = {
     "offset past the end": (with_data(tensor_info(offset=1 << 40)), "truncated"),
     "data past the end": (with_data(tensor_info(dims=(32, 1000))), "truncated"),
     "tensor twice": (with_data(tensor_info() * 2, count=2), "twice"),
+    "tensors overlap": (
+        with_data(tensor_info(dims=(64,)) + tensor_info("u", offset=224), count=2),
+        "tensor u begins at byte 32",
+    ),
+    "tensors at one place": (with_data(tensor_info() + tensor_info("u"), count=2), "within tensor t"),
+    "alignment true": (
+        header(metadata=1) + pair("general.alignment", 7, b"\1"),
+        "alignment is True, not an integer of 0",
+    ),
+    "alignment an array": (
+        header(metadata=1) + pair("general.alignment", 9, struct.pack("<IQI", 4, 1, 32)),
+        "alignment is an array of 1 uint32, not an integer of 0",
+    ),
+    "negative split count": (header(metadata=1) + pair("split.count", 5, struct.pack("<i", -2)), "split.count is -2"),
+    "more files than names": (
+        header(metadata=1) + pair("split.count", 4, struct.pack("<I", 20000)),
+        "must be named",
+    ),
+    "split count a text": (header(metadata=1) + pair("split.count", 8, string("2")), "split.count is '2'"),
+    "split count an array": (
+        header(metadata=1) + pair("split.count", 9, struct.pack("<IQI", 4, 1, 2)),
+        "an array of 1",
+    ),
+    "negative split number": (header(metadata=1) + pair("split.no", 5, struct.pack("<i", -1)), "split.no is -1"),
     "name too long": (with_data(tensor_info(name="n" * 64)), "tensor name of 64"),
 }
 
@@ -114,6 +139,14 @@ def test_refuses_every_truncation(size, tmp_path):
 def test_missing_file_and_folder(tmp_path):
     for path in (tmp_path / "none.gguf", tmp_path):
         with pytest.raises(GGUFError, match=str(path)):
+            GGUFFile(path)
+
+
+def test_a_pipe_is_no_model(tmp_path):
+    """It would be waited for, for ever."""
+    os.mkfifo(tmp_path / "pipe.gguf")
+    for path in (tmp_path / "pipe.gguf", "/dev/null", "/dev/zero"):
+        with pytest.raises(GGUFError, match="a pipe or a device"):
             GGUFFile(path)
 
 
@@ -211,6 +244,33 @@ def test_the_first_of_a_split_model_opens_all(split):
         assert np.array_equal(
             one.prefill([1, 2, 3], logits="last").logits, many.prefill([1, 2, 3], logits="last").logits
         )
+
+
+@pytest.mark.parametrize(
+    "key,value,complaint",
+    [
+        ("split.count", 5, "split.count is 5, but 4 in the first file"),
+        ("split.count", 0, "file 1 .*where 1 is wanted|split.count is 0"),
+        ("split.tensors.count", 7, "split.tensors.count is 7, but"),
+        ("general.architecture", "llama", "general.architecture is 'llama', but 'qwen3' in the first file"),
+        ("qwen3.block_count", 9, "qwen3.block_count is 9, but 2 in the first file"),
+    ],
+)
+def test_parts_of_a_split_model_that_contradict_the_first(key, value, complaint, split):
+    with GGUFFile(split[1], 1) as part:
+        values = {**part.metadata, key: value}
+        body = b"".join(
+            pair(k, 8, string(v)) if isinstance(v, str) else pair(k, 4, struct.pack("<I", v)) for k, v in values.items()
+        )
+        infos = b"".join(
+            tensor_info(t.name, t.shape[::-1], int(t.type), t.offset - min(u.offset for u in part.tensors.values()))
+            for t in part.tensors.values()
+        )
+        data = bytes(part.bytes[min(t.offset for t in part.tensors.values()) :])
+    head = header(tensors=infos.count(b"weight"), metadata=len(values)) + body + infos
+    split[1].write_bytes(head + b"\0" * (-len(head) % 32) + data)
+    with pytest.raises(GGUFError, match=complaint):
+        GGUFFile(split[0])
 
 
 def test_split_models_that_are_not_whole(split, tmp_path):

@@ -20,6 +20,7 @@ def variant(path, tensors=None, metadata=None, without=()):
             if value is None or key == "general.architecture":
                 continue
             add = {float: writer.add_float64, str: writer.add_string, int: writer.add_uint32}.get(type(value))
+            add = writer.add_bool if isinstance(value, bool) else add
             add(key, value) if add else writer.add_array(key, np.asarray(value).tolist())
         for tensor in file.tensors.values():
             if tensor.name not in without:
@@ -68,8 +69,40 @@ REFUSED = {
     ),
     "rotary beta 1e-310": (
         {"metadata": {"qwen3.rope.scaling.type": "yarn", "qwen3.rope.scaling.yarn_beta_slow": 1e-310}},
-        "out of range",
+        "not a positive number of float32's range",
     ),
+    "YaRN that divides by 0": (
+        {
+            "metadata": {
+                "qwen3.rope.scaling.type": "yarn",
+                "qwen3.rope.scaling.factor": float(np.exp(-10.0)),
+                "qwen3.rope.scaling.yarn_log_multiplier": 1.0,
+            }
+        },
+        "a rotation is not finite",
+    ),
+    "YaRN that overflows": (
+        {
+            "metadata": {
+                "qwen3.rope.scaling.type": "yarn",
+                "qwen3.rope.scaling.factor": 1e-37,
+                "qwen3.rope.freq_base": 1e-37,
+            }
+        },
+        "a rotation is not finite",
+    ),
+    "a rotary base of float64's range": ({"metadata": {"qwen3.rope.freq_base": 1e-300}}, "float32's range"),
+    "a true for a number": ({"metadata": {"qwen3.rope.freq_base": True}}, "rope.freq_base is True, not a positive"),
+    "a text for a number": ({"metadata": {"qwen3.rope.freq_base": "10" * 99}}, "rope.freq_base is '1010101010101010"),
+    "an array for a number": (
+        {"metadata": {"qwen3.rope.freq_base": np.ones(3, np.float32)}},
+        "rope.freq_base is an array of 3 float",
+    ),
+    "an array for a text": (
+        {"metadata": {"qwen3.rope.scaling.type": np.ones(3, np.int32)}},
+        "rope.scaling.type is an array of 3 int",
+    ),
+    "another vocab_size": ({"metadata": {"qwen3.vocab_size": 255}}, "vocab_size is 255, but token_embd.weight has 256"),
     "negative epsilon": ({"metadata": {"qwen3.attention.layer_norm_rms_epsilon": -1.0}}, "not a positive number"),
     "more blocks than tensors": ({"metadata": {"qwen3.block_count": 2**31 - 1}}, "block_count"),
 }
@@ -100,3 +133,10 @@ def test_a_vocabulary_that_is_none(tokens, tmp_path):
     path = variant(tmp_path / "model.gguf", metadata={"tokenizer.ggml.tokens": tokens})
     with kqprefill.load(path, backend="cpu") as model:
         assert model.token_text(200) is None
+
+
+def test_yarn_whose_ramp_lies_far_outside(tmp_path):
+    """A base next to 1 puts both ends of the ramp beyond what an integer of 64 bits holds: every pair is then alike."""
+    values = {"qwen3.rope.freq_base": 1 + 2.0**-50, "qwen3.rope.scaling.type": "yarn", "qwen3.rope.scaling.factor": 2.0}
+    with kqprefill.load(variant(tmp_path / "model.gguf", metadata=values), backend="cpu") as model:
+        assert np.isfinite(model.prefill([1, 2, 3], logits="last").logits).all()

@@ -13,6 +13,7 @@ from kqprefill.engine.perplexity import perplexity
 from kqprefill.engine.scoring import Item, item_of, packs
 from kqprefill.gguf.types import GGML
 from kqprefill.synthetic import SHAPES, Shape, SyntheticFile
+from test_models import variant
 
 FOUND = {path.stem: path for folder in reversed(CONFORMANCE_FOLDERS) for path in folder.glob("*.gguf")}
 # Windows of 32; soft-caps; experts, one of them shared; sinks; recurrences. Those that are not released run where they
@@ -64,6 +65,30 @@ def sequences(record):
 
 def flat(results):
     return [scored for result in results for scored in (result if isinstance(result, list) else [result])]
+
+
+@pytest.mark.parametrize("bias", ["nan", "inf", "-inf"])
+def test_log_probabilities_that_are_not_finite(bias, tmp_path):
+    """A record's own, whatever the logit: `finite` says so, and perplexity, which has no use for them, refuses."""
+    output = np.zeros(256, np.float32)
+    output[9] = float(bias)
+    with kqprefill.load(variant(tmp_path / "model.gguf", tensors={"output.bias": output}), backend="cpu") as model:
+        (one,) = model.score([[1, 9, 3]], top=256)
+        assert not one.finite and np.isnan(one.logprob) | np.isinf(one.logprob)
+        if bias == "-inf":  # a token that is never likely spoils no other's
+            (other,) = model.score([[1, 2, 3]], top=255)
+            assert other.finite and np.isfinite(other.perplexity)
+        at = 7 if bias == "-inf" else 5
+        with pytest.raises(kqprefill.BackendError, match=f"log-probability of token {at} of the text is not finite"):
+            perplexity(model, [1, 2, 3, 4, 5, 6, 7, 9], context=8)
+
+
+def test_a_perplexity_beyond_floats_is_the_largest(tmp_path):
+    output = np.zeros(256, np.float32)
+    output[9] = 1e30
+    with kqprefill.load(variant(tmp_path / "model.gguf", tensors={"output.bias": output}), backend="cpu") as model:
+        measured = perplexity(model, [1, 2, 3, 4, 5, 6, 9, 7], context=8)
+    assert measured.value == measured.error == np.finfo(float).max
 
 
 def test_log_probabilities_are_those_of_the_logits(model, rng):

@@ -10,14 +10,13 @@ from gguf import GGUFReader, GGUFValueType
 import numpy as np
 import pytest
 
-from conftest import EXAMPLE, more_metadata
+from conftest import EXAMPLE
 import kqprefill
 from kqprefill.gguf import GGUFFile, dequantize
 from kqprefill.gguf.types import GGML
 from kqprefill.models import FAMILIES, describe_model, read_model
 from kqprefill.synthetic import RECIPES, SHAPES, Shape, SyntheticFile, pool, write_gguf
-
-EXPERTS = "qwen2moe qwen3moe olmoe gpt-oss glm4moe qwen3vlmoe qwen35moe qwen3next".split()
+from small_models import EXPERTS, more_metadata
 
 
 def small(architecture: str) -> Shape:
@@ -45,6 +44,8 @@ def test_a_model_of_every_family(architecture: str) -> None:
     assert (family.experts is not None) == (architecture in EXPERTS)
     names = [matrix.name for matrix in family.matrices()]
     assert len(set(names)) == len(names)
+    rates = [tensor.data.view(np.float32) for name, tensor in file.tensors.items() if name.endswith(".ssm_a")]
+    assert all((rate < 0).all() for rate in rates)  # of decay, in every layer
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
@@ -110,13 +111,20 @@ def test_known_shapes_are_models(name: str, recipe: str) -> None:
     assert all(w.tensor.type != GGML.F32 for w in family.matrices() if "ffn_gate_inp" not in w.name)
 
 
-@pytest.mark.parametrize("name", ["qwen3-8b:Q9_Z", "qwen9-8b:Q4_K_M", ":", "no-such-file"])
-def test_an_unknown_name_is_one_line(name: str) -> None:
+@pytest.mark.parametrize(
+    "name,why",
+    [
+        ("qwen3-8b:Q9_Z", "qwen3-8b is a shape, but there is no recipe 'Q9_Z'; did you mean Q8_K"),
+        ("qwen9-8b:Q4_K_M", "no file, and there is no shape 'qwen9-8b'; did you mean qwen3-8b"),
+        (":", "no file, and there is no shape ''; there are tiny, qwen3-0.6b, "),
+        ("no-such-file", "no file, and there is no shape 'no-such-file'; there are tiny, qwen3-0.6b, "),
+    ],
+)
+def test_an_unknown_name_is_one_line(name: str, why: str) -> None:
     with pytest.raises(kqprefill.InputError) as refusal:
         SyntheticFile.named(name)
     message = str(refusal.value)
-    assert message.startswith(f"{name}: neither a file nor SHAPE:RECIPE; shapes are tiny, ") and "\n" not in message
-    assert "recipes Q4_K_M, MXFP4_MOE, BF16" in message
+    assert message.startswith(f"{name}: {why}") and "\n" not in message
 
 
 def test_the_recipe_may_be_left_out() -> None:

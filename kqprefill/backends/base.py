@@ -40,12 +40,14 @@ class Backend(ABC):
     """A device that can run a model.
 
     name: "cpu" or "cuda". device_name: for people. plan: what of the model stays in the device's memory
-    (kqprefill.backends.cuda.weights.plan.Plan), None where that means nothing.
+    (kqprefill.backends.cuda.weights.plan.Plan), None where that means nothing. runs_ahead: whether `run` returns before
+    the batch is computed, so that the next can be prepared meanwhile.
     """
 
     name: str = ""
     device_name: str = ""
     plan: Any = None
+    runs_ahead: bool = False
 
     @property
     def loaded(self) -> Loaded | None:

@@ -17,6 +17,11 @@ def gib(nbytes: float) -> str:
     return f"{nbytes / 2**30:.2f} GiB"
 
 
+def gib_at_least(nbytes: int) -> str:
+    """Bytes for people, in GiB, rounded up: enough where it is given as a Budget as it is printed."""
+    return f"{-(-nbytes * 100 // 2**30) / 100:.2f} GiB"
+
+
 @dataclass(frozen=True)
 class Budget:
     """How much device memory may be taken: a number of bytes, or a share of the device's memory."""
@@ -33,7 +38,7 @@ class Budget:
         """
         if isinstance(value, cls):
             return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[KMGT]?)(?:I?B)?", str(value).strip().upper())
+        match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*(%|[KMGT]?)(?:I?B)?", str(value).strip().upper())
         if not match or float(match[1]) <= 0 or (match[2] == "%" and float(match[1]) > 100):
             raise InputError(f"a memory budget of {value!r}: give a size such as 8G or 512M, or a share such as 75%")
         if match[2] == "%":

@@ -1,78 +1,64 @@
-"""The command line: one click command a file. Heavy imports (NumPy, CUDA, rich) wait until a command needs them."""
+"""The command line: one click command a file. Heavy imports (NumPy, CUDA, rich) wait until a command needs them.
+
+This module imports next to nothing itself, so that an interrupt finds `main` at work however early it comes.
+"""
 
 from __future__ import annotations
 
+from contextlib import suppress
 import os
-import signal
 import sys
 
-import click
-
-from .. import __version__
-from ..errors import InputError, KqprefillError
-from .bench import bench
-from .cache import cache
-from .completion import completion
-from .doctor import doctor
-from .inspect import inspect
-from .perplexity import perplexity
-from .plan import plan
-from .records import Terminated, raise_signal
-from .run import run
-from .score import score
-from .synth import synth
-from .tokenize import tokenize
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="kqprefill")
-def cli() -> None:
-    """Prefill GGUF language models at the rate of the GPU's matrix units.
-
-    \b
-    kqprefill run examples/tiny-qwen3.gguf --tokens 72,101      # the greedy next token
-    kqprefill score examples/tiny-qwen3.gguf examples/questions.jsonl   # log-probabilities
-    kqprefill bench examples/tiny-qwen3.gguf -p 16,128          # tokens/s by prompt length
-    kqprefill plan examples/tiny-qwen3.gguf --vram 8G           # what stays in GPU memory
-    kqprefill inspect examples/tiny-qwen3.gguf                  # what the file holds
-    """
-
-
-for command in (run, score, perplexity, bench, plan, inspect, tokenize, synth, doctor, cache, completion):
-    cli.add_command(command)
+from .interrupts import Interrupted, mend_streams, on_signals, raise_signal, reason
 
 
 def main() -> None:
-    """Entry point. Exit status: 0, 1 for an error, 2 for wrong usage, 130 when interrupted (SIGINT), 143 when ended
-    (SIGTERM)."""
-    signal.signal(signal.SIGTERM, raise_signal)
+    """Entry point. Exit status: 0; 1 for an error; 2 for wrong usage; 3 where `score` has skipped bad records; 130 when
+    interrupted (SIGINT), 143 when ended (SIGTERM)."""
+    status = 1
     try:
-        status = cli(standalone_mode=False)
-        sys.stdout.flush()
-    except click.exceptions.Exit as done:
-        status = done.exit_code
-    except click.ClickException as error:
-        error.show()
-        status = error.exit_code
-    except KqprefillError as error:
-        if "-v" in sys.argv or "--verbose" in sys.argv:
-            raise
-        click.echo(f"kqprefill: {error}", err=True)
-        status = 2 if isinstance(error, InputError) else 1
-    except (KeyboardInterrupt, click.Abort):
-        status = 130
-    except Terminated:
-        status = 143
-    except MemoryError:
-        click.echo(
-            "kqprefill: out of memory; a shorter prompt, or logits of the last position only, need less", err=True
-        )
-        status = 1
-    except OSError as error:
-        if not isinstance(error, BrokenPipeError):  # there, whoever read our output has gone: say nothing more
-            click.echo(f"kqprefill: {error.filename or 'stdout'}: {error.strerror or error}", err=True)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more on its way out
-        status = 1
-    sys.stderr.flush()
-    # All is written: taking Python and the driver apart piece by piece takes as long as a short prompt.
-    os._exit(status or 0)
+        try:
+            on_signals(raise_signal)
+            mend_streams()
+            from .commands import cli
+
+            status = cli(standalone_mode=False) or 0
+            sys.stdout.flush()
+        except Interrupted as ended:
+            status = ended.status
+        except BaseException as error:
+            status = _status_of(error)
+        sys.stderr.flush()
+    finally:  # a second interrupt too
+        # All is written: taking Python and the driver apart piece by piece takes as long as a short prompt.
+        os._exit(status)
+
+
+def _status_of(error: BaseException) -> int:
+    """Say on stderr what went wrong, in a line, and give the exit status."""
+    import click
+
+    from ..errors import InputError, KqprefillError
+    from .common import say
+
+    asked = "-v" in sys.argv or "--verbose" in sys.argv
+    if isinstance(error, click.ClickException):
+        with suppress(OSError):  # stderr cannot be written
+            error.show()
+        return error.exit_code
+    if isinstance(error, SystemExit):  # click: whoever read our output has gone; there is nothing more to say
+        return error.code if isinstance(error.code, int) else 1
+    if asked and not isinstance(error, OSError):
+        import traceback
+
+        traceback.print_exception(error)
+    elif isinstance(error, KqprefillError):
+        say(str(error))
+    elif isinstance(error, MemoryError):
+        say("out of memory; a shorter prompt, or logits of the last position only, need less")
+    elif isinstance(error, OSError):
+        if not isinstance(error, BrokenPipeError):
+            say(f"{error.filename or 'stdout'}: {reason(error)}")
+    else:
+        say(f"an error in kqprefill itself: {type(error).__name__}: {error}; --verbose shows where, please report it")
+    return 2 if isinstance(error, InputError) else 1

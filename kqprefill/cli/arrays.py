@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import json
-from typing import Any, BinaryIO
+import os
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import numpy as np
+from ..errors import InputError
+from .outputs import STDIO
 
+if TYPE_CHECKING:
+    import numpy as np
+
+FORMATS = (".npy", ".npz", ".safetensors")
 _DTYPES = {"float32": "F32", "int32": "I32"}  # of safetensors
 
 
+def check_arrays_path(path: str, option: str) -> None:
+    """Raises InputError for a path whose ending says no format; stdout, pipes and devices need not say one."""
+    if path == STDIO or path.lower().endswith(FORMATS) or (os.path.exists(path) and not os.path.isfile(path)):
+        return
+    raise InputError(f"{option} {path}: the name of an array's file ends in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
+
+
 def write_arrays(file: BinaryIO, path: str, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
-    """Write {name: array} to a binary file, in the format that path's ending says: .npz, .safetensors, or for any other
-    .npy, which has the first array only."""
+    """Write {name: array} to a binary file, in the format that path's ending says: .npz, .safetensors, or (pipes and
+    devices have no ending) .npy, which has the first array only."""
+    import numpy as np
+
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    if path.endswith(".npz"):
+    if path.lower().endswith(".npz"):
         by_name: dict[str, Any] = {**arrays}  # NumPy's own options have types too
         np.savez(file, **by_name)
-    elif path.endswith(".safetensors"):
+    elif path.lower().endswith(".safetensors"):
         _write_safetensors(file, arrays)
     else:
         first = next(iter(arrays.values()))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 import csv
 import io
-import json
 import math
 import os
+import sys
 import time
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -16,19 +16,22 @@ import click
 
 from ..backends.wake import wake_gpu
 from ..errors import InputError
+from ..terminal import print_json, print_text, shown
 from .common import (
     device_options,
     memory_option,
     open_file,
-    output_file,
-    progress_bars,
+    open_on,
+    read_lengths,
     say_loaded,
     size,
     table,
     volume_options,
-    warner,
 )
+from .outputs import Outputs, force_option
 from .plot import check_plot, draw
+from .progress import Bars, progress_bars
+from .sources import model_path
 
 if TYPE_CHECKING:
     from ..timeline import Stage
@@ -38,13 +41,23 @@ _WARM_UP = 2  # runs; on a GPU the first compiles, and the second makes the CUDA
 
 @click.command()
 @click.argument("name", metavar="MODEL|SHAPE:RECIPE")
-@click.option("-p", "--prompt", "lengths", default="512", show_default=True, metavar="T,T,…", help="Prompt lengths.")
+@click.option(
+    "-p",
+    "--prompt",
+    "lengths",
+    default=["512"],
+    show_default=True,
+    multiple=True,
+    metavar="T,T,…",
+    help="Prompt lengths; may be given several times.",
+)
 @click.option("-r", "--repetitions", default=5, show_default=True, type=click.IntRange(1))
 @click.option(
     "--delay",
     default=0.0,
     metavar="SECONDS",
     type=click.FloatRange(0, 3600),
+    callback=lambda context, option, value: _finite(value),
     help="Pause before each repetition: what one prompt takes on a rested GPU, where its power limit slows one after "
     "another.",
 )
@@ -55,17 +68,19 @@ _WARM_UP = 2  # runs; on a GPU the first compiles, and the second makes the CUDA
 @click.option(
     "--plot", "picture", metavar="FILE.png", help="Also draw tokens/s by prompt length, beside what the GPU allows."
 )
+@force_option
 @device_options
 @memory_option
 @volume_options
 def bench(
     name: str,
-    lengths: str,
+    lengths: tuple[str, ...],
     repetitions: int,
     delay: float,
     output: str,
     detail: bool,
     picture: str | None,
+    force: bool,
     backend: str,
     device: int,
     kernels: str,
@@ -82,26 +97,24 @@ def bench(
     \b
     kqprefill bench examples/tiny-qwen3.gguf -p 16,128
     """
-    try:
-        prompt_lengths = [int(word) for word in lengths.split(",")]
-    except ValueError:
-        raise click.BadParameter(f"{lengths!r} is no list of lengths such as 128,512,2048", param_hint="-p") from None
+    prompt_lengths = read_lengths(lengths, "-p")
     import statistics
 
-    kind = check_plot(picture) if picture else ""
+    outputs = Outputs(force)
+    if picture:
+        kind = check_plot(picture)
+        outputs.reads(model_path(name), "the model")
+        outputs.writes_stdout()
+        outputs.claim(picture, "--plot")
     wake_gpu(backend, device)
     import numpy as np
 
-    from ..engine.model import open_model
-
     rows: list[dict[str, Any]] = []
-    opened: AbstractContextManager[BinaryIO | None] = output_file(picture) if picture else nullcontext()
+    opened: AbstractContextManager[BinaryIO | None] = outputs.open(picture, "--plot") if picture else nullcontext()
     with (
         opened as picture_file,
-        progress_bars(not quiet) as progress,
-        open_model(
-            open_file(name), backend, device, kernels, progress, warner(quiet), vram, max(prompt_lengths)
-        ) as model,
+        progress_bars(not quiet) as bars,
+        open_on(open_file(name), backend, device, kernels, vram, quiet, bars, max(prompt_lengths)) as model,
     ):
         config = model.config
         for length in prompt_lengths:
@@ -110,14 +123,20 @@ def bench(
         matrices = model.family.matrices()
         if verbose:
             say_loaded(model)
+        watch = _Watch(bars, (_WARM_UP + repetitions) * len(prompt_lengths), model.backend.name == "cpu")
         for length in prompt_lengths:
             tokens = np.random.default_rng(length).integers(0, config.vocab_size, length)
             for _ in range(_WARM_UP):
-                model.prefill(tokens)
+                watch.note = f"pp{length}, warming up"
+                model.prefill(tokens, progress=watch.layers)
+                watch.end_run()
             rates = []
             for _ in range(repetitions):
                 time.sleep(delay)
-                rates.append(length / model.prefill(tokens).timings["prefill"])
+                done = model.prefill(tokens, progress=watch.layers if watch.always else None)
+                rates.append(length / done.timings["prefill"])
+                watch.note = f"pp{length}, {rates[-1]:.0f} tokens/s"
+                watch.end_run()
             rows.append(
                 {
                     "model": str(model.file.metadata.get("general.name") or os.path.basename(name)),
@@ -136,7 +155,34 @@ def bench(
                 rows[-1]["stages"] = _stages(model.prefill(tokens, timed=True).stages or {})
         if picture_file is not None:
             draw(rows, model.backend.floors(model.family), picture_file, kind)
-    click.echo(_FORMATS[output](rows))
+    _PRINTERS[output](rows)
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise click.BadParameter("it is no number of seconds")
+    return value
+
+
+class _Watch:
+    """A bar over all runs, which moves by layer where that cannot be noticed in what is measured."""
+
+    def __init__(self, bars: Bars | None, runs: int, always: bool) -> None:
+        self._bars, self._runs, self._done = bars, runs, 0
+        self.always, self.note = always, ""
+
+    def layers(self, stage: str, done: int, total: int) -> None:
+        """A Progress (kqprefill.core) of a run."""
+        if self._bars is not None and stage == "prefill":
+            self._bars("bench", self._done + done / total, self._runs, self.note)
+        elif self._bars is not None:
+            self._bars(stage, done, total)
+
+    def end_run(self) -> None:
+        """One more run is done."""
+        self._done += 1
+        if self._bars is not None:
+            self._bars("bench", self._done, self._runs, self.note)
 
 
 def _stages(stages: Mapping[str, Stage]) -> dict[str, dict[str, float | None]]:
@@ -152,20 +198,23 @@ def _stages(stages: Mapping[str, Stage]) -> dict[str, dict[str, float | None]]:
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:
-    head = ["model", "size", "params", "backend", "device", "test", "t/s"]
+    """The table that llama-bench's users know; on a terminal, what is the same for all rows stands above it."""
+    same = {
+        "model": rows[0]["model"],
+        "size": size(rows[0]["size_bytes"]),
+        "params": f"{rows[0]['parameters'] / 1e9:.2f} B",
+        "backend": rows[0]["backend"],
+        "device": rows[0]["device"],
+    }
     lines = [
-        [
-            row["model"],
-            size(row["size_bytes"]),
-            f"{row['parameters'] / 1e9:.2f} B",
-            row["backend"],
-            row["device"],
-            f"pp{row['prompt_tokens']}",
-            f"{row['tokens_per_second']:.2f} ± {row['tokens_per_second_stddev']:.2f}",
-        ]
+        [f"pp{row['prompt_tokens']}", f"{row['tokens_per_second']:.2f} ± {row['tokens_per_second_stddev']:.2f}"]
         for row in rows
     ]
-    speeds = table(head, lines)
+    if sys.stdout.isatty():
+        above = "\n".join(f"{name:8}{shown(value)}" for name, value in same.items())
+        speeds = above + "\n\n" + table(["test", "t/s"], lines)
+    else:
+        speeds = table([*same, "test", "t/s"], [[*same.values(), *line] for line in lines])
     if "stages" not in rows[0]:
         return speeds
     head = ["test", "stage", "ms", "share", "TFLOP/s", "GB/s of weights"]
@@ -193,9 +242,14 @@ def _csv(rows: list[dict[str, Any]]) -> str:
     return out.getvalue().rstrip("\n")
 
 
-_FORMATS = {
-    "md": _markdown,
-    "json": lambda rows: json.dumps(rows, indent=2),
-    "jsonl": lambda rows: "\n".join(map(json.dumps, rows)),
-    "csv": _csv,
+def _print_jsonl(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        print_json(row)
+
+
+_PRINTERS: dict[str, Callable[[list[dict[str, Any]]], None]] = {
+    "md": lambda rows: print_text(_markdown(rows)),
+    "json": lambda rows: print_json(rows, indent=2),
+    "jsonl": _print_jsonl,
+    "csv": lambda rows: print_text(_csv(rows)),
 }

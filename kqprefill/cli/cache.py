@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import sys
 
 import click
 
+from ..errors import KqprefillError
+from ..terminal import print_json, print_text
 from .common import size
 
 
@@ -15,16 +17,21 @@ from .common import size
 def cache(clear: bool, as_json: bool) -> None:
     """Show or clear the compiled kernels on disk.
 
-    They lie in $KQPREFILL_CACHE_DIR, or kqprefill in the user's cache folder.
+    They lie in $KQPREFILL_CACHE_DIR, or kqprefill in the user's cache folder. (A path that is not absolute is ignored.)
+    Only what kqprefill wrote there is shown, and removed.
 
     \b
     kqprefill cache
     """
-    from ..backends.cuda.device.compiler import KernelCache
+    from ..backends.cuda.device.compiler import KernelCache, ignored_variables
 
+    for line in ignored_variables():
+        print_text(f"kqprefill: {line}", sys.stderr)
     kernels = KernelCache()
+    if kernels.folder is None:
+        raise KqprefillError(kernels.why_off())
     count, nbytes = kernels.clear() if clear else kernels.held()
     if as_json:
-        click.echo(json.dumps({"folder": str(kernels.folder), "kernels": count, "bytes": nbytes, "cleared": clear}))
+        print_json({"folder": str(kernels.folder), "kernels": count, "bytes": nbytes, "cleared": clear})
     else:
-        click.echo(f"{kernels.folder}: {count} programs, {size(nbytes)}" + (" removed" if clear else ""))
+        print_text(f"{kernels.folder}: {count} programs, {size(nbytes)}" + (" removed" if clear else ""))

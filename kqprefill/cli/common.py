@@ -1,28 +1,32 @@
-"""What the commands share: options, token lists, progress on a terminal, files written whole or not at all."""
+"""What the commands share: options, prompts and token lists, words to people, tables."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import suppress
 import os
+import re
+import shutil
+import stat
 import sys
-import tempfile
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from ..backends import KERNELS, NAMES
 from ..errors import InputError, KqprefillError
+from ..terminal import print_text, shown
+from .interrupts import reason
+from .outputs import STDIO
+from .sources import from_home, model_path
 
 if TYPE_CHECKING:
     from ..backends.cuda.weights.plan import Plan
     from ..core import Progress
     from ..engine.model import Model
-    from ..gguf import GGUFFile
+    from ..gguf import GGUFFile, ModelFile
     from ..models.family import Family
     from ..synthetic import SyntheticFile
-
-STDIO = "-"
 
 # A command's function, which an option is added to.
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -97,8 +101,42 @@ def open_file(name: str) -> GGUFFile | SyntheticFile:
     from ..gguf import GGUFFile
     from ..synthetic import SyntheticFile
 
-    is_file = os.path.exists(name) or name.endswith(".gguf") or os.sep in name
-    return GGUFFile(name) if is_file else SyntheticFile.named(name)
+    path = model_path(name)
+    is_file = path != name or os.path.exists(name) or name.endswith(".gguf") or os.sep in name
+    return GGUFFile(path) if is_file else SyntheticFile.named(name)
+
+
+def open_on(
+    file: ModelFile,
+    backend: str,
+    device: int,
+    kernels: str,
+    vram: str | None,
+    quiet: bool,
+    progress: Progress | None,
+    max_tokens: int,
+    ranks: bool = False,
+) -> Model:
+    """A Model of an open file, on what the options of `device_options` and `memory_option` say; closes it on failure.
+
+    On the CPU those that mean nothing there are said to be ignored.
+    """
+    from ..engine.model import open_model
+
+    model = open_model(file, backend, device, kernels, progress, warner(quiet), vram, max_tokens, ranks)
+    if model.backend.name == "cpu" and not quiet:
+        say_ignored()
+    return model
+
+
+def say_ignored() -> None:
+    """Which of the options that were given mean nothing on the CPU."""
+    context = click.get_current_context()
+    default = click.core.ParameterSource.DEFAULT
+    names = ("device", "kernels", "vram")
+    given = [f"--{n}" for n in names if n in context.params and context.get_parameter_source(n) is not default]
+    if given:
+        say(f"{' and '.join(given)}: ignored on the CPU")
 
 
 def plan_lines(plan: Plan, family: Family) -> Iterator[str]:
@@ -118,117 +156,140 @@ def say_loaded(model: Model) -> None:
     if model.backend.plan is None or loaded is None:
         return
     rate = loaded.nbytes / loaded.seconds / 1e9
-    click.echo(f"weights that stay: {size(loaded.nbytes)} in {loaded.seconds:.3f} s, {rate:.1f} GB/s", err=True)
+    say_plain(f"weights that stay: {size(loaded.nbytes)} in {loaded.seconds:.3f} s, {rate:.1f} GB/s")
     for line in plan_lines(model.backend.plan, model.family):
-        click.echo(line, err=True)
+        say_plain(line)
 
 
 def say_summary(line: str, quiet: bool, verbose: bool) -> None:
     """What was done, on stderr: for a person who looks on, or where it is asked for."""
     if verbose or (sys.stderr.isatty() and not quiet):
-        click.echo(line, err=True)
+        say_plain(line)
 
 
 def read_text(text: str, option: str) -> str:
-    """A prompt as it is, from stdin (`-`) or from a file (`@FILE`). Raises InputError."""
-    try:
-        if text == STDIO:
-            return sys.stdin.buffer.read().decode("utf-8")
-        if text.startswith("@"):
-            with open(text[1:], "rb") as file:
-                return file.read().decode("utf-8")
-    except OSError as error:
-        raise InputError(f"{option} {text}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{option} {text}: not a text file (byte {error.start} is no UTF-8)") from None
+    """A prompt as it is, from stdin (`-`) or from a file (`@FILE`). Raises as `read_text_file` does."""
+    if text == STDIO or text.startswith("@"):
+        return read_text_file(text.removeprefix("@"), option)
     return text
 
 
+def read_text_file(path: str, option: str) -> str:
+    """The text in a file (`-`: stdin), without the mark that some editors begin a file with.
+
+    Raises KqprefillError where it cannot be read, InputError where it is no text.
+    """
+    try:
+        if path == STDIO:
+            return sys.stdin.buffer.read().decode("utf-8-sig")
+        with open(from_home(path), "rb") as file:
+            return file.read().decode("utf-8-sig")
+    except OSError as error:
+        raise KqprefillError(f"{option} {path}: {reason(error)}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{option} {path}: not a text file (byte {error.start} is no UTF-8)") from None
+
+
 def read_tokens(text: str) -> list[int]:
-    """IDs from `1,2,3` or `1 2 3`, from stdin (`-`) or from a file (`@FILE`). Raises InputError."""
+    """IDs from `1,2,3` or `1 2 3`, from stdin (`-`) or from a file (`@FILE`). Raises KqprefillError, InputError."""
     where = "stdin" if text == STDIO else text[1:] if text.startswith("@") else "--tokens"
-    ids = []
-    for word in read_text(text, "--tokens").replace(",", " ").split():
-        try:
-            ids.append(int(word))
-        except ValueError:
-            raise InputError(
-                f"{where}: {word[:40]!r} is not a token id; give integers, separated by commas or spaces"
-            ) from None
+    ids = [_integer(word, where, "a token id") for word in read_text(text, "--tokens").replace(",", " ").split()]
     if not ids:
         raise InputError(f"{where}: the prompt is empty; give at least one token id")
     return ids
 
 
-@contextmanager
-def output_file(path: str) -> Iterator[BinaryIO]:
-    """A binary file to write `path` through: renamed into place at the end, or removed if the work fails.
+def read_lengths(texts: Sequence[str], option: str) -> list[int]:
+    """Prompt lengths from `128,512`, given once or several times. Raises InputError."""
+    return [_integer(word.strip(), option, "a prompt length") for text in texts for word in text.split(",")]
 
-    A pipe or a device is written as it is, and a symbolic link leads to the file that is replaced.
-    """
-    if path == STDIO:
-        yield sys.stdout.buffer
-        sys.stdout.buffer.flush()
-        return
+
+def _integer(word: str, where: str, what: str) -> int:
+    """Of ASCII digits only: int() would read 1_0 and other scripts' digits as well."""
+    if not re.fullmatch("-?[0-9]{1,30}", word):
+        raise InputError(f"{where}: {word[:40]!r} is not {what}; give integers, separated by commas or spaces")
+    return int(word)
+
+
+def has_piped_stdin() -> bool:
+    """Whether someone feeds stdin: a pipe, a file or a socket, not a terminal or nothing."""
     try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            with open(path, "wb") as file:  # a folder says so itself
-                yield file
-            return
-        target = os.path.realpath(path)
-        handle, temporary = tempfile.mkstemp(dir=os.path.dirname(target), prefix=".kqprefill-", suffix=".tmp")
-        os.close(handle)
-        try:
-            with open(temporary, "wb") as file:  # by name, which whoever writes may need
-                yield file
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(temporary, 0o666 & ~umask)
-            os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        raise KqprefillError(f"{path} cannot be written: {error.strerror or error}") from None
+        mode = os.fstat(0).st_mode
+    except OSError:
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
 
 
-@contextmanager
-def progress_bars(enabled: bool) -> Iterator[Progress | None]:
-    """A progress(stage, done, total) callback: bars on stderr where it is a terminal and `enabled`, else None."""
-    if not enabled or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bars
+def say(line: str) -> None:
+    """A line to people, after our name. A stderr that cannot be written stops no work."""
+    say_plain(f"kqprefill: {line}")
 
-    columns = (
-        TextColumn("{task.description:8}"),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f}%"),
-        TimeElapsedColumn(),
-    )
-    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
-        tasks: dict[str, TaskID] = {}
 
-        def progress(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-
-        yield progress
+def say_plain(line: str) -> None:
+    """A line to people, as it is."""
+    with suppress(OSError):
+        print_text(line, sys.stderr)
+        sys.stderr.flush()
 
 
 def warner(quiet: bool) -> Callable[[str], None]:
     """warn(line) to stderr, or to nowhere."""
-    return (lambda line: None) if quiet else (lambda line: click.echo(f"kqprefill: {line}", err=True))
+    return (lambda line: None) if quiet else say
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Markdown, its columns aligned."""
-    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
-    cells = [head, ["-" * width for width in widths], *lines]
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in cells)
+    """Markdown, its columns aligned, numbers to the right.
+
+    On a terminal it fits its width: the longest texts are cut, which are there for people to recognise.
+    """
+    rows = [list(row) for row in (head, *lines)]
+    right = [all(_NUMBER.match(row[i]) or not row[i] for row in rows[1:]) for i in range(len(head))]
+    if sys.stdout.isatty():
+        rows = [[shown(cell) for cell in row] for row in rows]
+        _fit(rows, right, shutil.get_terminal_size().columns)
+    widths = [max(3, *(columns_of(row[i]) for row in rows)) for i in range(len(head))]
+    rule = ["-" * (width - 1) + (":" if to_right else "-") for width, to_right in zip(widths, right)]
+    return "\n".join("| " + " | ".join(map(_padded, row, widths, right)) + " |" for row in [rows[0], rule, *rows[1:]])
+
+
+_NUMBER = re.compile(r"[-+<]?[0-9]")
+
+
+def _fit(rows: list[list[str]], right: Sequence[bool], width: int) -> None:
+    """Cut the texts of the widest columns, in place, until rows take so many columns of a terminal or cannot."""
+    widths = [max(columns_of(row[i]) for row in rows) for i in range(len(right))]
+    over = sum(max(3, w) + 3 for w in widths) + 1 - width
+    while over > 0:
+        i = max((i for i, to_right in enumerate(right) if not to_right), key=lambda i: widths[i], default=None)
+        if i is None or widths[i] <= 8:
+            return
+        widths[i] -= 1
+        over -= 1
+        for row in rows:
+            row[i] = _cut(row[i], widths[i])
+
+
+def _cut(text: str, width: int) -> str:
+    if columns_of(text) <= width:
+        return text
+    text = text.removesuffix("…")
+    while columns_of(text) > width - 1:
+        text = text[:-1]
+    return text + "…"
+
+
+def _padded(text: str, width: int, to_right: bool) -> str:
+    space = " " * (width - columns_of(text))
+    return space + text if to_right else text + space
+
+
+def columns_of(text: str) -> int:
+    """The columns of a terminal that a text takes."""
+    if text.isascii():
+        return len(text)
+    from unicodedata import combining, east_asian_width
+
+    return sum(0 if combining(c) else 2 if east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def size(nbytes: float) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import platform
 
 import click
 
+from ..terminal import print_json, print_text
 from .common import size
 
 
@@ -26,7 +26,7 @@ def doctor(context: click.Context, device: int, as_json: bool) -> None:
     \b
     kqprefill doctor
     """
-    from ..backends.cuda.device.compiler import KernelCache
+    from ..backends.cuda.device.compiler import KernelCache, ignored_variables
     from ..backends.cuda.device.gpu import Gpu
     from ..backends.cuda.kernel_set import kernel_set_of
     from ..errors import BackendError
@@ -61,16 +61,17 @@ def doctor(context: click.Context, device: int, as_json: bool) -> None:
     cache = KernelCache()
     count, nbytes = cache.held()
     found["kernel cache"] = f"{cache.folder}: {count} programs, {size(nbytes)}"
+    problems += ignored_variables()
     if why := cache.why_off():
         problems.append(f"every start compiles its kernels: {why}")
     if as_json:
-        click.echo(json.dumps({"usable": usable, "found": found, "problems": problems}, ensure_ascii=False))
+        print_json({"usable": usable, "found": found, "problems": problems})
     else:
         width = max(map(len, found))
         for name, value in found.items():
-            click.echo(f"{name:{width}}  {value or 'none'}")
+            print_text(f"{name:{width}}  {value or 'none'}")
         for problem in problems:
-            click.echo(f"! {problem}")
+            print_text(f"! {problem}")
     context.exit(0 if usable else 1)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from typing import TYPE_CHECKING, Any
@@ -10,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InputError, KqprefillError
+from ..terminal import json_value, print_json, print_text, shown
 from .common import open_file, size, table
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ..gguf import ModelFile, ModelTensor
 
 _GROUPS = [  # what a tensor's name begins with, after blk.N. -> group
@@ -46,26 +48,31 @@ def inspect(name: str, tensors: bool, key: str | None, as_json: bool) -> None:
         raise click.UsageError("--tensors and --metadata both say what to print; give one")
     with open_file(name) as file:
         if tensors:
-            click.echo(_tensors(file, as_json))
+            _print_tensors(file, as_json)
         elif key is not None:
-            click.echo(_metadata(file, key, as_json))
+            _print_metadata(file, key, as_json)
         else:
             described = _describe(file, name)
-            click.echo(json.dumps(described, ensure_ascii=False) if as_json else _for_people(described))
+            if as_json:
+                print_json(described)
+            else:
+                print_text(_for_people(described))
 
 
-def _tensors(file: ModelFile, as_json: bool) -> str:
+def _print_tensors(file: ModelFile, as_json: bool) -> None:
     if as_json:
         rows = [
             {"name": t.name, "type": t.type.name, "shape": list(t.shape), "bytes": t.nbytes}
             for t in file.tensors.values()
         ]
-        return json.dumps(rows)
-    lines = [[t.name, t.type.name, " x ".join(map(str, t.shape)), size(t.nbytes)] for t in file.tensors.values()]
-    return table(["tensor", "type", "shape", "size"], lines)
+        print_json(rows)
+        return
+    lines = [[shown(t.name), t.type.name, " x ".join(map(str, t.shape)), size(t.nbytes)] for t in file.tensors.values()]
+    print_text(table(["tensor", "type", "shape", "size"], lines))
 
 
 def _describe(file: ModelFile, name: str) -> dict[str, Any]:
+    from ..gguf.keys import key_or_none
     from ..models import read_model
 
     backends, problem = ["cpu", "cuda"], None
@@ -73,8 +80,8 @@ def _describe(file: ModelFile, name: str) -> dict[str, Any]:
         read_model(file)
     except KqprefillError as error:
         backends, problem = [], str(error)
-    get = file.metadata.get
-    architecture = get("general.architecture")
+    metadata = file.metadata
+    architecture = key_or_none(metadata, "general.architecture")
     groups: dict[str, dict[str, Any]] = {}
     for tensor in file.tensors.values():
         group = groups.setdefault(_group_of(tensor), {"tensors": 0, "parameters": 0, "bytes": 0, "types": {}})
@@ -87,18 +94,26 @@ def _describe(file: ModelFile, name: str) -> dict[str, Any]:
     embedding = file.tensors.get("token_embd.weight")
     return {
         "model": name,
-        "name": get("general.name"),
+        "name": key_or_none(metadata, "general.name"),
         "architecture": architecture,
         "backends": backends,
         "problem": problem,
         "parameters": sum(group["parameters"] for group in groups.values()),
         "bytes": sum(group["bytes"] for group in groups.values()),
-        "layers": get(f"{architecture}.block_count"),
-        "context": get(f"{architecture}.context_length"),
+        "layers": _size_in(metadata, f"{architecture}.block_count"),
+        "context": _size_in(metadata, f"{architecture}.context_length"),
         "vocabulary": embedding.shape[0] if embedding is not None else None,
-        "tokenizer": get("tokenizer.ggml.model"),
+        "tokenizer": key_or_none(metadata, "tokenizer.ggml.model"),
         "groups": {name: groups[name] for name in _ORDER if name in groups},
     }
+
+
+def _size_in(metadata: Mapping[str, Any], key: str) -> int | None:
+    """A number that the file gives, or None for anything else that stands there; `problem` says what that is."""
+    from ..gguf.keys import COUNT
+
+    value: int | None = COUNT.accept(metadata.get(key))
+    return value
 
 
 def _group_of(tensor: ModelTensor) -> str:
@@ -109,16 +124,17 @@ def _group_of(tensor: ModelTensor) -> str:
 
 
 def _for_people(d: dict[str, Any]) -> str:
-    def shown(value: object) -> str:
-        return "?" if value is None else str(value)
+    def known(value: object) -> str:
+        """In one line, whatever the file has there."""
+        return "?" if value is None else shown(value)
 
     bits = 8 * d["bytes"] / d["parameters"] if d["parameters"] else 0
     lines = [
-        f"{d['model']}: {shown(d['name'])}",
-        f"architecture {shown(d['architecture'])}, {d['parameters'] / 1e9:.2f} B parameters in {size(d['bytes'])}, "
+        f"{known(d['model'])}: {known(d['name'])}",
+        f"architecture {known(d['architecture'])}, {d['parameters'] / 1e9:.2f} B parameters in {size(d['bytes'])}, "
         f"{bits:.2f} bits each",
-        f"{shown(d['layers'])} layers, context {shown(d['context'])}, vocabulary {shown(d['vocabulary'])} "
-        f"({shown(d['tokenizer'])})",
+        f"{known(d['layers'])} layers, context {known(d['context'])}, vocabulary {known(d['vocabulary'])} "
+        f"({known(d['tokenizer'])})",
         f"kqprefill runs it ({', '.join(d['backends'])})"
         if d["backends"]
         else f"kqprefill does not run it: {d['problem']}",
@@ -137,17 +153,18 @@ def _for_people(d: dict[str, Any]) -> str:
     return "\n".join(lines) + table(["tensors", "", "types", "size", "bits a weight"], rows)
 
 
-def _metadata(file: ModelFile, key: str, as_json: bool) -> str:
+def _print_metadata(file: ModelFile, key: str, as_json: bool) -> None:
     """All of it, arrays by their first elements; or the whole value under a key."""
     if key and key not in file.metadata:
         raise InputError(f"{file.path}: there is no metadata {key!r}")
     values = {name: _plain(file.metadata[name]) for name in ([key] if key else file.metadata)}
     if as_json:
-        return json.dumps(values[key] if key else values, ensure_ascii=False)
-    if key:
+        print_json(json_value(values[key] if key else values))
+    elif key:
         value = values[key]
-        return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
-    return "\n".join(f"{name} = {_short(value)}" for name, value in values.items())
+        print_text("\n".join(map(str, value)) if isinstance(value, list) else value)
+    else:
+        print_text("\n".join(f"{shown(name)} = {_short(value)}" for name, value in values.items()))
 
 
 def _plain(value: Any) -> Any:
@@ -155,7 +172,8 @@ def _plain(value: Any) -> Any:
 
 
 def _short(value: object) -> str:
+    """A value in one line, as Python spells it, which escapes what a terminal would obey."""
     if isinstance(value, list) and len(value) > 8:
-        return f"[{', '.join(map(repr, value[:8]))}, …] ({len(value)})"
+        return f"[{', '.join(_short(element) for element in value[:8])}, …] ({len(value)})"
     text = repr(value)
     return text if len(text) <= 120 else text[:117] + "..."

@@ -7,6 +7,8 @@ from html import escape
 import json
 from typing import TYPE_CHECKING, BinaryIO
 
+from ..terminal import shown, shown_json
+
 if TYPE_CHECKING:
     from ..engine.model import Model
     from ..engine.scoring import Item, Scored
@@ -47,7 +49,8 @@ document.addEventListener("mouseover", event => {{
   if (!token) return;
   const percent = p => (100 * Math.exp(p)).toPrecision(3).padStart(9) + " %";
   const rows = JSON.parse(token.dataset.a).map(([text, p]) => percent(p) + "  " + text);
-  tip.textContent = JSON.stringify(token.textContent) + "\\nlog-probability " + token.dataset.p + "\\n" + \
+  const text = JSON.stringify(token.textContent).replace(/\\p{{Cf}}/gu, c => "\\\\u" + c.charCodeAt().toString(16));
+  tip.textContent = text + "\\nlog-probability " + token.dataset.p + "\\n" + \
 rows.join("\\n");
   const box = token.getBoundingClientRect(), left = Math.min(box.left, innerWidth - tip.offsetWidth - 8);
   tip.style.left = scrollX + Math.max(8, left) + "px";
@@ -68,7 +71,7 @@ class Page:
         edges = [0, *_SHADES]
         legend = " ".join(f'<span class="t s{i}">&nbsp;≥&nbsp;{edge:g}&nbsp;</span>' for i, edge in enumerate(edges))
         shades = " ".join(f".s{i} {{ --n: {i}; }}" for i in range(len(edges)))
-        self._write(_HEAD.format(title=escape(f"kqprefill score: {name}"), shades=shades, legend=legend))
+        self._write(_HEAD.format(title=escape(f"kqprefill score: {shown(name)}"), shades=shades, legend=legend))
 
     def add(self, index: int, item: Item, several: list[Scored]) -> None:
         """One record: its Item, and a Scored for each of its sequences."""
@@ -79,7 +82,8 @@ class Page:
                 mean, perplexity = scored.mean_logprob, scored.perplexity
                 figures = f"{scored.n_tokens} tokens, mean log-probability {mean:.4f}, perplexity {perplexity:.4g}"
             which = f"record {index}" + (f", choice {number}" if item.choices else "")
-            before = escape("".join(map(self._name, given)))
+            # Each token is isolated (<bdi>): none can turn the order of what stands beside it round.
+            before = "".join(f"<bdi>{escape(self._name(token))}</bdi>" for token in given)
             self._write(f'<h2>{which} <small>{figures}</small></h2>\n<div class="x"><span class="p">{before}</span>')
             for place, token in enumerate(scored.tokens.tolist()):
                 self._write(self._token(scored, place, token))
@@ -91,12 +95,13 @@ class Page:
         logprob = float(scored.logprobs[place])
         top = zip(scored.top_tokens[place, : self._top].tolist(), scored.top_logprobs[place, : self._top].tolist())
         others = json.dumps(
-            [[json.dumps(self._name(t), ensure_ascii=False), round(p, 4)] for t, p in top], ensure_ascii=False
+            [[shown_json(json.dumps(self._name(t), ensure_ascii=False)), round(p, 4)] for t, p in top],
+            ensure_ascii=False,
         )
         text = self._name(token)
-        shown = "↵\n" if text == "\n" else text
+        visible = "↵\n" if text == "\n" else text
         shade, alternatives = bisect(_SHADES, -logprob), escape(others)
-        return f'<span class="t s{shade}" data-p="{logprob:.4f}" data-a="{alternatives}">{escape(shown)}</span>'
+        return f'<bdi class="t s{shade}" data-p="{logprob:.4f}" data-a="{alternatives}">{escape(visible)}</bdi>'
 
     def _name(self, token: int) -> str:
         text = self._text(token)

@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-import json
-import math
+import time
 
 import click
 
 from ..backends.wake import wake_gpu
 from ..errors import KqprefillError
+from ..terminal import json_value, print_json
 from .common import (
     batch_option,
     device_options,
+    has_piped_stdin,
     memory_option,
     open_file,
-    progress_bars,
-    read_text,
+    open_on,
+    read_text_file,
     read_tokens,
+    say,
     say_loaded,
     say_summary,
     volume_options,
-    warner,
 )
+from .interrupts import Interrupted
+from .outputs import STDIO
+from .progress import Bars, progress_bars
 
 
 @click.command()
 @click.argument("name", metavar="MODEL", type=click.Path())
-@click.option("--file", "text", metavar="FILE", help="The text, for the file's own tokenizer; `-` reads stdin.")
+@click.option(
+    "-f",
+    "--file",
+    "text",
+    metavar="FILE",
+    help="The text, for the model's own tokenizer; `-` is stdin, which is read where it is piped and nothing is named.",
+)
 @click.option("--tokens", metavar="IDS", help="Token ids instead: `1,2,3`, `-` for stdin, `@FILE`.")
 @click.option(
     "-c",
@@ -68,40 +78,44 @@ def perplexity(
     \b
     kqprefill perplexity examples/tiny-qwen3.gguf --file README.md -c 256
     """
+    if text is None and tokens is None and has_piped_stdin():
+        text = STDIO
     if (text is None) == (tokens is None):
         raise click.UsageError("give the text either as --file FILE or as --tokens IDS")
     ids = None if tokens is None else read_tokens(tokens)
-    words = None if text is None else read_text(text if text == "-" else f"@{text}", "--file")
+    words = None if text is None else read_text_file(text, "--file")
     wake_gpu(backend, device)
-    from ..engine.model import open_model
     from ..engine.perplexity import perplexity as measure
     from ..text import Tokenizer
 
-    with ExitStack() as stack:
-        progress = stack.enter_context(progress_bars(not quiet))
-        file = open_file(name)
-        stack.enter_context(file)
-        bos = None
-        try:
-            tokenizer = Tokenizer(file.metadata, name)
-            bos = tokenizer.bos
-            if words is not None:
-                ids = tokenizer.encode(words)
-        except KqprefillError:
-            if words is not None:
-                raise
-        assert ids is not None, "the text is given as --file or as --tokens"
-        model = stack.enter_context(
-            open_model(
-                file, backend, device, kernels, progress, warner(quiet), vram, max_tokens=batch_tokens, ranks=True
+    watch = None
+    try:
+        with ExitStack() as stack:
+            bars = stack.enter_context(progress_bars(not quiet))
+            watch = _Watch(bars)
+            file = open_file(name)
+            stack.enter_context(file)
+            bos = None
+            try:
+                tokenizer = Tokenizer(file.metadata, name)
+                bos = tokenizer.bos
+                if words is not None:
+                    ids = tokenizer.encode(words)
+            except KqprefillError:
+                if words is not None:
+                    raise
+            assert ids is not None, "the text is given as --file or as --tokens"
+            model = stack.enter_context(
+                open_on(file, backend, device, kernels, vram, quiet, bars, batch_tokens, ranks=True)
             )
-        )
-
-        measured = measure(model, ids, context, chunks, bos, batch_tokens, progress)
-        if math.isnan(measured.value):
-            raise KqprefillError("the logits hold NaN: the file's weights are damaged or out of range")
-        if verbose:
-            say_loaded(model)
+            watch.begin(context * min(len(ids) // max(context, 1), chunks or len(ids)))
+            measured = measure(model, ids, context, chunks, bos, batch_tokens, watch)
+            if verbose:
+                say_loaded(model)
+    except Interrupted:
+        if watch is not None and watch.done and not quiet:
+            say(f"interrupted: {watch.done:.0%} of the text was scored; the figure needs all of it (--chunks N: less)")
+        raise
     where = f"{model.backend.name} ({model.backend.device_name})"
     say_summary(f"{measured.n_tokens} tokens of {measured.windows} windows of {context}, {where}", quiet, verbose)
     if as_json:
@@ -114,6 +128,26 @@ def perplexity(
             "model": name,
             "backend": model.backend.name,
         }
-        click.echo(json.dumps(described, ensure_ascii=False))
+        print_json(json_value(described))
     else:
         click.echo(f"PPL = {measured.value:.4f} +/- {measured.error:.5f}")
+
+
+class _Watch:
+    """A Progress (kqprefill.core) that shows how far it is, with tokens/s, and remembers it."""
+
+    def __init__(self, bars: Bars | None) -> None:
+        self._bars, self._tokens, self._begun = bars, 0, 0.0
+        self.done = 0.0  # as a part of all
+
+    def begin(self, tokens: int) -> None:
+        """So many tokens are being measured from now on."""
+        self._tokens, self._begun = tokens, time.perf_counter()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        note = ""
+        if stage == "windows":
+            self.done = done / total
+            note = f"{self.done * self._tokens / (time.perf_counter() - self._begun):.0f} tokens/s"
+        if self._bars is not None:
+            self._bars(stage, done, total, note)

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import json
+from typing import TYPE_CHECKING
 
 import click
 
 from ..errors import InputError
-from .common import kernels_option, memory_option, open_file, plan_lines, size
+from ..terminal import print_json, print_text
+from .common import device_options, memory_option, open_file, plan_lines, read_lengths, say_ignored, size
+
+if TYPE_CHECKING:
+    from ..models.family import Family
 
 
 @click.command()
 @click.argument("model", metavar="MODEL|SHAPE:RECIPE")
-@click.option("-p", "--prompt", "tokens", default=4096, show_default=True, metavar="T", help="Tokens of the prompt.")
-@click.option(
-    "--device", default=0, metavar="N", envvar="KQPREFILL_DEVICE", show_envvar=True, help="CUDA device number."
-)
+@click.option("-p", "--prompt", "length", default="4096", show_default=True, metavar="T", help="Tokens of the prompt.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, sizes in bytes.")
-@kernels_option
+@device_options
 @memory_option
-def plan(model: str, tokens: int, device: int, as_json: bool, kernels: str, vram: str | None) -> None:
+def plan(model: str, length: str, as_json: bool, backend: str, device: int, kernels: str, vram: str | None) -> None:
     """Say what would stay in GPU memory.
 
     Where a model's weights would live, what takes GPU memory, and what bounds the speed.
 
-    With a GPU, its bus is measured and its free memory is the budget; without one, give --vram.
+    With a GPU, its bus is measured and its free memory is the budget; without one, give --vram. With --backend cpu:
+    what the CPU takes, where nothing is planned.
 
     \b
     kqprefill plan qwen3-32b:Q4_K_M --vram 8G -p 8192
@@ -38,10 +40,16 @@ def plan(model: str, tokens: int, device: int, as_json: bool, kernels: str, vram
     from ..errors import BackendError
     from ..models import read_model
 
+    tokens, *more = read_lengths([length], "-p")
+    if more:
+        raise click.UsageError(f"-p {length}: a plan is for one length")
     with open_file(model) as file:
         family = read_model(file)
         if not 0 < tokens <= family.config.context_length:
             raise InputError(f"-p {tokens}: the model's context is 1 to {family.config.context_length} tokens")
+        if backend == "cpu":
+            _plan_cpu(model, family, tokens, as_json)
+            return
         budget = None if vram is None else Budget.parse(vram)
         try:
             gpu = Gpu(device)
@@ -71,9 +79,9 @@ def plan(model: str, tokens: int, device: int, as_json: bool, kernels: str, vram
             "streamed_bytes": made.streamed_bytes,
             **bounds,
         }
-        click.echo(json.dumps(described))
+        print_json(described)
         return
-    click.echo(f"{model} on {name}, prompts of {tokens} tokens")
+    print_text(f"{model} on {name}, prompts of {tokens} tokens")
     for line in plan_lines(made, family):
         click.echo(line)
     arithmetic = f"arithmetic {bounds['compute_seconds']:.3f} s at {bounds['tflops']:.0f} TFLOP/s"
@@ -84,3 +92,24 @@ def plan(model: str, tokens: int, device: int, as_json: bool, kernels: str, vram
     which = "the bus" if bounds["bus_seconds"] > bounds["compute_seconds"] else "arithmetic"
     click.echo(f"bound by {which}: {arithmetic}, {bus} ({size(made.streamed_bytes)} streamed for each prompt)")
     click.echo(f"streaming is free from about {bounds['free_from_tokens']} tokens")
+
+
+def _plan_cpu(model: str, family: Family, tokens: int, as_json: bool) -> None:
+    """What the CPU backend takes: nothing is planned there, since the system takes mapped pages back as it needs."""
+    say_ignored()
+    config = family.config
+    weights = sum(tensor.nbytes for tensor in family.file.tensors.values())
+    widest = max(weight.shape[-1] for weight in family.matrices())
+    parts = {
+        "weights": weights,
+        "keys, values": 8 * tokens * config.head_count_kv * config.head_dim,  # float32, one layer's
+        "activations": 4 * tokens * (2 * config.embedding_length + 3 * widest),
+    }
+    if as_json:
+        described = {"model": model, "device": "cpu", "parts": parts, "prompt_tokens": tokens}
+        print_json(described)
+        return
+    print_text(f"{model} on the CPU, prompts of {tokens} tokens: nothing is planned there, and no budget is kept to")
+    notes = {"weights": "mapped from the file", "keys, values": "of a layer at a time", "activations": "about"}
+    for name, nbytes in parts.items():
+        click.echo(f"  {name:12}  {size(nbytes):>10}  {notes[name]}")

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-import fcntl
 import json
+import math
 import os
 import queue
-import signal
+import stat
 import sys
 import threading
-from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from ..errors import InputError, KqprefillError
-from .common import STDIO
+from .interrupts import reason
+from .outputs import STDIO
+from .sources import from_home
 
 if TYPE_CHECKING:
     from ..engine.scoring import Item
@@ -23,18 +24,28 @@ if TYPE_CHECKING:
 _AHEAD = 1 << 16  # tokens that are read before they are needed, about: some batches
 _RECORD = 64  # what a record costs by itself, in tokens
 ASKED = "tokens", "prompt", "completion", "choices"  # keys of a record that say what to score
+OURS = frozenset(  # keys of a result
+    (
+        "index n_tokens logprob mean_logprob perplexity best best_per_token choices error "
+        "token_logprobs greedy_tokens top_tokens top_logprobs"
+    ).split()
+)
+_MOST_NESTED = 100  # lists and objects in one another: far below where Python's JSON gives up
 _LINGER = 0.05  # seconds to wait for more, before what there is runs in a smaller batch
+_BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
 class Record:
     """One line of the input.
 
-    index: its place among the records, from 0; line: its place in the file, from 1; end: where it ends there, in bytes.
-    extras: the keys that do not say what to score. item: what to score, or error: what is wrong with the line.
+    index: its place among the records, from 0; name, line: its file's name, and its place there, from 1; end: where it
+    ends in the input, in bytes. extras: what is handed on, by key. item: what to score, or error: what is wrong with
+    the line.
     """
 
     index: int
+    name: str
     line: int
     end: int
     extras: dict[str, Any]
@@ -42,27 +53,52 @@ class Record:
     error: str | None = None
 
     @property
+    def where(self) -> str:
+        """Its place, for people."""
+        return f"{self.name}: line {self.line}"
+
+    @property
     def cost(self) -> int:
         """What it takes of what is read ahead, in tokens."""
         return _RECORD + (self.item.tokens if self.item else 0)
 
 
-class Records:
-    """The records of a JSONL file (`-` is stdin), read and tokenised by a thread.
+def check_inputs(paths: Sequence[str]) -> list[str]:
+    """The files of records as they will be opened (`-`: stdin). Raises KqprefillError for one that cannot be read,
+    before anything else is done; InputError for stdin twice."""
+    if paths.count(STDIO) > 1:
+        raise InputError("stdin (`-`) is given twice; it can be read once")
+    found = [path if path == STDIO else from_home(path) for path in paths]
+    for path in found:
+        if path == STDIO:
+            continue
+        try:
+            if stat.S_ISDIR(os.stat(path).st_mode):
+                raise KqprefillError(f"{path}: a folder, where a file of JSON lines is wanted")
+            if not os.access(path, os.R_OK):
+                raise KqprefillError(f"{path}: it may not be read")
+        except OSError as error:
+            raise KqprefillError(f"{path}: {error.strerror}") from None
+    return found
 
-    make(content): the Item of a record; raises InputError. skip: how many records there are results of already. Raises
-    InputError for a file that cannot be opened.
+
+class Records:
+    """The records of JSONL files (`-` is stdin), one after another, read and tokenised by a thread.
+
+    make(content): the Item of a record; raises InputError. skip: how many records there are results of already.
+    keep_as: the key under which all of a record's other keys are handed on; else they keep their names, and one that is
+    named as a result's is an error. Where a file cannot be read, taking its records raises KqprefillError.
     """
 
-    def __init__(self, path: str, make: Callable[[Any], Item], skip: int = 0) -> None:
-        try:
-            # Its thread reads it until the process ends.
-            self._file: BinaryIO = sys.stdin.buffer if path == STDIO else open(path, "rb")  # noqa: SIM115
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror}") from None
-        self.name = "stdin" if path == STDIO else path
-        self.nbytes = os.path.getsize(path) if os.path.isfile(path) else None
-        self._make, self._skip = make, skip
+    def __init__(
+        self, paths: Sequence[str], make: Callable[[Any], Item], skip: int = 0, keep_as: str | None = None
+    ) -> None:
+        self._paths = list(paths)
+        self.several = len(self._paths) > 1
+        self.name = "stdin" if self._paths == [STDIO] else ", ".join(self._paths)
+        sizes = [os.path.getsize(path) if os.path.isfile(path) else None for path in self._paths]
+        self.nbytes = None if None in sizes else sum(size for size in sizes if size is not None)
+        self._make, self._skip, self._keep_as = make, skip, keep_as
         self._queue: queue.Queue[Record | BaseException | None] = queue.Queue()
         self._ahead, self._taken = 0, threading.Condition()
         self.last_skipped: Record | None = None
@@ -89,20 +125,19 @@ class Records:
             yield read
 
     def _read(self) -> None:
-        index = end = 0
+        index = 0
         try:
-            for line, text in enumerate(self._file, 1):
-                end += len(text)
+            for name, line, end, text in self._lines():
                 if not text.strip():
                     continue
                 if index >= self._skip:
-                    record = self._record(index, line, end, text)
+                    record = self._record(index, name, line, end, text)
                     with self._taken:
                         self._taken.wait_for(lambda: self._ahead < _AHEAD)
                         self._ahead += record.cost
                     self._queue.put(record)
                 elif index == self._skip - 1:
-                    self.last_skipped = self._record(index, line, end, text)
+                    self.last_skipped = self._record(index, name, line, end, text)
                 index += 1
             if index < self._skip:
                 raise InputError(f"{self.name} has {index} records, but the output to continue has {self._skip}")
@@ -110,129 +145,73 @@ class Records:
         except BaseException as error:  # raised where the records are taken
             self._queue.put(error)
 
-    def _record(self, index: int, line: int, end: int, text: bytes) -> Record:
-        extras: dict[str, Any] = {}
+    def _lines(self) -> Iterator[tuple[str, int, int, bytes]]:
+        """Every line of every file: the file's name, the line's number, where it ends among all bytes, its text."""
+        end = 0
+        for path in self._paths:
+            name = "stdin" if path == STDIO else path
+            try:
+                # Its thread reads it until the process ends.
+                file: BinaryIO = sys.stdin.buffer if path == STDIO else open(path, "rb")  # noqa: SIM115
+                for number, text in enumerate(file, 1):
+                    end += len(text)
+                    yield name, number, end, text.removeprefix(_BOM) if number == 1 else text
+            except OSError as error:
+                raise KqprefillError(f"{name}: {reason(error)}") from None
+
+    def _record(self, index: int, name: str, line: int, end: int, text: bytes) -> Record:
+        others: dict[str, Any] = {}
+        item, why = None, None
         try:
-            content = json.loads(text.decode("utf-8"), parse_constant=_refuse)
+            content = json.loads(text.decode("utf-8"), parse_constant=_refuse, parse_float=_finite)
             if not isinstance(content, dict):
                 raise InputError("a record must be a JSON object")
-            extras = {key: value for key, value in content.items() if key not in ASKED}
-            return Record(index, line, end, extras, self._make(content))
+            _refuse_deep(text, content)
+            others = {key: value for key, value in content.items() if key not in ASKED}
+            taken = [] if self._keep_as else [key for key in others if key in OURS]
+            if taken:
+                raise InputError(
+                    f'the key "{taken[0]}" is one of the result\'s own; rename it, or put all other keys under one '
+                    "with --keep-as NAME"
+                )
+            item = self._make(content)
         except InputError as error:
             why = str(error)
         except UnicodeDecodeError as error:
             why = f"byte {error.start + 1} is no UTF-8"
+        except json.JSONDecodeError as error:
+            why = f"no JSON: {error.msg} (character {error.pos + 1} of the line)"
         except (ValueError, RecursionError) as error:
             why = f"no JSON: {error}"
-        return Record(index, line, end, extras, error=why)
+        extras = {key: value for key, value in others.items() if key not in OURS}
+        if self._keep_as is not None:
+            extras = {self._keep_as: others}
+        return Record(index, name, line, end, extras, item, why)
 
 
 def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no JSON value")
 
 
-class Lines:
-    """Where results are written, each line whole: a file, or stdout (`-`). A context manager.
+def _finite(number: str) -> float:
+    value = float(number)
+    if math.isinf(value):
+        raise ValueError(f"{number[:40]} is beyond a number's range")
+    return value
 
-    resume: go on where the file ends; `done` lines are there already, of which `last` is the last; a line that was not
-    written whole is cut off. Raises InputError for a file that is not to be overwritten, that another process writes,
-    or that is no such output; KqprefillError where it cannot be written.
-    """
 
-    def __init__(self, path: str, resume: bool = False) -> None:
-        self.done, self.name = 0, "stdout" if path == STDIO else path
-        self.last: dict[str, Any] | None = None
-        self._writing, self._signalled = False, 0
-        self._handlers_before: dict[int, Any] = {}  # of signals, by their number
-        if path == STDIO:
-            self._handle = sys.stdout.fileno()
+def _refuse_deep(text: bytes, content: Any) -> None:
+    """Raise InputError for what is nested so deep that it could not be handed on."""
+    if text.count(b"[") + text.count(b"{") <= _MOST_NESTED:
+        return
+    level = [content]
+    for _ in range(_MOST_NESTED):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
             return
-        self._is_new = not os.path.lexists(path)
-        try:
-            self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            if not os.path.isfile(path):  # a pipe or a device
-                return
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{path}: another process is writing it") from None
-        except OSError as error:
-            raise KqprefillError(f"{path} cannot be written: {error.strerror}") from None
-        if resume:
-            self._find_end()
-        elif os.fstat(self._handle).st_size:
-            raise InputError(
-                f"{path} holds something already: --resume continues an interrupted output; else remove it, "
-                "or name another"
-            )
-
-    def _find_end(self) -> None:
-        end = 0
-        with open(os.dup(self._handle), "rb") as file:
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    result = json.loads(line)
-                    if result["index"] != self.done:
-                        raise ValueError
-                except (ValueError, TypeError, KeyError, RecursionError):
-                    raise InputError(
-                        f"{self.name}: line {self.done + 1} is no result of record {self.done}; "
-                        "this is no output to resume"
-                    ) from None
-                self.done, self.last, end = self.done + 1, result, end + len(line)
-        os.ftruncate(self._handle, end)
-        os.lseek(self._handle, end, os.SEEK_SET)
-
-    def write(self, content: dict[str, Any]) -> None:
-        """One line of JSON. An interrupt waits until it is whole; a second one does not."""
-        try:
-            data = json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
-        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell but UTF-8 cannot
-            data = json.dumps(content, allow_nan=False).encode()
-        data, self._writing = data + b"\n", True
-        try:
-            while data:
-                data = data[os.write(self._handle, data) :]
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise KqprefillError(
-                f"{self.name} cannot be written: {error.strerror}; --resume goes on from the last whole line"
-            ) from None
-        finally:
-            self._writing = False
-        if self._signalled:
-            raise_signal(self._signalled)
-
-    def on_signal(self, number: int, frame: FrameType | None) -> None:
-        """A handler of signals that end the run."""
-        if self._writing and not self._signalled:
-            self._signalled = number
-        else:
-            raise_signal(number)
-
-    def __enter__(self) -> Lines:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers_before[number] = signal.signal(number, self.on_signal)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for number, handler in self._handlers_before.items():
-            signal.signal(number, handler)
-        if self.name != "stdout":
-            if self._is_new and os.path.isfile(self.name) and not os.fstat(self._handle).st_size and kind:
-                os.unlink(self.name)  # a run that failed before its first line
-            os.close(self._handle)
-
-
-class Terminated(BaseException):
-    """SIGTERM: what is unfinished is cleared away, and the process ends."""
-
-
-def raise_signal(number: int, frame: FrameType | None = None) -> NoReturn:
-    """What an interrupting signal becomes: KeyboardInterrupt, or Terminated."""
-    raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+    raise InputError(f"it is nested more than {_MOST_NESTED} deep")

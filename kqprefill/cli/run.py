@@ -12,27 +12,34 @@ import click
 
 from ..backends.wake import wake_gpu
 from ..errors import InputError
+from ..terminal import print_json, print_text
+from .arrays import check_arrays_path
 from .common import (
-    STDIO,
     device_options,
+    has_piped_stdin,
     memory_option,
-    output_file,
-    progress_bars,
+    open_on,
     read_text,
+    read_text_file,
     read_tokens,
     say_loaded,
     say_summary,
     size,
     table,
     volume_options,
-    warner,
 )
+from .outputs import STDIO, Outputs, force_option
+from .progress import progress_bars
+from .sources import from_home, model_path
 
 
 @click.command()
 @click.argument("path", metavar="MODEL", type=click.Path())
 @click.option("--tokens", metavar="IDS", help="`1,2,3` or `1 2 3`; `-` reads stdin, `@FILE` a file.")
-@click.option("--prompt", metavar="TEXT", help="Text, for the file's own tokenizer; `-` reads stdin, `@FILE` a file.")
+@click.option(
+    "-p", "--prompt", metavar="TEXT", help="Text, for the model's own tokenizer; `-` reads stdin, `@FILE` a file."
+)
+@click.option("-f", "--file", metavar="FILE", help="The prompt's text is in FILE, as with --prompt @FILE.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the token id.")
 @click.option("--text", "as_text", is_flag=True, help="The token's text instead of its id.")
 @click.option(
@@ -49,6 +56,7 @@ from .common import (
     "`-` is stdout.",
 )
 @click.option("--all-positions", is_flag=True, help="With --logits: every position's, float32 [T, V].")
+@force_option
 @device_options
 @memory_option
 @volume_options
@@ -56,11 +64,13 @@ def run(
     path: str,
     tokens: str | None,
     prompt: str | None,
+    file: str | None,
     as_json: bool,
     as_text: bool,
     top: int,
     logits: str | None,
     all_positions: bool,
+    force: bool,
     backend: str,
     device: int,
     kernels: str,
@@ -69,6 +79,8 @@ def run(
     verbose: bool,
 ) -> None:
     """Print the greedy next token after a prompt.
+
+    Where no prompt is given, stdin is its text if something is piped into it.
 
     \b
     kqprefill run examples/tiny-qwen3.gguf --tokens 72,101,108,108,111
@@ -80,35 +92,47 @@ def run(
         raise click.UsageError(
             f"--logits - and {'--json' if as_json else '--top'} both want stdout; write the logits to a file"
         )
-    if (tokens is None) == (prompt is None):
-        raise click.UsageError("give the prompt either as --tokens IDS or as --prompt TEXT")
+    if as_text and top:
+        raise click.UsageError("--top and --text both say what to print; --top shows texts too")
     if as_json and as_text:
         raise click.UsageError("--json and --text both say what to print; --json has the text too")
+    if tokens is None and prompt is None and file is None and has_piped_stdin():
+        prompt = STDIO
+    if [tokens, prompt, file].count(None) != 2:
+        raise click.UsageError("give the prompt once: --tokens IDS, --prompt TEXT, --file FILE, or piped into stdin")
+    outputs = Outputs(force)
+    if logits is not None:
+        check_arrays_path(logits, "--logits")
+        outputs.reads(model_path(path), "the model")
+        outputs.reads_text(tokens, "--tokens")
+        outputs.reads_text(prompt, "--prompt")
+        if file is not None:
+            outputs.reads(from_home(file), "the file of --file")
+        outputs.writes_stdout()
+        if logits != STDIO:
+            outputs.claim(logits, "--logits")
     ids = None if tokens is None else read_tokens(tokens)
     words = None if prompt is None else read_text(prompt, "--prompt")
-    if logits == "":
-        raise InputError("--logits: the file name is empty")
+    if file is not None:
+        words = read_text_file(file, "--file")
     wake_gpu(backend, device)
     import numpy as np
 
-    from ..engine.model import open_model
     from ..gguf import GGUFFile
 
     with ExitStack() as stack:
         # The output is opened before the work, so that a path that can't be written costs no time.
-        output = stack.enter_context(output_file(logits)) if logits is not None else None
+        output = stack.enter_context(outputs.open(logits, "--logits")) if logits is not None else None
         progress = stack.enter_context(progress_bars(not quiet))
-        file = stack.enter_context(GGUFFile(path))
+        source = stack.enter_context(GGUFFile(model_path(path)))
         if ids is None:
             from ..text import Tokenizer
 
-            assert words is not None, "the prompt is given as --tokens or as --prompt"
-            ids = Tokenizer(file.metadata, file.path).encode(words)
+            assert words is not None, "the prompt is given as ids or as text"
+            ids = Tokenizer(source.metadata, source.path).encode(words)
             if not ids:
-                raise InputError("--prompt: the prompt is empty")
-        model = stack.enter_context(
-            open_model(file, backend, device, kernels, progress, warner(quiet), vram, max_tokens=len(ids))
-        )
+                raise InputError("the prompt is empty; give some text")
+        model = stack.enter_context(open_on(source, backend, device, kernels, vram, quiet, progress, len(ids)))
         if top > model.config.vocab_size:
             raise InputError(f"--top {top}: the vocabulary has {model.config.vocab_size} tokens")
         wanted = "all" if all_positions else "last" if top or output is not None else None
@@ -153,7 +177,7 @@ def run(
     if top:
         described["top"] = likeliest
     if as_json:
-        click.echo(json.dumps(described, ensure_ascii=False))
+        print_json(described)
     elif top and sys.stdout.isatty():
         cells = [
             [
@@ -164,8 +188,8 @@ def run(
             ]
             for t in likeliest
         ]
-        click.echo(table(["", "log-probability", "token", "text"], cells))
+        print_text(table(["", "log-probability", "token", "text"], cells))
     elif top:
-        click.echo(json.dumps(likeliest, ensure_ascii=False))
+        print_json(likeliest)
     elif logits != STDIO:
-        click.echo(described["text"] if as_text and described["text"] is not None else token)
+        print_text(described["text"] if as_text and described["text"] is not None else token)

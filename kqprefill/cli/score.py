@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 import math
 import sys
@@ -15,38 +15,36 @@ import click
 from ..backends.wake import wake_gpu
 from ..errors import InputError, KqprefillError
 from .common import (
-    STDIO,
     batch_option,
     device_options,
     memory_option,
     open_file,
-    output_file,
-    progress_bars,
+    open_on,
+    say,
     say_loaded,
     say_summary,
     volume_options,
-    warner,
 )
-from .records import Lines, Record, Records
+from .interrupts import Interrupted
+from .lines import Lines
+from .outputs import STDIO, Outputs, force_option
+from .progress import Bars, progress_bars
+from .records import OURS, Record, Records, check_inputs
+from .sources import model_path
 
 if TYPE_CHECKING:
-    from ..core import Float32Array, Progress
+    from ..core import Float32Array
     from ..engine.model import Model
     from ..engine.scoring import Item, Scored
     from .page import Page
 
-_OURS = frozenset(
-    (
-        "index n_tokens logprob mean_logprob perplexity best best_per_token choices error "
-        "token_logprobs greedy_tokens top_tokens top_logprobs"
-    ).split()
-)
 _HTML_TOP = 5  # alternatives on the page
+_SOME_BAD = 3  # the exit status where some records could not be scored
 
 
 @click.command()
 @click.argument("name", metavar="MODEL", type=click.Path())
-@click.argument("records", metavar="[JSONL]", type=click.Path(), default=STDIO)
+@click.argument("files", metavar="[JSONL]...", type=click.Path(), nargs=-1)
 @click.option(
     "-o", "--output", metavar="FILE", default=STDIO, help="Where the results go, line by line; stdout unless given."
 )
@@ -60,7 +58,13 @@ _HTML_TOP = 5  # alternatives on the page
     show_default=True,
     envvar="KQPREFILL_ON_ERROR",
     show_envvar=True,
-    help='At a bad line: end with status 1, or write {"index", "error"} and go on.',
+    help='At a bad line: end with status 1, or write {"index", "error"}, go on, and end with status 3.',
+)
+@click.option(
+    "--keep-as",
+    metavar="NAME",
+    help="Hand a record's other keys on as one object under NAME, whatever they are called; else each keeps its name, "
+    "and one that is called as a result's is an error.",
 )
 @click.option("--per-token", is_flag=True, help="Add token_logprobs.")
 @click.option("--greedy", is_flag=True, help="Add greedy_tokens, the likeliest at each place.")
@@ -72,20 +76,25 @@ _HTML_TOP = 5  # alternatives on the page
     help="Add top_tokens and top_logprobs, the K likeliest at each place.",
 )
 @click.option("--html", metavar="FILE", help="Also write one page that shows the texts, shaded by log-probability.")
+@force_option
 @batch_option
 @device_options
 @memory_option
 @volume_options
+@click.pass_context
 def score(
+    context: click.Context,
     name: str,
-    records: str,
+    files: tuple[str, ...],
     output: str,
     resume: bool,
     on_error: str,
+    keep_as: str | None,
     per_token: bool,
     greedy: bool,
     top: int,
     html: str | None,
+    force: bool,
     batch_tokens: int,
     backend: str,
     device: int,
@@ -96,11 +105,13 @@ def score(
 ) -> None:
     """Write the log-probabilities of many prompts.
 
-    Of each line of a JSONL file (or stdin), one JSON object a line, in order.
+    Of each line of JSONL files (or stdin), one JSON object a line, in order.
 
     A line has "prompt" (text) or "tokens" (ids), and perhaps "completion", which is then scored given the prompt, or
     "choices", several of them; its other keys are handed on. logprob is the natural logarithm, over n_tokens tokens:
     all but the first, or the completion's. Many prompts share a batch; what is packed with what changes no figure.
+
+    Exit status 3 where --on-error skip has left records out, 1 where none was scored.
 
     \b
     echo '{"prompt": "Hello"}' | kqprefill score examples/tiny-qwen3.gguf
@@ -110,50 +121,66 @@ def score(
         raise click.UsageError("--resume continues an --output FILE, without --html")
     if html == STDIO:
         raise click.UsageError("--html - : the results have stdout; name a file")
+    if keep_as is not None and (keep_as in OURS or not keep_as):
+        raise click.UsageError(f"--keep-as {keep_as}: a result has a key of that name; choose another")
+    paths = check_inputs(files or (STDIO,))
+    outputs = _claimed(Outputs(force), model_path(name), paths, output, html)
     wake_gpu(backend, device)
-    from ..engine.model import open_model
 
     wanted = {"per_token": per_token, "greedy": greedy, "top": top}
-    with ExitStack() as stack:
-        lines = stack.enter_context(Lines(output, resume))
-        # Bars and lines would mix on a terminal.
-        progress = stack.enter_context(progress_bars(not quiet and not (output == STDIO and sys.stdout.isatty())))
-        page_file = stack.enter_context(output_file(html)) if html else None
-        model = stack.enter_context(
-            open_model(
-                open_file(name),
-                backend,
-                device,
-                kernels,
-                progress,
-                warner(quiet),
-                vram,
-                max_tokens=batch_tokens,
-                ranks=True,
-            )
-        )
-        if top > model.config.vocab_size:
-            raise InputError(f"--top {top}: the vocabulary has {model.config.vocab_size} tokens")
-        top = max(top, int(greedy), min(_HTML_TOP, model.config.vocab_size) if html else 0)
-        page = None
-        if page_file is not None:
-            from .page import Page
+    run: _Run | None = None
+    lines: Lines | None = None
+    try:
+        with ExitStack() as stack:
+            lines = stack.enter_context(Lines(output, resume))
+            # Bars and lines would mix on a terminal.
+            bars = stack.enter_context(progress_bars(not quiet and not (output == STDIO and sys.stdout.isatty())))
+            page_file = stack.enter_context(outputs.open(html, "--html")) if html else None
+            file = open_file(name)
+            model = open_on(file, backend, device, kernels, vram, quiet, bars, batch_tokens, ranks=True)
+            stack.enter_context(model)
+            if top > model.config.vocab_size:
+                raise InputError(f"--top {top}: the vocabulary has {model.config.vocab_size} tokens")
+            top = max(top, int(greedy), min(_HTML_TOP, model.config.vocab_size) if html else 0)
+            page = None
+            if page_file is not None:
+                from .page import Page
 
-            page = Page(page_file, model, name, min(_HTML_TOP, top))
-        run = _Run(model, Records(records, model.item, lines.done), lines, wanted, on_error == "skip", page, progress)
-        begin = time.perf_counter()
-        run.go(batch_tokens, top)
-        seconds = time.perf_counter() - begin
-        if page:
-            page.end()
-        if verbose:
-            say_loaded(model)
+                page = Page(page_file, model, name, min(_HTML_TOP, top))
+            records = Records(paths, model.item, lines.done, keep_as)
+            run = _Run(model, records, lines, wanted, on_error == "skip", page, bars)
+            begin = time.perf_counter()
+            run.go(batch_tokens, top)
+            seconds = time.perf_counter() - begin
+            bad = run.check_scored()
+            if page:
+                page.end()
+            if verbose:
+                say_loaded(model)
+    except Interrupted:
+        if lines is not None and run is not None and not quiet:
+            how = f" in {output}; --resume goes on from there" if output != STDIO and lines.is_file else ""
+            say(
+                f"interrupted: {run.written} records are done{how}" if run.written else "interrupted: no record is done"
+            )
+        raise
     rate, where = run.tokens / seconds, f"{model.backend.name} ({model.backend.device_name})"
     say_summary(f"{run.scored} records, {run.tokens} tokens, {rate:.0f} tokens/s, {where}", quiet, verbose)
-    if run.bad and not quiet:
-        click.echo(
-            f"kqprefill: {run.bad} of {run.bad + run.scored} records could not be scored; their lines say why", err=True
-        )
+    if bad:
+        if not quiet:
+            say(f"{bad} of {run.written} records could not be scored and were skipped; their lines say why")
+        context.exit(_SOME_BAD)
+
+
+def _claimed(outputs: Outputs, model: str, paths: Sequence[str], output: str, html: str | None) -> Outputs:
+    """What is read and written, held against one another."""
+    outputs.reads(model, "the model")
+    for path in paths:
+        outputs.reads(path, "stdin" if path == STDIO else "the input")
+    outputs.claim(output, "-o", may_exist=True)
+    if html:
+        outputs.claim(html, "--html")
+    return outputs
 
 
 class _Run:
@@ -167,25 +194,56 @@ class _Run:
         wanted: dict[str, Any],
         skip_bad: bool,
         page: Page | None,
-        progress: Progress | None,
+        bars: Bars | None,
     ) -> None:
         self._model, self._records, self._lines, self._wanted = model, records, lines, wanted
-        self._skip_bad, self._page, self._progress = skip_bad, page, progress
+        self._skip_bad, self._page, self._bars = skip_bad, page, bars
         self._waiting: deque[Record] = deque()  # records without their result
-        self._stopped_by: tuple[int, str | None] | None = None  # a bad record's line, and what is wrong with it
+        self._waiting_tokens = 0
+        self._stopped_by: Record | None = None  # a bad record
+        self._first_error = ""
+        self._begin, self._end, self._shown = time.perf_counter(), 0, 0.0  # the last in bytes: written, on the bar
         self.scored = self.bad = self.tokens = 0
+
+    @property
+    def written(self) -> int:
+        """Lines that the output has, with those of the run that is continued."""
+        return self._lines.done + self._lines.written
 
     def go(self, batch_tokens: int, top: int) -> None:
         """Score all records. Raises KqprefillError at the first bad one, unless they are skipped."""
-        for result in self._model.score(self._items(), batch_tokens, top):
+        progress = self._show if self._bars else None
+        for result in self._model.score(self._items(), batch_tokens, top, progress):
             self._write_bad()
             if self._stopped_by:
                 break
             self._write(self._waiting.popleft(), result)
         self._write_bad()
         if self._stopped_by:
-            line, error = self._stopped_by
-            raise KqprefillError(f"{self._records.name}: line {line}: {error}")
+            raise KqprefillError(self._first_error)
+
+    def check_scored(self) -> int:
+        """How many records of the whole output could not be scored. Raises KqprefillError where none was."""
+        bad = self._lines.bad + self.bad
+        if not self.written:
+            raise KqprefillError(f"{self._records.name}: there are no records; each is a JSON object on a line")
+        if bad == self.written:
+            first = f"; the first: {self._first_error}" if self._first_error else ""
+            raise KqprefillError(f"none of the {bad} records could be scored{first}")
+        return bad
+
+    def _show(self, stage: str, done: int, total: int) -> None:
+        """How far it is: what is written, and of what is being computed as many parts as layers are done."""
+        assert self._bars is not None
+        if stage != "prefill":
+            self._bars(stage, done, total)
+            return
+        part = done / total
+        end = self._end + part * ((self._waiting[-1].end if self._waiting else self._end) - self._end)
+        self._shown = max(self._shown, end)
+        rate = (self.tokens + part * self._waiting_tokens) / (time.perf_counter() - self._begin)
+        note = f"{self.scored + self.bad} records, {rate:.0f} tokens/s"
+        self._bars("score", self._shown, self._records.nbytes, note)
 
     def _items(self) -> Iterator[Item | None]:
         for record in self._records:
@@ -195,7 +253,8 @@ class _Run:
                 continue
             self._check_resumed()
             self._waiting.append(record)
-            if record.error is None:
+            if record.item is not None and record.error is None:
+                self._waiting_tokens += record.item.tokens
                 yield record.item
             elif not self._skip_bad:
                 return
@@ -214,13 +273,13 @@ class _Run:
         if not same:
             raise InputError(
                 f"{self._lines.name}: its last line was made of another record, or with other options, "
-                f"than line {before.line} of {self._records.name}"
+                f"than {before.where}"
             )
 
     def _is_of(self, line: dict[str, Any], record: Record) -> bool:
-        if any(line.get(key) != value for key, value in record.extras.items() if key not in _OURS):
+        if any(line.get(key) != value for key, value in record.extras.items()):
             return False
-        if "error" in line and not line.keys() & {"n_tokens", "best"}:
+        if "error" in line:
             return True  # perhaps of its text, perhaps of its result
         results, item = line.get("choices", [line]), record.item
         counts = [len(c) - (not item.prompt) for c in item.continuations or [item.prompt[1:]]] if item else []
@@ -240,15 +299,19 @@ class _Run:
 
     def _fail(self, record: Record, error: str | None = None) -> None:
         error = error or record.error
+        self._first_error = self._first_error or f"{record.where}: {error}"
         if not self._skip_bad:
-            self._stopped_by = record.line, error
+            self._stopped_by = record
             return
         self.bad += 1
-        self._write_line({"index": record.index, "error": f"line {record.line}: {error}"}, record)
+        where = record.where if self._records.several else f"line {record.line}"
+        self._write_line({"index": record.index, "error": f"{where}: {error}"}, record)
 
     def _write(self, record: Record, result: Scored | list[Scored]) -> None:
+        assert record.item is not None, "a result is of a record that had something to score"
+        self._waiting_tokens -= record.item.tokens
         several = result if isinstance(result, list) else [result]
-        if not all(math.isfinite(scored.logprob) for scored in several):
+        if not all(scored.finite for scored in several):
             self._fail(record, "its logits hold NaN or infinities: the file's weights are damaged or out of range")
             return
         described = [self._describe(scored) for scored in several]
@@ -261,16 +324,16 @@ class _Run:
         else:
             line |= described[0]
         self._write_line(line, record)
-        assert record.item is not None, "a result is of a record that had something to score"
         self.scored += 1
         self.tokens += record.item.tokens
-        if self._progress and self._records.nbytes:
-            self._progress("score", record.end, self._records.nbytes)
+        self._end = record.end
+        if self._bars:
+            self._show("prefill", 0, 1)
         if self._page:
             self._page.add(record.index, record.item, several)
 
     def _write_line(self, line: dict[str, Any], record: Record) -> None:
-        self._lines.write(line | {key: value for key, value in record.extras.items() if key not in line})
+        self._lines.write(line | record.extras)
 
     def _describe(self, scored: Scored) -> dict[str, Any]:
         perplexity = scored.perplexity

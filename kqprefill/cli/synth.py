@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import click
 
-from .common import STDIO, output_file
+from .outputs import STDIO, Outputs, force_option
 
 
 @click.command()
 @click.argument("name", metavar="SHAPE:RECIPE")
 @click.argument("out", type=click.Path())
-def synth(name: str, out: str) -> None:
+@force_option
+def synth(name: str, out: str, force: bool) -> None:
     """Write a model of a known shape, with random weights.
 
     Its tensors are valid and its text is noise: for benchmarks, here or in llama.cpp.
@@ -23,5 +24,7 @@ def synth(name: str, out: str) -> None:
     if out == STDIO:
         raise click.UsageError("synth writes a file; give its name")
     model = SyntheticFile.named(name)
-    with output_file(out) as file:
+    outputs = Outputs(force)
+    outputs.claim(out, "OUT")
+    with outputs.open(out, "OUT") as file:
         write_gguf(model, file.name)

@@ -23,7 +23,21 @@ from ..models import read_model
 from ..models.config import Config
 from ..models.family import Family
 from ..timeline import Stage
-from .scoring import BATCH_TOKENS, Group, Item, Places, Record, Scored, item_of, no_ranks, packed, packs, results
+from .checks import refuse_non_finite, token_ids
+from .scoring import (
+    BATCH_TOKENS,
+    FIRST_TOKENS,
+    Group,
+    Item,
+    Places,
+    Record,
+    Scored,
+    item_of,
+    no_ranks,
+    packed,
+    packs,
+    results,
+)
 
 _LOGITS = (None, "last", "all")
 
@@ -62,12 +76,14 @@ class Model:
         self.file, self.family, self.backend, self.timings = file, family, backend, timings
         self._caches: list[Cache] = []
         self._tokenizer: Any = None
+        self._closed = False
 
     @property
     def config(self) -> Config:
         """Sizes and constants."""
         return self.family.config
 
+    @np.errstate(all="ignore")  # what overflows is told by its result, not by NumPy on stderr
     def prefill(
         self,
         tokens: Sequence[int] | np.ndarray[Any, Any],
@@ -82,11 +98,15 @@ class Model:
         cache: a cache of this model's `new_cache`; the prompt continues at cache.length, which grows by T.
         progress(stage, done, total) hears of compiling and of each layer. timed: also measure each stage, which costs a
         little and, on a GPU, launches kernels one by one. Raises InputError for bad ids, a prompt past
-        the context length or past the cache's room; BackendError where the device fails or a logit is NaN.
+        the context length or past the cache's room, or a model that has been closed; BackendError where the device
+        fails, or where the logits that are returned, or the greedy token's, are not finite: it names the position.
         """
+        self._check_open()
         start_time = time.perf_counter()
         if logits not in _LOGITS:
             raise InputError(f"logits={logits!r} is unknown; choose None, 'last' or 'all'")
+        if cache is not None and not any(cache is own for own in self._caches):
+            raise InputError("the cache is not one that this model's new_cache made")
         ids = self._check_tokens(tokens)
         start = 0 if cache is None else cache.length
         if len(ids) == 0:
@@ -98,13 +118,18 @@ class Model:
             self.family, Batch(ids, start), cache, wanted, progress or no_progress, timed
         )
         head = cast(HeadResult, pending())
+        refuse_non_finite(head.logits, head.logit, head.logprob, start, len(ids))
         if cache is not None:
             cache.length = start + len(ids)
         timings = {"prefill": time.perf_counter() - start_time}
         return Prefill(head.token, head.logit, head.logprob, head.logits, len(ids), timings, stages)
 
     def score(
-        self, records: Iterable[Record | Item | None], batch_tokens: int = BATCH_TOKENS, top: int = 0
+        self,
+        records: Iterable[Record | Item | None],
+        batch_tokens: int = BATCH_TOKENS,
+        top: int = 0,
+        progress: Progress | None = None,
     ) -> Iterator[Any]:
         """The log-probabilities of many prompts, packed into batches: a generator of a Scored
         (kqprefill.engine.scoring) for each record, or of a list of them where it has "choices".
@@ -113,33 +138,43 @@ class Model:
         or "prompt" (text), and perhaps "completion" or "choices" (one or several continuations of the same kind, scored
         given the prompt); or an Item of `item`. None among them has all before it computed at once, rather than wait
         for a full batch. batch_tokens: of a batch, at most, but for one longer prompt. top: how many likeliest tokens
-        to name at each place. Logits stay on the device; results are the same however records are packed. Raises
-        InputError for a bad record; BackendError.
+        to name at each place. progress(stage, done, total) hears of compiling and of each batch's layers. The first
+        batches are smaller, so that their results come soon. Logits stay on the device; results are the same however
+        records are packed. Where a record's logits are not finite, so are its log-probabilities: they are handed on as
+        they are, since the others are sound (`kqprefill score` reports such a record as one that failed). Raises
+        InputError for a bad record, or a model that has been closed; BackendError.
         """
+        self._check_open()
         if batch_tokens < 1 or not 0 <= top <= self.config.vocab_size:
             most = self.config.vocab_size
             raise InputError(f"batch_tokens {batch_tokens} and top {top}: at least 1, and 0 to the vocabulary's {most}")
         items = (r if r is None or isinstance(r, Item) else self.item(r) for r in records)
         running: _Running | None = None
         partial: list[Scored] = []  # of a record whose last batch has not been read
-        for group in packs(items, batch_tokens):
-            started = None if group is None else self._start(group, top)
+        for group in packs(items, batch_tokens, FIRST_TOKENS):
+            started = None if group is None else self._start(group, top, progress)
             if running is not None:  # while the next batch runs
                 yield from running.finish(partial)
             running = started
+            if running is not None and not self.backend.runs_ahead:
+                yield from running.finish(partial)
+                running = None
         if running is not None:
             yield from running.finish(partial)
 
     def item(self, record: Record) -> Item:
         """A record, checked and tokenised (`score`). Raises InputError."""
+        self._check_open()
         item = item_of(record, lambda ids: self._check_tokens(ids).tolist(), self.tokenize)
         self._check_room(0, item.longest, None)
         return item
 
-    def _start(self, group: Group, top: int) -> _Running:
+    @np.errstate(all="ignore")
+    def _start(self, group: Group, top: int, progress: Progress | None) -> _Running:
+        self._check_open()
         batch, places = packed([piece for piece, _ in group], top)
         if batch.targets is not None and len(batch.targets.rows):
-            pending, _ = self.backend.run(self.family, batch, None, "ranks", no_progress)
+            pending, _ = self.backend.run(self.family, batch, None, "ranks", progress or no_progress)
         else:
             pending = no_ranks(top)
         return _Running(group, batch, places, pending)
@@ -150,6 +185,7 @@ class Model:
         Raises ModelError where the file has no vocabulary of a supported kind, InputError where the `tokenizers`
         library, which byte-level BPE needs, is missing or the text is not valid Unicode.
         """
+        self._check_open()
         if self._tokenizer is None:
             from ..text import Tokenizer
 
@@ -159,10 +195,12 @@ class Model:
 
     def token_text(self, token: int) -> str | None:
         """What a token stands for, from the file's vocabulary; None where it has none."""
+        self._check_open()
         return token_text(self.file.metadata, token)
 
     def new_cache(self, max_tokens: int) -> Cache:
         """A key/value cache with room for max_tokens, to cut one prompt into several calls. Raises InputError."""
+        self._check_open()
         if not 0 < max_tokens <= self.config.context_length:
             raise InputError(
                 f"a cache of {max_tokens} tokens: 1 to the context length {self.config.context_length} are possible"
@@ -173,6 +211,7 @@ class Model:
 
     def close(self) -> None:
         """Free the weights, the caches and the device's memory, and unmap the file. Twice is harmless."""
+        self._closed = True
         for cache in self._caches:
             cache.close()
         self._caches.clear()
@@ -188,24 +227,11 @@ class Model:
         self.close()
 
     def _check_tokens(self, tokens: Any) -> Int32Array:
-        try:
-            array = np.asarray(tokens)
-        except ValueError:  # rows of differing lengths
-            raise InputError("tokens must be a flat sequence of integers") from None
-        if array.size == 0:
-            return np.empty(0, np.int32)
-        beyond_64_bits = array.dtype == object and array.ndim == 1 and all(type(token) is int for token in array)
-        if array.ndim != 1 or (array.dtype.kind not in "iu" and not beyond_64_bits):
-            raise InputError(
-                f"tokens must be a flat sequence of integers, not {array.dtype} of shape {list(array.shape)}"
-            )
-        bad = ((array < 0) | (array >= self.config.vocab_size)).astype(bool)
-        if bad.any():
-            at = int(bad.argmax())
-            raise InputError(
-                f"token {array[at]} at position {at} is not in the vocabulary (0 to {self.config.vocab_size - 1})"
-            )
-        return array.astype(np.int32)
+        return token_ids(tokens, self.config.vocab_size)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise InputError(f"the model {self.file.path} has been closed; open it again with kqprefill.load")
 
     def _check_room(self, start: int, n: int, cache: Cache | None) -> None:
         limit = self.config.context_length
@@ -258,6 +284,7 @@ def load(
     return open_model(GGUFFile(path), backend, device, kernels, progress, warn, vram, max_tokens)
 
 
+@np.errstate(all="ignore")
 def open_model(
     file: ModelFile,
     backend: str = "auto",

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 import math
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..core import Progress
-from ..errors import InputError
+from ..errors import BackendError, InputError
 from .scoring import BATCH_TOKENS
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ CONTEXT = 512  # llama-perplexity's
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp of the mean surprisal over n_tokens tokens of so many windows, and its standard error."""
+    """exp of the mean surprisal over n_tokens tokens of so many windows, and its standard error; each the largest float
+    where it would be beyond it."""
 
     value: float
     error: float
@@ -43,7 +45,8 @@ def perplexity(
     Windows of `context` tokens follow one another, at most `most` of them, and what is left over is left out; of each
     the second half is scored, each token given all before it in the window (llama.cpp, tools/perplexity: `perplexity`).
     bos: what each window's first token is replaced by (files that ask for BOS), or None. progress("windows", done,
-    total) hears how far it is. Raises InputError where a window does not fit the model, or the text does not fill one.
+    total) hears how far it is, in layers of windows. Raises InputError where a window does not fit the model, or the
+    text does not fill one; BackendError where a log-probability is not finite.
     """
     if not 4 <= context <= model.config.context_length:
         raise InputError(f"a context of {context} tokens: 4 to the model's {model.config.context_length} are possible")
@@ -61,12 +64,31 @@ def perplexity(
             own[0] = bos
         return {"tokens": own[: half + 1], "completion": own[half + 1 :]}
 
+    taken = done = 0  # windows that batches have taken, and that are scored
+
+    def windows() -> Iterator[dict[str, Any]]:
+        nonlocal taken
+        for taken in range(1, count + 1):
+            yield window(taken - 1)
+
+    def hear(stage: str, layers: int, of: int) -> None:
+        assert progress is not None
+        if stage == "prefill":
+            stage, layers, of = "windows", done * of + (taken - done) * layers, count * of
+        progress(stage, layers, of)
+
     parts = []
-    for done, scored in enumerate(model.score(map(window, range(count)), batch_tokens), 1):
+    for done, scored in enumerate(model.score(windows(), batch_tokens, progress=progress and hear), 1):
+        if not np.isfinite(scored.logprobs).all():
+            at = (done - 1) * context + half + 1 + int((~np.isfinite(scored.logprobs)).argmax())
+            raise BackendError(
+                f"the log-probability of token {at} of the text is not finite: the file's weights are damaged or out "
+                "of range"
+            )
         parts.append(-scored.logprobs.astype(np.float64))
-        if progress:
-            progress("windows", done, count)
     surprisal = np.concatenate(parts)
     n, mean = len(surprisal), float(surprisal.mean())
-    value = math.exp(min(mean, 700.0)) if math.isfinite(mean) else math.nan
-    return Perplexity(value, value * math.sqrt(float(surprisal.var()) / max(1, n - 1)), n, count)
+    largest = sys.float_info.max
+    value = math.exp(mean) if mean < math.log(largest) else largest
+    error = value * math.sqrt(float(surprisal.var()) / max(1, n - 1))
+    return Perplexity(value, min(error, largest), n, count)

@@ -28,6 +28,7 @@ from ..core import (
 from ..errors import InputError
 
 BATCH_TOKENS = 8192  # a GPU's matrix units are busy from about 1000 on
+FIRST_TOKENS = 512  # of the first batch, so that a person sees results soon; each after it may be twice as large
 
 # What `Model.score` takes: token ids, or what a line of `kqprefill score`'s input holds.
 Record: TypeAlias = Sequence[int] | Mapping[str, Any]
@@ -96,9 +97,15 @@ class Scored:
         return len(self.tokens)
 
     @property
+    def finite(self) -> bool:
+        """Whether all log-probabilities are; they are not where the model's logits were not."""
+        return bool(np.isfinite(self.logprobs).all() and np.isfinite(self.top_logprobs).all())
+
+    @property
     def logprob(self) -> float:
-        """Of all of them together: the sum."""
-        return float(self.logprobs.sum(dtype=np.float64))
+        """Of all of them together: the sum. Where the model's logits were not finite, neither is this."""
+        with np.errstate(invalid="ignore"):
+            return float(self.logprobs.sum(dtype=np.float64))
 
     @property
     def mean_logprob(self) -> float | None:
@@ -171,16 +178,21 @@ def _fits(tokens: int, keys: int, batch_tokens: int) -> bool:
     return tokens <= batch_tokens and keys <= KEYS_PER_TOKEN * batch_tokens
 
 
-def packs(items: Iterable[Item | None], batch_tokens: int) -> Iterator[Group | None]:
-    """What each batch is made of; and None wherever items gives None, when all that came before it has been given."""
+def packs(items: Iterable[Item | None], batch_tokens: int, first_tokens: int | None = None) -> Iterator[Group | None]:
+    """What each batch is made of; and None wherever items gives None, when all that came before it has been given.
+
+    first_tokens: of the first batch, where fewer; each that follows may have twice as many as the one before.
+    """
+    limit = min(batch_tokens, first_tokens or batch_tokens)
     group: Group = []
     tokens = keys = 0
     for item in items:
         pieces = [] if item is None else item.pieces(batch_tokens)
         for piece in pieces:
-            if group and not _fits(tokens + piece.tokens, keys + piece.keys, batch_tokens):
+            if group and not _fits(tokens + piece.tokens, keys + piece.keys, limit):
                 yield group
                 group, tokens, keys = [], 0, 0
+                limit = min(batch_tokens, 2 * limit)
             group.append((piece, piece is pieces[-1]))
             tokens, keys = tokens + piece.tokens, keys + piece.keys
         if item is None:

@@ -57,6 +57,7 @@ def dequantize(raw: NDArray[np.uint8], ggml_type: GGML) -> Float32Array:
     return out.reshape(shape)
 
 
+@np.errstate(all="ignore")  # a damaged block's scales may overflow: the values say so, not NumPy on stderr
 def _decode_slice(
     raw: NDArray[np.uint8], ggml_type: GGML, block_elements: int, block_bytes: int, out: Float32Array
 ) -> None:

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 import mmap
 import os
 import re
+import stat
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import GGUFError
+from .keys import described, read_key
 from .metadata import Cursor, Metadata
 from .model_file import ModelTensor, nbytes_of
 from .types import GGML, GGML_QUANT_SIZES
@@ -23,6 +25,7 @@ from .types import GGML, GGML_QUANT_SIZES
 _MAGIC = b"GGUF"
 _DEFAULT_ALIGNMENT = 32
 _MOST_FILES = 10000  # of a split model: their names number them with five digits
+_OWN_KEYS = frozenset({"split.no", "general.alignment"})  # what each file of a split model has for itself
 _MAX_DIMS = 4  # GGML_MAX_DIMS
 _MAX_NAME = 64 - 1  # GGML_MAX_NAME, with its terminating zero
 
@@ -52,11 +55,18 @@ class GGUFFile:
         self.path = os.fspath(path)
         self._others: list[GGUFFile] = []
         try:
-            with open(self.path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size < 24:
-                    raise self._error(f"{size} bytes are too few for a GGUF header")
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            # Without waiting, as for a pipe that nobody writes to.
+            handle = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            try:
+                status = os.fstat(handle)
+                if not stat.S_ISREG(status.st_mode):
+                    kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
+                    raise self._error(f"{kind}, where a file that can be mapped is wanted; name a GGUF file")
+                if status.st_size < 24:
+                    raise self._error(f"{status.st_size} bytes are too few for a GGUF header")
+                self._map = mmap.mmap(handle, 0, access=mmap.ACCESS_READ)
+            finally:
+                os.close(handle)
         except (OSError, ValueError) as error:
             raise self._error(getattr(error, "strerror", None) or str(error)) from None
         self.bytes = np.frombuffer(self._map, np.uint8)
@@ -95,9 +105,9 @@ class GGUFFile:
             raise self._error(f"GGUF version {self.version} is not supported (2 and 3 are); convert the model again")
         n_tensors, n_metadata = cursor.count(24, "tensor"), cursor.count(13, "metadata")
         self.metadata = Metadata(cursor, n_metadata)
-        alignment = self.metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
-        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise self._error(f"general.alignment is {alignment!r}, not a power of two")
+        alignment = self._key("general.alignment", _DEFAULT_ALIGNMENT)
+        if alignment < 1 or alignment & (alignment - 1):
+            raise self._error(f"general.alignment is {alignment}, not a power of two")
         entries = [self._read_tensor_info(cursor) for _ in range(n_tensors)]
         data_start = -(-cursor.at // alignment) * alignment
         self.tensors: dict[str, Tensor] = {}
@@ -112,29 +122,58 @@ class GGUFFile:
                     "the file is truncated"
                 )
             self.tensors[name] = Tensor(name, shape, ggml_type, data_start + offset, _file=self)
+        self._refuse_overlaps()
+
+    def _key(self, key: str, default: int) -> int:
+        """The value of one of the keys that are counts."""
+        value: int = read_key(self.metadata, key, self._error, default)
+        return value
+
+    def _refuse_overlaps(self) -> None:
+        """No byte of the file belongs to two tensors."""
+        before = None
+        for tensor in sorted(self.tensors.values(), key=lambda tensor: tensor.offset):
+            if before is not None and tensor.offset < before.offset + before.nbytes:
+                raise self._error(
+                    f"tensor {tensor.name} begins at byte {tensor.offset}, within tensor {before.name}, which ends at "
+                    f"byte {before.offset + before.nbytes}; the tensor table is damaged"
+                )
+            before = tensor
 
     def _open_others(self, part: int) -> None:
         """The other files of a split model (llama.cpp's gguf-split), whose metadata but for split.* is the first's."""
-        count, number = (self.metadata.get(f"split.{key}", default) for key, default in (("count", 1), ("no", 0)))
-        if count in (0, 1) and not part:
+        count, number = self._key("split.count", 1), self._key("split.no", 0)
+        if count <= 1 and not part:
             return
-        if number != part or not isinstance(count, int):
-            first = f"; name the first, {self._of_split(0, count)}" if isinstance(count, int) and not part else ""
-            raise self._error(f"this is file {number!r} (from 0) of a split model{first}, where {part} is wanted")
+        if number != part or count > _MOST_FILES:
+            first = f"; name the first, {self._of_split(0, count)}" if not part else ""
+            raise self._error(
+                f"this is file {number} (from 0) of {count} of a split model{first}, where {part} is wanted"
+            )
         if part:
             return
-        for i in range(1, min(count, _MOST_FILES)):
+        for i in range(1, count):
             other = GGUFFile(self._of_split(i, count), i)
             self._others.append(other)
+            self._refuse_contradictions(other)
             for name, tensor in other.tensors.items():
                 if name in self.tensors:
                     raise other._error(f"tensor {name} is in another file of this split model too")
                 self.tensors[name] = tensor
-        expected = self.metadata.get("split.tensors.count", len(self.tensors))
+        expected = self._key("split.tensors.count", len(self.tensors))
         if expected != len(self.tensors):
-            raise self._error(
-                f"the {count} files of this split model have {len(self.tensors)} tensors, not {expected!r}"
-            )
+            raise self._error(f"the {count} files of this split model have {len(self.tensors)} tensors, not {expected}")
+
+    def _refuse_contradictions(self, other: GGUFFile) -> None:
+        """What another file of a split model says beside its tensors is what the first says, or nothing."""
+        for key in other.metadata:
+            if key in self.metadata and key not in _OWN_KEYS:
+                here, there = self.metadata[key], other.metadata[key]
+                if not np.array_equal(here, there):
+                    raise other._error(
+                        f"metadata {key} is {described(there)}, but {described(here)} in the first file of this split "
+                        "model; the files do not belong together"
+                    )
 
     def _of_split(self, i: int, count: int) -> str:
         """The name of file i (from 0) of a split model."""

@@ -7,6 +7,8 @@ from functools import cache
 import re
 from typing import Any
 
+from .keys import key_or_none
+
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -29,11 +31,11 @@ def token_text(metadata: Mapping[str, Any], token: int) -> str | None:
 
     Bytes that are no UTF-8 by themselves become U+FFFD.
     """
-    pieces = metadata.get("tokenizer.ggml.tokens")
-    if not (isinstance(pieces, list) and token < len(pieces)):
+    pieces: list[str] = key_or_none(metadata, "tokenizer.ggml.tokens") or []
+    if not 0 <= token < len(pieces):
         return None
-    piece: str = pieces[token]
-    if metadata.get("tokenizer.ggml.model") == "gpt2":  # byte-level BPE
+    piece = pieces[token]
+    if key_or_none(metadata, "tokenizer.ggml.model") == "gpt2":  # byte-level BPE
         byte_of = _byte_of()
         if all(character in byte_of for character in piece):
             return bytes(byte_of[character] for character in piece).decode("utf-8", "replace")

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import ModelError
 from ..gguf import ModelFile
+from ..gguf.keys import read_key
 from .family import Family
 from .gemma import Gemma
 from .gemma2 import Gemma2
@@ -67,9 +68,10 @@ def describe_model(metadata: Mapping[str, Any], path: str, vocab_size: int) -> F
 
 
 def _family_of(metadata: Mapping[str, Any], path: str) -> type[Family]:
-    architecture = metadata.get("general.architecture")
-    if not isinstance(architecture, str):
+    architecture = read_key(metadata, "general.architecture", lambda what: ModelError(f"{path}: {what}"))
+    if architecture is None:
         raise ModelError(f"{path}: metadata general.architecture is missing; this is no language model")
     if architecture not in FAMILIES:
         raise ModelError(f"{path}: architecture {architecture!r} is not supported; these are: {', '.join(FAMILIES)}")
-    return FAMILIES[architecture]
+    family: type[Family] = FAMILIES[architecture]
+    return family

@@ -12,8 +12,11 @@ from numpy.typing import NDArray
 
 from ..core import Float32Array
 from ..errors import ModelError
+from ..gguf.keys import described
 
 Float64Array: TypeAlias = NDArray[np.float64]
+
+SMALLEST, LARGEST = 2.0**-126, 2.0**127  # of what a file may give as a positive number: its reciprocal is one, too
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,11 @@ class Config:
         kv_heads = meta.integer("attention.head_count_kv", heads)
         if heads % kv_heads:
             raise meta.error(f"attention.head_count {heads} is not a multiple of head_count_kv {kv_heads}")
+        if meta.integer("vocab_size", vocab_size) != vocab_size:
+            raise meta.error(
+                f"vocab_size is {meta.integer('vocab_size')}, but token_embd.weight has {vocab_size} rows; "
+                "convert the model again"
+            )
         head_dim = meta.integer("attention.key_length", embedding // heads or 1)
         if meta.integer("attention.value_length", head_dim) != head_dim:
             raise meta.error("attention.value_length differs from attention.key_length, which is not supported")
@@ -131,14 +139,13 @@ class ArchMetadata:
         if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.size and (value == value[0]).all():
             value = int(value[0])
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-            shown = "an array of differing values" if isinstance(value, np.ndarray) else repr(value)
-            raise self.error(f"metadata {key} is {shown}, not a positive integer")
+            raise self.error(f"metadata {key} is {described(value)}, not a positive integer")
         return value
 
     def count(self, key: str) -> int:
         """An integer from 0 to 2^31 - 1; 0 where the file does not say."""
         value = self._get(key, 0)
-        return 0 if value == 0 and not isinstance(value, bool) else self.integer(key)
+        return 0 if type(value) is int and value == 0 else self.integer(key)
 
     def flag(self, key: str, default: bool) -> bool:
         """A bool."""
@@ -167,17 +174,17 @@ class ArchMetadata:
         return self.integer(key) if self.has(key) else None
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A positive finite number."""
+        """A positive number of float32's range."""
         value = self._get(key, default)
-        if not isinstance(value, (int, float)) or not (value > 0 and math.isfinite(value)):
-            raise self.error(f"metadata {key} is {value!r}, not a positive number")
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not SMALLEST <= value <= LARGEST:
+            raise self.error(f"metadata {key} is {described(value)}, not a positive number of float32's range")
         return float(value)
 
     def string(self, key: str, default: str | None = None) -> str:
         """A text."""
         value = self._get(key, default)
         if not isinstance(value, str):
-            raise self.error(f"metadata {key} is not a string")
+            raise self.error(f"metadata {key} is {described(value)}, not a text")
         return value
 
 
@@ -201,24 +208,36 @@ def read_rope(
         raise meta.error(f"rope.dimension_count {width} does not fit heads of {head_dim}")
     if base is None:
         base = meta.number("rope.freq_base", 10000.0)
-    inv_freq = base ** -(np.arange(0, width, 2, dtype=np.float64) / width)
-    if factors is not None:
-        if not (factors > 0).all():
-            raise meta.error("rope_freqs.weight must hold positive factors")
-        inv_freq = inv_freq / factors
-    kind = meta.string("rope.scaling.type", "none") if scaled else "none"
+    if factors is not None and not (factors > 0).all():
+        raise meta.error("rope_freqs.weight must hold positive factors")
+    with np.errstate(all="ignore"):
+        inv_freq = base ** -(np.arange(0, width, 2, dtype=np.float64) / width)
+        if factors is not None:
+            inv_freq = inv_freq / factors
+        magnitude = 1.0
+        if scaled:
+            inv_freq, magnitude = _scaled(meta, inv_freq, width, base)
+    if not ((np.abs(inv_freq) <= LARGEST).all() and 0 < magnitude <= LARGEST):
+        raise meta.error("rope.freq_base, rope.scaling and rope_freqs.weight contradict: a rotation is not finite")
+    return Rope(inv_freq, magnitude, interleaved)
+
+
+def _scaled(meta: ArchMetadata, inv_freq: Float64Array, width: int, base: float) -> tuple[Float64Array, float]:
+    """The frequencies under rope.scaling, and what cos and sin are multiplied by."""
+    kind = meta.string("rope.scaling.type", "none")
     if kind == "none":
-        return Rope(inv_freq, 1.0, interleaved)
+        return inv_freq, 1.0
     factor = meta.number("rope.scaling.factor", 1.0)
     if kind == "linear":
-        return Rope(inv_freq / factor, 1.0, interleaved)
+        return inv_freq / factor, 1.0
     if kind == "yarn":
         ramp = _yarn_ramp(meta, width, base)
         magnitude = meta.number("rope.scaling.attn_factor", 1.0) * (1.0 + 0.1 * math.log(factor))
         # DeepSeek's mscale_all_dim gives a temperature that divides cos and sin, and so q and k.
         if meta.has("rope.scaling.yarn_log_multiplier"):
-            magnitude /= 1.0 + 0.1 * meta.number("rope.scaling.yarn_log_multiplier") * math.log(factor)
-        return Rope(inv_freq / factor * (1 - ramp) + inv_freq * ramp, magnitude, interleaved)
+            temperature = 1.0 + 0.1 * meta.number("rope.scaling.yarn_log_multiplier") * math.log(factor)
+            magnitude = magnitude / temperature if temperature else math.inf
+        return inv_freq / factor * (1 - ramp) + inv_freq * ramp, magnitude
     raise meta.error(f"rope.scaling.type {kind!r} is not supported (none, linear and yarn are)")
 
 
@@ -233,6 +252,7 @@ def _yarn_ramp(meta: ArchMetadata, width: int, base: float) -> Float64Array:
     try:
         low = max(0, math.floor(pair_that_turns(meta.number("rope.scaling.yarn_beta_fast", 32.0))))
         high = min(width - 1, math.ceil(pair_that_turns(meta.number("rope.scaling.yarn_beta_slow", 1.0))))
-    except (OverflowError, ZeroDivisionError):
+    except (ArithmeticError, ValueError):
         raise meta.error("rope.freq_base and rope.scaling's betas are out of range for YaRN") from None
+    low, high = min(low, width), max(high, -1)  # beyond, nothing depends on how far
     return 1 - np.clip((np.arange(width // 2) - low) / max(0.001, high - low), 0, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,7 +32,8 @@ class SyntheticTensor(ModelTensor):
     def data(self) -> NDArray[np.uint8]:
         """The quantised bytes, uint8 [..., row bytes]."""
         if self.whole is None:
-            return random_weights(self.shape, self.type, self.name.split(".")[-2])
+            *_, name, last = self.name.split(".")
+            return random_weights(self.shape, self.type, name if last in ("weight", "bias") else last)
         view = self.whole.data.reshape(-1)[self.offset : self.offset + self.nbytes]
         return view.reshape(*self.shape[:-1], nbytes_of(self.shape[-1:], self.type))
 
@@ -58,10 +60,10 @@ class SyntheticFile:
         """The model called "SHAPE:RECIPE", such as "qwen3-8b:Q4_K_M". Raises InputError for one that is not known."""
         shape_name, _, recipe = name.partition(":")
         recipe = recipe.upper() or "Q4_K_M"
-        if shape_name not in SHAPES or recipe not in RECIPES:
-            raise InputError(
-                f"{name}: neither a file nor SHAPE:RECIPE; shapes are {', '.join(SHAPES)}; recipes {', '.join(RECIPES)}"
-            )
+        if shape_name not in SHAPES:
+            raise InputError(f"{name}: no file, and there is no shape {_known(shape_name, SHAPES)}")
+        if recipe not in RECIPES:
+            raise InputError(f"{name}: {shape_name} is a shape, but there is no recipe {_known(recipe, RECIPES)}")
         shape = SHAPES[shape_name]
         return cls(shape, recipe_types(recipe, shape), f"{shape_name}:{recipe}")
 
@@ -74,6 +76,14 @@ class SyntheticFile:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _known(name: str, names: Iterable[str]) -> str:
+    """A name that is not one of those, with the nearest of them, or all."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, names, 3, 0.5)
+    return f"{name!r}; " + (f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}")
 
 
 # llama.cpp's tools open no vocabulary of this kind without merges and these ids. The merge changes no text's tokens:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from ..errors import InputError, ModelError
 from ..gguf.vocabulary import byte_pieces
+from .sentencepiece import NoTokenError
 
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
@@ -89,6 +90,9 @@ class BytePairs:
                 f"its pre-tokenizer {pre!r} is not supported; give --tokens ({', '.join(sorted(_PATTERNS_OF))} are)"
             )
         vocabulary = {piece: i for i, piece in enumerate(pieces)}
+        self._pieces = pieces
+        # Bytes without a token of their own: the library leaves them out without a word.
+        self._missing = frozenset(byte for byte, piece in enumerate(byte_pieces()) if piece not in vocabulary)
         # Each byte's token, where there are no merges (the example's vocabulary): that needs no library. Else [].
         self._bytes: list[int] = []
         is_merged = any(merge.replace(" ", "") in vocabulary for merge in merges)  # into a token: others count for none
@@ -103,7 +107,7 @@ class BytePairs:
         for merge in merges:
             at = merge.find(" ", 1)
             left, right = merge[:at], merge[at + 1 :]
-            if at > 0 and left in vocabulary and right in vocabulary and left + right in vocabulary:
+            if at > 0 and right and left in vocabulary and right in vocabulary and left + right in vocabulary:
                 pairs.append((left, right))
         self._tokenizer = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=pre in _WHOLE_WORDS))
         cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _PATTERNS_OF[pre]]
@@ -111,8 +115,25 @@ class BytePairs:
         self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, bytes_])
 
     def encode(self, text: str) -> list[int]:
-        """A text's token ids. Special tokens are not looked for."""
+        """A text's token ids. Special tokens are not looked for.
+
+        Raises NoTokenError for a character of which a byte has no token.
+        """
         if self._bytes:
             return [self._bytes[byte] for byte in text.encode()]
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if self._missing and not self._missing.isdisjoint(text.encode()):
+            self._refuse_losses(text, ids)
         return ids
+
+    def _refuse_losses(self, text: str, ids: list[int]) -> None:
+        """Hold the tokens' spellings against the text's (a word may be a token though its bytes are none)."""
+        spelling = byte_pieces()
+        spelled, at = "".join(spelling[byte] for byte in text.encode()), 0
+        for token in ids:
+            if not spelled.startswith(self._pieces[token], at):
+                break
+            at += len(self._pieces[token])
+        if at < len(spelled):
+            character = len(text.encode()[:at].decode("utf-8", "ignore"))
+            raise NoTokenError(character, text[character])

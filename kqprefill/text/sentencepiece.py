@@ -13,6 +13,17 @@ from heapq import heappop, heappush
 _SPACE = "\u2581"
 
 
+class NoTokenError(Exception):
+    """A vocabulary has nothing for a character, neither a piece nor its bytes nor an unknown token.
+
+    at: the character's place in the text. character: the character itself.
+    """
+
+    def __init__(self, at: int, character: str) -> None:
+        super().__init__(at, character)
+        self.at, self.character = at, character
+
+
 class SentencePieces:
     """A vocabulary of SentencePiece's."""
 
@@ -24,7 +35,10 @@ class SentencePieces:
         self._unknown = self._ids.get("<unk>")
 
     def encode(self, text: str) -> list[int]:
-        """A text's token ids; characters without a piece become their UTF-8 bytes' tokens."""
+        """A text's token ids; characters without a piece become their UTF-8 bytes' tokens.
+
+        Raises NoTokenError for one that has not even these.
+        """
         symbols = list(text.replace(" ", _SPACE))  # "" once it has been joined to the one before
         before, after = list(range(-1, len(symbols) - 1)), [*range(1, len(symbols)), -1]  # each symbol's neighbours
         heap: list[tuple[float, int, int, int]] = []  # what may be joined: (-score, left symbol, right symbol, length)
@@ -52,13 +66,19 @@ class SentencePieces:
             consider(before[left], left)
             consider(left, following)
         encoded: list[int] = []
-        for symbol in symbols:
+        for at, symbol in enumerate(symbols):  # a symbol stands where its first character stood
             if symbol:
                 token = ids.get(symbol)
-                encoded += [token] if token is not None else self._of_bytes(symbol)
+                encoded += [token] if token is not None else self._of_bytes(symbol, at)
         return encoded
 
-    def _of_bytes(self, symbol: str) -> list[int]:
-        """The tokens of its UTF-8 bytes; the unknown token for a byte that has none, where there is one."""
-        tokens = (self._bytes[byte] for byte in symbol.encode())
-        return [token for token in (self._unknown if t is None else t for t in tokens) if token is not None]
+    def _of_bytes(self, symbol: str, at: int) -> list[int]:
+        """The tokens of the UTF-8 bytes of a symbol, which is one character; the unknown token for a byte without."""
+        tokens = []
+        for byte in symbol.encode():
+            token = self._bytes[byte]
+            token = self._unknown if token is None else token
+            if token is None:
+                raise NoTokenError(at, " " if symbol == _SPACE else symbol)
+            tokens.append(token)
+        return tokens

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import InputError, ModelError
+from ..gguf.keys import read_key
 from .bpe import ADDS_BOS, BytePairs
-from .sentencepiece import SentencePieces
+from .sentencepiece import NoTokenError, SentencePieces
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type: llama.cpp's llama_token_type
 # Tokens that are special by their text, since some converters forget to mark them (llama.cpp, too, knows them by it):
@@ -35,30 +36,30 @@ class Tokenizer:
         Raises ModelError where the file has no vocabulary, or one of a kind that is not supported; InputError where a
         library is missing.
         """
-        self._path = path
+        self._metadata, self._path = metadata, path
         self._bpe: SentencePieces | BytePairs
-        kind = metadata.get("tokenizer.ggml.model")
-        pieces = self._list(metadata, "tokens", None)
-        types = self._list(metadata, "token_type", [_NORMAL] * len(pieces))
+        kind = self._key("model")
+        self._pieces: list[str] = self._key("tokens", [])
+        if kind is None or not self._pieces:
+            raise self._error("it has no vocabulary (tokenizer.ggml.model and tokens); give --tokens")
+        types = self._list("token_type", [_NORMAL] * len(self._pieces))
         if kind == "llama":
-            self._bpe = SentencePieces(pieces, self._list(metadata, "scores", [0.0] * len(pieces)))
-            add_bos, self._space_prefix = True, bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+            self._bpe = SentencePieces(self._pieces, self._list("scores", [0.0] * len(self._pieces)))
+            add_bos, self._space_prefix = True, self._key("add_space_prefix", True)
         elif kind == "gpt2":
-            pre = metadata.get("tokenizer.ggml.pre", "default")
-            self._bpe = BytePairs(pieces, self._list(metadata, "merges", []), pre, self._error)
+            pre = self._key("pre", "default")
+            self._bpe = BytePairs(self._pieces, self._key("merges", []), pre, self._error)
             add_bos, self._space_prefix = pre in ADDS_BOS, False
         else:
             raise self._error(f"its vocabulary is of kind {kind!r}; 'llama' and 'gpt2' are supported: give --tokens")
-        self.bos: int | None = None
-        self._eos: int | None = None
-        if metadata.get("tokenizer.ggml.add_bos_token", add_bos):
-            self.bos = self._special(metadata, "bos", len(pieces))
-        if metadata.get("tokenizer.ggml.add_eos_token", False):
-            self._eos = self._special(metadata, "eos", len(pieces))
+        # GPT-2's kind may have no BOS, whatever it is that asks for one.
+        self.bos = self._special("bos", None if kind == "gpt2" else -1) if self._key("add_bos_token", add_bos) else None
+        self._eos = self._special("eos", -1) if self._key("add_eos_token", False) else None
+        pieces = self._pieces
         marked = [i for i, t in enumerate(types) if t in (_UNKNOWN, _CONTROL, _USER_DEFINED) or pieces[i] in _UNMARKED]
         self._specials = sorted(((pieces[i], i) for i in marked if pieces[i]), key=lambda piece: -len(piece[0]))
         # Phi-3's special tokens swallow the white space after them, but for those that are Llama's.
-        name = str(metadata.get("general.name", "")).lower()
+        name = read_key(metadata, "general.name", self._error, "").lower()
         swallow = {text for text, _ in self._specials} - {"<unk>", "<s>", "<|endoftext|>"}
         self._swallow = swallow if "phi-3" in name or "phi3" in name else frozenset()
 
@@ -73,57 +74,66 @@ class Tokenizer:
             raise InputError(f"the prompt is not valid UTF-8 at character {error.start}") from None
         ids = [self.bos] if add_special and self.bos is not None else []
         after_special = True
-        for part in self._split(text):
+        for start, part in self._split(text):
             if isinstance(part, int):
                 ids.append(part)
                 after_special = True
-            else:
-                ids += self._bpe.encode(" " + part if self._space_prefix and after_special else part)
-                after_special = False
+                continue
+            prefix = " " if self._space_prefix and after_special else ""
+            try:
+                ids += self._bpe.encode(prefix + part)
+            except NoTokenError as error:
+                at = start + error.at - len(prefix)
+                which = f"{error.character!r}, character {at} of the text" if at >= 0 else "the space before a text"
+                raise InputError(
+                    f"{self._path}: its vocabulary has no token for {which}; leave it out, or give --tokens"
+                ) from None
+            after_special = False
         if add_special and self._eos is not None:
             ids.append(self._eos)
         return ids
 
-    def _split(self, text: str) -> list[str | int]:
-        """The ids of the special tokens in a text, and the texts between them; longer ones are looked for first."""
-        parts: list[str | int] = [text] if text else []
+    def _split(self, text: str) -> list[tuple[int, str | int]]:
+        """The ids of the special tokens in a text, and the texts between them, each with the character that it begins
+        at; longer ones are looked for first."""
+        parts: list[tuple[int, str | int]] = [(0, text)] if text else []
         for special, token in self._specials:
             if special not in text:
                 continue
-            finer: list[str | int] = []
-            for part in parts:
+            finer: list[tuple[int, str | int]] = []
+            for start, part in parts:
                 if isinstance(part, int) or special not in part:
-                    finer.append(part)
+                    finer.append((start, part))
                     continue
                 first, *others = part.split(special)
-                finer += [first] if first else []
+                finer += [(start, first)] if first else []
+                at = start + len(first)
                 for other in others:
-                    finer.append(token)
+                    finer.append((at, token))
+                    at += len(special) + len(other)
                     after = other.lstrip(" \t\n\v\f\r") if special in self._swallow else other
-                    finer += [after] if after else []
+                    finer += [(at - len(after), after)] if after else []
             parts = finer
         return parts
 
     def _error(self, what: str) -> ModelError:
         return ModelError(f"{self._path}: {what}")
 
-    def _list(self, metadata: Mapping[str, Any], name: str, default: list[Any] | None) -> list[Any]:
-        """The array tokenizer.ggml.`name`; it must be as long as the default, if that has any elements."""
-        value = metadata.get(f"tokenizer.ggml.{name}", default)
-        if value is None:
-            raise self._error("it has no vocabulary (tokenizer.ggml.tokens); give --tokens")
-        array: list[Any] | None = (
-            value if isinstance(value, list) else value.tolist() if hasattr(value, "tolist") else None
-        )
-        if array is None or (default and len(array) != len(default)):
-            raise self._error(f"metadata tokenizer.ggml.{name} does not fit the vocabulary")
+    def _key(self, name: str, default: Any = None) -> Any:
+        """The value of tokenizer.ggml.`name`, or the default where the file does not say."""
+        return read_key(self._metadata, f"tokenizer.ggml.{name}", self._error, default)
+
+    def _list(self, name: str, default: list[Any]) -> list[Any]:
+        """The array tokenizer.ggml.`name`, which has an element for each token."""
+        array: list[Any] = self._key(name, default)
+        if len(array) != len(default):
+            raise self._error(f"metadata tokenizer.ggml.{name} has {len(array)} values for {len(default)} tokens")
         return array
 
-    def _special(self, metadata: Mapping[str, Any], name: str, n: int) -> int | None:
-        """The token of a vocabulary of n that is called "bos" or "eos"; None where GPT-2's kind has no BOS."""
-        token = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if token is None and name == "bos" and metadata.get("tokenizer.ggml.model") == "gpt2":
-            return None
-        if not isinstance(token, int) or not 0 <= token < n:
-            raise self._error(f"metadata tokenizer.ggml.{name}_token_id is {token!r}, no token of the vocabulary")
+    def _special(self, name: str, default: int | None) -> int | None:
+        """The token that is called "bos" or "eos"."""
+        token: int | None = self._key(f"{name}_token_id", default)
+        if token is not None and not 0 <= token < len(self._pieces):
+            said = "missing" if token < 0 else f"{token}, no token of the vocabulary"
+            raise self._error(f"metadata tokenizer.ggml.{name}_token_id is {said}")
         return token

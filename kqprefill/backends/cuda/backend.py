@@ -37,6 +37,7 @@ class CudaBackend(Backend):
     """Runs one model on one GPU. Raises BackendError where the GPU cannot be used."""
 
     name = "cuda"
+    runs_ahead = True
     plan: Plan | None = None
 
     def __init__(self, device: int, kernels: str = "auto") -> None:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 import hashlib
 import os
 from pathlib import Path
 import re
+import stat
 import tempfile
 from typing import TextIO
 
 from ..constants import SHARED_DEFINES, THREADS
 from .codebooks import definitions
 from .gpu import cuda_errors, import_cuda
+from .own_files import home_folder, read_own, why_not_own
 
 _INCLUDE = re.compile(r'^\s*#include\s+"([^"]+)"\s*$')
-_CACHE_VERSION = 3  # part of every key: raise it when the entries' layout, or the options, change
+_CACHE_VERSION = 4  # part of every key: raise it when the entries' layout, or the options, change
 _DIGEST = hashlib.sha256
-_ENTRY = re.compile(r"[0-9a-f]{64}\.(cubin|ptx)|tmp\w+\.tmp")
+_MARK = b"kqprefill kernel\n"  # what an entry begins with
+_ENTRY, _LEFT_OVER = re.compile(r"[0-9a-f]{64}\.(cubin|ptx)"), re.compile(r"\.kqprefill-\w+\.tmp")
 
 
 def kernel_folder() -> Path:
@@ -127,52 +131,66 @@ def compile_program(program: Program, target: Target, logs: TextIO | None = None
 class KernelCache:
     """Compiled programs in the user's cache folder, keyed by source, constants, compiler and architecture.
 
-    An entry is its SHA-256 and the code, written to a temporary file and renamed: a reader sees all of it or nothing,
-    two processes may write at once, and a damaged entry is compiled again. Where the folder cannot be written or is not
-    the user's own, the cache is off and every start compiles.
+    An entry is a mark, the SHA-256 of key and code, and the code, written to a temporary file and renamed: a reader
+    sees all of it or nothing, two processes may write at once, and an entry that is damaged, or stands under another
+    name than its own, is compiled again. So is one that somebody else could have written: `own_files` says what is
+    believed. Where the folder cannot be written or is not the user's own, the cache is off and every start compiles.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
-        if folder is None:
-            root = os.environ.get("KQPREFILL_CACHE_DIR")
-            base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-            folder = root or os.path.join(base, "kqprefill")
-        self.folder = Path(folder)
+        """folder: instead of $KQPREFILL_CACHE_DIR, or kqprefill in $XDG_CACHE_HOME or in ~/.cache. Neither variable
+        counts where it is no absolute path, which would be another folder in each folder that a command runs in."""
+        self.folder: Path | None = _cache_folder() if folder is None else Path(folder)
 
     def get(self, program: Program, target: Target) -> tuple[bytes, bool]:
         """(code, whether it came from the cache)."""
-        path = self.folder / f"{self._key(program, target)}.{target.code_type}"
-        code = self._read(path)
+        key = self._key(program, target)
+        path = None if self.why_off() else self._path(f"{key}.{target.code_type}")
+        code = None if path is None else self._read(path, key)
         if code is not None:
             return code, True
         code = compile_program(program, target)
-        self._write(path, code)
+        if path is not None:
+            self._write(path, key, code)
         return code, False
 
     def held(self) -> tuple[int, int]:
-        """(entries, bytes) on disk."""
-        sizes = [path.stat().st_size for path in self._entries()]
+        """(entries, bytes) on disk, of those that can be seen."""
+        sizes = []
+        for path in self._entries():
+            with suppress(OSError):
+                sizes.append(path.lstat().st_size)
         return len(sizes), sum(sizes)
 
     def clear(self) -> tuple[int, int]:
         """Remove all entries; (how many, their bytes). Raises OSError where one cannot be removed."""
         held = self.held()
-        for path in self._entries():
+        for path in list(self._entries()):
             path.unlink(missing_ok=True)
         return held
 
     def why_off(self) -> str | None:
-        """Why nothing is kept, in a line, or None."""
-        if self.folder.exists() and not self._is_ours():
-            return f"{self.folder} is not yours alone: chown it, and chmod go-w"
-        parent = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
-        return None if os.access(parent, os.W_OK) else f"{parent} cannot be written; set KQPREFILL_CACHE_DIR"
+        """Why nothing is kept, and what to do, in a line; or None."""
+        if self.folder is None:
+            return "there is no home folder: set KQPREFILL_CACHE_DIR to an absolute path"
+        why = why_not_own(self.folder)
+        if why is None and self.folder.is_dir() and not os.access(self.folder, os.W_OK | os.X_OK):
+            why = f"{self.folder} cannot be written; set KQPREFILL_CACHE_DIR to a folder that can"
+        return why
+
+    def _path(self, name: str) -> Path | None:
+        return None if self.folder is None else self.folder / name
 
     def _entries(self) -> Iterable[Path]:
-        """Our own files, and what a killed process left of one; nothing else that may lie there."""
-        if not self._is_ours():
-            return []
-        return [path for path in self.folder.iterdir() if _ENTRY.fullmatch(path.name)]
+        """What the cache wrote, of this version or an earlier one, and what a killed process left of one: nothing else
+        that may lie there, whatever its name is."""
+        try:
+            paths = sorted(self.folder.iterdir()) if self.folder is not None else []
+        except OSError:
+            return
+        for path in paths:
+            if _LEFT_OVER.fullmatch(path.name) or (_ENTRY.fullmatch(path.name) and _is_entry(path)):
+                yield path
 
     def _key(self, program: Program, target: Target) -> str:
         from cuda.bindings import nvrtc
@@ -181,35 +199,59 @@ class KernelCache:
         parts = _CACHE_VERSION, text_for(program), program.defines, compiler, target.code_type, target.arch
         return _DIGEST(repr(parts).encode()).hexdigest()
 
-    def _is_ours(self) -> bool:
-        try:
-            status = self.folder.stat()
-        except OSError:
-            return False
-        return not hasattr(os, "getuid") or (status.st_uid == os.getuid() and not status.st_mode & 0o022)
-
-    def _read(self, path: Path) -> bytes | None:
-        if not self._is_ours():
+    @staticmethod
+    def _read(path: Path, key: str) -> bytes | None:
+        entry = read_own(path)
+        if entry is None or not entry.startswith(_MARK):
             return None
-        try:
-            entry = path.read_bytes()
-        except OSError:
-            return None
-        size = _DIGEST().digest_size
-        return entry[size:] if len(entry) > size and _DIGEST(entry[size:]).digest() == entry[:size] else None
+        begin = len(_MARK) + _DIGEST().digest_size
+        code = entry[begin:]
+        return code if code and entry[len(_MARK) : begin] == _DIGEST(key.encode() + code).digest() else None
 
-    def _write(self, path: Path, code: bytes) -> None:
+    @staticmethod
+    def _write(path: Path, key: str, code: bytes) -> None:
         try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if not self._is_ours():
-                return
-            handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".kqprefill-", suffix=".tmp")
             try:
                 with os.fdopen(handle, "wb") as file:
-                    file.write(_DIGEST(code).digest() + code)
+                    file.write(_MARK + _DIGEST(key.encode() + code).digest() + code)
                 os.replace(temporary, path)
             except BaseException:
                 os.unlink(temporary)
                 raise
         except OSError:
             pass  # a full disk or a read-only home costs a compile at the next start, nothing more
+
+
+def ignored_variables() -> list[str]:
+    """The environment variables of a cache folder that do not count, each in a line."""
+    names = ("KQPREFILL_CACHE_DIR", "XDG_CACHE_HOME")
+    return [
+        f"{name} is {os.environ[name]!r}, which is no absolute path: it is ignored"
+        for name in names
+        if os.environ.get(name) and not os.path.isabs(os.environ[name])
+    ]
+
+
+def _cache_folder() -> Path | None:
+    """Where entries are kept; None where no absolute path says so."""
+    own, caches = (os.environ.get(name, "") for name in ("KQPREFILL_CACHE_DIR", "XDG_CACHE_HOME"))
+    if os.path.isabs(own):
+        return Path(own)
+    if os.path.isabs(caches):
+        return Path(caches, "kqprefill")
+    home = home_folder()
+    return None if home is None else home / ".cache" / "kqprefill"
+
+
+def _is_entry(path: Path) -> bool:
+    """Whether a file is an entry of ours, or of version 0.1, which began with the code's digest."""
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            return False
+        with open(path, "rb") as file:
+            begin = file.read(_DIGEST().digest_size)
+            return begin.startswith(_MARK) or _DIGEST(file.read()).digest() == begin
+    except OSError:
+        return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+import re
 from threading import Lock
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from ....errors import BackendError
 _importing = Lock()
 _OLDEST = (8, 0)  # cp.async and mma.m16n8k16
 _OLDEST_DRIVER = 13000  # its CUDA version: what cuda-python 13 and NVRTC 13's CUBINs ask for
+_NEEDED = "a GPU needs an NVIDIA driver of 580 or later"
 
 
 def import_cuda() -> tuple[Any, Any]:
@@ -24,8 +26,8 @@ def import_cuda() -> tuple[Any, Any]:
             import cuda.core as core
     except ImportError as error:
         raise BackendError(
-            f"cuda-python cannot be imported ({error}); install it with pip install 'cuda-python>=13'"
-        ) from None
+            f"cuda-python cannot be imported; install it with pip install 'cuda-python>=13' ({_NEEDED})"
+        ) from error
     return core, driver
 
 
@@ -41,6 +43,21 @@ def cuda_errors(doing: str) -> Iterator[None]:
         if "OUT_OF_MEMORY" in text:
             text = "the GPU is out of memory"
         raise BackendError(f"{doing}: {text}") from error
+
+
+def _start_driver(driver: Any) -> None:
+    """Initialise the driver. Raises BackendError in our own words: this is the first that a machine without a GPU sees
+    of us, and the libraries' texts are about their own insides."""
+    from cuda.core._utils.cuda_utils import CUDAError
+
+    try:
+        check(driver.cuInit(0))
+    except RuntimeError as error:  # the library is not there
+        raise BackendError(f"there is no NVIDIA driver here; {_NEEDED}") from error
+    except CUDAError as error:
+        name = re.search(r"CUDA_ERROR_\w+", str(error))
+        why = f" ({name[0]})" if name and "NO_DEVICE" not in name[0] else ""
+        raise BackendError(f"the NVIDIA driver finds no GPU that can be used{why}; {_NEEDED}") from error
 
 
 def check(result: Any) -> Any:
@@ -80,13 +97,13 @@ class Gpu:
 
     def __init__(self, index: int) -> None:
         core, self.driver = import_cuda()
+        _start_driver(self.driver)
         with cuda_errors("no usable NVIDIA GPU"):
-            check(self.driver.cuInit(0))
             version = check(self.driver.cuDriverGetVersion())
             if version < _OLDEST_DRIVER:
                 raise BackendError(
-                    f"the NVIDIA driver is for CUDA {version // 1000}.{version % 1000 // 10}; "
-                    "13.0 (driver 580) or later is needed"
+                    f"the NVIDIA driver is for CUDA {version // 1000}.{version % 1000 // 10}; {_NEEDED}, which is for "
+                    "CUDA 13.0"
                 )
             count = check(self.driver.cuDeviceGetCount())
             if not 0 <= index < count:

@@ -14,7 +14,7 @@ import math
 
 from ....errors import BackendError
 from ....models.family import Family
-from ...budget import Budget, gib, host_memory
+from ...budget import Budget, gib, gib_at_least, host_memory
 from ..constants import MOST_EXPERT_GROUPS, MOST_EXPERTS, MOST_USED_EXPERTS, TILE_ROWS
 from ..device.compiler import Program
 from ..device.gpu import Gpu
@@ -184,10 +184,11 @@ def make_plan(
             return chosen
     takes = ", ".join(f"{name} {gib(nbytes)}" for name, nbytes in chosen.parts.items())
     shorter = batch.work_bytes > chosen.nbytes // 2
-    way_out = "a shorter prompt" if shorter else f"a budget of {gib(chosen.nbytes)}"
+    enough = gib_at_least(chosen.nbytes)
+    way_out = f"{'a shorter prompt, ' if shorter else ''}a budget of {enough} (--vram {enough.split()[0]}G)"
     raise BackendError(
-        f"{tokens} tokens need at least {gib(chosen.nbytes)} of GPU memory ({takes}), but {gib(budget)} may be taken "
-        f"(--vram, or what is free); {way_out} would do, or --backend cpu"
+        f"{tokens} tokens need at least {enough} of GPU memory ({takes}), but {gib(budget)} may be taken "
+        f"(--vram, or what is free); {way_out}, or --backend cpu would do"
     )
 
 
