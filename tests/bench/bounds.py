@@ -5,7 +5,7 @@
 For each prompt length T it times what a model in dense bf16 that did nothing else would spend on
   linears    every matrix of a layer through cuBLAS, those of experts through PyTorch's grouped GEMM, with each token
              sent to experts at random (the router, under 1% of the work, is left out);
-  attention  causal attention of the whole prompt, through PyTorch's flash attention;
+  attention  causal attention of the whole prompt, through PyTorch's flash attention; recurrences count as free;
 and prints the tokens/s of such a model in three columns:
   burst      from rest, for some 40 ms: before the card's power limit acts;
   sustained  the last of 1.5 s without a pause: what a corpus job meets;
@@ -27,9 +27,23 @@ from typing import TypeAlias
 import torch
 from torch.nn import functional as F
 
-from kqprefill.synthetic import SHAPES, Shape
+from kqprefill.core import KeysValues
+from kqprefill.models import read_model
+from kqprefill.models.family import Family
+from kqprefill.synthetic import SHAPES, SyntheticFile
 
-LAYERS = 4  # whose distinct weights are multiplied in turn
+LAYERS = 4  # whose distinct weights are multiplied in turn; a hybrid's three recurrent layers and one of attention
+# Matrices that share their input.
+TOGETHER = (
+    ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_gate", "ssm_beta", "ssm_alpha"),
+    ("attn_output", "ssm_out"),
+    ("ffn_gate", "ffn_up"),
+    ("ffn_down",),
+    ("ffn_gate_shexp", "ffn_up_shexp"),
+    ("ffn_down_shexp",),
+    ("ffn_gate_exps", "ffn_up_exps"),
+    ("ffn_down_exps",),
+)
 REPLAYS = 10  # of a burst
 SUSTAINED_SECONDS, MEASURED_SECONDS = (
     1.5,
@@ -82,27 +96,32 @@ def sustained_ms(work: Work) -> float:
     return replay_ms(graph, max(4, int(MEASURED_SECONDS * 1e3 / latest)))
 
 
-def weight_shapes(shape: Shape) -> list[tuple[int, ...]]:
+def weight_shapes(family: Family, index: int) -> list[tuple[int, ...]]:
     """Of a layer's matrices, those that share their input as one: [rows, columns], or [experts, columns, rows]."""
-    qkv = (shape.heads + 2 * shape.kv_heads) * shape.head_dim, shape.hidden
-    output = shape.hidden, shape.heads * shape.head_dim
-    if shape.experts:
-        return [qkv, output, (shape.experts, shape.hidden, 2 * shape.ffn), (shape.experts, shape.ffn, shape.hidden)]
-    return [qkv, output, (2 * shape.ffn, shape.hidden), (shape.hidden, shape.ffn)]
-
-
-def operations(shape: Shape, tokens: int) -> int:
-    """Floating-point operations of a layer's linears."""
-    times = {2: 1, 3: shape.used}  # that a token passes a matrix, or matrices of a stack
-    return 2 * tokens * sum(times[len(sizes)] * math.prod(sizes[-2:]) for sizes in weight_shapes(shape))
+    shapes: list[tuple[int, ...]] = []
+    for names in TOGETHER:
+        tensors = [weight.tensor for name in names if (weight := family.blocks[index].get(name)) is not None]
+        if tensors:
+            experts, rows, columns = tensors[0].shape[:-2], sum(t.shape[-2] for t in tensors), tensors[0].shape[-1]
+            shapes.append((*experts, columns, rows) if experts else (rows, columns))
+    return shapes
 
 
 class Layers:
     """Some layers' weights, and their work over `tokens` tokens."""
 
-    def __init__(self, shape: Shape) -> None:
-        self.shape = shape
-        self.weights = [[random(*sizes) for sizes in weight_shapes(shape)] for _ in range(LAYERS)]
+    def __init__(self, name: str) -> None:
+        self.shape, family = SHAPES[name], read_model(SyntheticFile.named(name))
+        first = self.shape.layers // 2 // LAYERS * LAYERS  # the first layers' kinds may be others
+        self.sizes = [weight_shapes(family, first + i) for i in range(LAYERS)]
+        self.weights = [[random(*sizes) for sizes in layer] for layer in self.sizes]
+        self.attentive = sum(isinstance(state, KeysValues) for state in family.layer_states)
+
+    def operations(self, tokens: int) -> int:
+        """Floating-point operations of these layers' linears."""
+        times = {2: 1, 3: self.shape.used}  # that a token passes a matrix, or matrices of a stack
+        every = [sizes for layer in self.sizes for sizes in layer]
+        return 2 * tokens * sum(times[len(sizes)] * math.prod(sizes[-2:]) for sizes in every)
 
     def linears(self, tokens: int, eight_bit: bool = False) -> Work:
         """All products of all these layers: of bf16 operands, or of e4m3 ones."""
@@ -110,7 +129,7 @@ class Layers:
         weights = [[w.to(kind) for w in layer] for layer in self.weights]
         # Stacks of experts take a row for each token and each expert that it goes to, sorted by expert.
         rows = {2: tokens, 3: tokens * shape.used}
-        inputs = [random(rows[len(sizes)], sizes[1]).to(kind) for sizes in weight_shapes(shape)]
+        inputs = [[random(rows[len(s)], s[1]).to(kind) for s in layer] for layer in self.sizes]
         chosen = torch.rand(tokens, max(1, shape.experts), device="cuda").topk(shape.used).indices.flatten()
         ends = torch.bincount(chosen, minlength=shape.experts).cumsum(0).to(torch.int32)
         grouped_mm, one = getattr(torch, "_grouped_mm", None) or F.grouped_mm, torch.ones((), device="cuda")
@@ -124,8 +143,8 @@ class Layers:
                 torch.matmul(x, w.t())
 
         def work() -> None:
-            for layer in weights:
-                for x, w in zip(inputs, layer):
+            for layer, xs in zip(weights, inputs):
+                for x, w in zip(xs, layer):
                     multiply(x, w)
 
         return work
@@ -142,19 +161,20 @@ def measure(layers: Layers, tokens: int) -> dict[str, dict[str, float]]:
     shape = layers.shape
 
     def column(linears: float, attention: float) -> dict[str, float]:
+        linear_ms, attention_ms = linears * shape.layers / LAYERS, attention * layers.attentive
         return {
-            "linear_ms": linears * shape.layers,
-            "attention_ms": attention * shape.layers,
-            "tflops": operations(shape, tokens) / linears / 1e9,
-            "tokens_per_second": tokens / (linears + attention) / shape.layers * 1e3,
+            "linear_ms": linear_ms,
+            "attention_ms": attention_ms,
+            "tflops": layers.operations(tokens) / linears / 1e9,
+            "tokens_per_second": tokens / (linear_ms + attention_ms) * 1e3,
         }
 
     linears, attention = layers.linears(tokens), layers.attention(tokens)
-    columns = {"burst": column(burst_ms(linears) / LAYERS, burst_ms(attention))}
+    columns = {"burst": column(burst_ms(linears), burst_ms(attention))}
     held = sustained_ms(attention)
-    columns["sustained"] = column(sustained_ms(linears) / LAYERS, held)
+    columns["sustained"] = column(sustained_ms(linears), held)
     if not shape.experts:
-        columns["8-bit"] = column(sustained_ms(layers.linears(tokens, eight_bit=True)) / LAYERS, held)
+        columns["8-bit"] = column(sustained_ms(layers.linears(tokens, eight_bit=True)), held)
     return columns
 
 
@@ -181,7 +201,7 @@ def main() -> None:
     torch.manual_seed(0)
     report = {"device": torch.cuda.get_device_name(), "shape": options.shape, **card_rates()}
     print(", ".join(f"{key} {value if isinstance(value, str) else round(value)}" for key, value in report.items()))
-    layers, rows = Layers(SHAPES[options.shape]), []
+    layers, rows = Layers(options.shape), []
     for tokens in map(int, options.lengths.split(",")):
         columns = measure(layers, tokens)
         rows.append({"tokens": tokens, **columns})
