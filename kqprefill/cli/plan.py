@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import InputError
-from ..terminal import print_json, print_text
-from .common import device_options, memory_option, open_file, plan_lines, read_lengths, say_ignored, size
+from ..terminal import print_text
+from .common import device_options, memory_option, open_file, plan_lines, print_object, read_lengths, say_ignored, size
 
 if TYPE_CHECKING:
     from ..models.family import Family
@@ -79,7 +79,7 @@ def plan(model: str, length: str, as_json: bool, backend: str, device: int, kern
             "streamed_bytes": made.streamed_bytes,
             **bounds,
         }
-        print_json(described)
+        print_object(described)
         return
     print_text(f"{model} on {name}, prompts of {tokens} tokens")
     for line in plan_lines(made, family):
@@ -107,7 +107,7 @@ def _plan_cpu(model: str, family: Family, tokens: int, as_json: bool) -> None:
     }
     if as_json:
         described = {"model": model, "device": "cpu", "parts": parts, "prompt_tokens": tokens}
-        print_json(described)
+        print_object(described)
         return
     print_text(f"{model} on the CPU, prompts of {tokens} tokens: nothing is planned there, and no budget is kept to")
     notes = {"weights": "mapped from the file", "keys, values": "of a layer at a time", "activations": "about"}
