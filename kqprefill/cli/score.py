@@ -117,7 +117,8 @@ def score(
 
     A line has "prompt" (text), "tokens" (ids) or "messages" (a conversation, for the chat template), and perhaps
     "completion", which is then scored given the prompt, or "choices", several of them; its other keys are handed on.
-    logprob is the natural logarithm, over n_tokens tokens: all but the first, or the completion's. Many prompts share a batch; what is packed with what changes no figure.
+    logprob is the natural logarithm, over n_tokens tokens: all but the first, or the completion's. Many prompts share a
+    batch; what is packed with what changes no figure.
 
     Exit status 3 where --on-error skip has left records out, 1 where none was scored.
 

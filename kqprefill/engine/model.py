@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+import logging
 import os
 import sys
 import time
@@ -15,15 +16,16 @@ import numpy as np
 from ..backends import open_backend
 from ..backends.base import Backend, Cache
 from ..backends.budget import Budget
-from ..core import Batch, Float32Array, HeadResult, Int32Array, Logits, PendingHead, Progress, Ranks, no_progress
+from ..core import Batch, HeadResult, Int32Array, Logits, PendingHead, Progress, Ranks, no_progress
 from ..errors import InputError
 from ..gguf import GGUFFile, ModelFile
 from ..gguf.vocabulary import token_text
 from ..models import read_model
 from ..models.config import Config
 from ..models.family import Family
-from ..timeline import Stage
+from ..terminal import shown
 from .checks import refuse_non_finite, token_ids
+from .prefill import Prefill
 from .scoring import (
     BATCH_TOKENS,
     FIRST_TOKENS,
@@ -44,33 +46,7 @@ if TYPE_CHECKING:
     from ..text.chat import Chat
 
 _LOGITS = (None, "last", "all")
-
-
-@dataclass(frozen=True)
-class Prefill:
-    """What a prefill gives.
-
-    token: the greedy next token's id, None for an empty prompt; logit and logprob (natural logarithm) are its own.
-    logits: float32 [V] for "last", [T, V] for "all", else None. timings: {"prefill": seconds}. stages: {name: Stage}
-    (kqprefill.timeline) where asked for, else None.
-    """
-
-    token: int | None
-    logit: float | None
-    logprob: float | None
-    logits: Float32Array | None
-    prompt_tokens: int
-    timings: dict[str, float] = field(default_factory=dict)
-    stages: dict[str, Stage] | None = None
-
-    def likeliest(self, count: int) -> list[tuple[int, float]]:
-        """[(token, natural log-probability)] of the likeliest next tokens, the lowest ids of equals first; needs
-        logits."""
-        assert self.logits is not None, "the prefill was not asked for logits"
-        last = self.logits[-1] if self.logits.ndim == 2 else self.logits
-        order = np.argsort(-last, kind="stable")[:count]
-        shifted = last.astype(np.float64) - float(last[order[0]])
-        return [(int(token), float(shifted[token] - np.log(np.exp(shifted).sum()))) for token in order]
+_LOG = logging.getLogger("kqprefill")
 
 
 class Model:
@@ -83,6 +59,14 @@ class Model:
         self._last_chat: Chat | None = None
         self._last_template: str | None = None
         self._closed = False
+
+    def __repr__(self) -> str:
+        config, where = self.config, f"{self.backend.name} ({self.backend.device_name})"
+        return (
+            f"<Model {shown(self.file.path)}: {shown(self.file.metadata.get('general.architecture'))}, "
+            f"{len(self.family.blocks)} layers, vocabulary {config.vocab_size}, context {config.context_length}, "
+            f"{'closed' if self._closed else f'on {where}'}>"
+        )
 
     @property
     def config(self) -> Config:
@@ -128,7 +112,9 @@ class Model:
         if cache is not None:
             cache.length = start + len(ids)
         timings = {"prefill": time.perf_counter() - start_time}
-        return Prefill(head.token, head.logit, head.logprob, head.logits, len(ids), timings, stages)
+        result = Prefill(head.token, head.logit, head.logprob, head.logits, len(ids), timings, stages)
+        _LOG.debug("%d tokens, %.0f tokens/s", len(ids), result.tokens_per_second)
+        return result
 
     def score(
         self,
@@ -321,16 +307,7 @@ def load(
     vram: Budget | str | int | None = None,
     max_tokens: int | None = None,
 ) -> Model:
-    """Open the GGUF model at path.
-
-    backend: "auto" (CUDA where usable, else the CPU, said in one line on stderr), "cuda" or "cpu". device: the CUDA
-    device's number. kernels: "auto", or "portable" for the kernels of every GPU on one that has its own.
-    vram: the GPU memory that may be taken, all told: bytes, "8G" or "75%"; None for all that is free. Layers that have
-    no room in it are streamed from the file for each prompt, with the same results. max_tokens: the longest prompt to
-    keep room for (a longer one makes layers leave). progress(stage, done, total) hears of loading; warn(line) hears why
-    "auto" took the CPU (stderr unless given). Raises GGUFError (a bad file), ModelError (a model that is not
-    supported), BackendError (no usable GPU, or not enough memory), InputError (a bad argument).
-    """
+    """`kqprefill.load`, which says what the arguments are."""
     return open_model(GGUFFile(path), backend, device, kernels, progress, warn, vram, max_tokens)
 
 
@@ -355,15 +332,30 @@ def open_model(
     try:
         budget = None if vram is None else Budget.parse(vram)
         family = read_model(file)
-        opened = open_backend(backend, device, kernels, warn or _warn_on_stderr)
+        opened = open_backend(backend, device, kernels, warn or _warn)
         opened.load(family, progress or no_progress, budget, max_tokens, ranks)
     except BaseException:
         if opened is not None:
             opened.close()
         file.close()
         raise
-    return Model(file, family, opened, {"load": time.perf_counter() - start})
+    model = Model(file, family, opened, {"load": time.perf_counter() - start})
+    _log_loaded(model)
+    return model
 
 
-def _warn_on_stderr(line: str) -> None:
-    print(f"kqprefill: {line}", file=sys.stderr)
+def _log_loaded(model: Model) -> None:
+    backend, plan = model.backend, model.backend.plan
+    where = f"{backend.name} ({backend.device_name})"
+    _LOG.info("%s loaded in %.2f s, %s", shown(model.file.path), model.timings["load"], where)
+    if plan is not None:
+        _LOG.info("GPU memory: %d of %d bytes that may be taken", plan.nbytes, plan.budget)
+        _LOG.info("layers: %d stay, %d are streamed", len(plan.resident), len(plan.streamed))
+
+
+def _warn(line: str) -> None:
+    """To whoever listens to the logger "kqprefill", else to stderr."""
+    if _LOG.hasHandlers():
+        _LOG.warning("%s", line)
+    else:
+        print(f"kqprefill: {line}", file=sys.stderr)

@@ -18,6 +18,7 @@ from ..core import (
     KEYS_PER_TOKEN,
     LARGEST_KEY_BLOCK,
     Batch,
+    Brief,
     Float32Array,
     Int32Array,
     PendingHead,
@@ -35,8 +36,8 @@ PROMPTS = "tokens", "prompt", "messages"  # keys of a record, of which it has on
 Record: TypeAlias = Sequence[int] | Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Item:
+@dataclass(frozen=True, repr=False)
+class Item(Brief):
     """What a record asks for, in token ids.
 
     Without continuations the prompt's tokens but the first are scored; else those of each continuation are, given the
@@ -82,7 +83,7 @@ class Item:
         return self.tokens + len(self.continuations or ()) * min(LARGEST_KEY_BLOCK, len(self.prompt))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scored:
     """One stretch of scored tokens: their ids and natural log-probabilities, int32 and float32 [n]; and the likeliest
     tokens at each place, int32 [n, top], with theirs, float32 [n, top]."""
@@ -91,6 +92,11 @@ class Scored:
     logprobs: Float32Array
     top_tokens: Int32Array
     top_logprobs: Float32Array
+
+    def __repr__(self) -> str:
+        each = f", top {self.top_tokens.shape[1]} of each" if self.top_tokens.shape[1] else ""
+        perplexity = "None" if self.perplexity is None else f"{self.perplexity:.6g}"
+        return f"Scored(n_tokens={self.n_tokens}, logprob={self.logprob:.6g}, perplexity={perplexity}{each})"
 
     @property
     def n_tokens(self) -> int:

@@ -42,8 +42,8 @@ class Chat:
             template = read_key(metadata, "tokenizer.chat_template", lambda what: ModelError(f"{path}: {what}"))
         if template is None:
             raise ModelError(f"{path}: it has no chat template (tokenizer.chat_template); give --chat-template FILE")
-        setup = {"template": template, "tokens": {f"{name}_token": tokenizer.named(name) for name in ("bos", "eos")}}
-        self._setup = json.dumps(setup).encode()
+        tokens = {f"{name}_token": tokenizer.named(name) for name in ("bos", "eos")}
+        self._setup = json.dumps({"template": template, "tokens": tokens, "seconds": SECONDS}).encode()
         self._process: subprocess.Popen[bytes] | None = None
         self._one_at_a_time = threading.Lock()
 

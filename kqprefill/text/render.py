@@ -1,9 +1,10 @@
 """The process that renders chat templates, which come from files that nobody has vouched for.
 
 It is run by its path, with nothing of the package, and given what it needs on stdin: first a line of JSON with the
-template and the texts of special tokens, then a line for each conversation, each answered by a line on stdout. Jinja's
-sandbox keeps a template from Python's objects; the limits below keep it from time and memory, whatever it does: the
-system holds the process to them, so that no loop and no `"a" * 10**12` need be foreseen.
+template, the texts of special tokens and the seconds that a conversation may take, then a line for each conversation,
+each answered by a line on stdout. Jinja's sandbox keeps a template from Python's objects; the limits below keep it from
+time and memory, whatever it does: the system holds the process to them, so that no loop and no `"a" * 10**12` need be
+foreseen.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def main() -> None:
     setup = json.loads(sys.stdin.buffer.readline())
     render: Callable[[Any, bool], str] | None = None
     for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, setup["seconds"])
         try:
             asked = json.loads(line)
             if render is None:
