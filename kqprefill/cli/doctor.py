@@ -33,7 +33,7 @@ def doctor(context: click.Context, device: int, as_json: bool) -> None:
 
     found = {"kqprefill": _version("kqprefill"), "python": platform.python_version()}
     problems = []
-    for package in ("numpy", "gguf", "cuda-python", "cuda-core", "nvidia-cuda-nvrtc", "tokenizers"):
+    for package in ("numpy", "gguf", "cuda-python", "cuda-core", "nvidia-cuda-nvrtc", "tokenizers", "jinja2"):
         found[package] = _version(package)
     if found["tokenizers"] is None:
         problems.append(
