@@ -72,7 +72,11 @@ class Chat:
         """A conversation as the template spells it. Raises InputError."""
         asked = _spelled({"messages": messages, "generation": generation}, ascii_only=True).encode()
         with self._one_at_a_time:
-            answer = self._ask(asked)
+            try:
+                answer = self._ask(asked)
+            except BaseException:  # an interrupt: its answer would be taken for the next one's
+                self.close()
+                raise
         if "missing" in answer:
             raise InputError("a chat template needs jinja2: pip install 'kqprefill[chat]'")
         if "error" in answer:
