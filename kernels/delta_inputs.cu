@@ -7,7 +7,9 @@
 
 constexpr int kThreads = DELTA_INPUT_THREADS, kDim = HEAD_DIM, kTaps = KERNEL;
 constexpr int kGroups = kThreads / kDim, kGroupRows = kChunk / kGroups;  // of threads that have a column each, and rows
+constexpr int kAhead = 16;                                               // rows that are on their way at a time
 static_assert(kThreads % kDim == 0 && kDim % 32 == 0, "whole groups of threads, whole warps of columns");
+static_assert(kGroupRows % kAhead == 0, "a group's rows in whole steps");
 
 __device__ __forceinline__ float silu(float x) {
     return x / (1.0f + expf(-x));
@@ -33,14 +35,20 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     };
 #pragma unroll
     for (int j = 1; j < kTaps; ++j) window[j] = load(first - kTaps + j);
-    for (int i = 0; i < kGroupRows; ++i) {
+    for (int row = first; row < first + kGroupRows; row += kAhead) {
+        float next[kAhead];
 #pragma unroll
-        for (int j = 1; j < kTaps; ++j) window[j - 1] = window[j];
-        window[kTaps - 1] = load(first + i);
-        float sum = 0.0f;
+        for (int i = 0; i < kAhead; ++i) next[i] = load(row + i);
 #pragma unroll
-        for (int j = 0; j < kTaps; ++j) sum = fmaf(tap[j], window[j], sum);
-        convolved[first + i][column] = first + i < chunk.count ? silu(sum) : 0.0f;
+        for (int i = 0; i < kAhead; ++i) {
+#pragma unroll
+            for (int j = 1; j < kTaps; ++j) window[j - 1] = window[j];
+            window[kTaps - 1] = next[i];
+            float sum = 0.0f;
+#pragma unroll
+            for (int j = 0; j < kTaps; ++j) sum = fmaf(tap[j], window[j], sum);
+            convolved[row + i][column] = row + i < chunk.count ? silu(sum) : 0.0f;
+        }
     }
     __syncthreads();
     bool is_v = head >= 2 * key_heads, is_k = head >= key_heads;

@@ -53,8 +53,18 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         total[t] = g;
     }
     __syncthreads();
-    if (threadIdx.x == 0)
-        for (int t = 1; t < kChunk; ++t) total[t] += total[t - 1];
+    if (threadIdx.x < 32) {  // sums up to each: a lane has two positions
+        int lane = threadIdx.x;
+        float own = total[2 * lane], sum = own + total[2 * lane + 1];
+#pragma unroll
+        for (int offset = 1; offset < 32; offset *= 2) {
+            float other = __shfl_up_sync(0xffffffffu, sum, offset);
+            if (lane >= offset) sum += other;
+        }
+        float before = __shfl_up_sync(0xffffffffu, sum, 1);
+        total[2 * lane] = lane > 0 ? before + own : own;
+        total[2 * lane + 1] = sum;
+    }
     __syncthreads();
     if (threadIdx.x < kChunk) {
         growth[threadIdx.x] = expf(total[threadIdx.x]);
@@ -111,16 +121,16 @@ extern "C" __global__ void __launch_bounds__(kThreads)
                        : beta[t] * half_to_float(values[t * kDim]) * (1.0f / kChunk);
 #pragma unroll
     for (int t = 1; t < kChunk; ++t) {
-        float sum = x[t];
+        float part[4] = {x[t]};  // four sums, none of which waits for another
 #pragma unroll
         for (int s = 0; s < t; s += 4) {
             float4 a = *reinterpret_cast<const float4*>(sums + t * kSumRow + s);
-            sum = fmaf(-a.x, x[s], sum);
-            sum = fmaf(-a.y, x[s + 1], sum);
-            sum = fmaf(-a.z, x[s + 2], sum);
-            sum = fmaf(-a.w, x[s + 3], sum);
+            part[0] = fmaf(-a.x, x[s], part[0]);
+            part[1] = fmaf(-a.y, x[s + 1], part[1]);
+            part[2] = fmaf(-a.z, x[s + 2], part[2]);
+            part[3] = fmaf(-a.w, x[s + 3], part[3]);
         }
-        x[t] = sum;
+        x[t] = (part[0] + part[1]) + (part[2] + part[3]);
     }
     half_t* out = (of_keys ? w : u) + own * (kChunk * kDim) + column;
 #pragma unroll

@@ -131,6 +131,15 @@ def test_the_likeliest_tokens():
     assert kq("run", EXAMPLE, "--tokens", TOKENS, "--top", 999, "--backend", "cpu").returncode == 2
 
 
+def test_windows_is_told_in_a_line():
+    code = (
+        "import sys, click; sys.platform, sys.modules['fcntl'], sys.argv = 'win32', None, ['kqprefill', 'doctor']\n"
+        "from kqprefill.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1) and "WSL2" in done.stderr
+
+
 def test_no_color():
     """Bars move the cursor; with NO_COLOR nothing is coloured."""
     colour = re.compile(r"\x1b\[[0-9;]*(?:3[0-8]|4[0-8]|9[0-7])[0-9;]*m")

@@ -153,6 +153,38 @@ def test_tables_fit_a_terminal(args, tmp_path):
     assert all(columns_of(line) <= 80 for line in rows) and (rows or args == ["inspect", "{}"])
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["plan", "qwen3-32b:Q4_K_M", "--vram", "8G", "-p", "8192"],
+        ["plan", "qwen3-32b:Q4_K_M", "--backend", "cpu"],
+        ["doctor"],
+        ["inspect", "qwen3-30b-a3b:Q4_K_M"],
+        ["inspect", "gpt-oss-20b:MXFP4_MOE", "--tensors"],
+    ],
+    ids=lambda args: " ".join(args[:2]),
+)
+def test_a_terminal_of_80_columns_wraps_nothing(args):
+    """Words are wrapped by us, between words; a pipe gets each line whole."""
+    _, shown = in_a_terminal(*args, COLUMNS="80", KQPREFILL_CACHE_DIR="/nowhere", CUDA_VISIBLE_DEVICES="")
+    assert all(columns_of(line) <= 80 for line in shown.splitlines()), shown
+    if "--vram" in args:
+        bound = next(line for line in kq(*args).stdout.decode().splitlines() if line.startswith("bound by"))
+        assert columns_of(bound) > 80 and bound.endswith("streamed for each prompt)")
+
+
+def test_texts_that_begin_with_a_digit_are_no_numbers(monkeypatch):
+    """They stand to the left, and are what is cut where a terminal is too narrow."""
+    import sys
+
+    types = ", ".join(f"{n} Q{n}_K" for n in range(1, 20))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    _, rule, line = table(["types", "size", "shape"], [[types, "1.50 GiB", "64 x 32"]]).splitlines()
+    assert rule.split("|")[2].endswith(": ") and rule.count(":") == 1
+    assert columns_of(line) == 80 and "…" in line and "1.50 GiB" in line
+
+
 def test_a_table_is_cut_to_the_terminal(monkeypatch):
     import sys
 

@@ -18,6 +18,7 @@ from kqprefill.backends.cuda.device.workspace import Workspace
 from kqprefill.backends.cuda.gemm import hopper
 from kqprefill.backends.cuda.kernel_set import kernel_set_of
 from kqprefill.backends.cuda.ops.attention_layout import attention_layout
+from kqprefill.backends.cuda.ops.chunk_layout import chunk_layout
 from kqprefill.backends.cuda.rehearsal import planned_batch, rehearse
 from kqprefill.core import KEYS_PER_TOKEN, LARGEST_KEY_BLOCK, Batch, KeysValues, Segment, Targets
 from kqprefill.engine.scoring import Item, packed, packs
@@ -140,6 +141,33 @@ def test_packed_batches_keep_to_the_keys_that_are_planned_for(rng):
             rows = attention_layout(batch.segments, config).rows
             alone = len(group) == 1 and len(group[0][0].continuations) == 1
             assert alone or (rows <= KEYS_PER_TOKEN * batch_tokens and len(batch.tokens) <= batch_tokens)
+
+
+def test_chunks_find_every_position_of_their_sequence(rng):
+    """Of the chunk and of the convolution's taps before it, whatever follows what in a batch."""
+    first, segments = 0, []
+    for _ in range(40):
+        prompt = Segment(first, int(rng.integers(1, 300)))
+        first, place = first + prompt.length, len(segments)
+        segments.append(prompt)
+        for _ in range(rng.integers(0, 3)):
+            segments.append(Segment(first, int(rng.integers(1, 300)), prompt.length, place))
+            first += segments[-1].length
+    row_of = {}  # (segment, position in its sequence) -> row
+    for number, segment in enumerate(segments):
+        row_of |= {(number, segment.position + i): segment.first + i for i in range(segment.length)}
+        if segment.after is not None:
+            row_of |= {(number, i): row_of[segment.after, i] for i in range(segment.position)}
+    layout = chunk_layout(segments)
+    sequences = {first: count for level in layout.sequences for first, count, *_ in level}
+    number, end = -1, 0
+    for index, (row, before_row, begin, count, behind) in enumerate(layout.chunks.tolist()):
+        if index == end:
+            number, end = number + 1, index + sequences[index]
+        for position in range(max(-3, -behind), count):
+            found = (row if position >= begin else before_row) + position
+            assert found == row_of[number, behind + position]
+    assert number == len(segments) - 1
 
 
 def test_packed_batches_fit_the_memory_that_is_planned():

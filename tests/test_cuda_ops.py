@@ -23,6 +23,8 @@ pytestmark = pytest.mark.gpu
 
 # Halves have 11 bits: an operand is off by 2.8e-4 at most, 1.6e-4 in the mean, and a chain of ops by a few of these.
 TOLERANCE = 2e-3
+# The gated norm makes of q · k, however small it is beside q and k, an output as large as any other.
+TOLERANCES = {"delta_net": 2e-2}
 
 
 def shape(architecture, hidden, heads, kv_heads, head_dim, ffn, vocab, **more):
@@ -124,7 +126,7 @@ class BothOps:
 
     def _note(self, op, expected, got):
         error = relative_error(expected, got)
-        assert error <= TOLERANCE, f"{op}: relative error {error:.1e}"
+        assert error <= TOLERANCES.get(op, TOLERANCE), f"{op}: relative error {error:.1e}"
 
     def __getattr__(self, op):
         def both(*args, **kwargs):

@@ -9,12 +9,11 @@ import pytest
 
 from conftest import EXAMPLE, ROOT
 import kqprefill
-from kqprefill.backends.budget import Budget
+from kqprefill.backends.budget import Budget, host_memory
 from kqprefill.backends.cuda.bounds import H100, estimate
 from kqprefill.backends.cuda.kernel_set import kernel_set_of
 from kqprefill.backends.cuda.kv_cache import DeviceCache, HostCache
 from kqprefill.backends.cuda.rehearsal import plan_model
-from kqprefill.backends.cuda.weights.host_pages import host_memory
 from kqprefill.backends.cuda.weights.plan import CONTEXT_BYTES
 from kqprefill.engine.model import open_model
 from kqprefill.gguf.types import GGML

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+import sys
 
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFValueType
 import numpy as np
 import pytest
 
@@ -43,6 +44,8 @@ def test_a_model_of_every_family(architecture: str) -> None:
     assert (family.experts is not None) == (architecture in EXPERTS)
     names = [matrix.name for matrix in family.matrices()]
     assert len(set(names)) == len(names)
+    rates = [tensor.data.view(np.float32) for name, tensor in file.tensors.items() if name.endswith(".ssm_a")]
+    assert all((rate < 0).all() for rate in rates)  # of decay, in every layer
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
@@ -73,6 +76,29 @@ def test_a_written_file_is_read_back(architecture: str, tmp_path: Path) -> None:
 def test_tiny_is_as_large_as_the_example() -> None:
     with SyntheticFile.named("tiny:Q4_K_M") as file, GGUFFile(EXAMPLE) as example:
         assert {t.name: t.shape for t in file.tensors.values()} == {t.name: t.shape for t in example.tensors.values()}
+
+
+def test_the_example_is_what_synth_writes(tmp_path: Path) -> None:
+    with SyntheticFile.named("tiny:Q4_K_M") as file:
+        write_gguf(file, tmp_path / "tiny.gguf")
+    assert (tmp_path / "tiny.gguf").read_bytes() == EXAMPLE.read_bytes()
+
+
+def test_llama_cpp_finds_the_vocabulary_that_it_asks_for(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A merge, and the ids of BOS and EOS; and yet each byte of any text is its own token, with no library."""
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    fields = GGUFReader(EXAMPLE).fields
+    (merge,) = fields["tokenizer.ggml.merges"].contents()
+    assert len(merge.split(" ")) == 2
+    for key in ("bos", "eos"):
+        field = fields[f"tokenizer.ggml.{key}_token_id"]
+        assert field.types == [GGUFValueType.UINT32] and 0 <= field.contents() < 256
+    with kqprefill.load(EXAMPLE, backend="cpu") as model:
+        for text in ("", "a1 a 1 1a aa11", "\0\1\u0100", "wörld 日本 😀", *rng.integers(0, 128, (20, 40), np.uint8)):
+            text = text if isinstance(text, str) else bytes(text).decode()
+            assert model.tokenize(text) == list(text.encode())
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -203,6 +203,7 @@ def test_prompts_that_are_none(args, stdin, complaint):
 def test_tokenizing_without_the_library_says_what_to_install(tmp_path):
     (tmp_path / "tokenizers.py").write_text("raise ImportError('not here')")
     model = SyntheticFile.named("tiny:Q4_0")
+    model.metadata["tokenizer.ggml.tokens"][0] = "ab"
     model.metadata["tokenizer.ggml.merges"] = ["a b"]
     write_gguf(model, tmp_path / "merges.gguf")
     done = subprocess.run(
@@ -218,9 +219,10 @@ def test_a_token_a_byte_needs_no_library(monkeypatch):
     from kqprefill.text.bpe import BytePairs
 
     pieces, text = [*byte_pieces(), "Ġa"], "Hello, wörld 123 \n\t <|x|> 日本 😀 a"
-    with_library = BytePairs(pieces[:256], ["no merge"], "default", ValueError)
+    with_library = BytePairs([*pieces[:256], "zq"], ["z q"], "default", ValueError)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    without = BytePairs(pieces[:256], [], "default", ValueError)
-    assert without.encode(text) == with_library.encode(text) and len(without.encode(text)) == len(text.encode())
+    for merges in [], ["a 1"]:  # the example's, which makes no token
+        without = BytePairs(pieces[:256], merges, "default", ValueError)
+        assert without.encode(text) == with_library.encode(text) and len(without.encode(text)) == len(text.encode())
     with pytest.raises(kqprefill.InputError, match="tokenizers"):
         BytePairs(pieces, ["Ġ a"], "default", ValueError)

@@ -1,8 +1,10 @@
-"""Amounts of device memory as people say them: `8G`, `512M`, `75%`."""
+"""Amounts of device memory as people say them: `8G`, `512M`, `75%`; and how much main memory there is."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+import os
+from pathlib import Path
 import re
 
 from ..errors import InputError
@@ -46,3 +48,28 @@ class Budget:
     def of(self, total: int) -> int:
         """Bytes, on a device that has `total`."""
         return int(self.amount * total if self.is_share else self.amount)
+
+
+def host_memory(
+    cgroups: str | os.PathLike[str] = "/sys/fs/cgroup", membership: str | os.PathLike[str] = "/proc/self/cgroup"
+) -> int:
+    """Bytes of main memory that this process may use: the machine's, or what its control groups (v2) allow."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    try:
+        group = Path(cgroups, Path(membership).read_text(encoding="utf-8").rpartition("0::/")[2].strip())
+        files = [folder / "memory.max" for folder in (group, *group.parents)]
+        texts = [file.read_text().strip() for file in files if file.exists()]
+        limits += [int(text) for text in texts if text.isdigit()]  # else "max"
+    except OSError:  # none
+        pass
+    return min(limits)
+
+
+def free_host_memory() -> int:
+    """Bytes of main memory that this process may use and that no process uses now (Linux's MemAvailable)."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return host_memory()
+    return min(free, host_memory())

@@ -20,6 +20,10 @@ def main() -> None:
         try:
             on_signals(raise_signal)
             mend_streams()
+            if sys.platform == "win32":
+                from ..errors import KqprefillError
+
+                raise KqprefillError("Windows is not supported; use WSL2, which is Linux and has the GPU")
             from .commands import cli
 
             status = cli(standalone_mode=False) or 0

@@ -253,6 +253,16 @@ def say_plain(line: str) -> None:
         sys.stderr.flush()
 
 
+def wrapped(line: str) -> str:
+    """A line of words as a terminal shows it best: cut between words at its width, what follows indented."""
+    if not sys.stdout.isatty():
+        return line
+    import textwrap
+
+    width = shutil.get_terminal_size().columns
+    return textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
 def warner(quiet: bool) -> Callable[[str], None]:
     """warn(line) to stderr, or to nowhere."""
     return (lambda line: None) if quiet else say
@@ -264,7 +274,7 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     On a terminal it fits its width: the longest texts are cut, which are there for people to recognise.
     """
     rows = [list(row) for row in (head, *lines)]
-    right = [all(_NUMBER.match(row[i]) or not row[i] for row in rows[1:]) for i in range(len(head))]
+    right = [all(_NUMBER.fullmatch(row[i]) or not row[i] for row in rows[1:]) for i in range(len(head))]
     if sys.stdout.isatty():
         rows = [[shown(cell) for cell in row] for row in rows]
         _fit(rows, right, shutil.get_terminal_size().columns)
@@ -273,7 +283,8 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(map(_padded, row, widths, right)) + " |" for row in [rows[0], rule, *rows[1:]])
 
 
-_NUMBER = re.compile(r"[-+<]?[0-9]")
+# A number, with its unit or its spread: "18 MiB", "2.49 ± 0.23", "84.0%". Not "18 Q4_K, 9 Q8_0", nor a shape.
+_NUMBER = re.compile(r"[-+<]?[0-9][0-9.,e]*( ?%| [KMGT]?i?B| ± [0-9.e]+)?")
 
 
 def _fit(rows: list[list[str]], right: Sequence[bool], width: int) -> None:

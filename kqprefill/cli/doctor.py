@@ -7,7 +7,7 @@ import platform
 import click
 
 from ..terminal import print_text
-from .common import print_object, size
+from .common import print_object, size, wrapped
 
 
 @click.command()
@@ -71,7 +71,7 @@ def doctor(context: click.Context, device: int, as_json: bool) -> None:
         for name, value in found.items():
             print_text(f"{name:{width}}  {value or 'none'}")
         for problem in problems:
-            print_text(f"! {problem}")
+            print_text(wrapped(f"! {problem}"))
     context.exit(0 if usable else 1)
 
 

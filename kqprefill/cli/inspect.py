@@ -150,7 +150,7 @@ def _for_people(d: dict[str, Any]) -> str:
         ]
         for name, group in d["groups"].items()
     ]
-    return "\n".join(lines) + table(["tensors", "", "types", "size", "bits a weight"], rows)
+    return "\n".join(lines) + table(["tensors", "n", "types", "size", "bits a weight"], rows)
 
 
 def _print_metadata(file: ModelFile, key: str, as_json: bool) -> None:

@@ -8,7 +8,17 @@ import click
 
 from ..errors import InputError
 from ..terminal import print_text
-from .common import device_options, memory_option, open_file, plan_lines, print_object, read_lengths, say_ignored, size
+from .common import (
+    device_options,
+    memory_option,
+    open_file,
+    plan_lines,
+    print_object,
+    read_lengths,
+    say_ignored,
+    size,
+    wrapped,
+)
 
 if TYPE_CHECKING:
     from ..models.family import Family
@@ -81,7 +91,7 @@ def plan(model: str, length: str, as_json: bool, backend: str, device: int, kern
         }
         print_object(described)
         return
-    print_text(f"{model} on {name}, prompts of {tokens} tokens")
+    print_text(wrapped(f"{model} on {name}, prompts of {tokens} tokens"))
     for line in plan_lines(made, family):
         click.echo(line)
     arithmetic = f"arithmetic {bounds['compute_seconds']:.3f} s at {bounds['tflops']:.0f} TFLOP/s"
@@ -90,7 +100,8 @@ def plan(model: str, length: str, as_json: bool, backend: str, device: int, kern
         return
     bus = f"bus {bounds['bus_seconds']:.3f} s at {bounds['bus_gb_per_s']:.1f} GB/s"
     which = "the bus" if bounds["bus_seconds"] > bounds["compute_seconds"] else "arithmetic"
-    click.echo(f"bound by {which}: {arithmetic}, {bus} ({size(made.streamed_bytes)} streamed for each prompt)")
+    streamed = f"{size(made.streamed_bytes)} streamed for each prompt"
+    click.echo(wrapped(f"bound by {which}: {arithmetic}, {bus} ({streamed})"))
     click.echo(f"streaming is free from about {bounds['free_from_tokens']} tokens")
 
 
@@ -109,7 +120,9 @@ def _plan_cpu(model: str, family: Family, tokens: int, as_json: bool) -> None:
         described = {"model": model, "device": "cpu", "parts": parts, "prompt_tokens": tokens}
         print_object(described)
         return
-    print_text(f"{model} on the CPU, prompts of {tokens} tokens: nothing is planned there, and no budget is kept to")
+    print_text(
+        wrapped(f"{model} on the CPU, prompts of {tokens} tokens: nothing is planned there, and no budget is kept to")
+    )
     notes = {"weights": "mapped from the file", "keys, values": "of a layer at a time", "activations": "about"}
     for name, nbytes in parts.items():
         click.echo(f"  {name:12}  {size(nbytes):>10}  {notes[name]}")

@@ -206,7 +206,7 @@ def run(
             ]
             for t in likeliest
         ]
-        print_text(table(["", "log-probability", "token", "text"], cells))
+        print_text(table(["share", "log-probability", "token", "text"], cells))
     elif top:
         print_json(likeliest)
     elif logits != STDIO:

@@ -32,7 +32,8 @@ class SyntheticTensor(ModelTensor):
     def data(self) -> NDArray[np.uint8]:
         """The quantised bytes, uint8 [..., row bytes]."""
         if self.whole is None:
-            return random_weights(self.shape, self.type, self.name.split(".")[-2])
+            *_, name, last = self.name.split(".")
+            return random_weights(self.shape, self.type, name if last in ("weight", "bias") else last)
         view = self.whole.data.reshape(-1)[self.offset : self.offset + self.nbytes]
         return view.reshape(*self.shape[:-1], nbytes_of(self.shape[-1:], self.type))
 
@@ -85,12 +86,23 @@ def _known(name: str, names: Iterable[str]) -> str:
     return f"{name!r}; " + (f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}")
 
 
+# llama.cpp's tools open no vocabulary of this kind without merges and these ids. The merge changes no text's tokens:
+# its parts never stand in one word, since letters and digits are split, and what it would make of them is no token.
+_FOR_LLAMA_CPP: dict[str, Any] = {"merges": ["a 1"], "bos_token_id": 0, "eos_token_id": 0}
+
+
 def _metadata(shape: Shape, name: str) -> dict[str, Any]:
     """All metadata of a file of that shape, by GGUF key."""
     metadata: dict[str, Any] = {"general.architecture": shape.architecture, "general.name": name}
     metadata |= {f"{shape.architecture}.{key}": value for key, value in shape.metadata().items()}
     if shape.vocab == 256:  # a token is a byte, written as GPT-2's vocabularies do
-        tokens = {"model": "gpt2", "pre": "default", "tokens": list(byte_pieces()), "token_type": [1] * 256}
+        tokens: dict[str, Any] = {
+            "model": "gpt2",
+            "pre": "default",
+            "tokens": list(byte_pieces()),
+            "token_type": [1] * 256,
+        }
+        tokens |= _FOR_LLAMA_CPP
     else:
         tokens = {"model": "none"}  # llama.cpp then asks for no vocabulary, and takes its size from here
         metadata[f"{shape.architecture}.vocab_size"] = shape.vocab

@@ -120,6 +120,7 @@ SHAPES = {
     "gpt-oss-20b": Shape(
         "gpt-oss", 24, 2880, 64, 8, 64, 2880, 201088, 131072, 1.5e5, window=128, yarn=32.0, experts=32, used=4
     ),
+    "gemma3-270m": Shape("gemma3", 18, 640, 4, 1, 256, 2048, 262144, 32768, 1e6, tied=True, window=512),
     "qwen3.6-27b": Shape("qwen35", 64, 5120, 24, 4, 256, 17408, 248320, 262144, 1e7, more=_delta_layers(48)),
     "qwen3.6-35b-a3b": Shape(
         *("qwen35moe", 40, 2048, 16, 2, 256, 512, 248320, 262144, 1e7),

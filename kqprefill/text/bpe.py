@@ -95,7 +95,8 @@ class BytePairs:
         self._missing = frozenset(byte for byte, piece in enumerate(byte_pieces()) if piece not in vocabulary)
         # Each byte's token, where there are no merges (the example's vocabulary): that needs no library. Else [].
         self._bytes: list[int] = []
-        if not merges and pre not in _WHOLE_WORDS and all(piece in vocabulary for piece in byte_pieces()):
+        is_merged = any(merge.replace(" ", "") in vocabulary for merge in merges)  # into a token: others count for none
+        if not is_merged and pre not in _WHOLE_WORDS and all(piece in vocabulary for piece in byte_pieces()):
             self._bytes = [vocabulary[piece] for piece in byte_pieces()]
             return
         try:

@@ -4,8 +4,8 @@
     PYTHONPATH=/path/to/new python tests/bench/bits.py write after
     python tests/bench/bits.py compare before after
 
-On a CPU the number of threads that NumPy's BLAS uses decides how it sums, so both must run with the same one
-(OMP_NUM_THREADS, OPENBLAS_NUM_THREADS).
+On a CPU with version 0.1 the number of threads that NumPy's BLAS uses decides how it sums: give it one
+(OPENBLAS_NUM_THREADS=1), as later versions do by themselves.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import pairwise
 import math
 
 import numpy as np
@@ -10,6 +12,13 @@ from numpy.typing import NDArray
 
 from ...core import Float32Array, Int32Array, Ranks, Targets
 from ...models.experts import Experts
+from .threads import in_parallel
+
+_SCORES_PIECE = 1 << 25  # attention scores held at once: 128 MB
+# A product of more multiplications is cut into tiles of that many tokens and rows. The tiles decide what BLAS sums
+# together, and so the last bits: they depend on the product's sizes alone, never on how many threads there are.
+_WHOLE_PRODUCT = 1 << 27
+_TILE_TOKENS, _TILE_ROWS = 512, 256
 
 
 def softmax(x: Float32Array, sink: Float32Array | None = None) -> Float32Array:
@@ -80,6 +89,71 @@ GATES: dict[str, Callable[[Float32Array, Float32Array], Float32Array]] = {
     "gelu_tanh": lambda gate, up: _gelu_tanh(gate) * up,
     "swiglu_oai": _swiglu_oai,
 }
+
+
+def multiply(a: Float32Array, matrix: Float32Array, bounds: Sequence[int], out: Float32Array) -> None:
+    """a · matrixᵀ, [T, columns] by [rows, columns], to out [T, rows], on all cores.
+
+    What BLAS makes of a row depends on how many rows there are: the segments that `bounds` delimits are multiplied
+    each by itself, so that each has the same bits in any batch.
+    """
+    rows, columns = matrix.shape
+    tasks = []
+    for begin, end in pairwise(bounds):
+        whole = (end - begin + 16) * rows * columns <= _WHOLE_PRODUCT  # reading the matrix takes as long as 16 tokens
+        tiles = 1 if whole else -(-rows // _TILE_ROWS)
+        height, width = (end - begin, rows) if whole else (_TILE_TOKENS, -(-rows // tiles))
+        for top in range(begin, end, height):
+            tokens = slice(top, min(top + height, end))
+            for left in range(0, rows, width):
+                tile = slice(left, left + width)
+                tasks.append(partial(np.matmul, a[tokens], matrix[tile].T, out=out[tokens, tile]))
+    in_parallel(tasks)
+
+
+def attention_tasks(
+    q: Float32Array,
+    k: Float32Array,
+    v: Float32Array,
+    out: Float32Array,
+    start: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Float32Array | None,
+    parts: int,
+) -> list[Callable[[], None]]:
+    """Ops.attention of one segment's queries [T, nq, D], from position `start` on, over its sequence's keys and values
+    [S, nkv, D], to out [T, nq, D]; as about `parts` tasks, each of some heads."""
+    n, heads, head_dim = q.shape
+    nkv = k.shape[1]
+    group = heads // nkv
+    q, out = (x.reshape(n, nkv, group, head_dim).transpose(1, 2, 0, 3) for x in (q, out))  # [nkv, group, T, D]
+    k, v = k.transpose(1, 2, 0)[:, None], v.transpose(1, 0, 2)[:, None]  # [nkv, 1, D, S], [nkv, 1, S, D]
+    sink = None if sinks is None else sinks.reshape(nkv, group, 1, 1)
+    step = max(1, _SCORES_PIECE // (heads * (start + n)))
+
+    def attend(kv: slice, own: slice) -> None:
+        """Those heads of keys and values, and of each those of its queries' heads."""
+        for at in range(0, n, step):
+            end = min(at + step, n)
+            first = 0 if window is None else max(0, start + at - window + 1)
+            seen = slice(first, start + end)
+            scores = softcapped(q[kv, own, at:end] @ k[kv, ..., seen] * np.float32(scale), softcap)
+            behind = np.arange(start + at, start + end)[:, None] - np.arange(first, start + end)
+            hidden = behind < 0 if window is None else (behind < 0) | (behind >= window)
+            scores[..., hidden] = -np.inf
+            out[kv, own, at:end] = softmax(scores, None if sink is None else sink[kv, own]) @ v[kv, :, seen]
+
+    if nkv >= group:
+        return [partial(attend, some, slice(None)) for some in _shares(nkv, parts)]
+    return [partial(attend, slice(None), some) for some in _shares(group, parts)]
+
+
+def _shares(count: int, parts: int) -> list[slice]:
+    """0 to count, in at most that many shares, as equal as may be."""
+    width = -(-count // parts)
+    return [slice(at, at + width) for at in range(0, count, width)]
 
 
 def ranks_of(parts: Iterable[tuple[int, Float32Array]], targets: Targets) -> Ranks:

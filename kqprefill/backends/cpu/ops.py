@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import math
 from typing import Any
 
@@ -19,10 +19,23 @@ from ...models.ops import Ops
 from ...models.weights import Weight, Weights
 from ..base import Cache
 from .delta_net import State, convolve, first_state, gates, recur
-from .functions import GATES, LEAST_SUM, best_experts, ranks_of, sigmoid, silu, softcapped, softmax
+from .functions import (
+    GATES,
+    LEAST_SUM,
+    attention_tasks,
+    best_experts,
+    multiply,
+    ranks_of,
+    sigmoid,
+    silu,
+    softcapped,
+    softmax,
+)
+from .threads import blas, in_parallel
+from .weights import DecodedWeights
 
-_MATRIX_PIECE, _MATRIX_ROWS = 1 << 25, 1 << 13  # elements (128 MB), and rows, of a matrix that are dequantised at once
-_SCORES_PIECE = 1 << 25  # attention scores held at once: 128 MB
+_MATRIX_PIECE, _MATRIX_ROWS = 1 << 25, 1 << 13  # elements (128 MB), and rows, of a matrix that are decoded at once
+_SMALL_SCORES = 1 << 20  # attention scores of a segment that one thread computes, beside others' segments
 
 HeadRows = tuple[Float32Array, Float32Array, Float32Array]
 
@@ -52,8 +65,12 @@ def _storage(state: LayerState, capacity: int) -> tuple[Float32Array, Float32Arr
 class CpuOps(Ops):
     """The operations of one batch; every array is float32."""
 
-    def __init__(self, config: Config, batch: Batch, cache: CpuCache | None) -> None:
+    def __init__(
+        self, config: Config, batch: Batch, cache: CpuCache | None, weights: DecodedWeights | None = None
+    ) -> None:
+        """weights: the model's, kept between batches; None where nothing is kept."""
         self.config, self.batch, self.cache = config, batch, cache
+        self._weights = DecodedWeights(room=0) if weights is None else weights
         self._rotations: dict[int, tuple[Float32Array, ...]] = {}  # (cos, sin) by the id of their Rope
         # What BLAS makes of a row depends on how many rows there are: each segment is multiplied by itself, so that it
         # has the same bits in any batch.
@@ -176,7 +193,8 @@ class CpuOps(Ops):
         sinks: Weight | None = None,
     ) -> Float32Array:
         self.enter_attention(window)
-        out = []
+        out = np.empty(q.shape, np.float32)
+        small: list[Callable[[], None]] = []  # of segments that one thread computes, beside others
         for segment in self.batch.segments:
             keys, values, end = k[segment.rows], v[segment.rows], segment.position + segment.length
             if self.cache is not None:
@@ -186,39 +204,26 @@ class CpuOps(Ops):
             elif segment.after is not None:
                 before = self.batch.segments[segment.after].rows
                 keys, values = np.concatenate([k[before], keys]), np.concatenate([v[before], values])
-            out.append(self._attend(q[segment.rows], keys, values, segment.position, scale, window, softcap, sinks))
-        return np.concatenate(out)
-
-    @staticmethod
-    def _attend(
-        q: Float32Array,
-        k: Float32Array,
-        v: Float32Array,
-        start: int,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Weight | None,
-    ) -> Float32Array:
-        """One segment's queries [T, nq, D], from position `start` on, over its sequence's keys, values [S, nkv, D]."""
-        n = len(q)
-        nkv, head_dim = k.shape[1:]
-        group = q.shape[1] // nkv
-        q = q.reshape(n, nkv, group, head_dim).transpose(1, 2, 0, 3)  # [nkv, group, T, D]
-        k, v = k.transpose(1, 2, 0)[:, None], v.transpose(1, 0, 2)[:, None]  # [nkv, 1, D, S], [nkv, 1, S, D]
-        out = np.empty((n, nkv, group, head_dim), np.float32)
-        sink = None if sinks is None else _vector(sinks.tensor).reshape(nkv, group, 1, 1)
-        step = max(1, _SCORES_PIECE // (nkv * group * (start + n)))
-        for at in range(0, n, step):
-            end = min(at + step, n)
-            first = 0 if window is None else max(0, start + at - window + 1)
-            seen = slice(first, start + end)
-            scores = softcapped(q[:, :, at:end] @ k[..., seen] * np.float32(scale), softcap)
-            behind = np.arange(start + at, start + end)[:, None] - np.arange(first, start + end)
-            hidden = behind < 0 if window is None else (behind < 0) | (behind >= window)
-            scores[..., hidden] = -np.inf
-            out[at:end] = (softmax(scores, sink) @ v[:, :, seen]).transpose(2, 0, 1, 3)
-        return out.reshape(n, -1)
+            sink = None if sinks is None else _vector(sinks.tensor)
+            is_small = segment.length * end * q.shape[1] < _SMALL_SCORES
+            tasks = attention_tasks(
+                q[segment.rows],
+                keys,
+                values,
+                out[segment.rows],
+                segment.position,
+                scale,
+                window,
+                softcap,
+                sink,
+                parts=1 if is_small else blas().threads,
+            )
+            if is_small:
+                small += tasks
+            else:
+                in_parallel(tasks)
+        in_parallel(small)
+        return out.reshape(len(q), -1)
 
     def linear(
         self,
@@ -231,29 +236,25 @@ class CpuOps(Ops):
         """As Ops.linear; batch_rows: which rows of the batch a's are, ascending, where they are not all of them."""
         self.enter("linear", [weight], len(a))
         out = np.empty((len(a), weight.shape[0]), np.float32)
-        for at, part in self._products(a, weight, scale, np.arange(len(a)) if batch_rows is None else batch_rows):
-            out[:, at : at + part.shape[1]] = part
+        for piece in _pieces(weight):
+            self._product(
+                a, weight, piece, scale, np.arange(len(a)) if batch_rows is None else batch_rows, out[:, piece]
+            )
         if residual is not None:
             out += residual
         return out
 
-    def _products(
-        self, a: Float32Array, weight: Weight, scale: float, batch_rows: NDArray[Any]
-    ) -> Iterator[tuple[int, Float32Array]]:
-        """(first row of the matrix, scale * (a · Wᵀ + bias) of its rows from there on), piece by piece."""
-        tensor, (rows, columns) = weight.tensor, weight.shape
-        bias = None if weight.bias is None else _vector(weight.bias)
-        ends = [*np.flatnonzero(np.diff(self._segment_of[batch_rows])) + 1, len(a)]
-        step = max(1, min(_MATRIX_PIECE // columns, _MATRIX_ROWS))
-        for at in range(0, rows, step):
-            part, begin = dequantize(tensor.data[at : at + step], tensor.type).T, 0
-            out = np.empty((len(a), part.shape[1]), np.float32)
-            for end in ends:
-                np.matmul(a[begin:end], part, out=out[begin:end])
-                begin = end
-            if bias is not None:
-                out += bias[at : at + step]
-            yield at, out if scale == 1.0 else out * np.float32(scale)
+    def _product(
+        self, a: Float32Array, weight: Weight, piece: slice, scale: float, batch_rows: NDArray[Any], out: Float32Array
+    ) -> None:
+        """scale * (a · Wᵀ + bias), of a piece of the matrix's rows, to out."""
+        matrix = self._weights.rows(weight.tensor, piece.start, piece.stop)
+        cuts = np.flatnonzero(np.diff(self._segment_of[batch_rows])) + 1
+        multiply(a, matrix, [0, *cuts, len(a)], out)
+        if weight.bias is not None:
+            out += _vector(weight.bias)[piece]
+        if scale != 1.0:
+            out *= np.float32(scale)
 
     def mlp(
         self,
@@ -316,14 +317,20 @@ class CpuOps(Ops):
         else:
             rows = np.arange(len(x) - self.batch.count(logits), len(x))
         self.enter("head", [output], len(rows))
-        parts = (
-            (at, softcapped(part, softcap))
-            for at, part in self._products(self.rms_norm(x[rows], norm), output, scale, rows)
-        )
+        normed = self.rms_norm(x[rows], norm)
+
+        def logits_of(piece: slice, out: Float32Array) -> Float32Array:
+            self._product(normed, output, piece, scale, rows, out)
+            return softcapped(out, softcap)
+
         if targets is not None:
+            pieces = _pieces(output)
+            parts = ((p.start, logits_of(p, np.empty((len(rows), p.stop - p.start), np.float32))) for p in pieces)
             ranks = ranks_of(parts, targets)
             return lambda: ranks
-        scores = np.concatenate([part for _, part in parts], axis=1)
+        scores = np.empty((len(rows), output.shape[0]), np.float32)
+        for piece in _pieces(output):
+            scores[:, piece] = logits_of(piece, scores[:, piece])
         last = scores[-1]
         if np.isnan(last).any():
             raise BackendError("the last position's logits hold NaN: the file's weights are damaged or out of range")
@@ -332,6 +339,13 @@ class CpuOps(Ops):
         kept = None if logits is None else scores if logits == "all" else last
         result = HeadResult(token, float(last[token]), -math.log(np.exp(shifted).sum()), kept)
         return lambda: result
+
+
+def _pieces(weight: Weight) -> Iterator[slice]:
+    """The rows of a matrix, as many at once as are decoded at once."""
+    rows, columns = weight.shape
+    step = max(1, min(_MATRIX_PIECE // columns, _MATRIX_ROWS))
+    return (slice(at, min(at + step, rows)) for at in range(0, rows, step))
 
 
 def _vector(tensor: ModelTensor) -> Float32Array:

@@ -67,9 +67,12 @@ def _scan_configs(head_dim: int) -> list[ScanConfig]:
 
 
 @cache
-def scan_config(head_dim: int, shared_memory: int) -> ScanConfig:
-    """The largest that a block with this much shared memory (bytes) can have."""
-    return next(config for config in _scan_configs(head_dim) if config.program.shared_bytes <= shared_memory)
+def scan_config(head_dim: int, shared_memory: int, heads: int, multiprocessors: int) -> ScanConfig:
+    """The configuration for that many heads, of all sequences together: the largest that a block with this much shared
+    memory (bytes) can have; narrow slices where there are multiprocessors for all of them at once."""
+    fitting = [config for config in _scan_configs(head_dim) if config.program.shared_bytes <= shared_memory]
+    narrow = (c for c in fitting if c.slice == 32 and heads * c.slices <= multiprocessors)
+    return next(narrow, fitting[0])
 
 
 def delta_programs() -> Iterator[Program]:

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from ...core import KeysValues, LayerState, Recurrent
 from ...errors import BackendError
 from ..base import Cache
-from ..budget import gib
+from ..budget import gib, host_memory
 from .attention_kernels import padded_head
 from .constants import DELTA_CHUNK
 from .device.arrays import FLOAT16, FLOAT32, DeviceArray
 from .device.gpu import Gpu, check, cuda_errors
 from .device.workspace import aligned
-from .weights.host_pages import WINDOW, host_memory, populate
+from .weights.host_pages import WINDOW, populate
 
 _THREADS = 8
 

@@ -42,8 +42,7 @@ def chunk_layout(segments: Sequence[Segment], keep: bool = False) -> ChunkLayout
         for start in range(segment.position // DELTA_CHUNK * DELTA_CHUNK, end, DELTA_CHUNK):
             row = segment.first + start - segment.position
             before_row = before.first + start - before.position if before is not None else row
-            own = max(0, segment.position - start)
-            chunks.append((row, before_row, own, min(DELTA_CHUNK, end - start), start))
+            chunks.append((row, before_row, segment.position - start, min(DELTA_CHUNK, end - start), start))
         begun = segment.position >= DELTA_CHUNK
         source = -1 if not begun else 0 if segment.after is None else states[segment.after]
         leaves = states.get(number, 0 if keep else -1)

@@ -13,7 +13,7 @@ from ....models.delta_net import DeltaNet
 from ....models.family import Family
 from ....models.weights import Weights
 from ..constants import DELTA_CHUNK
-from ..delta_kernels import ScanConfig, inputs_program, prepare_program, scan_config
+from ..delta_kernels import inputs_program, prepare_program, scan_config
 from ..device.arrays import FLOAT16, FLOAT32, DeviceArray
 from ..gemm.operand import HALVES, Operand
 from ..kv_cache import halo_rows
@@ -213,11 +213,13 @@ class DeltaOps(DenseOps):
         states: DeviceArray,
         o: DeviceArray,
     ) -> None:
-        config: ScanConfig = scan_config(net.head_dim, self.context.gpu.shared_memory)
         # A state's values are at most as many times a value's as the sequence has tokens: each adds a projection of its
         # own.
         growth = math.ceil(math.log2(self.config.context_length)) - math.log2(DELTA_CHUNK)
+        facts = self.context.gpu
         for sequences in piece.sequences:
+            heads = sequences.shape[0] * net.value_heads
+            config = scan_config(net.head_dim, facts.shared_memory, heads, facts.multiprocessors)
             self.launcher.launch(
                 config.program,
                 "delta_scan",

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 import ctypes
 import mmap
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,21 +15,6 @@ from numpy.typing import NDArray
 from ..device.gpu import Gpu, check, cuda_errors
 
 WINDOW = 64 << 20  # bytes of host memory that are locked at a time
-
-
-def host_memory(
-    cgroups: str | os.PathLike[str] = "/sys/fs/cgroup", membership: str | os.PathLike[str] = "/proc/self/cgroup"
-) -> int:
-    """Bytes of main memory that this process may use: the machine's, or what its control groups (v2) allow."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    try:
-        group = Path(cgroups, Path(membership).read_text(encoding="utf-8").rpartition("0::/")[2].strip())
-        files = [folder / "memory.max" for folder in (group, *group.parents)]
-        texts = [file.read_text().strip() for file in files if file.exists()]
-        limits += [int(text) for text in texts if text.isdigit()]  # else "max"
-    except OSError:  # none
-        pass
-    return min(limits)
 
 
 class HostPages:

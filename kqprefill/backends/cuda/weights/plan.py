@@ -14,12 +14,12 @@ import math
 
 from ....errors import BackendError
 from ....models.family import Family
-from ...budget import Budget, gib, gib_at_least
+from ...budget import Budget, gib, gib_at_least, host_memory
 from ..constants import MOST_EXPERT_GROUPS, MOST_EXPERTS, MOST_USED_EXPERTS, TILE_ROWS
 from ..device.compiler import Program
 from ..device.gpu import Gpu
 from ..device.workspace import aligned
-from .host_pages import WINDOW, host_memory
+from .host_pages import WINDOW
 from .matrix import layer_matrices, tile_bytes
 from .staging import STAGING_BYTES, STAGING_SLOTS
 
