@@ -3,6 +3,9 @@
 with kqprefill.load("model.gguf") as model:
     result = model.prefill([1, 2, 3], logits="last")
     print(result.token, result.logit)
+
+help(kqprefill.load) and help(kqprefill.Model) say what there is. The logger "kqprefill" says what is loaded and where
+(INFO), how fast prompts run (DEBUG), and why a GPU could not be used (WARNING).
 """
 
 from __future__ import annotations
@@ -14,12 +17,60 @@ from typing import TYPE_CHECKING
 from .errors import BackendError, GGUFError, InputError, KqprefillError, ModelError
 
 if TYPE_CHECKING:
+    from .backends.base import Cache
     from .backends.budget import Budget
     from .core import Progress
     from .engine.model import Model
+    from .engine.perplexity import Perplexity, perplexity
+    from .engine.prefill import Prefill
+    from .engine.scoring import Item, Scored
+    from .timeline import Stage
 
 __version__ = "0.2.0"
-__all__ = ["BackendError", "GGUFError", "InputError", "KqprefillError", "ModelError", "__version__", "load"]
+__all__ = [
+    "BackendError",
+    "Cache",
+    "GGUFError",
+    "InputError",
+    "Item",
+    "KqprefillError",
+    "Model",
+    "ModelError",
+    "Perplexity",
+    "Prefill",
+    "Scored",
+    "Stage",
+    "__version__",
+    "load",
+    "perplexity",
+]
+
+# What is imported once it is asked for, since NumPy comes with it: name -> module.
+_LATER = {
+    "Cache": "backends.base",
+    "Item": "engine.scoring",
+    "Model": "engine.model",
+    "Perplexity": "engine.perplexity",
+    "Prefill": "engine.prefill",
+    "Scored": "engine.scoring",
+    "Stage": "timeline",
+    "perplexity": "engine.perplexity",
+}
+
+
+def __getattr__(name: str) -> object:
+    """The types of what `load` gives, and `perplexity`."""
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value: object = getattr(import_module(f".{_LATER[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def load(
@@ -32,14 +83,18 @@ def load(
     vram: Budget | str | int | None = None,
     max_tokens: int | None = None,
 ) -> Model:
-    """Open a GGUF model and make it ready to prefill.
+    """Open a GGUF model and make it ready to prefill: a Model, a context manager.
 
-    backend: "auto" (CUDA where usable, else the CPU, said in one line on stderr), "cuda" or "cpu". device: the CUDA
-    device's number. kernels: "auto", or "portable" for the kernels of every GPU on one that has its own.
+    path: the file; of a split model the first.
+    backend: "auto" (CUDA where usable, else the CPU, said in one line), "cuda" or "cpu".
+    device: the CUDA device's number.
+    kernels: "auto", or "portable" for the kernels of every GPU on one that has its own.
+    progress: progress(stage, done, total) hears of loading.
+    warn: warn(line) hears why "auto" took the CPU; unless given, the logger "kqprefill" where anybody listens to it,
+        else stderr.
     vram: the GPU memory that may be taken, all told: bytes, "8G" or "75%"; None for all that is free. Layers that have
-    no room in it are streamed from the file for each prompt, with the same results. max_tokens: the longest prompt to
-    keep room for (a longer one makes layers leave). progress(stage, done, total) hears of loading; warn(line) hears why
-    "auto" took the CPU (stderr unless given).
+        no room in it are streamed from the file for each prompt, with the same results.
+    max_tokens: the longest prompt to keep room for (a longer one makes layers leave).
 
     Raises GGUFError (a bad file), ModelError (a model that is not supported), BackendError (no usable GPU, or not
     enough memory), InputError (a bad argument).

@@ -6,8 +6,8 @@ Shapes: T tokens in the batch, S targets, V vocab_size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,8 +31,32 @@ LARGEST_KEY_BLOCK = 128
 KEYS_PER_TOKEN = 2
 
 
+_MOST_SHOWN = 8  # elements of a list in a repr
+
+
 def no_progress(stage: str, done: int, total: int) -> None:
     """A Progress for those who do not want to hear."""
+
+
+class Brief:
+    """A dataclass (with repr=False) whose repr is a line: of arrays their type and shape, of long lists the ends."""
+
+    def __repr__(self) -> str:
+        held = ((field.name, getattr(self, field.name)) for field in fields(self))  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(f'{name}={brief(value)}' for name, value in held)})"
+
+
+def brief(value: Any) -> str:
+    """A value in few words."""
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype.name} [{', '.join(map(str, value.shape))}]"
+    if isinstance(value, (list, tuple)) and len(value) > _MOST_SHOWN:
+        return f"[{', '.join(map(brief, value[:_MOST_SHOWN]))}, … ({len(value)})]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key!r}: {brief(held)}' for key, held in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(brief, value))}]"
+    return f"{value:.6g}" if isinstance(value, float) else repr(value)
 
 
 @dataclass(frozen=True)
@@ -54,8 +78,8 @@ class Segment:
         return slice(self.first, self.first + self.length)
 
 
-@dataclass(frozen=True)
-class Targets:
+@dataclass(frozen=True, repr=False)
+class Targets(Brief):
     """Whose log-probabilities are asked for: token tokens[i], coming after row rows[i] of the batch; int32 [S] each.
 
     top: how many of the likeliest tokens are to be named as well.
@@ -66,8 +90,8 @@ class Targets:
     top: int = 0
 
 
-@dataclass(frozen=True)
-class Batch:
+@dataclass(frozen=True, repr=False)
+class Batch(Brief):
     """The tokens of one prefill, int32 [T]: those of each segment, one segment after another.
 
     Without segments they are one sequence's, from position `start` on. A token sees the tokens before it in its own
@@ -97,8 +121,8 @@ class Batch:
         return 1
 
 
-@dataclass(frozen=True)
-class HeadResult:
+@dataclass(frozen=True, repr=False)
+class HeadResult(Brief):
     """The last position's greedy token, its logit and natural log-probability; and the logits that were asked for,
     float32 [V] or [T, V], or None."""
 
@@ -108,8 +132,8 @@ class HeadResult:
     logits: Float32Array | None
 
 
-@dataclass(frozen=True)
-class Ranks:
+@dataclass(frozen=True, repr=False)
+class Ranks(Brief):
     """What Targets asked for.
 
     logprobs: natural log-probabilities, float32 [S], NaN where a logit is. top_tokens: the likeliest tokens, int32 [S,

@@ -195,7 +195,7 @@ def characters(text):
     ],
 )
 def test_where_a_completion_begins(record, prompt, continuations):
-    item = item_of(record, None, characters)
+    item = item_of(record, None, characters, None)
     assert item.prompt == characters(prompt)
     assert item.continuations == (None if continuations is None else [[ord(c) for c in text] for text in continuations])
 

@@ -110,11 +110,12 @@ def test_hard_strings(name, tmp_path):
     parameters.model.path, parameters.n_ctx, parameters.n_parallel = str(tmp_path / "model.gguf"), 64, 1
     server = llama_cpp.Server(parameters)
     for text in hard_strings():
-        for special in (True, False):
-            body = json.dumps({"content": text, "add_special": special, "parse_special": True}).encode()
+        for special, parsed in ((True, True), (False, True), (False, False)):
+            body = json.dumps({"content": text, "add_special": special, "parse_special": parsed}).encode()
             request = urllib.request.Request(
                 f"{server.listening_address}/tokenize", body, {"Content-Type": "application/json"}
             )
             with urllib.request.urlopen(request) as answer:
                 expected = json.load(answer)["tokens"]
-            assert tokenizer.encode(text, add_special=special) == expected, repr(text)
+            found = tokenizer.encode(text, add_special=special, parse_special=parsed)
+            assert found == expected, (repr(text), parsed)

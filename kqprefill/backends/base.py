@@ -19,6 +19,9 @@ class Cache(ABC):
     def __init__(self, capacity: int) -> None:
         self.capacity, self.length = capacity, 0
 
+    def __repr__(self) -> str:
+        return f"<Cache: {self.length} tokens, room for {self.capacity}>"
+
     def reset(self) -> None:
         """Forget all tokens."""
         self.length = 0

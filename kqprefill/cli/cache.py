@@ -7,8 +7,8 @@ import sys
 import click
 
 from ..errors import KqprefillError
-from ..terminal import print_json, print_text
-from .common import size
+from ..terminal import print_text
+from .common import print_object, size
 
 
 @click.command()
@@ -32,6 +32,6 @@ def cache(clear: bool, as_json: bool) -> None:
         raise KqprefillError(kernels.why_off())
     count, nbytes = kernels.clear() if clear else kernels.held()
     if as_json:
-        print_json({"folder": str(kernels.folder), "kernels": count, "bytes": nbytes, "cleared": clear})
+        print_object({"folder": str(kernels.folder), "kernels": count, "bytes": nbytes, "cleared": clear})
     else:
         print_text(f"{kernels.folder}: {count} programs, {size(nbytes)}" + (" removed" if clear else ""))

@@ -15,7 +15,7 @@ import click
 
 from ..backends import KERNELS, NAMES
 from ..errors import InputError, KqprefillError
-from ..terminal import print_text, shown
+from ..terminal import print_json, print_text, shown
 from .interrupts import reason
 from .outputs import STDIO
 from .sources import from_home, model_path
@@ -43,6 +43,27 @@ def kernels_option(command: Command) -> Command:
         show_envvar=True,
         help="portable: those of every GPU, where this one has its own.",
     )(command)
+
+
+def special_option(command: Command) -> Command:
+    """--no-special."""
+    return click.option(
+        "--no-special",
+        is_flag=True,
+        help="Texts of control tokens (`<start_of_turn>`) are plain text; else they are these tokens.",
+    )(command)
+
+
+def template_option(command: Command) -> Command:
+    """--chat-template."""
+    return click.option(
+        "--chat-template", metavar="FILE", help="A chat template (Jinja) to use in place of the model's own."
+    )(command)
+
+
+def read_template(path: str | None) -> str | None:
+    """The text of --chat-template, None where it is not given. Raises as `read_text_file` does."""
+    return None if path is None else read_text_file(path, "--chat-template")
 
 
 def device_options(command: Command) -> Command:
@@ -190,10 +211,10 @@ def read_text_file(path: str, option: str) -> str:
         raise InputError(f"{option} {path}: not a text file (byte {error.start} is no UTF-8)") from None
 
 
-def read_tokens(text: str) -> list[int]:
+def read_tokens(text: str, option: str = "--tokens") -> list[int]:
     """IDs from `1,2,3` or `1 2 3`, from stdin (`-`) or from a file (`@FILE`). Raises KqprefillError, InputError."""
-    where = "stdin" if text == STDIO else text[1:] if text.startswith("@") else "--tokens"
-    ids = [_integer(word, where, "a token id") for word in read_text(text, "--tokens").replace(",", " ").split()]
+    where = "stdin" if text == STDIO else text[1:] if text.startswith("@") else option
+    ids = [_integer(word, where, "a token id") for word in read_text(text, option).replace(",", " ").split()]
     if not ids:
         raise InputError(f"{where}: the prompt is empty; give at least one token id")
     return ids
@@ -301,6 +322,14 @@ def columns_of(text: str) -> int:
     from unicodedata import combining, east_asian_width
 
     return sum(0 if combining(c) else 2 if east_asian_width(c) in "WF" else 1 for c in text)
+
+
+JSON_VERSION = 1  # of the objects that docs/json.md describes
+
+
+def print_object(described: dict[str, Any]) -> None:
+    """Print one of the objects that docs/json.md describes, as JSON on stdout."""
+    print_json({"version": JSON_VERSION, **described})
 
 
 def size(nbytes: float) -> str:

@@ -6,8 +6,8 @@ import platform
 
 import click
 
-from ..terminal import print_json, print_text
-from .common import size, wrapped
+from ..terminal import print_text
+from .common import print_object, size, wrapped
 
 
 @click.command()
@@ -33,7 +33,7 @@ def doctor(context: click.Context, device: int, as_json: bool) -> None:
 
     found = {"kqprefill": _version("kqprefill"), "python": platform.python_version()}
     problems = []
-    for package in ("numpy", "gguf", "cuda-python", "cuda-core", "nvidia-cuda-nvrtc", "tokenizers"):
+    for package in ("numpy", "gguf", "cuda-python", "cuda-core", "nvidia-cuda-nvrtc", "tokenizers", "jinja2"):
         found[package] = _version(package)
     if found["tokenizers"] is None:
         problems.append(
@@ -65,7 +65,7 @@ def doctor(context: click.Context, device: int, as_json: bool) -> None:
     if why := cache.why_off():
         problems.append(f"every start compiles its kernels: {why}")
     if as_json:
-        print_json({"usable": usable, "found": found, "problems": problems})
+        print_object({"usable": usable, "found": found, "problems": problems})
     else:
         width = max(map(len, found))
         for name, value in found.items():

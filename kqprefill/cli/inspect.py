@@ -10,7 +10,7 @@ import click
 
 from ..errors import InputError, KqprefillError
 from ..terminal import json_value, print_json, print_text, shown
-from .common import open_file, size, table
+from .common import open_file, print_object, size, table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -54,7 +54,7 @@ def inspect(name: str, tensors: bool, key: str | None, as_json: bool) -> None:
         else:
             described = _describe(file, name)
             if as_json:
-                print_json(described)
+                print_object(described)
             else:
                 print_text(_for_people(described))
 

@@ -9,7 +9,7 @@ import click
 
 from ..backends.wake import wake_gpu
 from ..errors import KqprefillError
-from ..terminal import json_value, print_json
+from ..terminal import json_value
 from .common import (
     batch_option,
     device_options,
@@ -17,11 +17,13 @@ from .common import (
     memory_option,
     open_file,
     open_on,
+    print_object,
     read_text_file,
     read_tokens,
     say,
     say_loaded,
     say_summary,
+    special_option,
     volume_options,
 )
 from .interrupts import Interrupted
@@ -51,6 +53,7 @@ from .progress import Bars, progress_bars
 )
 @click.option("--chunks", default=None, metavar="N", type=click.IntRange(1), help="Windows at most.  [default: all]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@special_option
 @batch_option
 @device_options
 @memory_option
@@ -62,6 +65,7 @@ def perplexity(
     context: int,
     chunks: int | None,
     as_json: bool,
+    no_special: bool,
     batch_tokens: int,
     backend: str,
     device: int,
@@ -82,6 +86,8 @@ def perplexity(
         text = STDIO
     if (text is None) == (tokens is None):
         raise click.UsageError("give the text either as --file FILE or as --tokens IDS")
+    if tokens is not None and no_special:
+        raise click.UsageError("--no-special is for a text; --tokens are ids already")
     ids = None if tokens is None else read_tokens(tokens)
     words = None if text is None else read_text_file(text, "--file")
     wake_gpu(backend, device)
@@ -100,7 +106,7 @@ def perplexity(
                 tokenizer = Tokenizer(file.metadata, name)
                 bos = tokenizer.bos
                 if words is not None:
-                    ids = tokenizer.encode(words)
+                    ids = tokenizer.encode(words, parse_special=not no_special)
             except KqprefillError:
                 if words is not None:
                     raise
@@ -128,7 +134,7 @@ def perplexity(
             "model": name,
             "backend": model.backend.name,
         }
-        print_json(json_value(described))
+        print_object(json_value(described))
     else:
         click.echo(f"PPL = {measured.value:.4f} +/- {measured.error:.5f}")
 

@@ -7,8 +7,18 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import InputError
-from ..terminal import print_json, print_text
-from .common import device_options, memory_option, open_file, plan_lines, read_lengths, say_ignored, size, wrapped
+from ..terminal import print_text
+from .common import (
+    device_options,
+    memory_option,
+    open_file,
+    plan_lines,
+    print_object,
+    read_lengths,
+    say_ignored,
+    size,
+    wrapped,
+)
 
 if TYPE_CHECKING:
     from ..models.family import Family
@@ -79,7 +89,7 @@ def plan(model: str, length: str, as_json: bool, backend: str, device: int, kern
             "streamed_bytes": made.streamed_bytes,
             **bounds,
         }
-        print_json(described)
+        print_object(described)
         return
     print_text(wrapped(f"{model} on {name}, prompts of {tokens} tokens"))
     for line in plan_lines(made, family):
@@ -108,7 +118,7 @@ def _plan_cpu(model: str, family: Family, tokens: int, as_json: bool) -> None:
     }
     if as_json:
         described = {"model": model, "device": "cpu", "parts": parts, "prompt_tokens": tokens}
-        print_json(described)
+        print_object(described)
         return
     print_text(
         wrapped(f"{model} on the CPU, prompts of {tokens} tokens: nothing is planned there, and no budget is kept to")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _AHEAD = 1 << 16  # tokens that are read before they are needed, about: some batches
 _RECORD = 64  # what a record costs by itself, in tokens
-ASKED = "tokens", "prompt", "completion", "choices"  # keys of a record that say what to score
+ASKED = "tokens", "prompt", "messages", "completion", "choices"  # keys of a record that say what to score
 OURS = frozenset(  # keys of a result
     (
         "index n_tokens logprob mean_logprob perplexity best best_per_token choices error "

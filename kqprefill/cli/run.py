@@ -6,7 +6,7 @@ from contextlib import ExitStack
 import json
 import math
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,18 +19,25 @@ from .common import (
     has_piped_stdin,
     memory_option,
     open_on,
+    print_object,
+    read_template,
     read_text,
     read_text_file,
     read_tokens,
     say_loaded,
     say_summary,
     size,
+    special_option,
     table,
+    template_option,
     volume_options,
 )
 from .outputs import STDIO, Outputs, force_option
 from .progress import progress_bars
 from .sources import from_home, model_path
+
+if TYPE_CHECKING:
+    from ..gguf import GGUFFile
 
 
 @click.command()
@@ -40,6 +47,9 @@ from .sources import from_home, model_path
     "-p", "--prompt", metavar="TEXT", help="Text, for the model's own tokenizer; `-` reads stdin, `@FILE` a file."
 )
 @click.option("-f", "--file", metavar="FILE", help="The prompt's text is in FILE, as with --prompt @FILE.")
+@click.option("--chat", is_flag=True, help="The prompt is a user's message, for the model's chat template.")
+@template_option
+@special_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the token id.")
 @click.option("--text", "as_text", is_flag=True, help="The token's text instead of its id.")
 @click.option(
@@ -65,6 +75,9 @@ def run(
     tokens: str | None,
     prompt: str | None,
     file: str | None,
+    chat: bool,
+    chat_template: str | None,
+    no_special: bool,
     as_json: bool,
     as_text: bool,
     top: int,
@@ -100,6 +113,10 @@ def run(
         prompt = STDIO
     if [tokens, prompt, file].count(None) != 2:
         raise click.UsageError("give the prompt once: --tokens IDS, --prompt TEXT, --file FILE, or piped into stdin")
+    if tokens is not None and (chat or no_special):
+        raise click.UsageError(f"{'--chat' if chat else '--no-special'} is for a text; --tokens are ids already")
+    if chat_template is not None and not chat:
+        raise click.UsageError("--chat-template says how --chat writes the prompt; give that too")
     outputs = Outputs(force)
     if logits is not None:
         check_arrays_path(logits, "--logits")
@@ -108,6 +125,8 @@ def run(
         outputs.reads_text(prompt, "--prompt")
         if file is not None:
             outputs.reads(from_home(file), "the file of --file")
+        if chat_template is not None:
+            outputs.reads(from_home(chat_template), "the file of --chat-template")
         outputs.writes_stdout()
         if logits != STDIO:
             outputs.claim(logits, "--logits")
@@ -115,6 +134,7 @@ def run(
     words = None if prompt is None else read_text(prompt, "--prompt")
     if file is not None:
         words = read_text_file(file, "--file")
+    template = read_template(chat_template)
     wake_gpu(backend, device)
     import numpy as np
 
@@ -126,10 +146,8 @@ def run(
         progress = stack.enter_context(progress_bars(not quiet))
         source = stack.enter_context(GGUFFile(model_path(path)))
         if ids is None:
-            from ..text import Tokenizer
-
             assert words is not None, "the prompt is given as ids or as text"
-            ids = Tokenizer(source.metadata, source.path).encode(words)
+            ids = _encoded(source, words, chat, template, not no_special)
             if not ids:
                 raise InputError("the prompt is empty; give some text")
         model = stack.enter_context(open_on(source, backend, device, kernels, vram, quiet, progress, len(ids)))
@@ -177,7 +195,7 @@ def run(
     if top:
         described["top"] = likeliest
     if as_json:
-        print_json(described)
+        print_object(described)
     elif top and sys.stdout.isatty():
         cells = [
             [
@@ -193,3 +211,18 @@ def run(
         print_json(likeliest)
     elif logits != STDIO:
         print_text(described["text"] if as_text and described["text"] is not None else token)
+
+
+def _encoded(source: GGUFFile, words: str, chat: bool, template: str | None, parse_special: bool) -> list[int]:
+    """The prompt's ids: of a text, or of the beginning of an answer to a user's message."""
+    from ..text import Tokenizer
+
+    tokenizer = Tokenizer(source.metadata, source.path)
+    if not chat:
+        return tokenizer.encode(words, parse_special=parse_special)
+    from ..text.chat import Chat
+
+    if not words:
+        raise InputError("the message is empty; give some text")
+    with Chat(tokenizer, source.metadata, source.path, template) as own:
+        return own.encoder([{"role": "user", "content": words}], True, parse_special)("")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 import math
 import sys
 import time
@@ -20,9 +21,12 @@ from .common import (
     memory_option,
     open_file,
     open_on,
+    read_template,
     say,
     say_loaded,
     say_summary,
+    special_option,
+    template_option,
     volume_options,
 )
 from .interrupts import Interrupted
@@ -30,7 +34,7 @@ from .lines import Lines
 from .outputs import STDIO, Outputs, force_option
 from .progress import Bars, progress_bars
 from .records import OURS, Record, Records, check_inputs
-from .sources import model_path
+from .sources import from_home, model_path
 
 if TYPE_CHECKING:
     from ..core import Float32Array
@@ -76,6 +80,8 @@ _SOME_BAD = 3  # the exit status where some records could not be scored
     help="Add top_tokens and top_logprobs, the K likeliest at each place.",
 )
 @click.option("--html", metavar="FILE", help="Also write one page that shows the texts, shaded by log-probability.")
+@template_option
+@special_option
 @force_option
 @batch_option
 @device_options
@@ -94,6 +100,8 @@ def score(
     greedy: bool,
     top: int,
     html: str | None,
+    chat_template: str | None,
+    no_special: bool,
     force: bool,
     batch_tokens: int,
     backend: str,
@@ -107,9 +115,10 @@ def score(
 
     Of each line of JSONL files (or stdin), one JSON object a line, in order.
 
-    A line has "prompt" (text) or "tokens" (ids), and perhaps "completion", which is then scored given the prompt, or
-    "choices", several of them; its other keys are handed on. logprob is the natural logarithm, over n_tokens tokens:
-    all but the first, or the completion's. Many prompts share a batch; what is packed with what changes no figure.
+    A line has "prompt" (text), "tokens" (ids) or "messages" (a conversation, for the chat template), and perhaps
+    "completion", which is then scored given the prompt, or "choices", several of them; its other keys are handed on.
+    logprob is the natural logarithm, over n_tokens tokens: all but the first, or the completion's. Many prompts share a
+    batch; what is packed with what changes no figure.
 
     Exit status 3 where --on-error skip has left records out, 1 where none was scored.
 
@@ -124,7 +133,11 @@ def score(
     if keep_as is not None and (keep_as in OURS or not keep_as):
         raise click.UsageError(f"--keep-as {keep_as}: a result has a key of that name; choose another")
     paths = check_inputs(files or (STDIO,))
-    outputs = _claimed(Outputs(force), model_path(name), paths, output, html)
+    outputs = Outputs(force)
+    if chat_template is not None:
+        outputs.reads(from_home(chat_template), "the file of --chat-template")
+    _claim(outputs, model_path(name), paths, output, html)
+    template = read_template(chat_template)
     wake_gpu(backend, device)
 
     wanted = {"per_token": per_token, "greedy": greedy, "top": top}
@@ -147,7 +160,8 @@ def score(
                 from .page import Page
 
                 page = Page(page_file, model, name, min(_HTML_TOP, top))
-            records = Records(paths, model.item, lines.done, keep_as)
+            make = partial(model.item, parse_special=not no_special, chat_template=template)
+            records = Records(paths, make, lines.done, keep_as)
             run = _Run(model, records, lines, wanted, on_error == "skip", page, bars)
             begin = time.perf_counter()
             run.go(batch_tokens, top)
@@ -172,7 +186,7 @@ def score(
         context.exit(_SOME_BAD)
 
 
-def _claimed(outputs: Outputs, model: str, paths: Sequence[str], output: str, html: str | None) -> Outputs:
+def _claim(outputs: Outputs, model: str, paths: Sequence[str], output: str, html: str | None) -> None:
     """What is read and written, held against one another."""
     outputs.reads(model, "the model")
     for path in paths:
@@ -180,7 +194,6 @@ def _claimed(outputs: Outputs, model: str, paths: Sequence[str], output: str, ht
     outputs.claim(output, "-o", may_exist=True)
     if html:
         outputs.claim(html, "--html")
-    return outputs
 
 
 class _Run:

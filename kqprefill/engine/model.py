@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+import logging
 import os
 import sys
 import time
 from types import TracebackType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from ..backends import open_backend
 from ..backends.base import Backend, Cache
 from ..backends.budget import Budget
-from ..core import Batch, Float32Array, HeadResult, Int32Array, Logits, PendingHead, Progress, Ranks, no_progress
+from ..core import Batch, HeadResult, Int32Array, Logits, PendingHead, Progress, Ranks, no_progress
 from ..errors import InputError
 from ..gguf import GGUFFile, ModelFile
 from ..gguf.vocabulary import token_text
 from ..models import read_model
 from ..models.config import Config
 from ..models.family import Family
-from ..timeline import Stage
+from ..terminal import shown
 from .checks import refuse_non_finite, token_ids
+from .prefill import Prefill
 from .scoring import (
     BATCH_TOKENS,
     FIRST_TOKENS,
@@ -39,34 +41,12 @@ from .scoring import (
     results,
 )
 
+if TYPE_CHECKING:
+    from ..text import Tokenizer
+    from ..text.chat import Chat
+
 _LOGITS = (None, "last", "all")
-
-
-@dataclass(frozen=True)
-class Prefill:
-    """What a prefill gives.
-
-    token: the greedy next token's id, None for an empty prompt; logit and logprob (natural logarithm) are its own.
-    logits: float32 [V] for "last", [T, V] for "all", else None. timings: {"prefill": seconds}. stages: {name: Stage}
-    (kqprefill.timeline) where asked for, else None.
-    """
-
-    token: int | None
-    logit: float | None
-    logprob: float | None
-    logits: Float32Array | None
-    prompt_tokens: int
-    timings: dict[str, float] = field(default_factory=dict)
-    stages: dict[str, Stage] | None = None
-
-    def likeliest(self, count: int) -> list[tuple[int, float]]:
-        """[(token, natural log-probability)] of the likeliest next tokens, the lowest ids of equals first; needs
-        logits."""
-        assert self.logits is not None, "the prefill was not asked for logits"
-        last = self.logits[-1] if self.logits.ndim == 2 else self.logits
-        order = np.argsort(-last, kind="stable")[:count]
-        shifted = last.astype(np.float64) - float(last[order[0]])
-        return [(int(token), float(shifted[token] - np.log(np.exp(shifted).sum()))) for token in order]
+_LOG = logging.getLogger("kqprefill")
 
 
 class Model:
@@ -75,8 +55,18 @@ class Model:
     def __init__(self, file: ModelFile, family: Family, backend: Backend, timings: dict[str, float]) -> None:
         self.file, self.family, self.backend, self.timings = file, family, backend, timings
         self._caches: list[Cache] = []
-        self._tokenizer: Any = None
+        self._tokenizer: Tokenizer | None = None
+        self._last_chat: Chat | None = None
+        self._last_template: str | None = None
         self._closed = False
+
+    def __repr__(self) -> str:
+        config, where = self.config, f"{self.backend.name} ({self.backend.device_name})"
+        return (
+            f"<Model {shown(self.file.path)}: {shown(self.file.metadata.get('general.architecture'))}, "
+            f"{len(self.family.blocks)} layers, vocabulary {config.vocab_size}, context {config.context_length}, "
+            f"{'closed' if self._closed else f'on {where}'}>"
+        )
 
     @property
     def config(self) -> Config:
@@ -122,7 +112,9 @@ class Model:
         if cache is not None:
             cache.length = start + len(ids)
         timings = {"prefill": time.perf_counter() - start_time}
-        return Prefill(head.token, head.logit, head.logprob, head.logits, len(ids), timings, stages)
+        result = Prefill(head.token, head.logit, head.logprob, head.logits, len(ids), timings, stages)
+        _LOG.debug("%d tokens, %.0f tokens/s", len(ids), result.tokens_per_second)
+        return result
 
     def score(
         self,
@@ -130,25 +122,29 @@ class Model:
         batch_tokens: int = BATCH_TOKENS,
         top: int = 0,
         progress: Progress | None = None,
+        parse_special: bool = True,
+        chat_template: str | None = None,
     ) -> Iterator[Any]:
         """The log-probabilities of many prompts, packed into batches: a generator of a Scored
         (kqprefill.engine.scoring) for each record, or of a list of them where it has "choices".
 
-        records: each a sequence of token ids, whose tokens but the first are scored; or a mapping with "tokens" (ids)
-        or "prompt" (text), and perhaps "completion" or "choices" (one or several continuations of the same kind, scored
-        given the prompt); or an Item of `item`. None among them has all before it computed at once, rather than wait
-        for a full batch. batch_tokens: of a batch, at most, but for one longer prompt. top: how many likeliest tokens
-        to name at each place. progress(stage, done, total) hears of compiling and of each batch's layers. The first
-        batches are smaller, so that their results come soon. Logits stay on the device; results are the same however
-        records are packed. Where a record's logits are not finite, so are its log-probabilities: they are handed on as
-        they are, since the others are sound (`kqprefill score` reports such a record as one that failed). Raises
-        InputError for a bad record, or a model that has been closed; BackendError.
+        records: each a sequence of token ids, whose tokens but the first are scored; or a mapping with "tokens" (ids),
+        "prompt" (text) or "messages" (a conversation, for the chat template), and perhaps "completion" or "choices"
+        (one or several continuations, ids or texts, scored given the prompt); or an Item of `item`. None among them has
+        all before it computed at once, rather than wait for a full batch. batch_tokens: of a batch, at most, but for
+        one longer prompt. top: how many likeliest tokens to name at each place. progress(stage, done, total) hears of
+        compiling and of each batch's layers. parse_special, chat_template: as in `tokenize` and `tokenize_chat`. The
+        first batches are smaller, so that their results come soon. Logits stay on the device; results are the same
+        however records are packed. Where a record's logits are not finite, so are its log-probabilities: they are
+        handed on as they are, since the others are sound (`kqprefill score` reports such a record as one that failed).
+        Raises InputError for a bad record, or a model that has been closed; ModelError where the file has no tokenizer
+        or template that a record needs; BackendError.
         """
         self._check_open()
         if batch_tokens < 1 or not 0 <= top <= self.config.vocab_size:
             most = self.config.vocab_size
             raise InputError(f"batch_tokens {batch_tokens} and top {top}: at least 1, and 0 to the vocabulary's {most}")
-        items = (r if r is None or isinstance(r, Item) else self.item(r) for r in records)
+        items = (r if r is None or isinstance(r, Item) else self.item(r, parse_special, chat_template) for r in records)
         running: _Running | None = None
         partial: list[Scored] = []  # of a record whose last batch has not been read
         for group in packs(items, batch_tokens, FIRST_TOKENS):
@@ -162,10 +158,16 @@ class Model:
         if running is not None:
             yield from running.finish(partial)
 
-    def item(self, record: Record) -> Item:
-        """A record, checked and tokenised (`score`). Raises InputError."""
+    def item(self, record: Record, parse_special: bool = True, chat_template: str | None = None) -> Item:
+        """A record, checked and tokenised (`score`). Raises InputError; ModelError where the file has no vocabulary of
+        a supported kind, or no chat template."""
         self._check_open()
-        item = item_of(record, lambda ids: self._check_tokens(ids).tolist(), self.tokenize)
+        item = item_of(
+            record,
+            lambda ids: self._check_tokens(ids).tolist(),
+            lambda text: self.tokenize(text, parse_special=parse_special),
+            lambda messages, generation: self._chat(chat_template).encoder(messages, generation, parse_special),
+        )
         self._check_room(0, item.longest, None)
         return item
 
@@ -179,19 +181,33 @@ class Model:
             pending = no_ranks(top)
         return _Running(group, batch, places, pending)
 
-    def tokenize(self, text: str, add_special: bool = True) -> list[int]:
-        """A text's token ids, by the file's own tokenizer; add_special: with the BOS and EOS that the file asks for.
+    def tokenize(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        """A text's token ids, by the file's own tokenizer.
 
-        Raises ModelError where the file has no vocabulary of a supported kind, InputError where the `tokenizers`
-        library, which byte-level BPE needs, is missing or the text is not valid Unicode.
+        add_special: with the BOS and EOS that the file asks for. parse_special: False reads the texts of control tokens
+        in it (`<start_of_turn>`) as plain text. Raises ModelError where the file has no vocabulary of a supported kind,
+        InputError where the `tokenizers` library, which byte-level BPE needs, is missing or the text is not valid
+        Unicode.
         """
         self._check_open()
-        if self._tokenizer is None:
-            from ..text import Tokenizer
+        return self._own_tokenizer().encode(text, add_special, parse_special)
 
-            self._tokenizer = Tokenizer(self.file.metadata, self.file.path)
-        ids: list[int] = self._tokenizer.encode(text, add_special)
-        return ids
+    def tokenize_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        parse_special: bool = True,
+        chat_template: str | None = None,
+    ) -> list[int]:
+        """A conversation's token ids, by the file's own chat template, or another (Jinja).
+
+        messages: each {"role": …, "content": …}. add_generation_prompt: with the beginning of the answer, as the
+        template has it. parse_special: False reads the texts of control tokens in the messages as plain text; what the
+        template writes is read with them. Raises as `tokenize` does; InputError where the template cannot be rendered,
+        or jinja2 is missing; ModelError where the file has none.
+        """
+        self._check_open()
+        return self._chat(chat_template).encoder(list(messages), add_generation_prompt, parse_special)("")
 
     def token_text(self, token: int) -> str | None:
         """What a token stands for, from the file's vocabulary; None where it has none."""
@@ -212,6 +228,8 @@ class Model:
     def close(self) -> None:
         """Free the weights, the caches and the device's memory, and unmap the file. Twice is harmless."""
         self._closed = True
+        if self._last_chat is not None:
+            self._last_chat.close()
         for cache in self._caches:
             cache.close()
         self._caches.clear()
@@ -225,6 +243,24 @@ class Model:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _own_tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            from ..text import Tokenizer
+
+            self._tokenizer = Tokenizer(self.file.metadata, self.file.path)
+        return self._tokenizer
+
+    def _chat(self, template: str | None) -> Chat:
+        """The Chat of a template, None: the file's own; the last one is kept."""
+        if self._last_chat is None or self._last_template != template:
+            from ..text.chat import Chat
+
+            if self._last_chat is not None:
+                self._last_chat.close()
+            self._last_chat = Chat(self._own_tokenizer(), self.file.metadata, self.file.path, template)
+            self._last_template = template
+        return self._last_chat
 
     def _check_tokens(self, tokens: Any) -> Int32Array:
         return token_ids(tokens, self.config.vocab_size)
@@ -271,16 +307,7 @@ def load(
     vram: Budget | str | int | None = None,
     max_tokens: int | None = None,
 ) -> Model:
-    """Open the GGUF model at path.
-
-    backend: "auto" (CUDA where usable, else the CPU, said in one line on stderr), "cuda" or "cpu". device: the CUDA
-    device's number. kernels: "auto", or "portable" for the kernels of every GPU on one that has its own.
-    vram: the GPU memory that may be taken, all told: bytes, "8G" or "75%"; None for all that is free. Layers that have
-    no room in it are streamed from the file for each prompt, with the same results. max_tokens: the longest prompt to
-    keep room for (a longer one makes layers leave). progress(stage, done, total) hears of loading; warn(line) hears why
-    "auto" took the CPU (stderr unless given). Raises GGUFError (a bad file), ModelError (a model that is not
-    supported), BackendError (no usable GPU, or not enough memory), InputError (a bad argument).
-    """
+    """`kqprefill.load`, which says what the arguments are."""
     return open_model(GGUFFile(path), backend, device, kernels, progress, warn, vram, max_tokens)
 
 
@@ -305,15 +332,30 @@ def open_model(
     try:
         budget = None if vram is None else Budget.parse(vram)
         family = read_model(file)
-        opened = open_backend(backend, device, kernels, warn or _warn_on_stderr)
+        opened = open_backend(backend, device, kernels, warn or _warn)
         opened.load(family, progress or no_progress, budget, max_tokens, ranks)
     except BaseException:
         if opened is not None:
             opened.close()
         file.close()
         raise
-    return Model(file, family, opened, {"load": time.perf_counter() - start})
+    model = Model(file, family, opened, {"load": time.perf_counter() - start})
+    _log_loaded(model)
+    return model
 
 
-def _warn_on_stderr(line: str) -> None:
-    print(f"kqprefill: {line}", file=sys.stderr)
+def _log_loaded(model: Model) -> None:
+    backend, plan = model.backend, model.backend.plan
+    where = f"{backend.name} ({backend.device_name})"
+    _LOG.info("%s loaded in %.2f s, %s", shown(model.file.path), model.timings["load"], where)
+    if plan is not None:
+        _LOG.info("GPU memory: %d of %d bytes that may be taken", plan.nbytes, plan.budget)
+        _LOG.info("layers: %d stay, %d are streamed", len(plan.resident), len(plan.streamed))
+
+
+def _warn(line: str) -> None:
+    """To whoever listens to the logger "kqprefill", else to stderr."""
+    if _LOG.hasHandlers():
+        _LOG.warning("%s", line)
+    else:
+        print(f"kqprefill: {line}", file=sys.stderr)

@@ -18,6 +18,7 @@ from ..core import (
     KEYS_PER_TOKEN,
     LARGEST_KEY_BLOCK,
     Batch,
+    Brief,
     Float32Array,
     Int32Array,
     PendingHead,
@@ -30,12 +31,13 @@ from ..errors import InputError
 BATCH_TOKENS = 8192  # a GPU's matrix units are busy from about 1000 on
 FIRST_TOKENS = 512  # of the first batch, so that a person sees results soon; each after it may be twice as large
 
+PROMPTS = "tokens", "prompt", "messages"  # keys of a record, of which it has one
 # What `Model.score` takes: token ids, or what a line of `kqprefill score`'s input holds.
 Record: TypeAlias = Sequence[int] | Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Item:
+@dataclass(frozen=True, repr=False)
+class Item(Brief):
     """What a record asks for, in token ids.
 
     Without continuations the prompt's tokens but the first are scored; else those of each continuation are, given the
@@ -81,7 +83,7 @@ class Item:
         return self.tokens + len(self.continuations or ()) * min(LARGEST_KEY_BLOCK, len(self.prompt))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scored:
     """One stretch of scored tokens: their ids and natural log-probabilities, int32 and float32 [n]; and the likeliest
     tokens at each place, int32 [n, top], with theirs, float32 [n, top]."""
@@ -90,6 +92,11 @@ class Scored:
     logprobs: Float32Array
     top_tokens: Int32Array
     top_logprobs: Float32Array
+
+    def __repr__(self) -> str:
+        each = f", top {self.top_tokens.shape[1]} of each" if self.top_tokens.shape[1] else ""
+        perplexity = "None" if self.perplexity is None else f"{self.perplexity:.6g}"
+        return f"Scored(n_tokens={self.n_tokens}, logprob={self.logprob:.6g}, perplexity={perplexity}{each})"
 
     @property
     def n_tokens(self) -> int:
@@ -124,18 +131,28 @@ class Scored:
             return math.inf
 
 
-def item_of(record: Record, check: Callable[[Any], list[int]], encode: Callable[[str], list[int]]) -> Item:
+# encoder(messages, generation): the function that gives a conversation's ids, with a text after it. generation: whether
+# the conversation ends with the beginning of an answer.
+ChatEncoder: TypeAlias = Callable[[Any, bool], Callable[[str], list[int]]]
+
+
+def item_of(
+    record: Record,
+    check: Callable[[Any], list[int]],
+    encode: Callable[[str], list[int]],
+    chat_encoder: ChatEncoder,
+) -> Item:
     """The Item that a record (token ids, or a mapping as a line of `kqprefill score`'s input) asks for.
 
     check(ids): the ids, valid ones, as a list; encode(text): a text's ids. Raises InputError.
     """
     if not isinstance(record, Mapping):
         return _whole(check(record))
-    if ("tokens" in record) == ("prompt" in record):
-        raise InputError('give either "tokens" or "prompt"')
+    if sum(key in record for key in PROMPTS) != 1:
+        raise InputError('give either "tokens" or "prompt" or "messages"')
     if "completion" in record and "choices" in record:
         raise InputError('give either "completion" or "choices"')
-    key = "tokens" if "tokens" in record else "prompt"
+    key = next(key for key in PROMPTS if key in record)
     prompt, more = record[key], None
     if key == "prompt" and not isinstance(prompt, str):
         raise InputError('"prompt" must be a text')
@@ -145,19 +162,25 @@ def item_of(record: Record, check: Callable[[Any], list[int]], encode: Callable[
         more = record["choices"]
         if not isinstance(more, list) or not more:
             raise InputError('"choices" must be a list of at least one')
-    if more is None:
-        return _whole(encode(prompt) if key == "prompt" else check(prompt))
-    if not all(isinstance(m, str) if key == "prompt" else isinstance(m, list) for m in more):
-        asked, kind = "choices" if "choices" in record else "completion", "text" if key == "prompt" else "token ids"
-        raise InputError(f'"{asked}" must be {kind}, as "{key}" is')
-    if not all(more):
-        raise InputError("a completion is empty")
+    if more is not None:
+        if not all(isinstance(m, list if key == "tokens" else str) for m in more):
+            asked, kind = "choices" if "choices" in record else "completion", "token ids" if key == "tokens" else "text"
+            raise InputError(f'"{asked}" must be {kind}, as "{key}" is')
+        if not all(more):
+            raise InputError("a completion is empty")
     if key == "tokens":
-        return Item(check(prompt), [check(m) for m in more], "choices" in record)
+        return (
+            _whole(check(prompt))
+            if more is None
+            else Item(check(prompt), [check(m) for m in more], "choices" in record)
+        )
+    after = chat_encoder(prompt, more is not None) if key == "messages" else lambda m: encode(prompt + m)
+    if more is None:
+        return _whole(after(""))
     # A completion's tokens begin where its text's tokens, with the prompt before it, depart from those of the prompt
     # alone (a token may span both); of several choices where the first does, so that all are judged over the same
     # stretch.
-    alone, texts = encode(prompt), [encode(prompt + m) for m in more]
+    alone, texts = after(""), [after(m) for m in more]
     shared = min(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(alone, ids))) for ids in texts)
     if any(shared == len(ids) for ids in texts):
         raise InputError("a completion adds no token to the prompt")

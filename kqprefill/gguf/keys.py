@@ -66,6 +66,7 @@ KEYS = {
     "split.count": COUNT,
     "split.no": COUNT,
     "split.tensors.count": COUNT,
+    "tokenizer.chat_template": TEXT,
     "tokenizer.ggml.model": TEXT,
     "tokenizer.ggml.pre": TEXT,
     "tokenizer.ggml.tokens": TEXTS,

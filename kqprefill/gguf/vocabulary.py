@@ -26,11 +26,8 @@ def _byte_of() -> dict[str, int]:
     return {character: byte for byte, character in enumerate(byte_pieces())}
 
 
-def token_text(metadata: Mapping[str, Any], token: int) -> str | None:
-    """The text of one token, or None where the file has no vocabulary or the token is beyond it.
-
-    Bytes that are no UTF-8 by themselves become U+FFFD.
-    """
+def token_bytes(metadata: Mapping[str, Any], token: int) -> bytes | None:
+    """The bytes that one token stands for, or None where the file has no vocabulary or the token is beyond it."""
     pieces: list[str] = key_or_none(metadata, "tokenizer.ggml.tokens") or []
     if not 0 <= token < len(pieces):
         return None
@@ -38,8 +35,14 @@ def token_text(metadata: Mapping[str, Any], token: int) -> str | None:
     if key_or_none(metadata, "tokenizer.ggml.model") == "gpt2":  # byte-level BPE
         byte_of = _byte_of()
         if all(character in byte_of for character in piece):
-            return bytes(byte_of[character] for character in piece).decode("utf-8", "replace")
-        return piece
+            return bytes(byte_of[character] for character in piece)
+        return piece.encode()
     if match := _BYTE.fullmatch(piece):  # SentencePiece's byte fallback
-        return bytes([int(match[1], 16)]).decode("utf-8", "replace")
-    return piece.replace("\u2581", " ")
+        return bytes([int(match[1], 16)])
+    return piece.replace("\u2581", " ").encode()
+
+
+def token_text(metadata: Mapping[str, Any], token: int) -> str | None:
+    """The text of one token, or None where `token_bytes` is. Bytes that are no UTF-8 by themselves become U+FFFD."""
+    spelled = token_bytes(metadata, token)
+    return None if spelled is None else spelled.decode("utf-8", "replace")

@@ -3,13 +3,17 @@ by the vocabulary's kind of BPE."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 from ..errors import InputError, ModelError
 from ..gguf.keys import read_key
+from ..gguf.vocabulary import token_bytes
 from .bpe import ADDS_BOS, BytePairs
 from .sentencepiece import NoTokenError, SentencePieces
+
+# Special tokens: (text, id), those with the longest texts first.
+_Specials: TypeAlias = Sequence[tuple[str, int]]
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type: llama.cpp's llama_token_type
 # Tokens that are special by their text, since some converters forget to mark them (llama.cpp, too, knows them by it):
@@ -58,30 +62,92 @@ class Tokenizer:
         pieces = self._pieces
         marked = [i for i, t in enumerate(types) if t in (_UNKNOWN, _CONTROL, _USER_DEFINED) or pieces[i] in _UNMARKED]
         self._specials = sorted(((pieces[i], i) for i in marked if pieces[i]), key=lambda piece: -len(piece[0]))
+        # What the texts of the others say is only text to whoever asks for that; these are part of how a text is read.
+        self._always = [(text, i) for text, i in self._specials if types[i] == _USER_DEFINED and text not in _UNMARKED]
+        self._control = [special for special in self._specials if special not in set(self._always)]
         # Phi-3's special tokens swallow the white space after them, but for those that are Llama's.
         name = read_key(metadata, "general.name", self._error, "").lower()
         swallow = {text for text, _ in self._specials} - {"<unk>", "<s>", "<|endoftext|>"}
         self._swallow = swallow if "phi-3" in name or "phi3" in name else frozenset()
 
-    def encode(self, text: str, add_special: bool = True) -> list[int]:
+    def encode(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """A text's token ids; special tokens' texts become these tokens.
 
-        add_special: with the BOS and EOS that the file asks for. Raises InputError for what is no Unicode text.
+        add_special: with the BOS and EOS that the file asks for. parse_special: False reads the texts of control tokens
+        (`<start_of_turn>`) as plain text; tokens that the file calls user-defined (runs of spaces, tags) are always
+        read as such (llama.cpp's parse_special). Raises InputError for what is no Unicode text, or has a character that
+        no token stands for.
         """
+        ids = [self.bos] if add_special and self.bos is not None else []
+        ids += self._encode(text, self._specials if parse_special else self._always)
+        if add_special and self._eos is not None:
+            ids.append(self._eos)
+        return ids
+
+    def encode_rendered(self, text: str, mark: str = "") -> list[int]:
+        """The ids of what a chat template has written, special tokens' texts being these tokens: with the BOS that the
+        file asks for, unless it begins with one, and without EOS.
+
+        mark: a character of `hider`, which is left out. Raises as `encode` does.
+        """
+        ids = self._encode(text, self._specials, mark)
+        return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
+
+    def hider(self, mark: str) -> Callable[[str], str]:
+        """hide(text): the text with a mark, one character, within each text of a control token, so that
+        `encode_rendered` does not find it."""
+
+        def hide(text: str) -> str:
+            for special, _ in self._control:
+                if special in text:
+                    text = text.replace(special, special[0] + mark + special[1:])
+            return text
+
+        return hide
+
+    def decode(self, ids: Sequence[int], add_special: bool = True) -> bytes:
+        """The text that `encode` makes these ids of, in UTF-8 (ids may cut a character apart).
+
+        add_special: a BOS before and an EOS after, which the file asks for, are left out. Raises InputError for what is
+        no token.
+        """
+        pieces, first, end = [], 0, len(ids)
+        if add_special and self.bos is not None and end and ids[0] == self.bos:
+            first = 1
+        if add_special and self._eos is not None and end > first and ids[-1] == self._eos:
+            end -= 1
+        specials, after_special = {token for _, token in self._specials}, True
+        for token in ids[first:end]:
+            piece = token_bytes(self._metadata, token)
+            if piece is None:
+                raise InputError(f"token {token} is not in the vocabulary of {len(self._pieces)} tokens")
+            if token not in specials and after_special and self._space_prefix:
+                piece = piece.removeprefix(b" ")
+            after_special = token in specials
+            pieces.append(piece)
+        return b"".join(pieces)
+
+    def named(self, name: str) -> str:
+        """The text of the token that the file calls "bos" or "eos"; empty where it names none."""
+        token: int | None = self._key(f"{name}_token_id")
+        return self._pieces[token] if token is not None and token < len(self._pieces) else ""
+
+    def _encode(self, text: str, specials: _Specials, mark: str = "") -> list[int]:
+        """The ids of a text in which these special tokens are looked for; mark: a character to leave out."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"the prompt is not valid UTF-8 at character {error.start}") from None
-        ids = [self.bos] if add_special and self.bos is not None else []
+        ids: list[int] = []
         after_special = True
-        for start, part in self._split(text):
+        for start, part in self._split(text, specials):
             if isinstance(part, int):
                 ids.append(part)
                 after_special = True
                 continue
             prefix = " " if self._space_prefix and after_special else ""
             try:
-                ids += self._bpe.encode(prefix + part)
+                ids += self._bpe.encode(prefix + (part.replace(mark, "") if mark else part))
             except NoTokenError as error:
                 at = start + error.at - len(prefix)
                 which = f"{error.character!r}, character {at} of the text" if at >= 0 else "the space before a text"
@@ -89,15 +155,13 @@ class Tokenizer:
                     f"{self._path}: its vocabulary has no token for {which}; leave it out, or give --tokens"
                 ) from None
             after_special = False
-        if add_special and self._eos is not None:
-            ids.append(self._eos)
         return ids
 
-    def _split(self, text: str) -> list[tuple[int, str | int]]:
+    def _split(self, text: str, specials: _Specials) -> list[tuple[int, str | int]]:
         """The ids of the special tokens in a text, and the texts between them, each with the character that it begins
         at; longer ones are looked for first."""
         parts: list[tuple[int, str | int]] = [(0, text)] if text else []
-        for special, token in self._specials:
+        for special, token in specials:
             if special not in text:
                 continue
             finer: list[tuple[int, str | int]] = []
