@@ -188,9 +188,8 @@ def test_prompts_on_the_command_line(tmp_path):
 @pytest.mark.parametrize(
     "args,stdin,complaint",
     [
-        ([], None, b"either as --tokens IDS or as --prompt TEXT"),
-        (["--tokens", "1", "--prompt", "x"], None, b"either as --tokens"),
-        (["--prompt", "@/no/such/file"], None, b"No such file"),
+        ([], None, b"--tokens IDS, --prompt TEXT, --file FILE, or piped"),
+        (["--tokens", "1", "--prompt", "x"], None, b"give the prompt once"),
         (["--prompt", "-"], b"\xff", b"no UTF-8"),
         (["--prompt", ""], None, b"empty"),
     ],
