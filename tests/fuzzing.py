@@ -50,7 +50,7 @@ COMMANDS = [
     ["inspect", "FILE", "--metadata", "--json"],
 ]
 # Commands that are run on a terminal, too.
-ON_TERMINAL = {"inspect"}
+ON_TERMINAL = {"inspect", "run", "score", "tokenize", "perplexity"}
 # What is wrong with the arguments rather than with the file: exit status 2. (The file decides what fits it.)
 USAGE = re.compile(
     "not in the vocabulary|context length|has no token for|prompt is empty|the vocabulary has|adds no token|"

@@ -47,6 +47,8 @@ def _refuse_repeated(command: click.Command, context: click.Context, args: list[
 def cli() -> None:
     """Prefill GGUF language models at the rate of the GPU's matrix units.
 
+    A MODEL is a file, or one in a local store: hf:OWNER/REPO[:QUANT] (Hugging Face's), ollama:NAME[:TAG].
+
     \b
     kqprefill run examples/tiny-qwen3.gguf --tokens 72,101      # the greedy next token
     kqprefill score examples/tiny-qwen3.gguf examples/questions.jsonl   # log-probabilities
