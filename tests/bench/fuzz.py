@@ -15,12 +15,12 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[name] = "1"
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
 
-from fuzzing import fuzz, warm_up  # noqa: E402
+from fuzzing import fuzz, warm_up  # type: ignore[import-not-found]  # noqa: E402
 
 STRIDE = 1000
 
 
-def main(count="100000", seed=None, begin="0"):
+def main(count: str = "100000", seed: str | None = None, begin: str = "0") -> int:
     seed = seed or str(secrets.randbits(32))
     print(f"seed {seed}, {count} files from {begin}", flush=True)
     warm_up()
