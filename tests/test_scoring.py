@@ -242,8 +242,11 @@ LLAMA_CPP = {
 }
 
 
+SLOW, SLOW_CASES = pytest.mark.slow, ("YaRN", "queries that grow")  # which the multiplier's case has in it
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", LLAMA_CPP)
+@pytest.mark.parametrize("case", ["windows", "YaRN's multiplier", *(pytest.param(c, marks=SLOW) for c in SLOW_CASES)])
 def test_perplexity_equals_llama_cpps(case, backend):
     shape, metadata, context, figure = LLAMA_CPP[case]
     text = "".join(chr(32 + (i * i * 7 + i // 3) % 90) for i in range(8192))
