@@ -272,6 +272,16 @@ def test_inspect():
     assert kq("inspect", EXAMPLE, "--metadata", "no.such.key").returncode == 2
 
 
+def test_inspect_names_what_is_left_in_the_file():
+    """A head that drafts further tokens: a whole block more, which prefill does not read."""
+    path = ROOT / "tests/data/qwen35-tied-nextn.gguf"
+    groups = json.loads(kq("inspect", path, "--json").stdout)["groups"]
+    with GGUFFile(path) as file:
+        last = max(name.split(".")[1] for name in file.tensors if name.startswith("blk."))
+        assert groups["left in the file"]["tensors"] == sum(name.startswith(f"blk.{last}.") for name in file.tensors)
+    assert "recurrence" in groups and b"left in the file" in kq("inspect", path).stdout
+
+
 def test_inspect_says_what_does_not_run(tmp_path):
     raw = EXAMPLE.read_bytes().replace(b"qwen3", b"qwenX")
     (tmp_path / "model.gguf").write_bytes(raw)

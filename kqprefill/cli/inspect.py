@@ -21,10 +21,15 @@ _GROUPS = [  # what a tensor's name begins with, after blk.N. -> group
     ("token_embd", "embedding"),
     ("output.", "output"),
     (r"ffn_\w+_exps", "experts"),
+    ("ssm_", "recurrence"),
     ("attn_", "attention"),
     ("ffn_", "feed-forward"),
 ]
-_ORDER = ("embedding", "attention", "feed-forward", "experts", "output", "norms and biases", "other")
+_LEFT = "left in the file"  # what prefill does not use, such as heads that draft further tokens
+_ORDER = (
+    *("embedding", "attention", "recurrence", "feed-forward", "experts", "output", "norms and biases", "other"),
+    _LEFT,
+)
 
 
 @click.command()
@@ -75,16 +80,17 @@ def _describe(file: ModelFile, name: str) -> dict[str, Any]:
     from ..gguf.keys import key_or_none
     from ..models import read_model
 
-    backends, problem = ["cpu", "cuda"], None
+    backends, problem, family = ["cpu", "cuda"], None, None
     try:
-        read_model(file)
+        family = read_model(file)
     except KqprefillError as error:
         backends, problem = [], str(error)
     metadata = file.metadata
     architecture = key_or_none(metadata, "general.architecture")
     groups: dict[str, dict[str, Any]] = {}
     for tensor in file.tensors.values():
-        group = groups.setdefault(_group_of(tensor), {"tensors": 0, "parameters": 0, "bytes": 0, "types": {}})
+        kind = _LEFT if family is not None and family.leaves(tensor.name) else _group_of(tensor)
+        group = groups.setdefault(kind, {"tensors": 0, "parameters": 0, "bytes": 0, "types": {}})
         group["tensors"] += 1
         group["parameters"] += math.prod(tensor.shape)
         group["bytes"] += tensor.nbytes
