@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from conftest import EXAMPLE, log_softmax
+from conftest import EXAMPLE, ROOT, log_softmax
 import kqprefill
 from kqprefill.gguf import GGUFFile
 from kqprefill.models import read_model
