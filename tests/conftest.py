@@ -30,23 +30,29 @@ if Path(kqprefill.__file__).parents[1] == ROOT:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 SEED = int(os.environ.get("KQPREFILL_TEST_SEED") or secrets.randbits(32))
+os.environ["KQPREFILL_TEST_SEED"] = str(SEED)  # for the processes that run tests side by side
 
 
-def seed_of(nodeid):
+def id_of(item):
+    """A test's id, without the group that pytest-xdist adds."""
+    return item.nodeid.removesuffix("@gpu")
+
+
+def seed_of(item):
     """A test's own seed, so that its inputs are the same whether it runs alone or among others."""
-    return [SEED, zlib.crc32(nodeid.encode())]
+    return [SEED, zlib.crc32(id_of(item).encode())]
 
 
 @pytest.fixture
 def rng(request):
     """A numpy.random.Generator for a test's inputs: others in every run, or those of $KQPREFILL_TEST_SEED."""
-    return np.random.default_rng(seed_of(request.node.nodeid))
+    return np.random.default_rng(seed_of(request.node))
 
 
 @pytest.fixture(scope="module")
 def module_rng(request):
     """As `rng`, for fixtures that all tests of a module share."""
-    return np.random.default_rng(seed_of(request.node.nodeid))
+    return np.random.default_rng(seed_of(request.node))
 
 
 def pytest_report_header():
@@ -57,7 +63,7 @@ def pytest_report_header():
 def pytest_runtest_makereport(item):
     report = (yield).get_result()
     if report.failed and {"rng", "module_rng"} & set(item.fixturenames):
-        again = f"KQPREFILL_TEST_SEED={SEED} pytest '{item.nodeid}'"
+        again = f"KQPREFILL_TEST_SEED={SEED} pytest -n 0 '{id_of(item)}'"
         report.sections.append(("random inputs", f"The same ones again: {again}"))
 
 
@@ -74,6 +80,8 @@ def why_no_gpu():
 
 def pytest_collection_modifyitems(items):
     marked = [item for item in items if item.get_closest_marker("gpu")]
+    for item in marked:
+        item.add_marker(pytest.mark.xdist_group("gpu"))  # one process has the GPU
     reason = why_no_gpu() if marked else None
     if reason:
         for item in marked:
