@@ -18,7 +18,7 @@ def more_metadata(architecture):
         return more
     if architecture == "deepseek2":
         latent = {"attention.kv_lora_rank": 32, "attention.q_lora_rank": 32, "rope.dimension_count": 8}
-        heads = {"attention.key_length_mla": 16, "attention.value_length_mla": 12}
+        heads = {"attention.key_length_mla": 40, "attention.value_length_mla": 16}
         experts = {"leading_dense_block_count": 1, "expert_shared_count": 1, "expert_gating_func": 2}
         return latent | heads | experts
     return {}

@@ -77,7 +77,7 @@ def _describe(file: ModelFile, name: str) -> dict[str, Any]:
 
     backends, problem = ["cpu", "cuda"], None
     try:
-        read_model(file)
+        backends = ["cpu"] if read_model(file).cpu_only else backends
     except KqprefillError as error:
         backends, problem = [], str(error)
     metadata = file.metadata

@@ -46,7 +46,7 @@ class DeepSeek2(Family):
         return {**shapes, "exp_probs_b.bias=?": (self.experts.count,), **shared_expert(shared, c.embedding_length)}
 
     def block_parts(self, index: int) -> Parts:
-        return self.experts.fused_parts
+        return {} if index < self.dense_layers else self.experts.fused_parts
 
     def state(self, index: int) -> LayerState:
         return self.latent.state
