@@ -175,6 +175,15 @@ class KeysValues(LayerState):
 
 
 @dataclass(frozen=True)
+class Latent(LayerState):
+    """A row for each token, of which every head's key and value are made (multi-head latent attention): `rank` values,
+    and `rotary` values that stand in each head's key as they are."""
+
+    rank: int
+    rotary: int
+
+
+@dataclass(frozen=True)
 class Recurrent(LayerState):
     """The state of a linear recurrence: a matrix [key_dim, value_dim] for each of `heads`, whatever the sequence's
     length; and of the convolution before it the last `taps` rows of `channels` values."""

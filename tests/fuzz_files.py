@@ -54,6 +54,8 @@ ARCH.expert_shared_feed_forward_length ARCH.expert_shared_count ARCH.expert_gati
 ARCH.expert_weights_norm ARCH.expert_group_count ARCH.expert_group_used_count ARCH.leading_dense_block_count
 ARCH.nextn_predict_layers ARCH.full_attention_interval ARCH.attention.recurrent_layers ARCH.rope.dimension_sections
 ARCH.ssm.conv_kernel ARCH.ssm.state_size ARCH.ssm.group_count ARCH.ssm.time_step_rank ARCH.ssm.inner_size
+ARCH.attention.kv_lora_rank ARCH.attention.q_lora_rank ARCH.attention.key_length_mla ARCH.attention.value_length_mla
+ARCH.attention.temperature_length ARCH.rope.scaling.yarn_log_multiplier ARCH.rope.scaling.attn_factor
 tokenizer.ggml.add_bos_token tokenizer.ggml.add_eos_token tokenizer.ggml.add_space_prefix tokenizer.ggml.pre
 tokenizer.ggml.eos_token_id tokenizer.chat_template""".split()
 SMALL_TYPES = [t for t in SUPPORTED if t.name in "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 IQ4_NL MXFP4".split()]

@@ -1,6 +1,8 @@
 """What small models of each family need beside what all have."""
 
-EXPERTS = "qwen2moe qwen3moe olmoe gpt-oss glm4moe qwen3vlmoe qwen35moe qwen3next".split()  # whose layers have experts
+EXPERTS = (
+    "qwen2moe qwen3moe olmoe gpt-oss glm4moe qwen3vlmoe qwen35moe qwen3next deepseek2".split()
+)  # whose layers have experts
 
 
 def more_metadata(architecture):
@@ -14,4 +16,9 @@ def more_metadata(architecture):
             sizes = {"conv_kernel": 4, "state_size": 32, "group_count": 2, "time_step_rank": 4, "inner_size": 128}
             more |= {f"ssm.{key}": size for key, size in sizes.items()}
         return more
+    if architecture == "deepseek2":
+        latent = {"attention.kv_lora_rank": 32, "attention.q_lora_rank": 32, "rope.dimension_count": 8}
+        heads = {"attention.key_length_mla": 40, "attention.value_length_mla": 16}
+        experts = {"leading_dense_block_count": 1, "expert_shared_count": 1, "expert_gating_func": 2}
+        return latent | heads | experts
     return {}

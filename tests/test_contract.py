@@ -12,6 +12,7 @@ import kqprefill
 DATA = ROOT / "tests" / "data"
 # Sliding windows of 32 and two rotary bases; recurrent layers, in both of their layouts; experts chosen by sigmoids.
 NAMES = "gemma3-q4_k_m qwen35-tied-nextn qwen3next-moe-q3_k_m glm4moe-nextn-q3_k_m".split()
+CPU_ONLY = DATA / "deepseek2-moe-glm47-q3_k_m.gguf"  # latent attention
 FAMILIES = [EXAMPLE, *(DATA / f"{name}.gguf" for name in NAMES)]
 
 
@@ -32,8 +33,10 @@ def prompt(rng):
     return lambda model, n: rng.integers(0, model.config.vocab_size, n)
 
 
-@pytest.mark.parametrize("path", FAMILIES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*FAMILIES, CPU_ONLY], ids=lambda p: p.stem)
 def test_cutting_a_prompt_changes_nothing(path, backend, prompt):
+    if backend == "cuda" and path == CPU_ONLY:
+        pytest.skip("runs on the CPU only")
     with kqprefill.load(path, backend=backend) as model:
         tokens = prompt(model, 300)
         whole = model.prefill(tokens, logits="all").logits

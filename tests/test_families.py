@@ -56,6 +56,7 @@ def test_layers_run_in_order_with_the_windows_that_they_declare(architecture: st
     assert ops.layers == list(range(7)) and heard == [("prefill", i + 1, 7) for i in range(7)]
     kept = [state for state in family.layer_states if isinstance(state, KeysValues)]
     assert ops.windows == [state.window for state in kept] == WINDOWS.get(architecture, [None] * len(kept))
-    assert {(state.heads, state.head_dim) for state in kept} == {(2, 16)}
+    assert {(state.heads, state.head_dim) for state in kept} <= {(2, 16)}
+    assert bool(kept) == (architecture != "deepseek2")  # all of whose layers keep latent rows
     recurrent = [i for i, state in enumerate(family.layer_states) if isinstance(state, Recurrent)]
     assert recurrent == ([0, 1, 2, 4, 5, 6] if architecture.startswith(("qwen35", "qwen3next")) else [])

@@ -19,6 +19,7 @@ FOUND = {path.stem: path for folder in reversed(CONFORMANCE_FOLDERS) for path in
 # Windows of 32; soft-caps; experts, one of them shared; sinks; recurrences. Those that are not released run where they
 # are.
 WANTED = "gemma3-q4_k_m gemma2-q4_k qwen2moe-q4_k gpt-oss-mxfp4 granite-q4_k qwen35-tied-nextn qwen3next-moe-q3_k_m"
+CPU_ONLY = "deepseek2-moe-glm47-q3_k_m"  # latent attention
 NAMES = [name for name in WANTED.split() if name in FOUND]
 
 
@@ -27,6 +28,7 @@ MODELS = [
     for path in [EXAMPLE, *(FOUND[name] for name in NAMES)]
     for way in (("cpu", "auto"), ("cuda", "auto"), ("cuda", "portable"))
 ]
+MODELS.append(pytest.param((FOUND[CPU_ONLY], "cpu", "auto"), id=f"{CPU_ONLY}-cpu-auto"))
 
 
 @pytest.fixture(scope="module", params=MODELS)

@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import ModelError
 from ..gguf import ModelFile
 from ..gguf.keys import read_key
+from .deepseek2 import DeepSeek2
 from .family import Family
 from .gemma import Gemma
 from .gemma2 import Gemma2
@@ -53,6 +54,7 @@ _PAGES: tuple[type[Family], ...] = (
     Qwen35,
     Qwen35Moe,
     Qwen3Next,
+    DeepSeek2,
 )
 FAMILIES = {family.architecture: family for family in _PAGES}
 

@@ -77,8 +77,9 @@ class Config:
         return self.head_count_kv * self.head_dim
 
     @classmethod
-    def from_gguf(cls, meta: ArchMetadata, vocab_size: int) -> Config:
-        """vocab_size: rows of token_embd.weight. Raises ModelError for impossible values."""
+    def from_gguf(cls, meta: ArchMetadata, vocab_size: int, *, head_dim: int | None = None) -> Config:
+        """vocab_size: rows of token_embd.weight. head_dim: where a family's files do not say it in attention.key_length
+        and value_length. Raises ModelError for impossible values."""
         embedding = meta.integer("embedding_length")
         heads = meta.integer("attention.head_count")
         kv_heads = meta.integer("attention.head_count_kv", heads)
@@ -89,9 +90,10 @@ class Config:
                 f"vocab_size is {meta.integer('vocab_size')}, but token_embd.weight has {vocab_size} rows; "
                 "convert the model again"
             )
-        head_dim = meta.integer("attention.key_length", embedding // heads or 1)
-        if meta.integer("attention.value_length", head_dim) != head_dim:
-            raise meta.error("attention.value_length differs from attention.key_length, which is not supported")
+        if head_dim is None:
+            head_dim = meta.integer("attention.key_length", embedding // heads or 1)
+            if meta.integer("attention.value_length", head_dim) != head_dim:
+                raise meta.error("attention.value_length differs from attention.key_length, which is not supported")
         if head_dim % 2:
             raise meta.error(f"attention.key_length {head_dim} is odd; rotary embedding needs pairs")
         blocks, nextn = meta.integer("block_count"), meta.count("nextn_predict_layers")

@@ -38,6 +38,7 @@ class Family(ABC):
 
     architecture = ""  # general.architecture
     rope_interleaved = False  # which elements pair up; see Rope
+    cpu_only = False  # whether CUDA has not all ops that the family's page calls
 
     file: ModelFile
     shared: Weights
@@ -54,7 +55,7 @@ class Family(ABC):
         Raises ModelError for metadata that is missing or contradicts.
         """
         self.meta = ArchMetadata(metadata, path, self.architecture)
-        self.config = Config.from_gguf(self.meta, vocab_size)
+        self.config = self.read_config(vocab_size)
         self.rotary_pairs = self.meta.integer("rope.dimension_count", self.config.head_dim) // 2
         self.experts = self.read_experts()
 
@@ -78,6 +79,10 @@ class Family(ABC):
         return family
 
     # What a family overrides -----------------------------------------------------------------------------------------
+
+    def read_config(self, vocab_size: int) -> Config:
+        """The model's sizes; part of the description."""
+        return Config.from_gguf(self.meta, vocab_size)
 
     def block_shapes(self, index: int) -> Shapes:
         """The shapes of a layer's tensors, by their names within its block."""

@@ -18,6 +18,7 @@ from ..timeline import Timeline
 from .config import Config, Rope
 from .delta_net import DeltaNet
 from .experts import Experts
+from .latent import LatentAttention
 from .weights import Weight, Weights
 
 # What ops hand to one another. Each backend has types of its own for them, and a family only hands them on.
@@ -141,6 +142,18 @@ class Ops(ABC):
         v. q and k are L2-normalised head by head. With beta = sigmoid(ssm_beta h), g = ssm_a * softplus(ssm_alpha h +
         ssm_dt), and a state S that is zero at a sequence's start, each token makes S = e^g S, u = beta (v - S^T k), S =
         S + k u^T and o = S^T q / sqrt(head_dim). Returns rms_norm(o, ssm_norm) head by head, times silu(attn_gate h).
+        """
+
+    @abstractmethod
+    def latent_attention(self, h: Input, w: Weights, latent: LatentAttention, *, rope: Rope, scale: float) -> Input:
+        """Multi-head latent attention between the norm before it and its output matrix (arXiv 2405.04434): [T, heads *
+        value_dim].
+
+        q = attn_q h, or attn_q_b rms_norm(attn_q_a h, attn_q_a_norm): of each head q_n [key_dim], then q_r [rotary].
+        attn_kv_a_mqa h is c [rank], then k_r [rotary]; c = rms_norm(c, attn_kv_a_norm). q_r and k_r are rotated. c and
+        k_r are what the layer keeps of a token (core.Latent). Of each head k_n [key_dim] and v [value_dim] are what
+        attn_k_b (transposed) and attn_v_b, or attn_kv_b, make of c. Causal attention, softmax(scale * (q_n·k_n +
+        q_r·k_r))·v, over the cache's tokens and the batch's own.
         """
 
     @abstractmethod

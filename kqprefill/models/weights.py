@@ -74,6 +74,9 @@ class Weights:
                 _check(file, bias, shape[:-1])
             whole = Weight(tensor, bias)
             self._by_name.update(_cut(whole, parts[name]) if parts and name in parts else {name: whole})
+        for name in (part for rows in (parts or {}).values() for part in rows):
+            if name not in self._by_name:  # neither by itself nor within another
+                raise ModelError(f"{file.path}: tensor {prefix}{name}.weight is missing")
 
     def __getattr__(self, name: str) -> Weight:
         try:

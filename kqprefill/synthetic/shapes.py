@@ -110,6 +110,40 @@ _GLM_AIR = {
     "attention.layer_norm_rms_epsilon": 1e-5,
 }
 
+
+def _deepseek(
+    latent: tuple[int, int, int, int, int], multiplier: float, dense: tuple[int, int], **more: Any
+) -> dict[str, Any]:
+    """DeepSeek's metadata. latent: ranks of queries (0: none) and of keys and values, elements of a head that are not
+    rotated, that are, and of a value. dense: how many layers are without experts, and their width."""
+    query_rank, rank, still, rotary, value = latent
+    return {
+        **({"attention.q_lora_rank": query_rank} if query_rank else {}),
+        "attention.kv_lora_rank": rank,
+        "attention.value_length": rank,
+        "attention.key_length_mla": still + rotary,
+        "attention.value_length_mla": value,
+        "rope.dimension_count": rotary,
+        "rope.scaling.yarn_log_multiplier": multiplier,
+        "leading_dense_block_count": dense[0],
+        "feed_forward_length": dense[1],
+        **more,
+    }
+
+
+_DEEPSEEK_LITE = _deepseek((0, 512, 128, 64, 128), 0.0707, (1, 10944), expert_shared_count=2)
+_DEEPSEEK_V3 = _deepseek(
+    (1536, 512, 128, 64, 128),
+    0.1,
+    (3, 18432),
+    expert_shared_count=1,
+    expert_gating_func=2,
+    expert_weights_scale=2.5,
+    expert_weights_norm=True,
+    expert_group_count=8,
+    expert_group_used_count=4,
+)
+
 SHAPES = {
     "tiny": Shape("qwen3", 2, 256, 4, 2, 64, 512, 256, 4096, 1e6),  # examples/tiny-qwen3.gguf
     "qwen3-0.6b": Shape("qwen3", 28, 1024, 16, 8, 128, 3072, 151936, 40960, 1e6, tied=True),
@@ -130,6 +164,20 @@ SHAPES = {
     ),
     "glm-4.5-air": Shape(
         "glm4moe", 46, 4096, 96, 8, 128, 1408, 151552, 131072, 1e6, experts=128, used=8, more=_GLM_AIR
+    ),
+    "deepseek-v2-lite": Shape(
+        *("deepseek2", 27, 2048, 16, 1, 576, 1408, 102400, 163840, 1e4),
+        yarn=40.0,
+        experts=64,
+        used=6,
+        more=_DEEPSEEK_LITE,
+    ),
+    "deepseek-v3": Shape(
+        *("deepseek2", 61, 7168, 128, 1, 576, 2048, 129280, 163840, 1e4),
+        yarn=40.0,
+        experts=256,
+        used=8,
+        more=_DEEPSEEK_V3,
     ),
     "llama3-8b": Shape("llama", 32, 4096, 32, 8, 128, 14336, 128256, 131072, 5e5),
     "llama3-70b": Shape("llama", 80, 8192, 64, 8, 128, 28672, 128256, 131072, 5e5),

@@ -123,13 +123,13 @@ def attention_tasks(
     sinks: Float32Array | None,
     parts: int,
 ) -> list[Callable[[], None]]:
-    """Ops.attention of one segment's queries [T, nq, D], from position `start` on, over its sequence's keys and values
-    [S, nkv, D], to out [T, nq, D]; as about `parts` tasks, each of some heads."""
-    n, heads, head_dim = q.shape
+    """Ops.attention of one segment's queries [T, nq, D], from position `start` on, over its sequence's keys [S, nkv, D]
+    and values [S, nkv, Dv], to out [T, nq, Dv]; as about `parts` tasks, each of some heads."""
+    n, heads, _ = q.shape
     nkv = k.shape[1]
     group = heads // nkv
-    q, out = (x.reshape(n, nkv, group, head_dim).transpose(1, 2, 0, 3) for x in (q, out))  # [nkv, group, T, D]
-    k, v = k.transpose(1, 2, 0)[:, None], v.transpose(1, 0, 2)[:, None]  # [nkv, 1, D, S], [nkv, 1, S, D]
+    q, out = (x.reshape(n, nkv, group, -1).transpose(1, 2, 0, 3) for x in (q, out))  # [nkv, group, T, D or Dv]
+    k, v = k.transpose(1, 2, 0)[:, None], v.transpose(1, 0, 2)[:, None]  # [nkv, 1, D, S], [nkv, 1, S, Dv]
     sink = None if sinks is None else sinks.reshape(nkv, group, 1, 1)
     step = max(1, _SCORES_PIECE // (heads * (start + n)))
 

@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...core import Batch, Float32Array, HeadResult, KeysValues, LayerState, Logits, PendingHead, Recurrent
+from ...core import Batch, Float32Array, HeadResult, KeysValues, Latent, LayerState, Logits, PendingHead, Recurrent
 from ...errors import BackendError
 from ...gguf import ModelTensor, dequantize
 from ...models.config import Config, Rope
 from ...models.delta_net import DeltaNet
 from ...models.experts import Experts
-from ...models.ops import Ops
 from ...models.weights import Weight, Weights
 from ..base import Cache
 from .delta_net import State, convolve, first_state, gates, recur
@@ -31,6 +30,7 @@ from .functions import (
     softcapped,
     softmax,
 )
+from .latent_ops import LatentOps
 from .threads import blas, in_parallel
 from .weights import DecodedWeights
 
@@ -42,7 +42,7 @@ HeadRows = tuple[Float32Array, Float32Array, Float32Array]
 
 class CpuCache(Cache):
     """Of each layer two arrays: keys and values, float32 [capacity, heads, head_dim] each; or a recurrence's state
-    (delta_net.State)."""
+    (delta_net.State); or the two parts of a latent's rows, [capacity, rank] and [capacity, rotary]."""
 
     def __init__(self, states: Sequence[LayerState], capacity: int) -> None:
         super().__init__(capacity)
@@ -59,11 +59,15 @@ def _storage(state: LayerState, capacity: int) -> tuple[Float32Array, Float32Arr
     if isinstance(state, Recurrent):
         matrices = np.zeros((state.heads, state.key_dim, state.value_dim), np.float32)
         return matrices, np.zeros((state.taps, state.channels), np.float32)
+    if isinstance(state, Latent):
+        return np.empty((capacity, state.rank), np.float32), np.empty((capacity, state.rotary), np.float32)
     raise TypeError(f"the CPU keeps no state of kind {type(state).__name__}")
 
 
-class CpuOps(Ops):
+class CpuOps(LatentOps):
     """The operations of one batch; every array is float32."""
+
+    cache: CpuCache | None
 
     def __init__(
         self, config: Config, batch: Batch, cache: CpuCache | None, weights: DecodedWeights | None = None
@@ -193,7 +197,7 @@ class CpuOps(Ops):
         sinks: Weight | None = None,
     ) -> Float32Array:
         self.enter_attention(window)
-        out = np.empty(q.shape, np.float32)
+        out = np.empty((*q.shape[:2], v.shape[2]), np.float32)
         small: list[Callable[[], None]] = []  # of segments that one thread computes, beside others
         for segment in self.batch.segments:
             keys, values, end = k[segment.rows], v[segment.rows], segment.position + segment.length

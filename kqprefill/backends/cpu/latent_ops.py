@@ -1,0 +1,90 @@
+"""Multi-head latent attention in NumPy float32 (arXiv 2405.04434): each head's keys and values are made of latent rows,
+and attended to as any."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ...core import Float32Array
+from ...models.config import Rope
+from ...models.latent import LatentAttention
+from ...models.ops import Ops
+from ...models.weights import Weights
+from .functions import attention_tasks, multiply
+from .threads import blas, in_parallel
+from .weights import DecodedWeights
+
+
+class LatentOps(Ops):
+    """Latent attention, of the other ops of a batch."""
+
+    cache: Any  # CpuCache | None
+    _weights: DecodedWeights
+
+    @abstractmethod
+    def _rotate(self, x: Float32Array, rope: Rope) -> Float32Array:
+        """Heads [T, heads, D], their first elements rotated."""
+
+    def latent_attention(
+        self, h: Float32Array, w: Weights, latent: LatentAttention, *, rope: Rope, scale: float
+    ) -> Float32Array:
+        q = self._latent_queries(h, w, latent, rope)
+        both = self.linear(h, w.attn_kv_a_mqa)
+        c = self.rms_norm(both[:, : latent.rank], w.attn_kv_a_norm)
+        k_r = self._rotate(both[:, None, latent.rank :], rope)[:, 0]
+        matrix = _decompressor(w, latent, self._weights)
+        if self.cache is None:
+            self.enter("linear", latent.decompressing(w), len(h))
+            bounds = [*(segment.first for segment in self.batch.segments), len(h)]
+            k, v = _decompressed(c, k_r, matrix, latent, bounds)
+            attended: Float32Array = self.attention(q, k, v, scale=scale)
+            return attended
+        (segment,) = self.batch.segments  # a cache is one sequence's
+        end, kept = segment.position + segment.length, self.cache.states[self.layer]
+        for rows, new in zip(kept, (c, k_r)):
+            rows[segment.position : end] = new
+        self.enter("linear", latent.decompressing(w), end)
+        k, v = _decompressed(kept[0][:end], kept[1][:end], matrix, latent, [0, end])
+        self.enter_attention(None)
+        out = np.empty((len(h), latent.heads, latent.value_dim), np.float32)
+        in_parallel(attention_tasks(q, k, v, out, segment.position, scale, None, None, None, parts=blas().threads))
+        return out.reshape(len(h), -1)
+
+    def _latent_queries(self, h: Float32Array, w: Weights, latent: LatentAttention, rope: Rope) -> Float32Array:
+        """[T, heads, head_dim]: of each head what is not rotated, then what is."""
+        if latent.query_rank:
+            q = self.linear(self.rms_norm(self.linear(h, w.attn_q_a), w.attn_q_a_norm), w.attn_q_b)
+        else:
+            q = self.linear(h, w.attn_q)
+        q = q.reshape(len(h), latent.heads, -1)
+        q = np.concatenate([q[..., : latent.key_dim], self._rotate(q[..., latent.key_dim :], rope)], axis=-1)
+        if rope.beta:
+            q *= rope.temperature(self.batch.positions).astype(np.float32)[:, None, None]
+        queries: Float32Array = q
+        return queries
+
+
+def _decompressor(w: Weights, latent: LatentAttention, weights: DecodedWeights) -> Float32Array:
+    """The matrix [heads * (key_dim + value_dim), rank] that makes keys and values: of each head the key's rows, then
+    the value's, in whichever form the file has them."""
+    decoded = [weights.rows(weight.tensor, 0, weight.shape[0]) for weight in latent.decompressing(w)]
+    if latent.joined:
+        return decoded[0]
+    k_b, v_b = decoded
+    return np.concatenate([k_b.transpose(0, 2, 1), v_b], axis=1).reshape(-1, latent.rank)
+
+
+def _decompressed(
+    c: Float32Array, k_r: Float32Array, matrix: Float32Array, latent: LatentAttention, bounds: Sequence[int]
+) -> tuple[Float32Array, Float32Array]:
+    """Keys [S, heads, head_dim] and values [S, heads, value_dim] of rows c [S, rank] and k_r [S, rotary]; bounds as for
+    `multiply`."""
+    made = np.empty((len(c), len(matrix)), np.float32)
+    multiply(c, matrix, bounds, made)
+    heads = made.reshape(len(c), latent.heads, -1)
+    shared = np.broadcast_to(k_r[:, None], (len(c), latent.heads, latent.rotary))
+    return np.concatenate([heads[..., : latent.key_dim], shared], axis=-1), heads[..., latent.key_dim :]
