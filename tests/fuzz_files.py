@@ -54,6 +54,8 @@ ARCH.expert_shared_feed_forward_length ARCH.expert_shared_count ARCH.expert_gati
 ARCH.expert_weights_norm ARCH.expert_group_count ARCH.expert_group_used_count ARCH.leading_dense_block_count
 ARCH.nextn_predict_layers ARCH.full_attention_interval ARCH.attention.recurrent_layers ARCH.rope.dimension_sections
 ARCH.ssm.conv_kernel ARCH.ssm.state_size ARCH.ssm.group_count ARCH.ssm.time_step_rank ARCH.ssm.inner_size
+ARCH.attention.key_length_swa ARCH.attention.value_length_swa ARCH.rope.dimension_count_swa
+ARCH.attention.shared_kv_layers ARCH.embedding_length_per_layer_input ARCH.attention.head_count_kv
 tokenizer.ggml.add_bos_token tokenizer.ggml.add_eos_token tokenizer.ggml.add_space_prefix tokenizer.ggml.pre
 tokenizer.ggml.eos_token_id tokenizer.chat_template""".split()
 SMALL_TYPES = [t for t in SUPPORTED if t.name in "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 IQ4_NL MXFP4".split()]
@@ -105,7 +107,7 @@ def typed(value):
 
 
 def typed_array(values):
-    return (TYPES["str"] if values and isinstance(values[0], str) else TYPES["int32"]), values
+    return TYPES.get(type(values[0]).__name__ if values else "int", TYPES["int32"]), values
 
 
 def value_of(kind, value):

@@ -14,4 +14,7 @@ def more_metadata(architecture):
             sizes = {"conv_kernel": 4, "state_size": 32, "group_count": 2, "time_step_rank": 4, "inner_size": 128}
             more |= {f"ssm.{key}": size for key, size in sizes.items()}
         return more
+    if architecture == "gemma4":
+        windowed = [True, True, False, True, False, True, False]
+        return {"attention.sliding_window_pattern": windowed, "embedding_length_per_layer_input": 32}
     return {}

@@ -38,6 +38,7 @@ class Family(ABC):
 
     architecture = ""  # general.architecture
     rope_interleaved = False  # which elements pair up; see Rope
+    cpu_only = False  # whether CUDA lacks some of its ops
 
     file: ModelFile
     shared: Weights
@@ -54,7 +55,7 @@ class Family(ABC):
         Raises ModelError for metadata that is missing or contradicts.
         """
         self.meta = ArchMetadata(metadata, path, self.architecture)
-        self.config = Config.from_gguf(self.meta, vocab_size)
+        self.config = self.read_config(vocab_size)
         self.rotary_pairs = self.meta.integer("rope.dimension_count", self.config.head_dim) // 2
         self.experts = self.read_experts()
 
@@ -107,6 +108,10 @@ class Family(ABC):
     def block_parts(self, index: int) -> Parts:
         """The matrices of a block that this family keeps one under another in one tensor."""
         return {}
+
+    def read_config(self, vocab_size: int) -> Config:
+        """The sizes that the metadata gives; the first part of the description."""
+        return Config.from_gguf(self.meta, vocab_size)
 
     def read_experts(self) -> Experts | None:
         """The experts of each layer, if any; part of the description."""
