@@ -184,6 +184,13 @@ class Latent(LayerState):
 
 
 @dataclass(frozen=True)
+class SharedKeysValues(LayerState):
+    """Nothing of its own: the layer sees the keys and values of an earlier one, number `layer`."""
+
+    layer: int
+
+
+@dataclass(frozen=True)
 class Recurrent(LayerState):
     """The state of a linear recurrence: a matrix [key_dim, value_dim] for each of `heads`, whatever the sequence's
     length; and of the convolution before it the last `taps` rows of `channels` values."""

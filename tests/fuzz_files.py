@@ -56,6 +56,8 @@ ARCH.nextn_predict_layers ARCH.full_attention_interval ARCH.attention.recurrent_
 ARCH.ssm.conv_kernel ARCH.ssm.state_size ARCH.ssm.group_count ARCH.ssm.time_step_rank ARCH.ssm.inner_size
 ARCH.attention.kv_lora_rank ARCH.attention.q_lora_rank ARCH.attention.key_length_mla ARCH.attention.value_length_mla
 ARCH.attention.temperature_length ARCH.rope.scaling.yarn_log_multiplier ARCH.rope.scaling.attn_factor
+ARCH.attention.key_length_swa ARCH.attention.value_length_swa ARCH.rope.dimension_count_swa
+ARCH.attention.shared_kv_layers ARCH.embedding_length_per_layer_input ARCH.attention.head_count_kv
 tokenizer.ggml.add_bos_token tokenizer.ggml.add_eos_token tokenizer.ggml.add_space_prefix tokenizer.ggml.pre
 tokenizer.ggml.eos_token_id tokenizer.chat_template""".split()
 SMALL_TYPES = [t for t in SUPPORTED if t.name in "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 IQ4_NL MXFP4".split()]
@@ -107,7 +109,7 @@ def typed(value):
 
 
 def typed_array(values):
-    return (TYPES["str"] if values and isinstance(values[0], str) else TYPES["int32"]), values
+    return TYPES.get(type(values[0]).__name__ if values else "int", TYPES["int32"]), values
 
 
 def value_of(kind, value):

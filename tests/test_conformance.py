@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from conftest import CONFORMANCE_FOLDERS, PATHS, kl_divergence, log_softmax
+from conftest import CONFORMANCE_FOLDERS, PATHS, kl_divergence, log_softmax, skip_unless_it_runs
 import kqprefill
 from kqprefill.gguf import GGUFFile
 from kqprefill.gguf.dequantize import SUPPORTED
-from kqprefill.models import FAMILIES, read_model
+from kqprefill.models import FAMILIES
 
 FOUND = {path.stem: path for folder in reversed(CONFORMANCE_FOLDERS) for path in sorted(folder.glob("*.gguf"))}
 
@@ -17,11 +17,6 @@ def is_supported(path):
     with GGUFFile(path) as file:
         types = {tensor.type for tensor in file.tensors.values()}
         return file.metadata["general.architecture"] in FAMILIES and types <= SUPPORTED
-
-
-def is_cpu_only(path):
-    with GGUFFile(path) as file:
-        return read_model(file).cpu_only
 
 
 CASES = sorted(name for name, path in FOUND.items() if is_supported(path))
@@ -42,7 +37,7 @@ def test_every_family_and_format_has_a_case():
     models = "qwen3-q4_k llama-q4_k_m qwen2-q5_k gemma-q4_k gemma3-q4_k_m phi3-q4_k_m olmo2-q4_k granite-q4_k".split()
     formats = [f"qwen3-{kind.name.lower()}" for kind in SUPPORTED if kind.name not in ("F32", "F16", "BF16")]
     models += "qwen3vl-q4_k_m qwen3vlmoe-q4_k_m glm4-q4_k_m glm4moe-nextn-q3_k_m qwen35-tied-nextn".split()
-    models += "qwen35moe-q4_k_m qwen3next-moe-q3_k_m deepseek2-moe-glm47-q3_k_m".split()
+    models += "qwen35moe-q4_k_m qwen3next-moe-q3_k_m deepseek2-moe-glm47-q3_k_m gemma4-q4_k_m".split()
     assert released == {*models, *formats}
 
 
@@ -50,8 +45,7 @@ def test_every_family_and_format_has_a_case():
 @pytest.mark.parametrize("name", CASES)
 def test_logits(name, path):
     backend, kernels = path
-    if backend == "cuda" and is_cpu_only(FOUND[name]):
-        pytest.skip("runs on the CPU only")
+    skip_unless_it_runs(FOUND[name], backend)
     reference = np.load(FOUND[name].with_suffix(".npz"))
     with kqprefill.load(FOUND[name], backend=backend, kernels=kernels) as model:
         result = model.prefill(reference["tokens"], logits="all")

@@ -39,6 +39,7 @@ class Recorder:
 WINDOWS = {
     "gemma2": [40, None, 40, None, 40, None, 40],
     "gpt-oss": [40, None, 40, None, 40, None, 40],
+    "gemma4": [40, 40, None, 40, None, 40, None],
     "gemma3": [40, 40, 40, 40, 40, None, 40],
     "olmo2": [40, 40, 40, None, 40, 40, 40],
     "phi3": [40] * 7,

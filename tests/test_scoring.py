@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from conftest import BACKENDS, CONFORMANCE_FOLDERS, EXAMPLE, log_softmax
+from conftest import BACKENDS, CONFORMANCE_FOLDERS, EXAMPLE, log_softmax, skip_unless_it_runs
 import kqprefill
 from kqprefill.backends.cuda.attention_kernels import PortableAttention
 from kqprefill.backends.cuda.ops.attention_layout import attention_layout
@@ -19,7 +19,8 @@ FOUND = {path.stem: path for folder in reversed(CONFORMANCE_FOLDERS) for path in
 # Windows of 32; soft-caps; experts, one of them shared; sinks; recurrences. Those that are not released run where they
 # are.
 WANTED = "gemma3-q4_k_m gemma2-q4_k qwen2moe-q4_k gpt-oss-mxfp4 granite-q4_k qwen35-tied-nextn qwen3next-moe-q3_k_m"
-CPU_ONLY = "deepseek2-moe-glm47-q3_k_m"  # latent attention
+WANTED += " gemma4-q4_k_m gemma4-e2b-q3_k_m gemma4-moe-q4_k_m"  # heads of two sizes; shared keys and values; both
+WANTED += " deepseek2-moe-glm47-q3_k_m"  # latent attention
 NAMES = [name for name in WANTED.split() if name in FOUND]
 
 
@@ -28,12 +29,12 @@ MODELS = [
     for path in [EXAMPLE, *(FOUND[name] for name in NAMES)]
     for way in (("cpu", "auto"), ("cuda", "auto"), ("cuda", "portable"))
 ]
-MODELS.append(pytest.param((FOUND[CPU_ONLY], "cpu", "auto"), id=f"{CPU_ONLY}-cpu-auto"))
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def model(request):
     path, backend, kernels = request.param
+    skip_unless_it_runs(path, backend)
     with kqprefill.load(path, backend=backend, kernels=kernels) as model:
         yield model
 

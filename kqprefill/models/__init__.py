@@ -13,6 +13,7 @@ from .family import Family
 from .gemma import Gemma
 from .gemma2 import Gemma2
 from .gemma3 import Gemma3
+from .gemma4 import Gemma4
 from .glm4 import Glm4
 from .glm4moe import Glm4Moe
 from .gpt_oss import GptOss
@@ -40,6 +41,7 @@ _PAGES: tuple[type[Family], ...] = (
     Gemma,
     Gemma2,
     Gemma3,
+    Gemma4,
     Mistral3,
     Phi3,
     Olmo2,

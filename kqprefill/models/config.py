@@ -171,6 +171,30 @@ class ArchMetadata:
             raise self.error(f"metadata {key} is not an array of {length} integers from 0 on")
         return [int(number) for number in value]
 
+    def of_layers(self, key: str, layers: int, default: int | None = None) -> list[int]:
+        """A positive integer for each layer: an array of so many at least, or one for all."""
+        value = self._get(key, default)
+        value = np.asarray(value) if isinstance(value, list) else value
+        if not isinstance(value, np.ndarray):
+            return [self.integer(key, default)] * layers
+        if value.dtype.kind not in "iu" or len(value) < layers or not ((value > 0) & (value < 1 << 31)).all():
+            raise self.error(f"metadata {key} is {described(value)}, not an integer or an array of {layers}")
+        return [int(number) for number in value[:layers]]
+
+    def replaced(self, key: str, value: Any) -> ArchMetadata:
+        """The same metadata but for one value."""
+        return ArchMetadata({**self._metadata, f"{self.architecture}.{key}": value}, self._path, self.architecture)
+
+    def with_largest(self, *keys: str) -> ArchMetadata:
+        """The same metadata, where of those keys' arrays of integers only the largest is left."""
+        meta = self
+        for key in keys:
+            value = self._metadata.get(f"{self.architecture}.{key}")
+            value = np.asarray(value) if isinstance(value, list) else value
+            if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.size:
+                meta = meta.replaced(key, int(value.max()))
+        return meta
+
     def integer_or_none(self, key: str) -> int | None:
         """`integer`, or None where the file does not say."""
         return self.integer(key) if self.has(key) else None

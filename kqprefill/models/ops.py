@@ -193,6 +193,43 @@ class Ops(ABC):
     def add_gated(self, x: Residual, y: Sums, h: Input, weight: Weight) -> Residual:
         """x + sigmoid(h · weight) * y; weight: a vector [H]."""
 
+    # For families that run on the CPU alone (Family.cpu_only); CUDA has none of these yet.
+
+    def normed_heads(
+        self, h: Input, weight: Weight, head_dim: int, norm: Weight | None = None, rope: Rope | None = None
+    ) -> HeadRows:
+        """h through a matrix, RMS-normalised head by head (norm None: without a weight), then rotated where rope says
+        how: [T, heads, head_dim]."""
+        raise NotImplementedError
+
+    def keep(self, k: HeadRows, v: HeadRows) -> None:
+        """Later layers of this batch attend to this layer's keys and values, too."""
+        raise NotImplementedError
+
+    def attention_over(self, layer: int, q: HeadRows, *, scale: float, window: int | None = None) -> Input:
+        """As `attention`, over the keys and values that an earlier layer has kept (`keep`)."""
+        raise NotImplementedError
+
+    def routed_moe(
+        self, h: Input, router: Input, w: Weights, experts: Experts, *, activation: str, score_scale: float = 1.0
+    ) -> Sums:
+        """As `moe`, without a residual: tokens are routed by score_scale * ffn_gate_inp router, and each expert's share
+        is multiplied by its value of ffn_down_exps.scale."""
+        raise NotImplementedError
+
+    def embed_for_layers(self, x: Residual, table: Weight, matrix: Weight, norm: Weight) -> None:
+        """Make each token's embeddings for the layers, P = norm's length values for each: (sqrt(P) * table[token] +
+        rms_norm(x · matrixᵀ / sqrt(H), norm)) / sqrt(2), the norm over P values at a time."""
+        raise NotImplementedError
+
+    def gated_embedding(self, x: Residual, gate: Weight) -> Input:
+        """gelu(x · gateᵀ) * the token's embedding for this layer (`embed_for_layers`): [T, P]."""
+        raise NotImplementedError
+
+    def scaled_by(self, x: Residual, weight: Weight) -> Residual:
+        """x * weight; weight: a vector of one value."""
+        raise NotImplementedError
+
     @abstractmethod
     def head(
         self,

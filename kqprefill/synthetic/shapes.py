@@ -20,7 +20,8 @@ class Shape:
 
     window: of sliding-window attention; 0 for none. yarn: how many times as long YaRN makes the context, which is then
     `context`; 0 for none. experts: of a layer, each of width ffn; 0 for one feed-forward network. used: experts that
-    a token goes through. more: other metadata under the architecture's name.
+    a token goes through. more: other metadata under the architecture's name. optional: pattern of the tensors (full
+    GGUF names) that the model has and its family's files may lack, beside those that are known of the architecture.
     """
 
     architecture: str
@@ -39,6 +40,7 @@ class Shape:
     experts: int = 0
     used: int = 0
     more: Mapping[str, Any] = field(default_factory=dict)
+    optional: str = ""
 
     def metadata(self) -> dict[str, Any]:
         """The GGUF metadata under the architecture's name, without that name."""
@@ -74,7 +76,7 @@ class Shape:
         """Whether the model has that tensor (full GGUF name), which its family's files may lack."""
         if name == "output.weight":
             return not self.tied
-        if re.fullmatch(_SEPARATE, name):
+        if re.fullmatch(_SEPARATE, name) or re.fullmatch(self.optional, name):
             return True
         biases = _BIASES.get(self.architecture)
         return biases is not None and re.fullmatch(biases, name) is not None
@@ -144,6 +146,47 @@ _DEEPSEEK_V3 = _deepseek(
     expert_group_used_count=4,
 )
 
+
+def _gemma4(
+    layers: int,
+    hidden: int,
+    heads: int,
+    kv_heads: tuple[int, int],
+    ffn: int,
+    window: int,
+    more: Mapping[str, Any],
+    experts: int = 0,
+    used: int = 0,
+) -> Shape:
+    """A Gemma 4; kv_heads: of layers with a window, and of the sixth, which sees all."""
+    windowed = [(index + 1) % 6 != 0 for index in range(layers)]
+    small = "embedding_length_per_layer_input" in more
+    values = {
+        "attention.sliding_window_pattern": windowed,
+        "attention.head_count_kv": [kv_heads[0] if own else kv_heads[1] for own in windowed],
+        "attention.key_length_swa": 256,
+        "attention.value_length_swa": 256,
+        "rope.dimension_count_swa": 256,
+        "final_logit_softcapping": 30.0,
+        "embedding_length_per_layer_input": 0,
+    }
+    # Where a large model's layer sees all, keys are values, too.
+    with_values = "|".join(str(index) for index, own in enumerate(windowed) if own or small)
+    sizes = (layers, hidden, heads, kv_heads[1], 512, ffn, 262144, 131072 if small else 262144, 1e6)
+    return Shape(
+        "gemma4",
+        *sizes,
+        tied=True,
+        window=window,
+        more={**values, **more},
+        optional=rf"blk\.({with_values})\.attn_v\.weight|blk\.\d+\.layer_output_scale\.weight",
+        experts=experts,
+        used=used,
+    )
+
+
+_GEMMA4_E4B = {"attention.shared_kv_layers": 18, "embedding_length_per_layer_input": 256}
+
 SHAPES = {
     "tiny": Shape("qwen3", 2, 256, 4, 2, 64, 512, 256, 4096, 1e6),  # examples/tiny-qwen3.gguf
     "qwen3-0.6b": Shape("qwen3", 28, 1024, 16, 8, 128, 3072, 151936, 40960, 1e6, tied=True),
@@ -179,6 +222,9 @@ SHAPES = {
         used=8,
         more=_DEEPSEEK_V3,
     ),
+    "gemma4-31b": _gemma4(60, 5376, 32, (16, 4), 21504, 1024, {}),
+    "gemma4-26b-a4b": _gemma4(30, 2816, 16, (8, 2), 704, 1024, {"feed_forward_length": 2112}, experts=128, used=8),
+    "gemma4-e4b": _gemma4(42, 2560, 8, (2, 2), 10240, 512, _GEMMA4_E4B),
     "llama3-8b": Shape("llama", 32, 4096, 32, 8, 128, 14336, 128256, 131072, 5e5),
     "llama3-70b": Shape("llama", 80, 8192, 64, 8, 128, 28672, 128256, 131072, 5e5),
 }

@@ -9,7 +9,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...core import Batch, Float32Array, HeadResult, KeysValues, Latent, LayerState, Logits, PendingHead, Recurrent
+from ...core import (
+    Batch,
+    Float32Array,
+    HeadResult,
+    KeysValues,
+    Latent,
+    LayerState,
+    Logits,
+    PendingHead,
+    Recurrent,
+    SharedKeysValues,
+)
 from ...errors import BackendError
 from ...gguf import ModelTensor, dequantize
 from ...models.config import Config, Rope
@@ -30,6 +41,7 @@ from .functions import (
     softcapped,
     softmax,
 )
+from .head_ops import HeadOps
 from .latent_ops import LatentOps
 from .threads import blas, in_parallel
 from .weights import DecodedWeights
@@ -46,7 +58,12 @@ class CpuCache(Cache):
 
     def __init__(self, states: Sequence[LayerState], capacity: int) -> None:
         super().__init__(capacity)
-        self.states = [_storage(state, capacity) for state in states]
+        self.states: list[tuple[Float32Array, Float32Array]] = []
+        for state in states:
+            if isinstance(state, SharedKeysValues):
+                self.states.append(self.states[state.layer])
+            else:
+                self.states.append(_storage(state, capacity))
 
     def close(self) -> None:
         self.states.clear()
@@ -64,7 +81,7 @@ def _storage(state: LayerState, capacity: int) -> tuple[Float32Array, Float32Arr
     raise TypeError(f"the CPU keeps no state of kind {type(state).__name__}")
 
 
-class CpuOps(LatentOps):
+class CpuOps(HeadOps, LatentOps):
     """The operations of one batch; every array is float32."""
 
     cache: CpuCache | None
@@ -73,6 +90,7 @@ class CpuOps(LatentOps):
         self, config: Config, batch: Batch, cache: CpuCache | None, weights: DecodedWeights | None = None
     ) -> None:
         """weights: the model's, kept between batches; None where nothing is kept."""
+        super().__init__()
         self.config, self.batch, self.cache = config, batch, cache
         self._weights = DecodedWeights(room=0) if weights is None else weights
         self._rotations: dict[int, tuple[Float32Array, ...]] = {}  # (cos, sin) by the id of their Rope
@@ -279,7 +297,25 @@ class CpuOps(LatentOps):
     def moe(
         self, h: Float32Array, w: Weights, experts: Experts, *, activation: str, residual: Float32Array
     ) -> Float32Array:
-        scores = self.linear(h, w.ffn_gate_inp)
+        return self._add_experts(residual.copy(), h, self.linear(h, w.ffn_gate_inp), w, experts, activation)
+
+    def routed_moe(
+        self,
+        h: Float32Array,
+        router: Float32Array,
+        w: Weights,
+        experts: Experts,
+        *,
+        activation: str,
+        score_scale: float = 1.0,
+    ) -> Float32Array:
+        scores = self.linear(router, w.ffn_gate_inp, scale=score_scale)
+        return self._add_experts(np.zeros_like(h), h, scores, w, experts, activation)
+
+    def _add_experts(
+        self, out: Float32Array, h: Float32Array, scores: Float32Array, w: Weights, experts: Experts, activation: str
+    ) -> Float32Array:
+        """Add what the experts make of h to out, by the router's scores [T, experts]."""
         if experts.sigmoid:
             scores = sigmoid(scores)
         elif not experts.routed_after:
@@ -293,7 +329,9 @@ class CpuOps(LatentOps):
             shares /= np.maximum(shares.sum(axis=-1, keepdims=True), LEAST_SUM)
         if experts.scale != 1.0:
             shares *= np.float32(experts.scale)
-        out: Float32Array = residual.copy()
+        of_outputs = w.get("ffn_down_exps_scale")
+        if of_outputs is not None:
+            shares *= _vector(of_outputs.tensor)[used]
         for expert in np.unique(used):
             tokens, slot = np.nonzero(used == expert)
             gate, up, down = (weight.expert(expert) for weight in (w.ffn_gate_exps, w.ffn_up_exps, w.ffn_down_exps))
