@@ -145,18 +145,6 @@ class Ops(ABC):
         """
 
     @abstractmethod
-    def latent_attention(self, h: Input, w: Weights, latent: LatentAttention, *, rope: Rope, scale: float) -> Input:
-        """Multi-head latent attention between the norm before it and its output matrix (arXiv 2405.04434): [T, heads *
-        value_dim].
-
-        q = attn_q h, or attn_q_b rms_norm(attn_q_a h, attn_q_a_norm): of each head q_n [key_dim], then q_r [rotary].
-        attn_kv_a_mqa h is c [rank], then k_r [rotary]; c = rms_norm(c, attn_kv_a_norm). q_r and k_r are rotated. c and
-        k_r are what the layer keeps of a token (core.Latent). Of each head k_n [key_dim] and v [value_dim] are what
-        attn_k_b (transposed) and attn_v_b, or attn_kv_b, make of c. Causal attention, softmax(scale * (q_n·k_n +
-        q_r·k_r))·v, over the cache's tokens and the batch's own.
-        """
-
-    @abstractmethod
     def linear(self, a: Input, weight: Weight, residual: Residual | None = None, scale: float = 1.0) -> Any:
         """scale * (a · Wᵀ + bias) (+ residual): Sums, or the new Residual where one is given.
 
@@ -194,6 +182,18 @@ class Ops(ABC):
         """x + sigmoid(h · weight) * y; weight: a vector [H]."""
 
     # For families that run on the CPU alone (Family.cpu_only); CUDA has none of these yet.
+
+    def latent_attention(self, h: Input, w: Weights, latent: LatentAttention, *, rope: Rope, scale: float) -> Input:
+        """Multi-head latent attention between the norm before it and its output matrix (arXiv 2405.04434): [T, heads *
+        value_dim].
+
+        q = attn_q h, or attn_q_b rms_norm(attn_q_a h, attn_q_a_norm): of each head q_n [key_dim], then q_r [rotary].
+        attn_kv_a_mqa h is c [rank], then k_r [rotary]; c = rms_norm(c, attn_kv_a_norm). q_r and k_r are rotated. c and
+        k_r are what the layer keeps of a token (core.Latent). Of each head k_n [key_dim] and v [value_dim] are what
+        attn_k_b (transposed) and attn_v_b, or attn_kv_b, make of c. Causal attention, softmax(scale * (q_n·k_n +
+        q_r·k_r))·v, over the cache's tokens and the batch's own.
+        """
+        raise NotImplementedError
 
     def normed_heads(
         self, h: Input, weight: Weight, head_dim: int, norm: Weight | None = None, rope: Rope | None = None

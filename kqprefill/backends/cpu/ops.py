@@ -41,8 +41,8 @@ from .functions import (
     softcapped,
     softmax,
 )
-from .head_ops import HeadOps
 from .latent_ops import LatentOps
+from .per_layer_ops import PerLayerOps
 from .threads import blas, in_parallel
 from .weights import DecodedWeights
 
@@ -81,7 +81,7 @@ def _storage(state: LayerState, capacity: int) -> tuple[Float32Array, Float32Arr
     raise TypeError(f"the CPU keeps no state of kind {type(state).__name__}")
 
 
-class CpuOps(HeadOps, LatentOps):
+class CpuOps(LatentOps, PerLayerOps):
     """The operations of one batch; every array is float32."""
 
     cache: CpuCache | None

@@ -6,8 +6,6 @@ residual stream and all sums are float32.
 
 from __future__ import annotations
 
-from typing import Any
-
 from .attention import AttentionOps
 from .delta import DeltaOps
 from .experts import ExpertOps
@@ -16,6 +14,3 @@ from .head import HeadOps
 
 class CudaOps(AttentionOps, DeltaOps, ExpertOps, HeadOps):
     """The operations of one batch."""
-
-    def latent_attention(self, *_: Any, **__: Any) -> Any:
-        raise NotImplementedError("families whose pages call this are cpu_only")

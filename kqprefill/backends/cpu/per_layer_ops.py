@@ -16,7 +16,7 @@ from ...models.weights import Weight
 from .functions import GATES
 
 
-class HeadOps(Ops):
+class PerLayerOps(Ops):
     """Ops that are made of others, in NumPy float32."""
 
     def __init__(self) -> None:
