@@ -62,6 +62,35 @@ def test_spaces_before_and_special_tokens_within():
     assert tokenizer.encode("<s>", add_special=False) == [1]
 
 
+def test_pairs_of_characters():
+    pieces = ["<pad>", "<bos>", "<turn|>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += ["\u2581", "a", "b", "ab", "\u2581a", "\n", "\n\n", "aa", "\u2581\u2581"]
+    metadata = {
+        "model": "gemma4",
+        "tokens": pieces,
+        "token_type": np.array([3] * 3 + [6] * 256 + [1] * 9, np.int32),
+        "merges": ["\u2581 \u2581", "a b", "\u2581 a", "a a", "b a"],
+        "bos_token_id": 1,
+        "add_bos_token": False,  # not heeded
+    }
+    tokenizer = Tokenizer({f"tokenizer.ggml.{key}": value for key, value in metadata.items()}, "test")
+    ids = {piece: i for i, piece in enumerate(pieces)}
+
+    def encode(text):
+        return [pieces[token] for token in tokenizer.encode(text, add_special=False)]
+
+    assert tokenizer.encode("") == [1]
+    assert encode(" ab a") == ["\u2581", "ab", "\u2581a"]
+    assert encode("aaab  a") == ["aa", "ab", "\u2581\u2581", "a"]
+    assert encode("a\n\nb\n\n\n") == ["a", "\n\n", "b", "\n", "\n", "\n"]
+    assert encode("é") == ["<0xC3>", "<0xA9>"]
+    assert encode("bba") == ["b", "<0x62>", "<0x61>"]  # joined to what is no token
+    assert encode("a<turn|>b") == ["a", "<turn|>", "b"]
+    for text in (" ab a", "a\n\n\nbé  a", "bba"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text.encode()
+    assert ids["<turn|>"] == tokenizer.encode("<turn|>")[1]
+
+
 def test_byte_level_bpe():
     bytes_ = list(byte_pieces())
     pieces = [*bytes_, "he", "ll", "hell", "\u0120he", "<|end|>"]

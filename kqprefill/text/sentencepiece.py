@@ -7,10 +7,10 @@ code, since no library breaks ties as ggml does (llm_tokenizer_spm): the leftmos
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
 
-_SPACE = "\u2581"
+SPACE = "\u2581"
 
 
 class NoTokenError(Exception):
@@ -22,6 +22,37 @@ class NoTokenError(Exception):
     def __init__(self, at: int, character: str) -> None:
         super().__init__(at, character)
         self.at, self.character = at, character
+
+
+def join(symbols: list[str], rank: Callable[[str, str], float | None]) -> None:
+    """Join neighbours to one symbol, those of the lowest rank first and the leftmost of equals, until none have a rank;
+    a symbol that has been joined to the one before it is left as "".
+
+    rank(left, right): that of two neighbours, or None where they stay apart.
+    """
+    before, after = list(range(-1, len(symbols) - 1)), [*range(1, len(symbols)), -1]  # each symbol's neighbours
+    heap: list[tuple[float, int, int, int]] = []  # what may be joined: (rank, left symbol, right symbol, length)
+
+    def consider(left: int, right: int) -> None:
+        """Put these neighbours on the heap if they have a rank; -1: there is no such neighbour."""
+        if left >= 0 and right >= 0:
+            found = rank(symbols[left], symbols[right])
+            if found is not None:
+                heappush(heap, (found, left, right, len(symbols[left]) + len(symbols[right])))
+
+    for right in range(1, len(symbols)):
+        consider(right - 1, right)
+    while heap:
+        _, left, right, length = heappop(heap)
+        if not symbols[left] or not symbols[right] or len(symbols[left]) + len(symbols[right]) != length:
+            continue  # one of them has been joined to another since
+        symbols[left] += symbols[right]
+        symbols[right] = ""
+        after[left] = following = after[right]
+        if following >= 0:
+            before[following] = left
+        consider(before[left], left)
+        consider(left, following)
 
 
 class SentencePieces:
@@ -39,46 +70,32 @@ class SentencePieces:
 
         Raises NoTokenError for one that has not even these.
         """
-        symbols = list(text.replace(" ", _SPACE))  # "" once it has been joined to the one before
-        before, after = list(range(-1, len(symbols) - 1)), [*range(1, len(symbols)), -1]  # each symbol's neighbours
-        heap: list[tuple[float, int, int, int]] = []  # what may be joined: (-score, left symbol, right symbol, length)
         ids, scores = self._ids, self._scores
 
-        def consider(left: int, right: int) -> None:
-            """Put these neighbours on the heap if together they are a piece; -1: there is no such neighbour."""
-            if left >= 0 and right >= 0:
-                joined = symbols[left] + symbols[right]
-                token = ids.get(joined)
-                if token is not None:
-                    heappush(heap, (-scores[token], left, right, len(joined)))
+        def rank(left: str, right: str) -> float | None:
+            token = ids.get(left + right)
+            return None if token is None else -scores[token]
 
-        for right in range(1, len(symbols)):
-            consider(right - 1, right)
-        while heap:
-            _, left, right, length = heappop(heap)
-            if not symbols[left] or not symbols[right] or len(symbols[left]) + len(symbols[right]) != length:
-                continue  # one of them has been joined to another since
-            symbols[left] += symbols[right]
-            symbols[right] = ""
-            after[left] = following = after[right]
-            if following >= 0:
-                before[following] = left
-            consider(before[left], left)
-            consider(left, following)
+        symbols = list(text.replace(" ", SPACE))
+        join(symbols, rank)
+        return self._ids_of(symbols)
+
+    def _ids_of(self, symbols: Sequence[str], start: int = 0) -> list[int]:
+        """The ids of symbols, each of which stands where its first character stood; start: of the first in the text."""
         encoded: list[int] = []
-        for at, symbol in enumerate(symbols):  # a symbol stands where its first character stood
+        for at, symbol in enumerate(symbols):
             if symbol:
-                token = ids.get(symbol)
-                encoded += [token] if token is not None else self._of_bytes(symbol, at)
+                token = self._ids.get(symbol)
+                encoded += [token] if token is not None else self._of_bytes(symbol, start + at)
         return encoded
 
     def _of_bytes(self, symbol: str, at: int) -> list[int]:
-        """The tokens of the UTF-8 bytes of a symbol, which is one character; the unknown token for a byte without."""
+        """The tokens of a symbol's UTF-8 bytes; the unknown token for a byte without."""
         tokens = []
         for byte in symbol.encode():
             token = self._bytes[byte]
             token = self._unknown if token is None else token
             if token is None:
-                raise NoTokenError(at, " " if symbol == _SPACE else symbol)
+                raise NoTokenError(at, symbol[0].replace(SPACE, " "))
             tokens.append(token)
         return tokens

@@ -10,6 +10,7 @@ from ..errors import InputError, ModelError
 from ..gguf.keys import read_key
 from ..gguf.vocabulary import token_bytes
 from .bpe import ADDS_BOS, BytePairs
+from .pairs import CharacterPairs
 from .sentencepiece import NoTokenError, SentencePieces
 
 # Special tokens: (text, id), those with the longest texts first.
@@ -54,10 +55,15 @@ class Tokenizer:
             pre = self._key("pre", "default")
             self._bpe = BytePairs(self._pieces, self._key("merges", []), pre, self._error)
             add_bos, self._space_prefix = pre in ADDS_BOS, False
+        elif kind == "gemma4":
+            self._bpe = CharacterPairs(self._pieces, self._key("merges", []))
+            add_bos, self._space_prefix = True, False
         else:
-            raise self._error(f"its vocabulary is of kind {kind!r}; 'llama' and 'gpt2' are supported: give --tokens")
+            known = "'llama', 'gpt2' and 'gemma4' are supported"
+            raise self._error(f"its vocabulary is of kind {kind!r}; {known}: give --tokens")
         # GPT-2's kind may have no BOS, whatever it is that asks for one.
-        self.bos = self._special("bos", None if kind == "gpt2" else -1) if self._key("add_bos_token", add_bos) else None
+        has_bos = kind == "gemma4" or self._key("add_bos_token", add_bos)  # Gemma 4's always, whatever the file says
+        self.bos = self._special("bos", None if kind == "gpt2" else -1) if has_bos else None
         self._eos = self._special("eos", -1) if self._key("add_eos_token", False) else None
         pieces = self._pieces
         marked = [i for i, t in enumerate(types) if t in (_UNKNOWN, _CONTROL, _USER_DEFINED) or pieces[i] in _UNMARKED]
