@@ -19,7 +19,7 @@ FOUND = {path.stem: path for folder in reversed(CONFORMANCE_FOLDERS) for path in
 # Windows of 32; soft-caps; experts, one of them shared; sinks; recurrences. Those that are not released run where they
 # are.
 WANTED = "gemma3-q4_k_m gemma2-q4_k qwen2moe-q4_k gpt-oss-mxfp4 granite-q4_k qwen35-tied-nextn qwen3next-moe-q3_k_m"
-WANTED += " gemma4-q4_k_m gemma4-e2b-q3_k_m gemma4-moe-q4_k_m"  # heads of two sizes; shared keys and values; both
+WANTED += " gemma4-q4_k_m gemma4-e2b-q3_k_m gemma4-moe-q4_k_m"  # heads of two sizes; shared keys and values; experts
 WANTED += " deepseek2-moe-glm47-q3_k_m"  # latent attention
 NAMES = [name for name in WANTED.split() if name in FOUND]
 
