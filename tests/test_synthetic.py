@@ -10,7 +10,7 @@ from gguf import GGUFReader, GGUFValueType
 import numpy as np
 import pytest
 
-from conftest import EXAMPLE
+from conftest import EXAMPLE, ROOT
 import kqprefill
 from kqprefill.gguf import GGUFFile, dequantize
 from kqprefill.gguf.types import GGML
@@ -163,3 +163,14 @@ def test_parts_of_tensors_are_their_data() -> None:
     assert np.array_equal(bias.item(2).data, bias.data[2])
     norm = file.tensors["output_norm.weight"]
     assert np.array_equal(norm.rows(8, 16).data, norm.data[32:64])
+
+
+def test_what_parts_are_taken_from_is_contiguous() -> None:
+    """A part is read ahead from the file's own bytes, without a copy, however its rows lie there."""
+    with GGUFFile(ROOT / "tests/data/qwen3next-moe-q3_k_m.gguf") as file:
+        matrices = [weight.tensor for weight in read_model(file).matrices()]
+        copies = [tensor for tensor in matrices if not np.shares_memory(tensor.data, tensor.stored)]
+        assert [tensor.name.partition("[")[0] for tensor in copies[:2]] == ["blk.0.ssm_ba.weight"] * 2
+        for tensor in matrices:
+            stored = tensor.stored
+            assert stored.flags.c_contiguous and np.shares_memory(stored, tensor.stored)

@@ -35,6 +35,11 @@ class ModelTensor(ABC):
         """The quantised bytes, uint8 [..., row bytes]; not to be written to."""
 
     @property
+    def stored(self) -> NDArray[np.uint8]:
+        """The contiguous bytes of the file that the data are, or are taken from: what to read ahead."""
+        return self.data
+
+    @property
     def nbytes(self) -> int:
         """The size of the data."""
         return nbytes_of(self.shape, self.type)
@@ -72,6 +77,10 @@ class PickedRows(ModelTensor):
     def data(self) -> NDArray[np.uint8]:
         return self.base.data[self.picks]
 
+    @property
+    def stored(self) -> NDArray[np.uint8]:
+        return self.base.stored
+
 
 @dataclass(frozen=True)
 class RowsOfEach(ModelTensor):
@@ -83,6 +92,10 @@ class RowsOfEach(ModelTensor):
     @property
     def data(self) -> NDArray[np.uint8]:
         return self.base.data[:, self.begin : self.begin + self.shape[1]]
+
+    @property
+    def stored(self) -> NDArray[np.uint8]:
+        return self.base.stored
 
     def item(self, index: int) -> ModelTensor:  # type: ignore[override]
         return self.base.item(index).rows(self.begin, self.begin + self.shape[1])

@@ -134,7 +134,7 @@ class WeightsOnDevice:
         assert staging is not None
         total, done, filled = sum(t.nbytes for tensors in groups.values() for t in tensors), 0, 0
         batch: list[Piece] = []
-        to_read = deque(t.data for tensors in groups.values() for t in tensors)
+        to_read = deque(t.stored for tensors in groups.values() for t in tensors)
 
         def send(pieces: Sequence[Piece]) -> None:
             nonlocal done
