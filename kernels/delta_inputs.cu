@@ -1,6 +1,7 @@
 // Gated DeltaNet (arXiv 2412.06464), what comes before the recurrence and what comes after it: the causal convolution of
 // q, k and v and the norms of q and k; and the gated norm of what the recurrence gives. For heads of HEAD_DIM, and
 // KERNEL taps.
+#include "include/activation.cuh"
 #include "include/chunks.cuh"
 #include "include/operand.cuh"
 #include "include/reduce.cuh"
@@ -10,10 +11,6 @@ constexpr int kGroups = kThreads / kDim, kGroupRows = kChunk / kGroups;  // of t
 constexpr int kAhead = 16;                                               // rows that are on their way at a time
 static_assert(kThreads % kDim == 0 && kDim % 32 == 0, "whole groups of threads, whole warps of columns");
 static_assert(kGroupRows % kAhead == 0, "a group's rows in whole steps");
-
-__device__ __forceinline__ float silu(float x) {
-    return x / (1.0f + expf(-x));
-}
 
 // sums: float32 rows of `channels` values, the heads of q, k and v side by side; taps: [channels, KERNEL]. Writes of each
 // chunk and head HEAD_DIM halves of each position, zeros from `count` on: q and k, [chunks, key_heads, kChunk, HEAD_DIM],

@@ -4,6 +4,7 @@
 //     (I + A) U = diag(beta) V,        (I + A) W = diag(beta e^G) K
 // With the state S before the chunk, the recurrence then adds K^T (U - W S) to it (delta_scan.cu). |W_t| <= 1, and
 // |U_t| <= kChunk max |v|: each is what the recurrence does to a state of its own.
+#include "include/activation.cuh"
 #include "include/chunks.cuh"
 #include "include/ptx.cuh"
 
@@ -45,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         float b = 0.0f, g = 0.0f;
         if (t < chunk.count) {
             const float* row = gates + static_cast<int64_t>(chunk.row_of(t)) * (2 * value_heads);
-            b = 1.0f / (1.0f + expf(-row[head]));
+            b = sigmoid(row[head]);
             float step = row[value_heads + head] + step_bias[head];
             g = rate[head] * (step > 20.0f ? step : log1pf(expf(step)));
         }

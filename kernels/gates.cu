@@ -1,5 +1,6 @@
 // The gates of attention's output (Qwen 3.5): each head's values are multiplied by a sigmoid of what its query's matrix made
 // beside the query.
+#include "include/activation.cuh"
 #include "include/operand.cuh"
 
 constexpr int kThreads = NORM_THREADS;
@@ -11,7 +12,6 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     begin_kernel();
     qkv += static_cast<uint64_t>(blockIdx.x) * row;
     gates += static_cast<uint64_t>(blockIdx.x) * stride;
-    auto sigmoid = [](float x) { return 1.0f / (1.0f + expf(-x)); };
     for (int i = 2 * threadIdx.x; i < heads * head_dim; i += 2 * kThreads) {  // head_dim is even
         const float* from = qkv + (2 * (i / head_dim) + 1) * head_dim + i % head_dim;
         store_operand(gates, i, operand_pair(sigmoid(from[0]), sigmoid(from[1])));

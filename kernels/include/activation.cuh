@@ -1,4 +1,4 @@
-// The gates of GLU variants (arXiv 2002.05202).
+// The gates of GLU variants (arXiv 2002.05202), and what recurrences and gated attention have in their place.
 #pragma once
 #include "ptx.cuh"
 
@@ -15,4 +15,13 @@ __device__ __forceinline__ float gated(float g, float u, int activation) {
         z = 1.702f * g;
     }
     return g * reciprocal_approx(1.0f + exp2_approx(-1.4426950409f * z)) * u;
+}
+
+// With the library's exponential: once for each value, where `gated` is for the inner loops of GEMMs.
+__device__ __forceinline__ float sigmoid(float x) {
+    return 1.0f / (1.0f + expf(-x));
+}
+
+__device__ __forceinline__ float silu(float x) {
+    return x / (1.0f + expf(-x));
 }
