@@ -6,29 +6,33 @@
 // BLOCK_KV of the sequence. A producer warp has the copy engine bring keys and values. While the matrix units multiply
 // one key block's weights by its values, the scores of the next, which were multiplied before, become weights. As in
 // attention_sm80.cu, what a query sees, and in which order it sums, depends on its position alone. Compiled for one
-// HEAD_DIM, a multiple of 64.
+// HEAD_DIM of q and k and one VALUE_DIM of v, multiples of 64. A block makes PART_DIM columns of the output: where these
+// are not all, as many blocks as there are parts go through the same scores.
 #include "include/operand.cuh"
 #include "include/sm90.cuh"
 #include "include/softmax.cuh"
 
 constexpr int kWarpgroups = 2, kBlockQ = 64 * kWarpgroups, kConsumers = 128 * kWarpgroups, kThreads = kConsumers + 128;
-constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;   // of a thread
-constexpr int kPanels = HEAD_DIM / 64;                             // of 64 columns (128 bytes) each
-constexpr int kPanelQ = kBlockQ * 128, kPanelKv = BLOCK_KV * 128;  // bytes
-using KeyBlocks = Ring<STAGES, kPanels * kPanelKv>;                // a stage is a key block of k, or of v
+constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;      // of a thread
+constexpr int kPanels = HEAD_DIM / 64, kValuePanels = PART_DIM / 64;  // of 64 columns (128 bytes) each
+constexpr int kPanelQ = kBlockQ * 128, kPanelKv = BLOCK_KV * 128;     // bytes
+using KeyRing = Ring<STAGES, kPanels * kPanelKv>;                     // a stage is a key block of k
+using ValueRing = Ring<STAGES, kValuePanels * kPanelKv>;              // or, of v, the block's columns
 // In shared memory: the query tile, a ring of k and one of v; then the query tile's barrier and the rings'.
-constexpr int kRings = kPanels * kPanelQ, kBarriers = kRings + 2 * KeyBlocks::kBytes;
-static_assert(HEAD_DIM % 64 == 0, "whole panels");
+constexpr int kRings = kPanels * kPanelQ, kBarriers = kRings + KeyRing::kBytes + ValueRing::kBytes;
+static_assert(HEAD_DIM % 64 == 0 && PART_DIM % 64 == 0 && VALUE_DIM % PART_DIM == 0, "whole panels");
 static_assert(HEAD_DIM <= MAX_HEAD_DIM, "what rope.cu writes");
 static_assert(THREADS == kThreads, "what the host launches");
-static_assert(kBarriers + Barrier::kBytes + 2 * KeyBlocks::kBarrierBytes <= SHARED_BYTES,
+static_assert(kBarriers + Barrier::kBytes + KeyRing::kBarrierBytes + ValueRing::kBarrierBytes <= SHARED_BYTES,
               "what the host launches with");
 
-__device__ __forceinline__ void load_key_block(const KeyBlocks& ring, const ProducerPosition<STAGES>& at,
-                                               const void* map, int column, int row) {
-    Barrier arrived = ring.begin_filling(at, kPanels * kPanelKv);
+template <int kStageBytes>
+__device__ __forceinline__ void load_key_block(const Ring<STAGES, kStageBytes>& ring,
+                                               const ProducerPosition<STAGES>& at, const void* map, int column,
+                                               int row) {
+    Barrier arrived = ring.begin_filling(at, kStageBytes);
 #pragma unroll
-    for (int panel = 0; panel < kPanels; ++panel)
+    for (int panel = 0; panel < kStageBytes / kPanelKv; ++panel)
         tensor_copy(ring.stage(at.stage) + panel * kPanelKv, map, column + 64 * panel, row, arrived);
 }
 
@@ -36,13 +40,13 @@ __device__ __forceinline__ void load_key_block(const KeyBlocks& ring, const Prod
 // rows.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     attention(const void* q_map, const void* k_map, const void* v_map, half_t* out, const QueryTile* tiles, int nq,
-              int nkv, int head_dim, int out_stride, float scale, const float* q_scale, const float* k_scale,
+              int nkv, int value_dim, int out_stride, float scale, const float* q_scale, const float* k_scale,
               int window, float softcap, const float* sinks) {
     extern __shared__ __align__(1024) uint8_t shared[];
     uint32_t base = shared_address(shared), barriers = base + kBarriers + Barrier::kBytes;
     Barrier q_arrived = {base + kBarriers};
-    KeyBlocks keys = {base + kRings, barriers};
-    KeyBlocks values = {keys.stages + KeyBlocks::kBytes, keys.barriers + KeyBlocks::kBarrierBytes};
+    KeyRing keys = {base + kRings, barriers};
+    ValueRing values = {keys.stages + KeyRing::kBytes, keys.barriers + KeyRing::kBarrierBytes};
     if (threadIdx.x == 0) {
         q_arrived.init(1);
         for (int i = 0; i < STAGES; ++i) {  // a consumer warp arrives once
@@ -56,7 +60,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();
     begin_kernel();
     QueryTile tile = tiles[blockIdx.y];
-    int head = blockIdx.x;
+    int head = blockIdx.x, first_column = blockIdx.z * PART_DIM;  // of the head's values
     int first_key = window > 0 ? max(0, tile.position - window + 1) : 0;
     int first_block = first_key / BLOCK_KV, end_block = ceil_div(tile.position + tile.rows, BLOCK_KV);
 
@@ -68,11 +72,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         for (int panel = 0; panel < kPanels; ++panel)
             tensor_copy(base + panel * kPanelQ, q_map, head * HEAD_DIM + 64 * panel, tile.q_row, q_arrived);
         ProducerPosition<STAGES> at;
-        int column = head / (nq / nkv) * HEAD_DIM;
+        int kv_head = head / (nq / nkv);
         for (int index = first_block; index < end_block; ++index, at.advance()) {
             int key_row = tile.key_row(index, BLOCK_KV);
-            load_key_block(keys, at, k_map, column, key_row);
-            load_key_block(values, at, v_map, column, key_row);
+            load_key_block(keys, at, k_map, kv_head * HEAD_DIM, key_row);
+            load_key_block(values, at, v_map, kv_head * VALUE_DIM + first_column, key_row);
         }
         return;
     }
@@ -82,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     Scale to_log2(scale / *q_scale / *k_scale, softcap);
     int position = tile.position + row;
 
-    float scores[BLOCK_KV / 2], output[HEAD_DIM / 2];
+    float scores[BLOCK_KV / 2], output[PART_DIM / 2];
     uint32_t weights[BLOCK_KV / 4];
     Softmax softmax;
     ConsumerPosition<STAGES> key_at, value_at;
@@ -105,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
                             accumulate || s > 0);
         wgmma_commit();
     };
-    auto release = [&](const KeyBlocks& ring, ConsumerPosition<STAGES>& at) {
+    auto release = [&](const auto& ring, ConsumerPosition<STAGES>& at) {
         ring.release_by_warp(at.stage);
         at.advance();
     };
@@ -139,7 +143,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         wgmma_wait<0>();
         release(values, value_at);
 #pragma unroll
-        for (int i = 0; i < HEAD_DIM / 2; ++i) output[i] *= correction[i / 2 % 2];
+        for (int i = 0; i < PART_DIM / 2; ++i) output[i] *= correction[i / 2 % 2];
         pack();
     }
     multiply_values(end_block > first_block + 1);
@@ -154,8 +158,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         // A thread has a pair of each 8 columns. In operand order, those of every other 8 are neighbours: of each 64
         // columns, j = 0, 2, 4, 6 are 16 bytes, and j = 1, 3, 5, 7 another 16.
 #pragma unroll
-        for (int j = 0; j < HEAD_DIM / 8; j += j % 2 ? 7 : 1) {
-            int column = head * HEAD_DIM + 8 * j + pair;
+        for (int j = 0; j < PART_DIM / 8; j += j % 2 ? 7 : 1) {
+            int column = head * VALUE_DIM + first_column + 8 * j + pair;
             OperandPair pairs[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i)

@@ -16,25 +16,26 @@ extern "C" __global__ void __launch_bounds__(ROPE_TABLE_THREADS)
 }
 
 constexpr int kWarps = ROTATE_THREADS / 32;
-static_assert(MAX_HEAD_DIM % 128 == 0, "rotate_fours: a warp takes 128 columns of a head at a time");
+constexpr int kMostFours = 256;  // columns of a head that rotate_fours takes: more would cost it registers
 
 // What a warp does with one head of one token.
 struct Rotation {
     const float* source;   // [head_dim]
     half_t* out;           // [padded]: zeros from head_dim on
-    const float* norm;     // the norm's weight [head_dim]; null for no norm
+    const float* norm;     // the norm's weight [head_dim]; null for ones
     const float2* angles;  // cosine and sine of each of `pairs` pairs; null for no rotation (v)
     int head_dim, padded, pairs;
+    bool normalised;
     float epsilon, scale;
 
     __device__ float inverse_rms(float sum) const {
-        return norm != nullptr ? 1.0f / sqrtf(warp_sum(sum) / static_cast<float>(head_dim) + epsilon) : 1.0f;
+        return normalised ? 1.0f / sqrtf(warp_sum(sum) / static_cast<float>(head_dim) + epsilon) : 1.0f;
     }
 
     // Rotates a head whose pairs are `pairs` columns apart, four columns at a time; head_dim and pairs are multiples of
     // 4. All loads are on their way before the first is waited for.
     __device__ __forceinline__ void rotate_fours(int lane) const {
-        constexpr int kFours = MAX_HEAD_DIM / 128;
+        constexpr int kFours = kMostFours / 128;  // a warp takes 128 columns at a time
         float4 own[kFours], other[kFours], weight[kFours], other_weight[kFours], angle[kFours][2];
         auto load = [](const float* from) { return *reinterpret_cast<const float4*>(from); };
         const float4 ones = make_float4(1.0f, 1.0f, 1.0f, 1.0f);
@@ -82,8 +83,8 @@ struct Rotation {
             sum = fmaf(x[i], x[i], sum);
         }
         float r = inverse_rms(sum);
-        if (norm != nullptr)
-            for (int i = lane; i < head_dim; i += 32) x[i] *= r * norm[i];
+        if (normalised)
+            for (int i = lane; i < head_dim; i += 32) x[i] *= norm != nullptr ? r * norm[i] : r;
         __syncwarp();
         for (int i = lane; i < padded; i += 32) {
             float y = i < head_dim ? x[i] : 0.0f;
@@ -100,40 +101,42 @@ struct Rotation {
 
 // qkv: float32 [T, (nq + 2 nkv) * head_dim]. q [T, nq, padded], k and v [rows, nkv, padded]: halves, zeros from
 // head_dim on, scaled by *q_scale, *k_scale and *v_scale. A warp takes a head; blockIdx.x is the token. q_norm and
-// k_norm may be null. kv_rows: which rows of k and v are the tokens'; null where they are in order. Where beta > 0, q
-// at position p becomes (1 + beta ln(1 + p / beta_length)) times as large, with p / beta_length rounded down. gated: 1
-// where each head of q is followed by as many gates, which this passes over (gates.cu), else 0.
+// k_norm may be null; v_normed: 1 where v is normalised, too, without a weight. kv_rows: which rows of k and v are the
+// tokens'; null where they are in order. Where beta > 0, q at position p becomes (1 + beta ln(1 + p / beta_length))
+// times as large, with p / beta_length rounded down. gated: 1 where each head of q is followed by as many gates, which
+// this passes over (gates.cu), else 0. v_is_k: 1 where qkv has no columns of v, which is made of k's.
 extern "C" __global__ void __launch_bounds__(32 * kWarps)
     rotate_qkv(const float* qkv, half_t* q, half_t* k, half_t* v, int nq, int nkv, int head_dim, int padded,
-               const float* q_norm, const float* k_norm, float epsilon, const float2* table, int pairs, int interleaved,
-               const float* q_scale, const float* k_scale, const float* v_scale, const int* kv_rows,
-               const int* positions, float beta, int beta_length, int gated) {
+               const float* q_norm, const float* k_norm, int v_normed, float epsilon, const float2* table, int pairs,
+               int interleaved, const float* q_scale, const float* k_scale, const float* v_scale, const int* kv_rows,
+               const int* positions, float beta, int beta_length, int gated, int v_is_k) {
     begin_kernel();
     __shared__ float heads[kWarps][MAX_HEAD_DIM];
     int warp = threadIdx.x / 32, head = blockIdx.y * kWarps + warp, token = blockIdx.x;
     if (head >= nq + 2 * nkv) return;
     bool is_q = head < nq, is_v = head >= nq + nkv;
     int slot = is_q ? head : is_v ? head - nq - nkv : head - nq, kv_row = kv_rows != nullptr ? kv_rows[token] : token;
+    int in_row = nq + (2 - v_is_k) * nkv + gated * nq, at = is_v ? head - v_is_k * nkv : head;  // in heads
+    const float* norm = is_q ? q_norm : is_v ? nullptr : k_norm;
     Rotation rotation = {
-        qkv +
-            (static_cast<uint64_t>(token) * (nq + 2 * nkv + gated * nq) + head + gated * (is_q ? head : nq)) * head_dim,
+        qkv + (static_cast<uint64_t>(token) * in_row + at + gated * (is_q ? head : nq)) * head_dim,
         (is_q ? q + static_cast<uint64_t>(token) * nq * padded
               : (is_v ? v : k) + static_cast<uint64_t>(kv_row) * nkv * padded) +
             slot * padded,
-        is_q   ? q_norm
-        : is_v ? nullptr
-               : k_norm,
+        norm,
         is_v ? nullptr : table + static_cast<uint64_t>(token) * pairs,
         head_dim,
         padded,
         pairs,
+        is_v ? v_normed != 0 : norm != nullptr,
         epsilon,
         is_q   ? *q_scale
         : is_v ? *v_scale
                : *k_scale,
     };
     if (is_q && beta > 0.0f) rotation.scale *= 1.0f + beta * log1pf(static_cast<float>(positions[token] / beta_length));
-    if (head_dim % 4 == 0 && pairs % 4 == 0 && !interleaved) rotation.rotate_fours(threadIdx.x % 32);
+    if (head_dim % 4 == 0 && pairs % 4 == 0 && !interleaved && padded <= kMostFours)
+        rotation.rotate_fours(threadIdx.x % 32);
     else rotation.rotate(threadIdx.x % 32, heads[warp], interleaved);
 }
 

@@ -174,7 +174,7 @@ def test_ops(cuda, name, n, rng):
     context = poisoned(cuda.context)
     batch = Batch(rng.integers(0, description.vocab, n).astype(np.int32))
     try:
-        both = BothOps(CpuOps(family.config, batch, None), CudaOps(context, family, batch, None))
+        both = BothOps(CpuOps(family, batch, None), CudaOps(context, family, batch, None))
         x = family.forward(both)
         expected, got = (family.head(ops, x[i], "all")() for i, ops in enumerate((both.cpu, both.cuda)))
         assert relative_error(expected.logits, got.logits) <= TOLERANCE
@@ -193,7 +193,7 @@ def test_attention_with(cuda, name, window, more, rng):
     cuda.load(family, no_progress)
     try:
         batch, w = Batch(rng.integers(0, description.vocab, 300).astype(np.int32)), family.blocks[0]
-        both = BothOps(CpuOps(family.config, batch, None), CudaOps(cuda.context, family, batch, None))
+        both = BothOps(CpuOps(family, batch, None), CudaOps(cuda.context, family, batch, None))
         h = both.rms_norm(both.embed(family.token_embd), w.attn_norm)
         q, k, v = both.qkv(h, w.attn_q, w.attn_k, w.attn_v, rope=family.rope)
         scale = 1.0 if more == "soft-cap" else 0.01  # scores that are capped, or that leave a sink its share

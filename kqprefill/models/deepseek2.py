@@ -48,6 +48,9 @@ class DeepSeek2(Family):
     def block_parts(self, index: int) -> Parts:
         return {} if index < self.dense_layers else self.experts.fused_parts
 
+    def head_dims(self, index: int) -> tuple[int, int]:
+        return self.latent.head_dim, self.latent.value_dim
+
     def state(self, index: int) -> LayerState:
         return self.latent.state
 

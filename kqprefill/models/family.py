@@ -109,6 +109,10 @@ class Family(ABC):
             "rope_freqs?": (self.rotary_pairs,),
         }
 
+    def other_matrices(self) -> list[Weight]:
+        """The matrices outside the layers that something is multiplied by, but the output; there are few."""
+        return []
+
     def block_parts(self, index: int) -> Parts:
         """The matrices of a block that this family keeps one under another in one tensor."""
         return {}
@@ -138,6 +142,10 @@ class Family(ABC):
     def window(self, index: int) -> int | None:
         """How many tokens a query of that layer sees, itself the last; None where it sees all."""
         return None
+
+    def head_dims(self, index: int) -> tuple[int, int]:
+        """The size of a layer's heads in its attention: of queries and keys, and of values."""
+        return self.config.head_dim, self.config.head_dim
 
     def embed(self, ops: Ops) -> Residual:
         """The residual stream before the first layer."""
@@ -186,8 +194,9 @@ class Family(ABC):
         return shapes
 
     def matrices(self) -> list[Weight]:
-        """Every matrix of the model (experts' are one under another); a tied output counts once."""
-        every = (self.token_embd, self.output, *(w for block in self.blocks for w in block))
+        """Every matrix of the model that something is multiplied by (experts' are one under another), and the
+        embedding; a tied output counts once."""
+        every = (self.token_embd, self.output, *self.other_matrices(), *(w for block in self.blocks for w in block))
         by_name = {w.name: w for w in every if w.is_matrix}
         return list(by_name.values())
 

@@ -12,13 +12,12 @@ from ..core import KeysValues, LayerState, Logits, PendingHead, SharedKeysValues
 from .config import Config, read_rope
 from .experts import Experts
 from .gemma import Gemma
-from .ops import Input, Ops, Residual, Sums
-from .weights import Parts, Shapes, Weights
+from .ops import Input, Ops, Residual
+from .weights import Parts, Shapes, Weight, Weights
 
 
 class Gemma4(Gemma):
     architecture = "gemma4"
-    cpu_only = True
 
     def read_config(self, vocab_size: int) -> Config:
         """Of numbers that differ by layer, the largest."""
@@ -73,9 +72,9 @@ class Gemma4(Gemma):
             raise self.meta.error("attention.shared_kv_layers leaves a kind of layer without keys and values")
         return [index if index < own else last[self.windowed[index]] for index in range(count)]
 
-    def head_dim(self, index: int) -> int:
-        """The size of a layer's heads."""
-        return self.window_head_dim if self.windowed[index] else self.config.head_dim
+    def head_dims(self, index: int) -> tuple[int, int]:
+        size = self.window_head_dim if self.windowed[index] else self.config.head_dim
+        return size, size
 
     def shared_shapes(self) -> Shapes:
         c, width = self.config, self.input_width
@@ -89,7 +88,7 @@ class Gemma4(Gemma):
         }
 
     def block_shapes(self, index: int) -> Shapes:
-        hidden, width, head = self.config.embedding_length, self.widths[index], self.head_dim(index)
+        hidden, width, (head, _) = self.config.embedding_length, self.widths[index], self.head_dims(index)
         q_width, kv_width = self.config.head_count * head, self.kv_heads[index] * head
         shapes: Shapes = {"attn_norm": (hidden,), "attn_q_norm": (head,), "attn_q": (q_width, hidden)}
         if self.sources[index] == index:
@@ -112,6 +111,9 @@ class Gemma4(Gemma):
             shapes |= {"inp_gate": (self.input_width, hidden), "proj": (hidden, self.input_width)}
             shapes |= {"post_norm": (hidden,)}
         return shapes
+
+    def other_matrices(self) -> list[Weight]:
+        return [self.shared.per_layer_model_proj] if self.input_width else []
 
     def block_parts(self, index: int) -> Parts:
         return {} if self.experts is None else self.experts.fused_parts
@@ -146,7 +148,7 @@ class Gemma4(Gemma):
     def state(self, index: int) -> LayerState:
         if self.sources[index] != index:
             return SharedKeysValues(self.sources[index])
-        return KeysValues(self.kv_heads[index], self.head_dim(index), self.window(index))
+        return KeysValues(self.kv_heads[index], self.head_dims(index)[0], self.window(index))
 
     def embed(self, ops: Ops) -> Residual:
         x = super().embed(ops)
@@ -157,41 +159,36 @@ class Gemma4(Gemma):
 
     def attention(self, ops: Ops, w: Weights, h: Input, index: int) -> Input:
         """A layer's attention, between the norm before it and its output matrix."""
-        head, window = self.head_dim(index), self.window(index)
-        rope = self.rope_local if self.windowed[index] else self.rope_global
-        q = ops.normed_heads(h, w.attn_q, head, w.attn_q_norm, rope)
-        if self.sources[index] != index:
-            return ops.attention_over(self.sources[index], q, scale=self.attention_scale, window=window)
-        k = ops.normed_heads(h, w.attn_k, head, w.attn_k_norm, rope)
-        v = ops.normed_heads(h, w.get("attn_v") or w.attn_k, head)
-        if index in self.sources[index + 1 :]:
-            ops.keep(k, v)
-        return ops.attention(q, k, v, scale=self.attention_scale, window=window)
-
-    def feed_forward(self, ops: Ops, w: Weights, y: Residual) -> Sums:
-        """A layer's networks, of the residual stream after attention."""
-        m = ops.mlp(ops.rms_norm(y, w.ffn_norm), w.ffn_gate, w.ffn_up, w.ffn_down, activation="gelu_tanh")
-        if self.experts is None:
-            return m
-        router = ops.rms_norm(y, w.ffn_gate_inp_scale)  # over sqrt(embedding_length)
-        of_experts = ops.routed_moe(
-            ops.rms_norm(y, w.pre_ffw_norm_2),
-            router,
-            w,
-            self.experts,
-            activation="gelu_tanh",
-            score_scale=1 / math.sqrt(self.config.embedding_length),
+        q, k, v = ops.qkv(
+            h,
+            w.attn_q,
+            w.get("attn_k"),
+            w.get("attn_v"),
+            rope=self.rope_local if self.windowed[index] else self.rope_global,
+            q_norm=w.attn_q_norm,
+            k_norm=w.get("attn_k_norm"),
+            v_normed=True,
         )
-        return ops.add_rms_norm(ops.rms_norm(m, w.post_ffw_norm_1), of_experts, w.post_ffw_norm_2)
+        return ops.attention(q, k, v, scale=self.attention_scale, window=self.window(index))
+
+    def add_networks(self, ops: Ops, w: Weights, x: Residual, factor: Weight | None) -> Residual:
+        """factor * (x + what a layer's networks make of x)."""
+        m = ops.mlp(ops.rms_norm(x, w.ffn_norm), w.ffn_gate, w.ffn_up, w.ffn_down, activation="gelu_tanh")
+        if self.experts is None:
+            return ops.add_rms_norm(x, m, w.post_ffw_norm, factor)
+        scale = 1 / math.sqrt(self.config.embedding_length)
+        scores = ops.router_scores(x, w.ffn_gate_inp_scale, w.ffn_gate_inp, scale)
+        e = ops.moe(ops.rms_norm(x, w.pre_ffw_norm_2), w, self.experts, activation="gelu_tanh", scores=scores)
+        return ops.add_norm_of_norms(x, m, w.post_ffw_norm_1, e, w.post_ffw_norm_2, w.post_ffw_norm, factor)
 
     def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
         a = self.attention(ops, w, ops.rms_norm(x, w.attn_norm), index)
-        y = ops.add_rms_norm(x, ops.linear(a, w.attn_output), w.post_attention_norm)
-        x = ops.add_rms_norm(y, self.feed_forward(ops, w, y), w.post_ffw_norm)
-        if self.input_width:
-            x = ops.add_rms_norm(x, ops.linear(ops.gated_embedding(x, w.inp_gate), w.proj), w.post_norm)
-        scale = w.get("layer_output_scale")
-        return x if scale is None else ops.scaled_by(x, scale)
+        x = ops.add_rms_norm(x, ops.linear(a, w.attn_output), w.post_attention_norm)
+        factor = w.get("layer_output_scale")
+        if not self.input_width:
+            return self.add_networks(ops, w, x, factor)
+        x = self.add_networks(ops, w, x, None)
+        return ops.add_gated_embedding(x, w.inp_gate, w.proj, w.post_norm, factor)
 
     def head(self, ops: Ops, x: Residual, logits: Logits) -> PendingHead:
         return ops.head(x, self.output_norm, self.output, logits, softcap=self.final_softcap)

@@ -34,8 +34,8 @@ class Glm4Moe(Family):
 
     def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
         h = ops.rms_norm(x, w.attn_norm)
-        norms = {"q_norm": w.get("attn_q_norm"), "k_norm": w.get("attn_k_norm")}
-        q, k, v = ops.qkv(h, w.attn_q, w.attn_k, w.attn_v, rope=self.rope, **norms)
+        q_norm, k_norm = w.get("attn_q_norm"), w.get("attn_k_norm")
+        q, k, v = ops.qkv(h, w.attn_q, w.attn_k, w.attn_v, rope=self.rope, q_norm=q_norm, k_norm=k_norm)
         x = ops.linear(ops.attention(q, k, v, scale=self.attention_scale), w.attn_output, residual=x)
         h = ops.rms_norm(x, w.post_attention_norm)
         if index < self.dense_layers:

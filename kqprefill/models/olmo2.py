@@ -36,8 +36,8 @@ class Olmo2(Family):
     def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
         window = self.window(index)
         rope = self.rope if window is None else self.rope_local
-        norms = {"q_norm": w.attn_q_norm, "k_norm": w.attn_k_norm}
-        q, k, v = ops.qkv(ops.cast(x), w.attn_q, w.attn_k, w.attn_v, rope=rope, **norms)
+        q_norm, k_norm = w.attn_q_norm, w.attn_k_norm
+        q, k, v = ops.qkv(ops.cast(x), w.attn_q, w.attn_k, w.attn_v, rope=rope, q_norm=q_norm, k_norm=k_norm)
         a = ops.linear(ops.attention(q, k, v, scale=self.attention_scale, window=window), w.attn_output)
         x = ops.add_rms_norm(x, a, w.post_attention_norm)
         m = ops.mlp(ops.cast(x), w.ffn_gate, w.ffn_up, w.ffn_down, activation="silu")

@@ -50,12 +50,12 @@ class Ops(ABC):
             operations = sum(2 * rows * math.prod(w.shape) for w in matrices)
             self.timeline.enter(stage, int(operations * share), sum(w.tensor.nbytes for w in matrices))
 
-    def enter_attention(self, window: int | None) -> None:
-        """What follows is a layer's attention over this batch."""
+    def enter_attention(self, head_dim: int, value_dim: int, window: int | None) -> None:
+        """What follows is a layer's attention over this batch, with keys and values of so many elements a head."""
         if self.timeline is not None:
             seen = self.batch.positions.astype(np.int64) + 1
             seen = seen if window is None else np.minimum(seen, window)
-            self.timeline.enter("attention", 4 * self.config.q_width * int(seen.sum()))
+            self.timeline.enter("attention", 2 * self.config.head_count * (head_dim + value_dim) * int(seen.sum()))
 
     @abstractmethod
     def embed(self, weight: Weight, scale: float = 1.0) -> Residual:
@@ -74,25 +74,35 @@ class Ops(ABC):
         """
 
     @abstractmethod
-    def add_rms_norm(self, x: Residual, y: Sums, weight: Weight) -> Residual:
-        """x + rms_norm(y, weight)."""
+    def add_rms_norm(self, x: Residual, y: Sums, weight: Weight, factor: Weight | None = None) -> Residual:
+        """x + rms_norm(y, weight), times `factor`, a vector of one value, where one is given."""
+
+    @abstractmethod
+    def add_norm_of_norms(
+        self, x: Residual, y: Sums, y_norm: Weight, z: Sums, z_norm: Weight, weight: Weight, factor: Weight | None
+    ) -> Residual:
+        """As `add_rms_norm`, of rms_norm(y, y_norm) + rms_norm(z, z_norm)."""
 
     @abstractmethod
     def qkv(
         self,
         h: Input,
         wq: Weight,
-        wk: Weight,
-        wv: Weight,
+        wk: Weight | None,
+        wv: Weight | None,
         *,
         rope: Rope | None,
         q_norm: Weight | None = None,
         k_norm: Weight | None = None,
+        v_normed: bool = False,
     ) -> tuple[HeadRows, HeadRows, HeadRows]:
-        """h through three matrices and their biases: q [T, nq, D], k and v [T, nkv, D].
+        """h through three matrices and their biases: q [T, nq, D], k and v [T, nkv, D], of which wq and wk say D and
+        nkv.
 
         q and k are RMS-normalised where a norm is given (head by head, or over all heads: its length says which), then
-        rotated unless rope is None (arXiv 2104.09864).
+        rotated unless rope is None (arXiv 2104.09864). v_normed: v is normalised head by head, too, without a weight.
+        wv None, where v is normalised: v is made of what wk gives. wk None, too: k and v are those of the layer that
+        this one's state names (core.SharedKeysValues).
         """
 
     @abstractmethod
@@ -170,19 +180,46 @@ class Ops(ABC):
         """
 
     @abstractmethod
-    def moe(self, h: Input, w: Weights, experts: Experts, *, activation: str, residual: Residual) -> Residual:
-        """residual + the mean of the used experts' feed-forward networks (each as `mlp`), weighted by their shares.
+    def moe(
+        self,
+        h: Input,
+        w: Weights,
+        experts: Experts,
+        *,
+        activation: str,
+        residual: Residual | None = None,
+        scores: Sums | None = None,
+    ) -> Any:
+        """The sum of the used experts' feed-forward networks (each as `mlp`), weighted by their shares (+ residual);
+        what it returns as in `linear`.
 
-        w: Weights with ffn_gate_inp, the router, and ffn_gate_exps, ffn_up_exps and ffn_down_exps. experts: how tokens
-        are routed to them. activation: also "swiglu_oai" (ggml_swiglu_oai with 1.702 and 7).
+        w: Weights with ffn_gate_inp, the router, and ffn_gate_exps, ffn_up_exps and ffn_down_exps; where there is
+        ffn_down_exps.scale, each expert's share is multiplied by its value. experts: how tokens are routed to them.
+        activation: also "swiglu_oai" (ggml_swiglu_oai with 1.702 and 7). scores: `router_scores`' where they are not
+        the router's of h.
         """
+
+    @abstractmethod
+    def router_scores(self, x: Residual, norm: Weight, router: Weight, scale: float) -> Sums:
+        """scale * (rms_norm(x, norm) · routerᵀ): [T, experts]."""
+
+    @abstractmethod
+    def embed_for_layers(self, x: Residual, table: Weight, matrix: Weight, norm: Weight) -> None:
+        """Make each token's embeddings for the layers, P = norm's length values for each: (sqrt(P) * table[token] +
+        rms_norm(x · matrixᵀ / sqrt(H), norm)) / sqrt(2), the norm over P values at a time."""
+
+    @abstractmethod
+    def add_gated_embedding(
+        self, x: Residual, gate: Weight, matrix: Weight, norm: Weight, factor: Weight | None
+    ) -> Residual:
+        """As `add_rms_norm`, of matrix (gelu(gate x) * e), where e is the token's embedding for this layer
+        (`embed_for_layers`)."""
 
     @abstractmethod
     def add_gated(self, x: Residual, y: Sums, h: Input, weight: Weight) -> Residual:
         """x + sigmoid(h · weight) * y; weight: a vector [H]."""
 
-    # For families that run on the CPU alone (Family.cpu_only); CUDA has none of these yet.
-
+    @abstractmethod
     def latent_attention(self, h: Input, w: Weights, latent: LatentAttention, *, rope: Rope, scale: float) -> Input:
         """Multi-head latent attention between the norm before it and its output matrix (arXiv 2405.04434): [T, heads *
         value_dim].
@@ -193,42 +230,6 @@ class Ops(ABC):
         attn_k_b (transposed) and attn_v_b, or attn_kv_b, make of c. Causal attention, softmax(scale * (q_n·k_n +
         q_r·k_r))·v, over the cache's tokens and the batch's own.
         """
-        raise NotImplementedError
-
-    def normed_heads(
-        self, h: Input, weight: Weight, head_dim: int, norm: Weight | None = None, rope: Rope | None = None
-    ) -> HeadRows:
-        """h through a matrix, RMS-normalised head by head (norm None: without a weight), then rotated where rope says
-        how: [T, heads, head_dim]."""
-        raise NotImplementedError
-
-    def keep(self, k: HeadRows, v: HeadRows) -> None:
-        """Later layers of this batch attend to this layer's keys and values, too."""
-        raise NotImplementedError
-
-    def attention_over(self, layer: int, q: HeadRows, *, scale: float, window: int | None = None) -> Input:
-        """As `attention`, over the keys and values that an earlier layer has kept (`keep`)."""
-        raise NotImplementedError
-
-    def routed_moe(
-        self, h: Input, router: Input, w: Weights, experts: Experts, *, activation: str, score_scale: float = 1.0
-    ) -> Sums:
-        """As `moe`, without a residual: tokens are routed by score_scale * ffn_gate_inp router, and each expert's share
-        is multiplied by its value of ffn_down_exps.scale."""
-        raise NotImplementedError
-
-    def embed_for_layers(self, x: Residual, table: Weight, matrix: Weight, norm: Weight) -> None:
-        """Make each token's embeddings for the layers, P = norm's length values for each: (sqrt(P) * table[token] +
-        rms_norm(x · matrixᵀ / sqrt(H), norm)) / sqrt(2), the norm over P values at a time."""
-        raise NotImplementedError
-
-    def gated_embedding(self, x: Residual, gate: Weight) -> Input:
-        """gelu(x · gateᵀ) * the token's embedding for this layer (`embed_for_layers`): [T, P]."""
-        raise NotImplementedError
-
-    def scaled_by(self, x: Residual, weight: Weight) -> Residual:
-        """x * weight; weight: a vector of one value."""
-        raise NotImplementedError
 
     @abstractmethod
     def head(

@@ -47,7 +47,7 @@ class CpuBackend(Backend):
         timed: bool = False,
     ) -> tuple[PendingHead, dict[str, Stage] | None]:
         assert cache is None or isinstance(cache, CpuCache), "a cache of another backend"
-        ops = CpuOps(family.config, batch, cache, self._weights)
+        ops = CpuOps(family, batch, cache, self._weights)
         if timed:
             ops.timeline = Timeline(time.perf_counter, lambda start, end: end - start)
         with blas().one_thread():

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core import Float32Array, Int32Array, Ranks, Targets
+from ...gguf import ModelTensor, dequantize
 from ...models.experts import Experts
 from .threads import in_parallel
 
@@ -19,6 +20,18 @@ _SCORES_PIECE = 1 << 25  # attention scores held at once: 128 MB
 # together, and so the last bits: they depend on the product's sizes alone, never on how many threads there are.
 _WHOLE_PRODUCT = 1 << 27
 _TILE_TOKENS, _TILE_ROWS = 512, 256
+
+
+def vector_of(tensor: ModelTensor) -> Float32Array:
+    """A vector's values."""
+    return dequantize(tensor.data, tensor.type)
+
+
+def normalised(x: Float32Array, epsilon: float) -> Float32Array:
+    """x / sqrt(mean(x²) + epsilon) over the last axis."""
+    mean_square = np.mean(np.square(x), axis=-1, keepdims=True)
+    normed: Float32Array = x / np.sqrt(mean_square + np.float32(epsilon))
+    return normed
 
 
 def softmax(x: Float32Array, sink: Float32Array | None = None) -> Float32Array:

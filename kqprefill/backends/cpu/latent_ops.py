@@ -49,7 +49,7 @@ class LatentOps(Ops):
             rows[segment.position : end] = new
         self.enter("linear", latent.decompressing(w), end)
         k, v = _decompressed(kept[0][:end], kept[1][:end], matrix, latent, [0, end])
-        self.enter_attention(None)
+        self.enter_attention(latent.head_dim, latent.value_dim, None)
         out = np.empty((len(h), latent.heads, latent.value_dim), np.float32)
         in_parallel(attention_tasks(q, k, v, out, segment.position, scale, None, None, None, parts=blas().threads))
         return out.reshape(len(h), -1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import math
 from typing import Any
 
@@ -22,34 +22,32 @@ from ...core import (
     SharedKeysValues,
 )
 from ...errors import BackendError
-from ...gguf import ModelTensor, dequantize
-from ...models.config import Config, Rope
+from ...gguf import dequantize
 from ...models.delta_net import DeltaNet
 from ...models.experts import Experts
+from ...models.family import Family
 from ...models.weights import Weight, Weights
 from ..base import Cache
+from .attention_ops import AttentionOps
 from .delta_net import State, convolve, first_state, gates, recur
 from .functions import (
     GATES,
     LEAST_SUM,
-    attention_tasks,
     best_experts,
     multiply,
+    normalised,
     ranks_of,
     sigmoid,
     silu,
     softcapped,
     softmax,
+    vector_of,
 )
 from .latent_ops import LatentOps
 from .per_layer_ops import PerLayerOps
-from .threads import blas, in_parallel
 from .weights import DecodedWeights
 
 _MATRIX_PIECE, _MATRIX_ROWS = 1 << 25, 1 << 13  # elements (128 MB), and rows, of a matrix that are decoded at once
-_SMALL_SCORES = 1 << 20  # attention scores of a segment that one thread computes, beside others' segments
-
-HeadRows = tuple[Float32Array, Float32Array, Float32Array]
 
 
 class CpuCache(Cache):
@@ -81,19 +79,18 @@ def _storage(state: LayerState, capacity: int) -> tuple[Float32Array, Float32Arr
     raise TypeError(f"the CPU keeps no state of kind {type(state).__name__}")
 
 
-class CpuOps(LatentOps, PerLayerOps):
+class CpuOps(AttentionOps, LatentOps, PerLayerOps):
     """The operations of one batch; every array is float32."""
 
     cache: CpuCache | None
 
     def __init__(
-        self, config: Config, batch: Batch, cache: CpuCache | None, weights: DecodedWeights | None = None
+        self, family: Family, batch: Batch, cache: CpuCache | None, weights: DecodedWeights | None = None
     ) -> None:
         """weights: the model's, kept between batches; None where nothing is kept."""
-        super().__init__()
-        self.config, self.batch, self.cache = config, batch, cache
+        super().__init__(family.layer_states)
+        self.config, self.batch, self.cache = family.config, batch, cache
         self._weights = DecodedWeights(room=0) if weights is None else weights
-        self._rotations: dict[int, tuple[Float32Array, ...]] = {}  # (cos, sin) by the id of their Rope
         # What BLAS makes of a row depends on how many rows there are: each segment is multiplied by itself, so that it
         # has the same bits in any batch.
         self._segment_of = np.repeat(np.arange(len(batch.segments)), [s.length for s in batch.segments])
@@ -105,68 +102,36 @@ class CpuOps(LatentOps, PerLayerOps):
 
     def rms_norm(self, x: Float32Array, weight: Weight) -> Float32Array:
         self.enter("rest")
-        mean_square = np.mean(np.square(x), axis=-1, keepdims=True)
-        normed: Float32Array = x / np.sqrt(mean_square + np.float32(self.config.rms_epsilon)) * _vector(weight.tensor)
+        normed: Float32Array = normalised(x, self.config.rms_epsilon) * vector_of(weight.tensor)
         return normed
 
     def cast(self, x: Float32Array) -> Float32Array:
         return x
 
-    def add_rms_norm(self, x: Float32Array, y: Float32Array, weight: Weight) -> Float32Array:
-        return x + self.rms_norm(y, weight)
+    def add_rms_norm(
+        self, x: Float32Array, y: Float32Array, weight: Weight, factor: Weight | None = None
+    ) -> Float32Array:
+        added = x + self.rms_norm(y, weight)
+        return added if factor is None else added * vector_of(factor.tensor)
 
-    def qkv(
+    def add_norm_of_norms(
         self,
-        h: Float32Array,
-        wq: Weight,
-        wk: Weight,
-        wv: Weight,
-        *,
-        rope: Rope | None,
-        q_norm: Weight | None = None,
-        k_norm: Weight | None = None,
-    ) -> HeadRows:
-        q, k, v = (self.linear(h, weight) for weight in (wq, wk, wv))
-        q, k = (
-            x if norm is None else self.rms_norm(x.reshape(len(h), -1, *norm.shape), norm)
-            for x, norm in ((q, q_norm), (k, k_norm))
-        )
-        q, k, v = (x.reshape(len(h), -1, self.config.head_dim) for x in (q, k, v))
-        if rope is None:
-            return q, k, v
-        if rope.beta:
-            q = q * rope.temperature(self.batch.positions).astype(np.float32)[:, None, None]
-        return self._rotate(q, rope), self._rotate(k, rope), v
-
-    def gated_qkv(
-        self,
-        h: Float32Array,
-        wq: Weight,
-        wk: Weight,
-        wv: Weight,
-        *,
-        rope: Rope | None,
-        q_norm: Weight | None = None,
-        k_norm: Weight | None = None,
-    ) -> tuple[Float32Array, Float32Array, Float32Array, Float32Array]:
-        k, v = (self.linear(h, w).reshape(len(h), -1, self.config.head_dim) for w in (wk, wv))
-        both = self.linear(h, wq).reshape(len(h), -1, 2, self.config.head_dim)
-        q, gate = both[:, :, 0], both[:, :, 1]
-        q, k = (x if norm is None else self.rms_norm(x, norm) for x, norm in ((q, q_norm), (k, k_norm)))
-        if rope is not None:
-            q, k = self._rotate(q, rope), self._rotate(k, rope)
-        return q, k, v, gate
-
-    def gated(self, a: Float32Array, gate: Float32Array) -> Float32Array:
-        result: Float32Array = a * sigmoid(gate).reshape(len(a), -1)
-        return result
+        x: Float32Array,
+        y: Float32Array,
+        y_norm: Weight,
+        z: Float32Array,
+        z_norm: Weight,
+        weight: Weight,
+        factor: Weight | None,
+    ) -> Float32Array:
+        return self.add_rms_norm(x, self.rms_norm(y, y_norm) + self.rms_norm(z, z_norm), weight, factor)
 
     def delta_net(self, h: Float32Array, w: Weights, net: DeltaNet) -> Float32Array:
         rows, z = self.linear(h, w.attn_qkv), self.linear(h, w.attn_gate)
-        rate, bias = _vector(w.ssm_a.tensor), _vector(w.ssm_dt_bias.tensor)
+        rate, bias = vector_of(w.ssm_a.tensor), vector_of(w.ssm_dt_bias.tensor)
         beta, decay = gates(self.linear(h, w.ssm_beta), self.linear(h, w.ssm_alpha), rate, bias)
         self.enter("rest")
-        taps = _vector(w.ssm_conv1d.tensor)
+        taps = vector_of(w.ssm_conv1d.tensor)
         out = np.empty((len(h), net.value_heads, net.head_dim), np.float32)
         ends: list[State] = []  # each segment's
         for segment in self.batch.segments:
@@ -184,68 +149,6 @@ class CpuOps(LatentOps, PerLayerOps):
                 for kept, new in zip(self.cache.states[self.layer], (matrices, before)):
                     kept[...] = new
         return self.rms_norm(out, w.ssm_norm).reshape(len(h), -1) * silu(z)
-
-    def _rotate(self, x: Float32Array, rope: Rope) -> Float32Array:
-        self.enter("rest")
-        if id(rope) not in self._rotations:
-            angle = self.batch.positions[:, None] * rope.inv_freq  # float64: positions can be large
-            exact = np.cos(angle) * rope.magnitude, np.sin(angle) * rope.magnitude
-            self._rotations[id(rope)] = tuple(a.astype(np.float32)[:, None, :] for a in exact)
-        cos, sin = self._rotations[id(rope)]
-        width = rope.width
-        if rope.interleaved:
-            first, second = slice(0, width, 2), slice(1, width, 2)
-        else:
-            first, second = slice(0, width // 2), slice(width // 2, width)
-        a, b = x[..., first], x[..., second]
-        out: Float32Array = x.copy()
-        out[..., first] = a * cos - b * sin
-        out[..., second] = a * sin + b * cos
-        return out
-
-    def attention(
-        self,
-        q: Float32Array,
-        k: Float32Array,
-        v: Float32Array,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks: Weight | None = None,
-    ) -> Float32Array:
-        self.enter_attention(window)
-        out = np.empty((*q.shape[:2], v.shape[2]), np.float32)
-        small: list[Callable[[], None]] = []  # of segments that one thread computes, beside others
-        for segment in self.batch.segments:
-            keys, values, end = k[segment.rows], v[segment.rows], segment.position + segment.length
-            if self.cache is not None:
-                cached_keys, cached_values = self.cache.states[self.layer]
-                cached_keys[segment.position : end], cached_values[segment.position : end] = keys, values
-                keys, values = cached_keys[:end], cached_values[:end]
-            elif segment.after is not None:
-                before = self.batch.segments[segment.after].rows
-                keys, values = np.concatenate([k[before], keys]), np.concatenate([v[before], values])
-            sink = None if sinks is None else _vector(sinks.tensor)
-            is_small = segment.length * end * q.shape[1] < _SMALL_SCORES
-            tasks = attention_tasks(
-                q[segment.rows],
-                keys,
-                values,
-                out[segment.rows],
-                segment.position,
-                scale,
-                window,
-                softcap,
-                sink,
-                parts=1 if is_small else blas().threads,
-            )
-            if is_small:
-                small += tasks
-            else:
-                in_parallel(tasks)
-        in_parallel(small)
-        return out.reshape(len(q), -1)
 
     def linear(
         self,
@@ -274,7 +177,7 @@ class CpuOps(LatentOps, PerLayerOps):
         cuts = np.flatnonzero(np.diff(self._segment_of[batch_rows])) + 1
         multiply(a, matrix, [0, *cuts, len(a)], out)
         if weight.bias is not None:
-            out += _vector(weight.bias)[piece]
+            out += vector_of(weight.bias)[piece]
         if scale != 1.0:
             out *= np.float32(scale)
 
@@ -294,34 +197,28 @@ class CpuOps(LatentOps, PerLayerOps):
         gates, ups = (self.linear(h, weight, batch_rows=batch_rows) for weight in (gate, up))
         return self.linear(GATES[activation](gates, ups), down, residual, scale, batch_rows)
 
-    def moe(
-        self, h: Float32Array, w: Weights, experts: Experts, *, activation: str, residual: Float32Array
-    ) -> Float32Array:
-        return self._add_experts(residual.copy(), h, self.linear(h, w.ffn_gate_inp), w, experts, activation)
+    def router_scores(self, x: Float32Array, norm: Weight, router: Weight, scale: float) -> Float32Array:
+        return self.linear(self.rms_norm(x, norm), router, scale=scale)
 
-    def routed_moe(
+    def moe(
         self,
         h: Float32Array,
-        router: Float32Array,
         w: Weights,
         experts: Experts,
         *,
         activation: str,
-        score_scale: float = 1.0,
+        residual: Float32Array | None = None,
+        scores: Float32Array | None = None,
     ) -> Float32Array:
-        scores = self.linear(router, w.ffn_gate_inp, scale=score_scale)
-        return self._add_experts(np.zeros_like(h), h, scores, w, experts, activation)
-
-    def _add_experts(
-        self, out: Float32Array, h: Float32Array, scores: Float32Array, w: Weights, experts: Experts, activation: str
-    ) -> Float32Array:
-        """Add what the experts make of h to out, by the router's scores [T, experts]."""
+        out = np.zeros_like(h) if residual is None else residual.copy()
+        if scores is None:
+            scores = self.linear(h, w.ffn_gate_inp)
         if experts.sigmoid:
             scores = sigmoid(scores)
         elif not experts.routed_after:
             scores = softmax(scores)
         bias = w.get("exp_probs_b_bias")
-        used = best_experts(scores if bias is None else scores + _vector(bias.tensor), experts)
+        used = best_experts(scores if bias is None else scores + vector_of(bias.tensor), experts)
         shares = np.take_along_axis(scores, used, axis=-1)
         if experts.routed_after:
             shares = softmax(shares)
@@ -331,7 +228,7 @@ class CpuOps(LatentOps, PerLayerOps):
             shares *= np.float32(experts.scale)
         of_outputs = w.get("ffn_down_exps_scale")
         if of_outputs is not None:
-            shares *= _vector(of_outputs.tensor)[used]
+            shares *= vector_of(of_outputs.tensor)[used]
         for expert in np.unique(used):
             tokens, slot = np.nonzero(used == expert)
             gate, up, down = (weight.expert(expert) for weight in (w.ffn_gate_exps, w.ffn_up_exps, w.ffn_down_exps))
@@ -341,7 +238,7 @@ class CpuOps(LatentOps, PerLayerOps):
         return out
 
     def add_gated(self, x: Float32Array, y: Float32Array, h: Float32Array, weight: Weight) -> Float32Array:
-        added: Float32Array = y / (1 + np.exp(-(h * _vector(weight.tensor)).sum(axis=-1)))[:, None]
+        added: Float32Array = y / (1 + np.exp(-(h * vector_of(weight.tensor)).sum(axis=-1)))[:, None]
         return x + added
 
     def head(
@@ -388,7 +285,3 @@ def _pieces(weight: Weight) -> Iterator[slice]:
     rows, columns = weight.shape
     step = max(1, min(_MATRIX_PIECE // columns, _MATRIX_ROWS))
     return (slice(at, min(at + step, rows)) for at in range(0, rows, step))
-
-
-def _vector(tensor: ModelTensor) -> Float32Array:
-    return dequantize(tensor.data, tensor.type)

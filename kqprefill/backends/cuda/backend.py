@@ -20,7 +20,7 @@ from .device.workspace import Downloads, Workspace
 from .gemm.tensor_maps import TensorMaps
 from .kernel_set import kernel_set_of
 from .kv_cache import DeviceCache, HostCache
-from .ops.attention_layout import attention_layout
+from .ops.attention_layout import key_rows
 from .ops.batch import Residual
 from .ops.context import Context
 from .ops.cuda_ops import CudaOps
@@ -178,8 +178,7 @@ class CudaBackend(Backend):
         assert plan is not None
         needed = len(batch.tokens)
         if batch.targets is not None:
-            keys = attention_layout(batch.segments, self.kernel_set.attention(family.config.head_dim)).rows
-            needed = max(needed, -(-keys // KEYS_PER_TOKEN))
+            needed = max(needed, -(-key_rows(family, self.kernel_set, batch.segments) // KEYS_PER_TOKEN))
         if needed > plan.tokens or self.weights.plan is None or ranks != self._ranks:
             self._ranks = ranks
             self._make_room(family, max(needed, plan.tokens), 0, progress)

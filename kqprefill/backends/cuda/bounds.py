@@ -42,8 +42,8 @@ def peak(facts: GpuFacts) -> float:
 
 def flops(plan: Plan, family: Family, tokens: int) -> float:
     """Operations of a prompt's layers, each query over all keys before it."""
-    c = family.config
-    return plan.needs.matrix_flops / plan.tokens * tokens + 2 * tokens**2 * c.q_width * c.block_count
+    elements = sum(sum(family.head_dims(index)) for index in range(family.config.block_count))
+    return plan.needs.matrix_flops / plan.tokens * tokens + tokens**2 * family.config.head_count * elements
 
 
 def estimate(plan: Plan, family: Family, facts: GpuFacts, kernel_set: KernelSet) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 TILE_ROWS = 32  # rows of a tile of quantised weights (kernels/quants/common.cuh)
 OPERAND_GROUP = 64  # columns that an operand is padded to and permuted within (kernels/include/operand.cuh)
-MAX_HEAD_DIM = 256  # that rope.cu and the attention kernels take
+MAX_HEAD_DIM = 512  # that rope.cu and the attention kernels take
 MOST_EXPERTS = 1024  # of a layer (experts.cu)
 MOST_USED_EXPERTS = 32  # by a token
 DELTA_CHUNK = 64  # positions of a sequence that Gated DeltaNet takes at a time (kernels/include/chunks.cuh)

@@ -24,7 +24,8 @@ from .weights.matrix import Matrix
 _HOPPER = (9, 0)  # its compute capability
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")  # what we claim to compile for
-_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)  # in use
+# Sizes of heads in use: of keys, and of values.
+_HEAD_DIMS = *((size, size) for size in (64, 80, 96, 112, 128, 192, 256, 512)), (192, 128)
 _MIXED = (GGML.Q4_K, GGML.Q6_K)  # of the matrices of q, k and v, in most files
 _EXPERT_TYPES = (GGML.Q4_K, GGML.Q6_K, GGML.MXFP4)  # of most experts
 
@@ -51,8 +52,8 @@ class KernelSet(ABC):
         self.target, self.overlaps = target, overlaps
 
     @abstractmethod
-    def attention(self, head_dim: int) -> AttentionConfig:
-        """The attention kernel for such heads. Raises ModelError where they are too wide."""
+    def attention(self, head_dim: int, value_dim: int) -> AttentionConfig:
+        """The attention kernel for such heads (Family.head_dims). Raises ModelError where they are too wide."""
 
     @abstractmethod
     def gemms(self, facts: GpuFacts, launcher: Launches, work: Workspace, maps: TensorMaps) -> Gemms:
@@ -74,8 +75,8 @@ class Portable(KernelSet):
     name = "portable"
     share_of_peak = 0.35
 
-    def attention(self, head_dim: int) -> AttentionConfig:
-        return portable_attention(head_dim)
+    def attention(self, head_dim: int, value_dim: int) -> AttentionConfig:
+        return portable_attention(head_dim, value_dim)
 
     def gemms(self, facts: GpuFacts, launcher: Launches, work: Workspace, maps: TensorMaps) -> Gemms:
         return _PortableGemms(facts, launcher, work)
@@ -84,8 +85,8 @@ class Portable(KernelSet):
         for config in (*portable.LARGE, portable.SMALL):
             yield config.program()
             yield config.program(grouped=True)
-        for head_dim in _HEAD_DIMS:
-            yield self.attention(head_dim).program
+        for sizes in _HEAD_DIMS:
+            yield self.attention(*sizes).program
 
 
 class Hopper(Portable):
@@ -94,8 +95,8 @@ class Hopper(Portable):
     name = "Hopper"
     share_of_peak = 0.6
 
-    def attention(self, head_dim: int) -> AttentionConfig:
-        return hopper_attention(head_dim)
+    def attention(self, head_dim: int, value_dim: int) -> AttentionConfig:
+        return hopper_attention(head_dim, value_dim)
 
     def gemms(self, facts: GpuFacts, launcher: Launches, work: Workspace, maps: TensorMaps) -> Gemms:
         return _HopperGemms(facts, launcher, work, maps)

@@ -10,7 +10,7 @@ import mmap
 import numpy as np
 from numpy.typing import NDArray
 
-from ...core import KeysValues, LayerState, Recurrent
+from ...core import KeysValues, LayerState, Recurrent, SharedKeysValues
 from ...errors import BackendError
 from ..base import Cache
 from ..budget import gib, host_memory
@@ -76,6 +76,8 @@ def state_bytes(state: LayerState, capacity: int) -> int:
         return 2 * half_bytes(state, capacity)
     if isinstance(state, Recurrent):
         return RecurrentArrays.at(0, state).nbytes
+    if isinstance(state, SharedKeysValues):
+        return 0
     raise TypeError(f"CUDA keeps no state of kind {type(state).__name__}")
 
 
@@ -136,7 +138,7 @@ class DeviceCache(Cache):
 
 class HostCache(DeviceCache):
     """All layers' states in page-locked host memory, of which two are on the device: while one is computed, the one
-    before is copied out and the next comes in."""
+    before is copied out and the next comes in. States that later layers see, too, stay for the whole batch."""
 
     def __init__(self, gpu: Gpu, states: Sequence[LayerState], capacity: int) -> None:
         nbytes, most = DeviceCache.bytes_needed(states, capacity), host_memory() * 3 // 4
@@ -164,11 +166,25 @@ class HostCache(DeviceCache):
 
     @staticmethod
     def bytes_needed(states: Sequence[LayerState], capacity: int) -> int:
-        return 2 * max(state_bytes(state, capacity) for state in states)
+        room, starts = HostCache._rooms(states, capacity)
+        return 2 * room + sum(state_bytes(states[layer], capacity) for layer in starts)
+
+    @staticmethod
+    def _rooms(states: Sequence[LayerState], capacity: int) -> tuple[int, dict[int, int]]:
+        """(the bytes of each of the two rooms that layers take in turn, where beyond these the states begin that stay
+        on the device throughout a batch, by layer: those that later layers see, too)."""
+        sizes = [state_bytes(state, capacity) for state in states]
+        staying = sorted({state.layer for state in states if isinstance(state, SharedKeysValues)})
+        room = max((size for layer, size in enumerate(sizes) if layer not in staying), default=0)
+        starts, end = {}, 2 * room
+        for layer in staying:
+            starts[layer] = end
+            end += sizes[layer]
+        return room, starts
 
     def _layout(self) -> list[int]:
-        largest = max(state_bytes(state, self.capacity) for state in self._states)
-        return [layer % 2 * largest for layer in range(len(self._states))]
+        room, starts = self._rooms(self._states, self.capacity)
+        return [starts.get(layer, layer % 2 * room) for layer in range(len(self._states))]
 
     def begin_layer(self, layer: int, start: int, n: int) -> None:
         if layer == 0:
@@ -188,7 +204,8 @@ class HostCache(DeviceCache):
         their values, or the whole of a recurrence's state."""
         host, address = self._on_host[layer], self._address(layer)
         if not isinstance(self._states[layer], KeysValues):
-            yield host, address
+            if host.nbytes:
+                yield host, address
             return
         for half in range(2):
             array = self.keys_values(layer)[half]

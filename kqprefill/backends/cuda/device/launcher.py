@@ -14,7 +14,7 @@ from .compiler import KernelCache, Program, Target
 from .gpu import Gpu, check
 from .signatures import Argument, Signature, signatures_of
 
-Grid = int | tuple[int, int]
+Grid = int | tuple[int, ...]
 
 
 class Launches(Protocol):
@@ -92,8 +92,9 @@ class Launcher:
         grid, threads, shared_bytes, overlap = key
         driver = self._gpu.driver
         config = self._configs[key] = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY = (grid, 1) if isinstance(grid, int) else grid
-        config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+        blocks = (grid,) if isinstance(grid, int) else grid
+        config.gridDimX, config.gridDimY, config.gridDimZ = (*blocks, 1, 1)[:3]
+        config.blockDimY = config.blockDimZ = 1
         config.blockDimX, config.sharedMemBytes = threads, shared_bytes
         config.hStream = self._gpu.stream.handle
         if overlap:

@@ -7,15 +7,17 @@ import math
 
 import numpy as np
 
+from ....core import SharedKeysValues
 from ....gguf import ModelTensor
 from ....models.config import Rope
+from ....models.family import Family
 from ....models.weights import Weight
 from ..constants import THREADS
 from ..device.arrays import FLOAT16, FLOAT32, DeviceArray
 from ..gemm.operand import HALVES, Operand
 from ..programs import GATES, NORM, ROPE
 from ..weights.matrix import Matrix
-from .batch import TOKENS_AT_ONCE, BatchOps
+from .batch import TOKENS_AT_ONCE, Attending, BatchOps
 
 _ROTATION_GROWTH = 1.5  # rotating a pair lengthens neither, but may turn it onto one axis: sqrt(2), rounded up
 _HEADS_A_BLOCK = THREADS["rotate_qkv"] // 32  # of rotate_qkv: a warp has one
@@ -24,10 +26,11 @@ _COPY_BYTES = 16  # that a thread of copy_rows copies at a time
 
 @dataclass(frozen=True)
 class Heads:
-    """q, k or v: halves [rows, heads, head_dim padded to 16], holding values times *scale."""
+    """q, k or v: halves [rows, heads, head_dim padded (attention_kernels.py)], holding values times *scale."""
 
     values: DeviceArray
     scale: DeviceArray
+    head_dim: int
 
     @property
     def matrix(self) -> DeviceArray:
@@ -36,22 +39,60 @@ class Heads:
         return DeviceArray(self.values.address, self.values.dtype, (rows, heads * dim))
 
 
+@dataclass(frozen=True)
+class _Products:
+    """What q, k and v of a layer are made of: products of `weights` side by side, q's columns first.
+
+    nq, nkv: heads; nkv is 0 where there are queries only. gated: whether each head of q is followed by as many gates.
+    v_is_k: whether v has no columns of its own, and is made of k's.
+    """
+
+    weights: list[Weight]
+    nq: int
+    nkv: int
+    head_dim: int
+    gated: bool
+    v_is_k: bool
+    q_norm: Weight | None
+    k_norm: Weight | None
+    v_normed: bool
+    rope: Rope | None
+
+    @property
+    def q_width(self) -> int:
+        """Columns of q without its gates."""
+        return self.nq * self.head_dim
+
+    @property
+    def by_head(self) -> list[Weight | None]:
+        """The norms of q and k that are over each head alone."""
+        return [n if n is not None and n.shape == (self.head_dim,) else None for n in (self.q_norm, self.k_norm)]
+
+
 class AttentionOps(BatchOps):
     """Part of CudaOps."""
+
+    def begin_batch(self, family: Family) -> None:
+        super().begin_batch(family)
+        self._layer_states = family.layer_states
+        self._keys_values: dict[int, tuple[Heads, Heads]] = {}  # of the layers that have been through
 
     def qkv(
         self,
         h: Operand,
         wq: Weight,
-        wk: Weight,
-        wv: Weight,
+        wk: Weight | None,
+        wv: Weight | None,
         *,
         rope: Rope | None,
         q_norm: Weight | None = None,
         k_norm: Weight | None = None,
+        v_normed: bool = False,
     ) -> tuple[Heads, Heads, Heads]:
-        q, k, v, _ = self._qkv(h, (wq, wk, wv), rope, q_norm, k_norm, gated=False)
-        return q, k, v
+        head_dim = wq.shape[0] // self.config.head_count
+        products = self._products((wq, wk, wv), head_dim, rope, q_norm, k_norm, v_normed)
+        q, _ = self._heads(h, products)
+        return q, *self._layer_keys_values()
 
     def gated_qkv(
         self,
@@ -64,54 +105,76 @@ class AttentionOps(BatchOps):
         q_norm: Weight | None = None,
         k_norm: Weight | None = None,
     ) -> tuple[Heads, Heads, Heads, DeviceArray | None]:
-        return self._qkv(h, (wq, wk, wv), rope, q_norm, k_norm, gated=True)
+        head_dim = wq.shape[0] // self.config.head_count // 2
+        products = self._products((wq, wk, wv), head_dim, rope, q_norm, k_norm, gated=True)
+        q, gates = self._heads(h, products)
+        return q, *self._layer_keys_values(), gates
 
-    def _qkv(
+    def _products(
         self,
-        h: Operand,
-        weights: tuple[Weight, Weight, Weight],
+        weights: tuple[Weight, Weight | None, Weight | None],
+        head_dim: int,
         rope: Rope | None,
         q_norm: Weight | None,
         k_norm: Weight | None,
-        gated: bool,
-    ) -> tuple[Heads, Heads, Heads, DeviceArray | None]:
-        c = self.config
+        v_normed: bool = False,
+        gated: bool = False,
+    ) -> _Products:
+        _, wk, wv = weights
+        nkv = wk.shape[0] // head_dim if wk is not None else 0
+        own = [weight for weight in weights if weight is not None]
+        nq, v_is_k = self.config.head_count, wk is not None and wv is None
+        return _Products(own, nq, nkv, head_dim, gated, v_is_k, q_norm, k_norm, v_normed, rope)
+
+    def _layer_keys_values(self) -> tuple[Heads, Heads]:
+        """Those that the layer sees, its own or an earlier layer's."""
+        state = self._layer_states[self.layer]
+        return self._keys_values[state.layer if isinstance(state, SharedKeysValues) else self.layer]
+
+    def _heads(self, h: Operand, products: _Products) -> tuple[Heads, DeviceArray | None]:
+        """q, and the gates; k and v, where the layer has its own, go to where they are kept."""
+        p, weights = products, products.weights
         matrices = [self.matrix(w) for w in weights]
-        width = c.q_width * (2 if gated else 1) + 2 * c.kv_width
+        width = sum(matrix.rows for matrix in matrices)
         bias = None
         if any(w.bias is not None for w in weights):
             bias, _ = self.context.small.vector(*(w.bias or m.rows for w, m in zip(weights, matrices)))
+        attending = self.attending(p.head_dim, p.head_dim)
         sums = self.work.array("qkv", FLOAT32, min(self.n, TOKENS_AT_ONCE), width)
-        q = self.work.array("q", FLOAT16, self.n, c.head_count, self.attention_config.head_dim)
-        gates = self.work.array("gates", HALVES.dtype, self.n, HALVES.padded(c.q_width)) if gated else None
-        k, v = self.states.keys_values(self.layer)
+        q = self.work.array("q", FLOAT16, self.n, p.nq, attending.config.head_dim)
+        gates = self.work.array("gates", HALVES.dtype, self.n, HALVES.padded(p.q_width)) if p.gated else None
+        k, v = self.states.keys_values(self.layer) if p.nkv else (None, None)
         for t in range(0, self.n, TOKENS_AT_ONCE):
             end = min(t + TOKENS_AT_ONCE, self.n)
             self.enter("linear", weights, end - t)
             self.multiply(h.part(t, end), matrices, sums.rows(0, end - t), bias)
             self.enter("rest")
-            for norm, column in ((q_norm, 0), (k_norm, c.q_width)):
-                if norm is not None and norm.shape != (c.head_dim,):
+            for norm, column in ((p.q_norm, 0), (p.k_norm, p.q_width)):
+                if norm is not None and norm.shape != (p.head_dim,):
                     self._normalise_all_heads(sums.rows(0, end - t).columns(column), norm, width)
-            scales = self._rotated_scales(h, matrices, weights, q_norm, k_norm, rope)
-            self._rotate(sums, t, end, (q, k, v), scales, q_norm, k_norm, rope, gated)
+            scales = self._rotated_scales(h, matrices, p)
+            self._rotate(sums, t, end, (q, k, v), scales, p, attending)
             if gates is not None:
-                self._store_gates(sums.rows(0, end - t), gates.rows(t, end))
-        if self.key_copies is not None:
-            chunks = k.row_bytes // _COPY_BYTES
-            copies = self.key_copies
-            self.launcher.launch(ROPE, "copy_rows", grid=copies.shape[0], k=k, v=v, chunks=chunks, copies=copies)
-        return Heads(q, scales[0]), Heads(k, scales[1]), Heads(v, scales[2]), gates
+                self._store_gates(sums.rows(0, end - t), gates.rows(t, end), p)
+        if k is not None and v is not None:
+            if attending.key_copies is not None:
+                self._copy_rows(k, v, attending.key_copies)
+            self._keys_values[self.layer] = Heads(k, scales[1], p.head_dim), Heads(v, scales[2], p.head_dim)
+        return Heads(q, scales[0], p.head_dim), gates
 
-    def _store_gates(self, sums: DeviceArray, gates: DeviceArray) -> None:
+    def _copy_rows(self, k: DeviceArray, v: DeviceArray, copies: DeviceArray) -> None:
+        chunks = k.row_bytes // _COPY_BYTES
+        self.launcher.launch(ROPE, "copy_rows", grid=copies.shape[0], k=k, v=v, chunks=chunks, copies=copies)
+
+    def _store_gates(self, sums: DeviceArray, gates: DeviceArray, products: _Products) -> None:
         self.launcher.launch(
             GATES,
             "store_gates",
             grid=sums.shape[0],
             qkv=sums,
             row=sums.shape[1],
-            heads=self.config.head_count,
-            head_dim=self.config.head_dim,
+            heads=products.nq,
+            head_dim=products.head_dim,
             gates=gates,
             stride=gates.shape[1],
         )
@@ -145,66 +208,60 @@ class AttentionOps(BatchOps):
         sums: DeviceArray,
         t: int,
         end: int,
-        to: tuple[DeviceArray, DeviceArray, DeviceArray],
+        to: tuple[DeviceArray, DeviceArray | None, DeviceArray | None],
         scales: list[DeviceArray],
-        q_norm: Weight | None,
-        k_norm: Weight | None,
-        rope: Rope | None,
-        gated: bool,
+        products: _Products,
+        attending: Attending,
     ) -> None:
         """From the sums of tokens t to end - 1 to their heads, normalised, rotated and scaled."""
-        c, (q, k, v) = self.config, to
+        p, (q, k, v), rope, row_of = products, to, products.rope, attending.key_row_of
         pairs = rope.width // 2 if rope is not None else 0
         # Where rows of k and v are in another order than the tokens, the kernel looks them up.
-        first_key = 0 if self.key_row_of is not None else self.batch.start * (self.cache is not None) + t
-        by_head = [norm if norm is not None and norm.shape == (c.head_dim,) else None for norm in (q_norm, k_norm)]
-        heads = c.head_count + 2 * c.head_count_kv
+        first_key = 0 if row_of is not None else self.batch.start * (self.cache is not None) + t
         self.launcher.launch(
             ROPE,
             "rotate_qkv",
-            grid=(end - t, -(-heads // _HEADS_A_BLOCK)),
+            grid=(end - t, -(-(p.nq + 2 * p.nkv) // _HEADS_A_BLOCK)),
             qkv=sums,
             q=q.rows(t),
-            k=k.rows(first_key),
-            v=v.rows(first_key),
-            nq=c.head_count,
-            nkv=c.head_count_kv,
-            head_dim=c.head_dim,
-            padded=self.attention_config.head_dim,
-            q_norm=self.vector(by_head[0]),
-            k_norm=self.vector(by_head[1]),
-            epsilon=c.rms_epsilon,
+            k=k.rows(first_key) if k is not None else None,
+            v=v.rows(first_key) if v is not None else None,
+            nq=p.nq,
+            nkv=p.nkv,
+            head_dim=p.head_dim,
+            padded=attending.config.head_dim,
+            q_norm=self.vector(p.by_head[0]),
+            k_norm=self.vector(p.by_head[1]),
+            v_normed=int(p.v_normed),
+            epsilon=self.config.rms_epsilon,
             table=self._rope_table(rope).rows(t) if rope is not None and pairs else None,
             pairs=pairs,
             interleaved=int(rope is not None and pairs > 0 and rope.interleaved),
             q_scale=scales[0],
             k_scale=scales[1],
             v_scale=scales[2],
-            kv_rows=self.key_row_of.rows(t) if self.key_row_of is not None else None,
+            kv_rows=row_of.rows(t) if row_of is not None else None,
             positions=self.positions.rows(t),
             beta=rope.beta if rope is not None and pairs else 0.0,
             beta_length=rope.beta_length if rope is not None and pairs else 1,
-            gated=int(gated),
+            gated=int(p.gated),
+            v_is_k=int(p.v_is_k),
         )
 
-    def _rotated_scales(
-        self,
-        h: Operand,
-        matrices: list[Matrix],
-        weights: tuple[Weight, Weight, Weight],
-        q_norm: Weight | None,
-        k_norm: Weight | None,
-        rope: Rope | None,
-    ) -> list[DeviceArray]:
-        """The scales of q, k and v, once their matrices have been measured."""
+    def _rotated_scales(self, h: Operand, matrices: list[Matrix], products: _Products) -> list[DeviceArray]:
+        """The scales of q, k and v, once their matrices have been measured. Where there are queries only, q's alone
+        counts."""
+        p, rope = products, products.rope
         growth = _ROTATION_GROWTH * rope.magnitude if rope is not None else 1.0
         hottest = float(rope.temperature(np.array(self.config.context_length))) if rope is not None else 1.0
-        growths = growth * hottest, growth, 1.0
-        norms = q_norm, k_norm, None
-        return [
-            self._rotated_scale(h, matrix, weight.bias, norm, growth)
-            for matrix, weight, norm, growth in zip(matrices, weights, norms, growths)
-        ]
+        q = self._rotated_scale(h, matrices[0], p.weights[0].bias, p.q_norm, growth * hottest)
+        if not p.nkv:
+            return [q] * 3
+        k = self._rotated_scale(h, matrices[1], p.weights[1].bias, p.k_norm, growth)
+        if p.v_normed:
+            return [q, k, self.scales.of_bound(math.sqrt(p.head_dim))]
+        assert not p.v_is_k, "keys are values only once normalised"
+        return [q, k, self._rotated_scale(h, matrices[2], p.weights[2].bias, None, 1.0)]
 
     def _rotated_scale(
         self, h: Operand, matrix: Matrix, bias: ModelTensor | None, norm: Weight | None, growth: float
@@ -247,9 +304,10 @@ class AttentionOps(BatchOps):
         softcap: float | None = None,
         sinks: Weight | None = None,
     ) -> Operand:
-        self.enter_attention(window)
-        c, config = self.config, self.attention_config
-        out = self.work.array("attended", HALVES.dtype, self.n, HALVES.padded(c.q_width))
+        self.enter_attention(q.head_dim, v.head_dim, window)
+        attending = self.attending(q.head_dim, v.head_dim)
+        config, nq, columns = attending.config, self.config.head_count, self.config.head_count * v.head_dim
+        out = self.work.array("attended", HALVES.dtype, self.n, HALVES.padded(columns))
         inputs: dict[str, DeviceArray] = {"q": q.values, "k": k.values, "v": v.values}
         if config.uses_tensor_maps:
             rows = config.block_q, config.block_kv, config.block_kv
@@ -260,13 +318,13 @@ class AttentionOps(BatchOps):
         self.launcher.launch(
             config.program,
             "attention",
-            grid=(c.head_count, self.query_tiles.shape[0]),
+            grid=(nq, attending.query_tiles.shape[0], config.parts),
             **inputs,
             out=out,
-            tiles=self.query_tiles,
-            nq=c.head_count,
-            nkv=c.head_count_kv,
-            head_dim=c.head_dim,
+            tiles=attending.query_tiles,
+            nq=nq,
+            nkv=k.values.shape[1],
+            value_dim=v.head_dim,
             out_stride=out.shape[1],
             scale=scale,
             q_scale=q.scale,
@@ -275,4 +333,4 @@ class AttentionOps(BatchOps):
             softcap=softcap or 0.0,
             sinks=self.vector(sinks),
         )
-        return Operand(out, c.q_width, v.scale)
+        return Operand(out, columns, v.scale)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ....core import Int32Array, Segment
+from ....models.family import Family
 from ..attention_kernels import AttentionConfig
+from ..kernel_set import KernelSet
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,21 @@ class AttentionLayout:
     rows: int
     row_of: Int32Array
     copies: Int32Array
+
+
+def attention_configs(family: Family, kernel_set: KernelSet) -> dict[tuple[int, int], AttentionConfig]:
+    """The attention kernels of a family's layers, by the sizes of their heads (Family.head_dims).
+
+    Raises ModelError where heads are too wide.
+    """
+    sizes = dict.fromkeys(family.head_dims(index) for index in range(family.config.block_count))
+    return {each: kernel_set.attention(*each) for each in sizes}
+
+
+def key_rows(family: Family, kernel_set: KernelSet, segments: Sequence[Segment]) -> int:
+    """Rows of keys that a batch's segments have at most, in any layer."""
+    configs = attention_configs(family, kernel_set).values()
+    return max(attention_layout(segments, config).rows for config in configs)
 
 
 def attention_layout(segments: Sequence[Segment], config: AttentionConfig) -> AttentionLayout:

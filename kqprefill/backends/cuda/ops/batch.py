@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from ....core import Batch, KeysValues, LayerState
+from ....core import Batch, KeysValues, LayerState, SharedKeysValues
 from ....models.family import Family
 from ....models.ops import Ops
 from ....models.weights import Weight
+from ..attention_kernels import AttentionConfig
 from ..constants import DELTA_CHUNK
 from ..device.arrays import FLOAT16, DeviceArray
 from ..device.workspace import Workspace
 from ..gemm.operand import Operand
 from ..kv_cache import DeviceCache, token_shape
 from ..weights.matrix import Matrix
-from .attention_layout import attention_layout
+from .attention_layout import attention_configs, attention_layout
 from .context import Context
 
 # Tokens. Blocks that start early gather on the first multiprocessors that have room: no matter where there are many
@@ -42,6 +43,21 @@ class Residual:
     bound: ResidualBound | None = None
 
 
+@dataclass(frozen=True)
+class Attending:
+    """How attention over a batch goes with heads of one size (attention_layout.py).
+
+    rows: of k and v. query_tiles: int32 [tiles, 6]. key_row_of: which rows of k and v are the tokens', int32 [T], where
+    these are not in order; key_copies: int32 [copies, 2], the rows that are then to be copied. Both are None elsewhere.
+    """
+
+    config: AttentionConfig
+    rows: int
+    query_tiles: DeviceArray
+    key_row_of: DeviceArray | None = None
+    key_copies: DeviceArray | None = None
+
+
 class LayerStates(Protocol):
     """Where the layers' states of a batch's sequences are: a cache, or work arrays."""
 
@@ -56,16 +72,18 @@ class LayerStates(Protocol):
 
 
 class _WorkStates:
-    """LayerStates that nobody keeps: one layer's are written over the one before."""
+    """LayerStates that nobody keeps: one layer's are written over the one before, but those that later layers see."""
 
     def __init__(self, work: Workspace, states: Sequence[LayerState], rows: int) -> None:
         self._work, self._states, self._rows = work, states, rows
+        self._seen_again = {state.layer for state in states if isinstance(state, SharedKeysValues)}
 
     def keys_values(self, layer: int) -> tuple[DeviceArray, DeviceArray]:
         state = self._states[layer]
-        assert isinstance(state, KeysValues), "a layer with attention"
+        assert isinstance(state, KeysValues), "a layer with keys and values of its own"
+        of = f" of layer {layer}" if layer in self._seen_again else ""
         shape = token_shape(state)
-        k, v = (self._work.array(name, FLOAT16, self._rows, *shape) for name in ("k", "v"))
+        k, v = (self._work.array(name + of, FLOAT16, self._rows, *shape) for name in ("k", "v"))
         return k, v
 
     def begin_layer(self, layer: int, start: int, n: int) -> None:
@@ -89,17 +107,11 @@ class BatchOps(Ops):
         self.launcher, self.work, self.scales = context.launcher, context.work, context.scales
         self.n = len(batch.tokens)
         self.launcher.overlap = context.kernel_set.overlaps and self.n >= _OVERLAP_FROM
-        self.attention_config = context.kernel_set.attention(family.config.head_dim)
         self.tokens = self.work.upload("tokens", batch.tokens)
         self.positions = self.work.upload("positions", batch.positions)
-        layout = attention_layout(batch.segments, self.attention_config)
-        self.query_tiles = self.work.upload("tiles", layout.tiles)
-        # Which rows of k and v are the tokens', where these are not in order, and the rows to be copied.
-        self.key_row_of, self.key_copies = None, None
-        if len(layout.copies):
-            self.key_row_of = self.work.upload("kv rows", layout.row_of)
-            self.key_copies = self.work.upload("kv copies", layout.copies)
-        rows = max(layout.rows, key_rows)
+        kinds = attention_configs(family, context.kernel_set)
+        self._attending = {sizes: self._upload_layout(batch, config) for sizes, config in kinds.items()}
+        rows = max(key_rows, *(attending.rows for attending in self._attending.values()))
         self.states: LayerStates = cache or _WorkStates(self.work, family.layer_states, rows)
         if batch.targets is not None:
             self.target_rows = self.work.upload("target rows", batch.targets.rows)
@@ -108,6 +120,18 @@ class BatchOps(Ops):
         # Of recurrences: as many states as sequences may leave for others, where a batch is planned for.
         self.planned_states = self.n // DELTA_CHUNK if key_rows else 0
         self.begin_batch(family)
+
+    def _upload_layout(self, batch: Batch, config: AttentionConfig) -> Attending:
+        layout, of = attention_layout(batch.segments, config), f"of {config.head_dim}, {config.value_dim}"
+        tiles = self.work.upload(f"tiles {of}", layout.tiles)
+        if not len(layout.copies):
+            return Attending(config, layout.rows, tiles)
+        row_of = self.work.upload(f"kv rows {of}", layout.row_of)
+        return Attending(config, layout.rows, tiles, row_of, self.work.upload(f"kv copies {of}", layout.copies))
+
+    def attending(self, head_dim: int, value_dim: int) -> Attending:
+        """How attention goes in layers with such heads."""
+        return self._attending[head_dim, value_dim]
 
     def begin_batch(self, family: Family) -> None:
         """Upload what only some families' ops need."""
