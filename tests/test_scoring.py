@@ -167,7 +167,7 @@ def test_groups_are_full_and_in_order():
 
 
 def test_continued_segments_have_whole_blocks_of_keys_in_common():
-    config = PortableAttention(64, 64, 8, 1)
+    config = PortableAttention(64, 64, 64, 8, 1)
     segments = Segment(0, 150), Segment(150, 10, 150, 0), Segment(160, 200, 150, 0)
     layout = attention_layout(segments, config)
     assert layout.rows == 150 + 22 + 10 + 22 + 200

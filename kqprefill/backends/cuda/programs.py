@@ -8,10 +8,9 @@ from ...gguf.types import GGML
 from .device.compiler import Program
 from .units import repack_units
 
-NORM, ROPE, SCALES, HEAD, EXPERTS, GATES = (
-    Program(f"{name}.cu") for name in ("norm", "rope", "scales", "head", "experts", "gates")
+NORM, ROPE, SCALES, HEAD, EXPERTS, GATES, PER_LAYER = COMMON = tuple(
+    Program(f"{name}.cu") for name in ("norm", "rope", "scales", "head", "experts", "gates", "per_layer")
 )
-COMMON = (NORM, ROPE, SCALES, HEAD, EXPERTS, GATES)
 
 
 @cache
