@@ -200,18 +200,34 @@ extern "C" __global__ void __launch_bounds__(COPY_THREADS)
     for (int i = threadIdx.x; i < stride / 8; i += COPY_THREADS) to[i] = from[i];
 }
 
-// x[t, :] = the sum over slots of share_of[entry] * sums[place_of[entry], :], in the order of the slots (+ x[t, :], if
-// add). A block takes a token.
+// x[t, :] = the sum over slots of share_of[entry] * sums[place_of[entry], :] / *scale, in the order of the slots (+ x[t,
+// :], if add). sums: halves, rows of `columns`, a multiple of 8. A block takes a token.
 extern "C" __global__ void __launch_bounds__(kThreads)
-    combine(float* x, const float* sums, int used, int columns, const int* place_of, const float* share_of, int add) {
+    combine(float* x, const half_t* sums, const float* scale, int used, int columns, const int* place_of,
+            const float* share_of, int add) {
     begin_kernel();
     int entry = blockIdx.x * used;
+    float unscale = 1.0f / *scale;
     x += static_cast<uint64_t>(blockIdx.x) * columns;
-    for (int i = threadIdx.x; i < columns; i += kThreads) {
-        float sum = 0.0f;
-        for (int slot = 0; slot < used; ++slot)
-            sum = fmaf(share_of[entry + slot], sums[static_cast<uint64_t>(place_of[entry + slot]) * columns + i], sum);
-        x[i] = add ? x[i] + sum : sum;
+    for (int i = 8 * threadIdx.x; i < columns; i += 8 * kThreads) {
+        float sum[8] = {};
+        for (int slot = 0; slot < used; ++slot) {
+            const half_t* row = sums + static_cast<uint64_t>(place_of[entry + slot]) * columns;
+            uint4 eight = *reinterpret_cast<const uint4*>(row + i);
+            uint32_t pairs[4] = {eight.x, eight.y, eight.z, eight.w};
+            float share = share_of[entry + slot];
+#pragma unroll
+            for (int c = 0; c < 8; ++c)
+                sum[c] = fmaf(share, half_to_float(static_cast<half_t>(pairs[c / 2] >> 16 * (c % 2))), sum[c]);
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float4* to = reinterpret_cast<float4*>(x + i) + half;
+            float4 was = add ? *to : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            const float* own = sum + 4 * half;
+            *to = make_float4(fmaf(own[0], unscale, was.x), fmaf(own[1], unscale, was.y), fmaf(own[2], unscale, was.z),
+                              fmaf(own[3], unscale, was.w));
+        }
     }
 }
 

@@ -187,11 +187,11 @@ __device__ __forceinline__ void for_each_pair(OutputTile tile, int first_frag, i
 }
 
 // out = sums / (*x_scale * *w_scale) + bias + residual, float32, rows `ldo` apart. bias (a row for each expert) and
-// residual may be null, and residual may be out itself.
+// residual may be null, and residual may be out itself. Grouped: halves, times *out_scale; n is even, and no residual.
 extern "C" __global__ void __launch_bounds__(kThreads)
-    gemm_linear(const half_t* x, const half_t* w, int m, int n, int k, float* out, int ldo, const float* x_scale,
-                const float* w_scale, const float* bias, const float* residual, const Group* groups,
-                const int* group_count, int first_expert, int last_expert) {
+    gemm_linear(const half_t* x, const half_t* w, int m, int n, int k, void* out, int ldo, const float* x_scale,
+                const float* w_scale, const float* out_scale, const float* bias, const float* residual,
+                const Group* groups, const int* group_count, int first_expert, int last_expert) {
     begin_kernel();
     auto write = [&](OutputTile tile, const Accumulators& acc) {
         float alpha = unscale(x_scale, w_scale);
@@ -205,13 +205,17 @@ extern "C" __global__ void __launch_bounds__(kThreads)
             };
             float a = fmaf(acc[i][j][2 * half], alpha, bias_of(0)),
                   b = fmaf(acc[i][j][2 * half + 1], alpha, bias_of(1));
-            if (both && paired) {
+            float* to = static_cast<float*>(out) + at;
+            if (GROUPED) {
+                float scale = *out_scale;
+                *reinterpret_cast<uint32_t*>(static_cast<half_t*>(out) + at) = pack_half2(a * scale, b * scale);
+            } else if (both && paired) {
                 float2 r =
                     residual != nullptr ? *reinterpret_cast<const float2*>(residual + at) : make_float2(0.0f, 0.0f);
-                *reinterpret_cast<float2*>(out + at) = make_float2(a + r.x, b + r.y);
+                *reinterpret_cast<float2*>(to) = make_float2(a + r.x, b + r.y);
             } else {
-                out[at] = residual != nullptr ? a + residual[at] : a;
-                if (both) out[at + 1] = residual != nullptr ? b + residual[at + 1] : b;
+                to[0] = residual != nullptr ? a + residual[at] : a;
+                if (both) to[1] = residual != nullptr ? b + residual[at + 1] : b;
             }
         });
     };

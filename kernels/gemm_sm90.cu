@@ -146,13 +146,29 @@ struct Consumer {
     int units, first;  // first: this warpgroup's first row tile, of the block's
     int row, column;   // this thread's, of a row tile and of a step
     float scale;       // that weights are decoded with
+    int tokens;        // that the token tile has
     ConsumerPosition<Config::kStages> stage;
     ConsumerPosition<Config::kRawStages> raw;
 
-    // acc = W · Xᵀ for this warpgroup's row tiles, of one format. Weights go through two steps of work: what is
-    // multiplied in step i was decoded in step i - 1, and loaded in step i - 2.
+    // acc = W · Xᵀ for this warpgroup's row tiles, of one format. Of an expert's last token tile only so many tokens are
+    // multiplied as it may have.
     template <class Format>
     __device__ __forceinline__ void multiply_tile(Accumulators& acc) {
+        constexpr int kTokens = Config::kTokens;
+        // gemm_linear's largest token tile leaves no register for more loops.
+        constexpr bool kFewer = Config::kGrouped && (Config::kGated || kTokens < 256);
+        if constexpr (kFewer && kTokens >= 64)
+            if (tokens <= kTokens / 4) return multiply_tokens<Format, kTokens / 4>(acc);
+        if constexpr (kFewer && kTokens >= 32)
+            if (tokens <= kTokens / 2) return multiply_tokens<Format, kTokens / 2>(acc);
+        multiply_tokens<Format, kTokens>(acc);
+    }
+
+    // The same for the first kTokens of the token tile. Weights go through two steps of work: what is multiplied in step
+    // i was decoded in step i - 1, and loaded in step i - 2.
+    template <class Format, int kTokens>
+    __device__ __forceinline__ void multiply_tokens(Accumulators& all) {
+        float (&acc)[kTokens / 2] = reinterpret_cast<float (&)[kTokens / 2]>(all);
         Fields loaded[Config::kTiles];
         uint32_t w[2][2][8] = {};
         auto load = [&](int step) {
@@ -220,12 +236,13 @@ template <class Write>
 __device__ __forceinline__ void consume(const Rings& rings, const Matrices& matrices, const Tokens& x, int units,
                                         int row_tiles, float alpha, float scale, Write write) {
     int thread = threadIdx.x;
-    Consumer consumer = {rings, units, thread / 128 * Config::kTiles, row_of_thread(), thread % 4 * 16, scale};
+    Consumer consumer = {rings, units, thread / 128 * Config::kTiles, row_of_thread(), thread % 4 * 16, scale, 0};
     for (OutputTiles outputs(x, row_tiles); outputs.more(); outputs.next()) {
         auto tile = [&](int i) {
             return row_tile<Config>(matrices, first_row_tile(outputs) + consumer.first + i, units, 0);
         };
         Accumulators acc;
+        if (Config::kGrouped) consumer.tokens = x.end(outputs.token_tile()) - x.first(outputs.token_tile());
         Formats::multiply_tile(tile(0).format, consumer, acc);
         RowTile tiles[Config::kTiles];
 #pragma unroll
@@ -283,16 +300,16 @@ __device__ __forceinline__ void run(const Matrices& matrices, const void* x_map,
 #if !GATED
 
 // out = sums / (*x_scale * *w_scale) + bias (+ out, if `add`), float32, rows `ldo` apart: the matrices' outputs side by
-// side. bias, a row for each expert, may be null. x_map: x's tensor map, boxes of 64 halves by TOKENS / CLUSTER rows.
-// groups and group_count: the token tiles, where they are grouped.
+// side. Grouped: halves, times *out_scale, and no `add`. bias, a row for each expert, may be null. x_map: x's tensor map,
+// boxes of 64 halves by TOKENS / CLUSTER rows. groups and group_count: the token tiles, where they are grouped.
 extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bounds__(Config::kThreads, Config::kBlocks)
     gemm_linear(const uint8_t* w0, int rows0, int format0, const uint8_t* w1, int rows1, int format1, const uint8_t* w2,
-                int rows2, int format2, const void* x_map, int m, int k, float* out, int ldo, const float* x_scale,
-                const float* w_scale, const float* bias, int add, const Group* groups, const int* group_count) {
+                int rows2, int format2, const void* x_map, int m, int k, void* out, int ldo, const float* x_scale,
+                const float* w_scale, const float* out_scale, const float* bias, int add, const Group* groups,
+                const int* group_count) {
     Matrices matrices = {{w0, w1, w2}, {rows0, rows1, rows2}, {format0, format1, format2}};
     int row_tiles = count_row_tiles<Config>(rows0) + count_row_tiles<Config>(rows1) + count_row_tiles<Config>(rows2);
     Tokens x = {m, groups, group_count};
-    LinearOutput output = {out, ldo};
     auto write = [&](Accumulators& acc, float alpha, const RowTile(&tiles)[Config::kTiles], int row, int token, int end,
                      int expert) {
         token += threadIdx.x % 4 * 2;
@@ -300,8 +317,14 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
         for (int i = 0; i < Config::kTiles; ++i) {
             if (row >= tiles[i].rows) continue;
             int column = tiles[i].column + row;
-            output.store_transposed<Config::kTokens>(acc, i, alpha, Biases{expert, rows0, column, true}.of(bias),
-                                                     column, token, end, add);
+            float own_bias = Biases{expert, rows0, column, true}.of(bias);
+            if constexpr (Config::kGrouped) {  // an expert's matrix has whole row tiles: all lanes are here
+                ExpertOutput output = {static_cast<half_t*>(out), ldo, *out_scale};
+                output.store_transposed<Config::kTokens>(acc, i, alpha, own_bias, column, token, end);
+            } else {
+                LinearOutput output = {static_cast<float*>(out), ldo};
+                output.store_transposed<Config::kTokens>(acc, i, alpha, own_bias, column, token, end, add);
+            }
         }
     };
     run(matrices, x_map, x, k, x_scale, w_scale, row_tiles, write);

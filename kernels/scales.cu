@@ -31,11 +31,13 @@ extern "C" __global__ void divide_scale(const float* source, float factor, float
 }
 
 // *scale for n outputs, of which output i is at most gain * a[i] + |bias_a[i]|; where b is given, at most that times
-// gain * b[i] + |bias_b[i]|. The biases may be null. One block.
+// gain * b[i] + |bias_b[i]|. The biases may be null. input_scale: null, or the scale of inputs of which nothing else is
+// known than that it keeps them in half's range: then gain is for inputs of at most 1. One block.
 extern "C" __global__ void __launch_bounds__(kThreads)
     output_scale(const float* a, const float* bias_a, const float* b, const float* bias_b, int n, float gain,
-                 float* scale) {
+                 const float* input_scale, float* scale) {
     begin_kernel();
+    if (input_scale != nullptr) gain *= static_cast<float>(1 << kHalfTop) / *input_scale;
     __shared__ float partial[kThreads / 32];
     float largest = 0.0f;
     for (int i = threadIdx.x; i < n; i += kThreads) {

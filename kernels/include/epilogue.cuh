@@ -44,6 +44,32 @@ struct LinearOutput {
     }
 };
 
+// A grouped gemm_linear's outputs: halves, times `scale`, with rows `ldo` apart. Experts give many times a token's
+// values, which are read once: they are as short as can be.
+struct ExpertOutput {
+    half_t* out;
+    int ldo;
+    float scale;
+
+    // As LinearOutput's. Lanes of neighbouring columns (lane % 8 < 4 and the lane 4 beyond) trade a token, so that each
+    // has both columns of one.
+    template <int kTokens>
+    __device__ __forceinline__ void store_transposed(const float (&acc)[kTokens / 2], int i, float alpha, float bias,
+                                                     int column, int token, int end) const {
+        bool odd = column & 1;
+        token += odd;
+        alpha *= scale, bias *= scale;  // a power of two
+        half_t* to = out + static_cast<uint64_t>(token) * ldo + (column & ~1);
+#pragma unroll
+        for (int j = 0; j < kTokens / 8; ++j, to += 8 * static_cast<uint64_t>(ldo)) {
+            float first = fmaf(acc[4 * j + 2 * i], alpha, bias), second = fmaf(acc[4 * j + 2 * i + 1], alpha, bias);
+            float given = __shfl_xor_sync(0xffffffffu, odd ? first : second, 4);
+            uint32_t pair = odd ? pack_half2(given, second) : pack_half2(first, given);
+            if (token + 8 * j < end) *reinterpret_cast<uint32_t*>(to) = pair;
+        }
+    }
+};
+
 // gemm_gated's outputs, scale * act(gate) * up of `features` features: an operand, with rows `ldo` apart.
 struct GatedOutput {
     half_t* out;

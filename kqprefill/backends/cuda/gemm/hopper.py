@@ -75,17 +75,24 @@ class HopperConfig:
     def grid(self, m: int, row_tiles: int, multiprocessors: int, experts: int = 0) -> int:
         """Blocks to launch: as many as run at once, or fewer where there are fewer output tiles."""
         at_once = multiprocessors * self.blocks // self.cluster * self.cluster
-        return min(at_once, self.output_tiles(m, row_tiles, 2 * experts))
+        return min(at_once, self.output_tiles(m, row_tiles, experts))
 
     def cost(self, m: int, row_tiles: int, multiprocessors: int, experts: int = 0) -> int:
         """Nanoseconds of a step of all output tiles; experts: of which each has some of the m rows."""
-        rounds = -(-self.output_tiles(m, row_tiles, experts) // multiprocessors)  # of one for each multiprocessor
+        more = round(experts * self._last_tile)
+        rounds = -(-self.output_tiles(m, row_tiles, more) // multiprocessors)  # of one for each multiprocessor
         return max(-(-rounds // self.blocks) * self.alone, rounds * self.shared)
 
-    def output_tiles(self, m: int, row_tiles: int, experts: int) -> int:
-        """In whole clusters. Each expert's last one is half full, at a guess."""
+    def output_tiles(self, m: int, row_tiles: int, more: int) -> int:
+        """In whole clusters; more: token tiles beyond those that m tokens fill."""
         row_tiles_a_cluster = self.warpgroups * self.tiles * self.cluster
-        return (-(-m // self.tokens) + experts // 2) * -(-row_tiles // row_tiles_a_cluster) * self.cluster
+        return (-(-m // self.tokens) + more) * -(-row_tiles // row_tiles_a_cluster) * self.cluster
+
+    @property
+    def _last_tile(self) -> float:
+        """What an expert's last token tile costs beyond the tokens in it, in whole ones: it is half full, at a guess,
+        and most kernels multiply fewer tokens then (gemm_sm90.cu: multiply_tile)."""
+        return 0.3 if self.gated or self.tokens < 256 else 0.5
 
     @property
     def _steps(self) -> int:
@@ -172,6 +179,7 @@ class HopperGemm(Gemm):
         bias: DeviceArray | None,
         add: bool,
         groups: Groups | None = None,
+        out_scale: DeviceArray | None = None,
     ) -> None:
         types = _types(matrices)
         config = self._config(a.rows, matrices, False, groups.experts if groups else 0)
@@ -193,6 +201,7 @@ class HopperGemm(Gemm):
             ldo=sum(matrix.rows for matrix in matrices),
             x_scale=a.scale,
             w_scale=weight_scale,
+            out_scale=out_scale,
             bias=bias,
             add=int(add),
             groups=groups.groups if groups else None,

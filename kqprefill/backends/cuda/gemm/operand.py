@@ -95,9 +95,10 @@ class Gemm(ABC):
         bias: DeviceArray | None,
         add: bool,
         groups: Groups | None = None,
+        out_scale: DeviceArray | None = None,
     ) -> None:
         """out = a · [matrices, one under another]ᵀ + bias, and + out if `add`; float32 [as many rows, all matrices'
-        rows].
+        rows]. With groups: halves, times *out_scale, and never + out.
 
         weight_scale: of the halves that the weights are multiplied as. bias: float32 [all rows], or [experts, rows], or
         None.

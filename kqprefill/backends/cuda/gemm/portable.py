@@ -95,6 +95,7 @@ class PortableGemm(Gemm):
         bias: DeviceArray | None,
         add: bool,
         groups: Groups | None = None,
+        out_scale: DeviceArray | None = None,
     ) -> None:
         k = a.format.padded(a.columns)
         if groups is not None:
@@ -103,7 +104,7 @@ class PortableGemm(Gemm):
                 self._dequantise(matrix, first * matrix.rows, (last - first) * matrix.rows, scratch, weight_scale)
                 its_bias = None if bias is None else bias.rows(first)
                 experts = _Experts(groups, first, last)
-                self._linear(a, scratch, matrix.rows, out, matrix.rows, weight_scale, its_bias, False, experts)
+                self._linear(a, scratch, matrix.rows, out, matrix.rows, weight_scale, its_bias, False, experts, out_scale)
             return
         total = sum(matrix.rows for matrix in matrices)
         slice_rows = min(total, _SCRATCH_BYTES // (2 * k) // 256 * 256)
@@ -128,6 +129,7 @@ class PortableGemm(Gemm):
         bias: DeviceArray | None,
         add: bool,
         experts: _Experts | None,
+        out_scale: DeviceArray | None = None,
     ) -> None:
         m, count = a.rows, experts.count if experts else 0
         config = best_config(m, n, self._facts, count)
@@ -144,6 +146,7 @@ class PortableGemm(Gemm):
             ldo=ldo,
             x_scale=a.scale,
             w_scale=weight_scale,
+            out_scale=out_scale,
             bias=bias,
             residual=out if add else None,
             **_grouping(experts),

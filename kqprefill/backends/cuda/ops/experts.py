@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+import math
 
 from ....models.experts import Experts
 from ....models.ops import Sums
 from ....models.weights import Weight, Weights
 from ..constants import THREADS
-from ..device.arrays import FLOAT32, INT32, DeviceArray
+from ..device.arrays import FLOAT16, FLOAT32, INT32, DeviceArray
 from ..gemm.operand import HALVES, Groups, Operand
 from ..programs import EXPERTS
 from .batch import TOKENS_AT_ONCE, Residual
@@ -65,15 +66,18 @@ class ExpertOps(DenseOps):
             act = Operand(self._activated(rows, g.rows), g.rows, act_scale)
             groups = self._groups(counts, rows, gated.group_rows(rows, [g, u], True, count))
             gated.gated(x, g, u, act, weight_scale, biases, activation, groups)
-            sums = self.work.array("sums", FLOAT32, rows, hidden)
+            sums = self.work.array("sums", FLOAT16, rows, hidden)
             groups = self._groups(counts, rows, linear.group_rows(rows, [d], False, count))
-            linear.linear(act, [d], sums, self.scales.of_weights([down], act.norm), down_bias, False, groups)
+            down_scale = self.scales.of_weights([down], act.norm)  # which measures it, too
+            sum_scale = self.scales.of_outputs(down, math.sqrt(g.rows), down_bias, input_scale=act.scale)
+            linear.linear(act, [d], sums, down_scale, down_bias, False, groups, sum_scale)
             self.launcher.launch(
                 EXPERTS,
                 "combine",
                 grid=end - t,
                 x=out.rows(t, end),
                 sums=sums,
+                scale=sum_scale,
                 used=used,
                 columns=hidden,
                 place_of=places,

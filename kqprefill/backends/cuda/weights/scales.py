@@ -87,11 +87,12 @@ class Scales:
         bias: DeviceArray | None,
         factor: Matrix | None = None,
         factor_bias: DeviceArray | None = None,
+        input_scale: DeviceArray | None = None,
     ) -> DeviceArray:
         """The scale of what a measured matrix makes of inputs, or (factor) of its product with what that one makes.
 
         length: an input row's Euclidean length, divided by the norm that the rows were measured against, is at most
-        this.
+        this. input_scale: of inputs that nothing bounds but their scale; length is then that of a row of ones.
         """
 
         def make(scale: DeviceArray) -> None:
@@ -105,6 +106,7 @@ class Scales:
                 bias_b=factor_bias,
                 n=matrix.rows,
                 gain=length,
+                input_scale=input_scale,
                 scale=scale,
             )
 
