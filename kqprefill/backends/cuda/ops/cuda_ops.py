@@ -10,7 +10,8 @@ from .attention import AttentionOps
 from .delta import DeltaOps
 from .experts import ExpertOps
 from .head import HeadOps
+from .stubs import Stubs
 
 
-class CudaOps(AttentionOps, DeltaOps, ExpertOps, HeadOps):
+class CudaOps(AttentionOps, DeltaOps, ExpertOps, HeadOps, Stubs):
     """The operations of one batch."""
