@@ -8,10 +8,10 @@ from ...gguf.types import GGML
 from .device.compiler import Program
 from .units import repack_units
 
-NORM, ROPE, SCALES, HEAD, EXPERTS, GATES = (
-    Program(f"{name}.cu") for name in ("norm", "rope", "scales", "head", "experts", "gates")
+NORM, ROPE, SCALES, HEAD, EXPERTS, GATES, LATENT = (
+    Program(f"{name}.cu") for name in ("norm", "rope", "scales", "head", "experts", "gates", "latent")
 )
-COMMON = (NORM, ROPE, SCALES, HEAD, EXPERTS, GATES)
+COMMON = (NORM, ROPE, SCALES, HEAD, EXPERTS, GATES, LATENT)
 
 
 @cache

@@ -6,12 +6,12 @@ residual stream and all sums are float32.
 
 from __future__ import annotations
 
-from .attention import AttentionOps
 from .delta import DeltaOps
 from .experts import ExpertOps
 from .head import HeadOps
+from .latent import LatentOps
 from .stubs import Stubs
 
 
-class CudaOps(AttentionOps, DeltaOps, ExpertOps, HeadOps, Stubs):
+class CudaOps(LatentOps, DeltaOps, ExpertOps, HeadOps, Stubs):
     """The operations of one batch."""
