@@ -10,8 +10,7 @@ from .delta import DeltaOps
 from .experts import ExpertOps
 from .head import HeadOps
 from .latent import LatentOps
-from .stubs import Stubs
 
 
-class CudaOps(LatentOps, DeltaOps, ExpertOps, HeadOps, Stubs):
+class CudaOps(LatentOps, DeltaOps, ExpertOps, HeadOps):
     """The operations of one batch."""
