@@ -12,12 +12,27 @@ static_assert(MOST_USED_EXPERTS <= 32, "route: a warp has a lane for each expert
 static_assert(MOST_EXPERT_GROUPS <= 32, "route_biased: a lane has a group, a word a bit for each");
 static_assert(MAKE_GROUPS_THREADS == MOST_EXPERTS, "make_groups: a thread an expert");
 
+constexpr int kNoExpert = 0x7fffffff;
+
+// Of the values that a warp's lanes have, each with its expert, the largest, and of equals the one with the lowest
+// number: to all lanes. A lane without any has kNoExpert.
+__device__ __forceinline__ void best_of_warp(float& best, int& expert) {
+#pragma unroll
+    for (int offset = 16; offset; offset >>= 1) {
+        float other = __shfl_xor_sync(0xffffffffu, best, offset);
+        int other_expert = __shfl_xor_sync(0xffffffffu, expert, offset);
+        if (other > best || (other == best && other_expert < expert) || expert == kNoExpert)
+            best = other, expert = other_expert;
+    }
+}
+
 // Finds the `used` largest of each of n tokens' scores, of equals the ones with the lowest numbers, and their shares. A
 // share comes from a softmax over all scores or, with routed_after, over the chosen ones; with normalise, the shares of
-// a token are made to add up to 1. A warp takes a token.
+// a token are made to add up to 1. Where expert_scale is not null, a share is at last multiplied by its expert's. A warp
+// takes a token.
 extern "C" __global__ void __launch_bounds__(kThreads)
-    route(const float* scores, int n, int experts, int used, int normalise, int routed_after, int* expert_of,
-          float* share_of) {
+    route(const float* scores, const float* expert_scale, int n, int experts, int used, int normalise, int routed_after,
+          int* expert_of, float* share_of) {
     begin_kernel();
     int token = blockIdx.x * (kThreads / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (token >= n) return;
@@ -27,18 +42,12 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     int own_expert = 0;
     for (int slot = 0; slot < used; ++slot) {
         float best = -__int_as_float(0x7f800000);
-        int index = 0x7fffffff;
+        int index = kNoExpert;
         for (int i = 0; lane + 32 * i < experts; ++i) {
             float score = scores[lane + 32 * i];
-            if (!(taken >> i & 1) && (score > best || index == 0x7fffffff)) best = score, index = lane + 32 * i;
+            if (!(taken >> i & 1) && (score > best || index == kNoExpert)) best = score, index = lane + 32 * i;
         }
-#pragma unroll
-        for (int offset = 16; offset; offset >>= 1) {
-            float other = __shfl_xor_sync(0xffffffffu, best, offset);
-            int other_index = __shfl_xor_sync(0xffffffffu, index, offset);
-            if (other > best || (other == best && other_index < index) || index == 0x7fffffff)
-                best = other, index = other_index;
-        }
+        best_of_warp(best, index);
         if (index % 32 == lane) taken |= 1u << index / 32;
         if (slot == 0) {
             largest = best;
@@ -51,7 +60,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     }
     if (lane >= used) return;
     expert_of[token * used + lane] = own_expert;
-    share_of[token * used + lane] = own_share / (normalise || routed_after ? shares : total);
+    own_share /= normalise || routed_after ? shares : total;
+    share_of[token * used + lane] = expert_scale != nullptr ? own_share * expert_scale[own_expert] : own_share;
 }
 
 // The same where the choice is by another value than the share (arXiv 2412.19437): a score becomes a probability, by a
@@ -60,8 +70,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 // is scale * probability, with normalise over the chosen ones' sum. A warp takes a token.
 constexpr float kLeastSum = 6.103515625e-5f;  // of shares that are normalised: 2^-14, as llama.cpp has it
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-    route_biased(const float* scores, const float* bias, int n, int experts, int used, int sigmoid, int normalise,
-                 float scale, int groups, int groups_used, int* expert_of, float* share_of) {
+    route_biased(const float* scores, const float* bias, const float* expert_scale, int n, int experts, int used,
+                 int sigmoid, int normalise, float scale, int groups, int groups_used, int* expert_of,
+                 float* share_of) {
     begin_kernel();
     const float kNone = __int_as_float(0xff800000);
     int token = blockIdx.x * (kThreads / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -102,12 +113,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         allowed = 0;
         for (int round = 0; round < groups_used; ++round) {
             float best = allowed >> lane & 1 || lane >= groups ? kNone : own;
-            int index = allowed >> lane & 1 || lane >= groups ? 0x7fffffff : lane;
-            for (int offset = 16; offset; offset >>= 1) {
-                float other = __shfl_xor_sync(0xffffffffu, best, offset);
-                int other_index = __shfl_xor_sync(0xffffffffu, index, offset);
-                if (other > best || (other == best && other_index < index)) best = other, index = other_index;
-            }
+            int index = allowed >> lane & 1 || lane >= groups ? kNoExpert : lane;
+            best_of_warp(best, index);
             allowed |= 1u << index;
         }
     }
@@ -117,19 +124,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     int own_expert = 0;
     for (int slot = 0; slot < used; ++slot) {
         float best = kNone;
-        int index = 0x7fffffff;
+        int index = kNoExpert;
         for (int i = 0; lane + 32 * i < experts; ++i) {
             int expert = lane + 32 * i;
             if (taken >> i & 1 || !(allowed >> expert / in_group & 1)) continue;
             float c = choice(expert);
-            if (c > best || index == 0x7fffffff) best = c, index = expert;
+            if (c > best || index == kNoExpert) best = c, index = expert;
         }
-        for (int offset = 16; offset; offset >>= 1) {
-            float other = __shfl_xor_sync(0xffffffffu, best, offset);
-            int other_index = __shfl_xor_sync(0xffffffffu, index, offset);
-            if (other > best || (other == best && other_index < index) || index == 0x7fffffff)
-                best = other, index = other_index;
-        }
+        best_of_warp(best, index);
         if (index % 32 == lane) taken |= 1u << index / 32;
         float share = probability(index);
         shares += share;
@@ -137,7 +139,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     }
     if (lane >= used) return;
     expert_of[token * used + lane] = own_expert;
-    share_of[token * used + lane] = scale * (normalise ? own_share / fmaxf(shares, kLeastSum) : own_share);
+    own_share = scale * (normalise ? own_share / fmaxf(shares, kLeastSum) : own_share);
+    share_of[token * used + lane] = expert_scale != nullptr ? own_share * expert_scale[own_expert] : own_share;
 }
 
 // counts[e] = how many of the entries are expert e's. A block counts for one expert.
@@ -197,10 +200,10 @@ extern "C" __global__ void __launch_bounds__(COPY_THREADS)
     for (int i = threadIdx.x; i < stride / 8; i += COPY_THREADS) to[i] = from[i];
 }
 
-// x[t, :] += the sum over slots of share_of[entry] * sums[place_of[entry], :], in the order of the slots. A block takes
-// a token.
+// x[t, :] = the sum over slots of share_of[entry] * sums[place_of[entry], :], in the order of the slots (+ x[t, :], if
+// add). A block takes a token.
 extern "C" __global__ void __launch_bounds__(kThreads)
-    combine(float* x, const float* sums, int used, int columns, const int* place_of, const float* share_of) {
+    combine(float* x, const float* sums, int used, int columns, const int* place_of, const float* share_of, int add) {
     begin_kernel();
     int entry = blockIdx.x * used;
     x += static_cast<uint64_t>(blockIdx.x) * columns;
@@ -208,7 +211,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         float sum = 0.0f;
         for (int slot = 0; slot < used; ++slot)
             sum = fmaf(share_of[entry + slot], sums[static_cast<uint64_t>(place_of[entry + slot]) * columns + i], sum);
-        x[i] += sum;
+        x[i] = add ? x[i] + sum : sum;
     }
 }
 

@@ -5,11 +5,11 @@
 
 constexpr int kThreads = NORM_THREADS;
 
-// 1 / sqrt(mean(x²) + epsilon) of a row.
-__device__ __forceinline__ float inverse_rms(const float* x, int columns, float epsilon) {
+// 1 / sqrt(mean((scale x)²) + epsilon) of a row.
+__device__ __forceinline__ float inverse_rms(const float* x, int columns, float epsilon, float scale = 1.0f) {
     float sum = 0.0f;
     for (int i = threadIdx.x; i < columns; i += kThreads) sum = fmaf(x[i], x[i], sum);
-    return 1.0f / sqrtf(block_sum<kThreads>(sum) / static_cast<float>(columns) + epsilon);
+    return 1.0f / sqrtf(block_sum<kThreads>(sum) * scale * scale / static_cast<float>(columns) + epsilon);
 }
 
 // out[t, :] = *scale * rms_norm(x[t, :]) * weight as an operand: rows are `stride` apart, with zeros from `columns` to
@@ -69,12 +69,30 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         store_operand(out, i, operand_pair(value(i), value(i + 1)));
 }
 
-// x[t, :] += rms_norm(y[t, :]) * weight.
+// x[t, :] = factor * (x[t, :] + rms_norm(row_scale[t] * y[t, :]) * weight). row_scale: powers of two, or null for ones.
 extern "C" __global__ void __launch_bounds__(kThreads)
-    add_rms_norm(float* x, const float* y, const float* weight, int columns, float epsilon) {
+    add_rms_norm(float* x, const float* y, const float* row_scale, const float* weight, int columns, float epsilon,
+                 float factor) {
     begin_kernel();
     x += static_cast<uint64_t>(blockIdx.x) * columns;
     y += static_cast<uint64_t>(blockIdx.x) * columns;
-    float r = inverse_rms(y, columns, epsilon);
-    for (int i = threadIdx.x; i < columns; i += kThreads) x[i] = fmaf(y[i] * r, weight[i], x[i]);
+    float scale = row_scale != nullptr ? row_scale[blockIdx.x] : 1.0f;
+    float r = inverse_rms(y, columns, epsilon, scale) * scale;
+    for (int i = threadIdx.x; i < columns; i += kThreads) x[i] = fmaf(y[i] * r, weight[i], x[i]) * factor;
+}
+
+// x[t, :] = factor * (x[t, :] + rms_norm(s) * weight), of s = rms_norm(y[t, :]) * y_weight + rms_norm(z[t, :]) *
+// z_weight.
+extern "C" __global__ void __launch_bounds__(kThreads)
+    add_norm_of_norms(float* x, const float* y, const float* y_weight, const float* z, const float* z_weight,
+                      const float* weight, int columns, float epsilon, float factor) {
+    begin_kernel();
+    x += static_cast<uint64_t>(blockIdx.x) * columns;
+    y += static_cast<uint64_t>(blockIdx.x) * columns;
+    z += static_cast<uint64_t>(blockIdx.x) * columns;
+    float of_y = inverse_rms(y, columns, epsilon), of_z = inverse_rms(z, columns, epsilon), squares = 0.0f;
+    auto sum = [&](int i) { return fmaf(y[i] * of_y, y_weight[i], z[i] * of_z * z_weight[i]); };
+    for (int i = threadIdx.x; i < columns; i += kThreads) squares = fmaf(sum(i), sum(i), squares);
+    float r = 1.0f / sqrtf(block_sum<kThreads>(squares) / static_cast<float>(columns) + epsilon);
+    for (int i = threadIdx.x; i < columns; i += kThreads) x[i] = fmaf(sum(i) * r, weight[i], x[i]) * factor;
 }

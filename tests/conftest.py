@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "tiny-qwen3.gguf"
 # Released tests carry a case a family and a format; a development tree has the rest beside or inside it.
 CONFORMANCE_FOLDERS = [ROOT / "tests" / "data", ROOT.parent / "shared" / "conformance", ROOT / "shared" / "conformance"]
+CASES = {path.stem: path for folder in reversed(CONFORMANCE_FOLDERS) for path in sorted(folder.glob("*.gguf"))}
 GOLDEN_FOLDERS = [ROOT.parent / "shared" / "golden", ROOT / "shared" / "golden", ROOT / "tests" / "data"]
 
 if Path(kqprefill.__file__).parents[1] == ROOT:
@@ -67,6 +68,11 @@ def pytest_runtest_makereport(item):
     if report.failed and {"rng", "module_rng"} & set(item.fixturenames):
         again = f"KQPREFILL_TEST_SEED={SEED} pytest -n 0 '{id_of(item)}'"
         report.sections.append(("random inputs", f"The same ones again: {again}"))
+
+
+def found(names):
+    """The paths of those of the conformance models that are here."""
+    return [CASES[name] for name in names.split() if name in CASES]
 
 
 def why_no_gpu():

@@ -176,6 +176,17 @@ _DELTA = {
     "rope.dimension_sections": [11, 11, 10, 0],
 }
 _RECURRENT = Shape("qwen35", 2, 512, 4, 2, 128, 768, 320, 4096, 1e7, more=_DELTA)
+_LAYERS = {
+    "attention.sliding_window_pattern": [True, False, True, False],
+    "attention.head_count_kv": [2, 1, 2, 1],
+    "attention.key_length_swa": 64,
+    "attention.value_length_swa": 64,
+    "attention.shared_kv_layers": 2,
+    "embedding_length_per_layer_input": 64,
+}
+_PER_LAYER = Shape(
+    "gemma4", 4, 256, 4, 2, 512, 512, 320, 4096, 1e6, tied=True, window=64, experts=16, used=3, more=_LAYERS
+)
 # name -> (model, batch, logits, whether the embedding's rows come from the host)
 CASES = {
     "prompt": (_DENSE, Batch(np.arange(17, dtype=np.int32)), "last", False),
@@ -183,6 +194,7 @@ CASES = {
     "packed": (_DENSE, shared_prompt(700), "ranks", True),
     "experts": (_EXPERTS, Batch(np.arange(300, dtype=np.int32)), None, False),
     "recurrence": (_RECURRENT, shared_prompt(300), None, False),
+    "heads and embeddings by layer": (_PER_LAYER, shared_prompt(300), None, False),
 }
 KERNELS = {"hopper": ((9, 0), "auto"), "portable": ((8, 0), "auto")}
 

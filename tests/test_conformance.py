@@ -3,13 +3,11 @@
 import numpy as np
 import pytest
 
-from conftest import CONFORMANCE_FOLDERS, PATHS, kl_divergence, log_softmax, skip_unless_it_runs
+from conftest import CASES, CONFORMANCE_FOLDERS, PATHS, kl_divergence, log_softmax, skip_unless_it_runs
 import kqprefill
 from kqprefill.gguf import GGUFFile
 from kqprefill.gguf.dequantize import SUPPORTED
 from kqprefill.models import FAMILIES
-
-FOUND = {path.stem: path for folder in reversed(CONFORMANCE_FOLDERS) for path in sorted(folder.glob("*.gguf"))}
 
 
 def is_supported(path):
@@ -19,7 +17,7 @@ def is_supported(path):
         return file.metadata["general.architecture"] in FAMILIES and types <= SUPPORTED
 
 
-CASES = sorted(name for name, path in FOUND.items() if is_supported(path))
+SUPPORTED_CASES = sorted(name for name, path in CASES.items() if is_supported(path))
 
 
 def limit(name, backend):
@@ -33,7 +31,7 @@ def limit(name, backend):
 def test_every_family_and_format_has_a_case():
     """In what is released; beside a development tree lie gemma2, smollm3, mistral3 and the large formats of floats."""
     released = {path.stem for path in CONFORMANCE_FOLDERS[0].glob("*.gguf")}
-    assert released <= set(CASES)
+    assert released <= set(SUPPORTED_CASES)
     models = "qwen3-q4_k llama-q4_k_m qwen2-q5_k gemma-q4_k gemma3-q4_k_m phi3-q4_k_m olmo2-q4_k granite-q4_k".split()
     formats = [f"qwen3-{kind.name.lower()}" for kind in SUPPORTED if kind.name not in ("F32", "F16", "BF16")]
     models += "qwen3vl-q4_k_m qwen3vlmoe-q4_k_m glm4-q4_k_m glm4moe-nextn-q3_k_m qwen35-tied-nextn".split()
@@ -42,12 +40,12 @@ def test_every_family_and_format_has_a_case():
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SUPPORTED_CASES)
 def test_logits(name, path):
     backend, kernels = path
-    skip_unless_it_runs(FOUND[name], backend)
-    reference = np.load(FOUND[name].with_suffix(".npz"))
-    with kqprefill.load(FOUND[name], backend=backend, kernels=kernels) as model:
+    skip_unless_it_runs(CASES[name], backend)
+    reference = np.load(CASES[name].with_suffix(".npz"))
+    with kqprefill.load(CASES[name], backend=backend, kernels=kernels) as model:
         result = model.prefill(reference["tokens"], logits="all")
     expected = reference["logits"]
     assert result.logits.shape == expected.shape and result.logits.dtype == np.float32

@@ -6,15 +6,15 @@ import sys
 import numpy as np
 import pytest
 
-from conftest import BACKENDS, EXAMPLE, ROOT, relative_error, skip_unless_it_runs
+from conftest import BACKENDS, EXAMPLE, found, relative_error, skip_unless_it_runs
 import kqprefill
 
-DATA = ROOT / "tests" / "data"
 # Sliding windows of 32 and two rotary bases; recurrent layers, in both of their layouts; experts chosen by sigmoids;
-# heads of two sizes; latent attention.
-NAMES = "gemma3-q4_k_m qwen35-tied-nextn qwen3next-moe-q3_k_m glm4moe-nextn-q3_k_m gemma4-q4_k_m".split()
-NAMES += ["deepseek2-moe-glm47-q3_k_m"]
-FAMILIES = [EXAMPLE, *(DATA / f"{name}.gguf" for name in NAMES)]
+# heads of two sizes, keys and values that layers share, embeddings by layer; latent attention, in both layouts.
+NAMES = "gemma3-q4_k_m qwen35-tied-nextn qwen3next-moe-q3_k_m glm4moe-nextn-q3_k_m "
+NAMES += "gemma4-q4_k_m gemma4-hd512 gemma4-moe-q4_k_m gemma4-e2b-q3_k_m "
+NAMES += "deepseek2-moe-glm47-q3_k_m deepseek2-moe-kv_b-q3_k_m deepseek2-moe-v3-q3_k_m"
+FAMILIES = [EXAMPLE, *found(NAMES)]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -38,11 +38,12 @@ def prompt(rng):
 def test_cutting_a_prompt_changes_nothing(path, backend, prompt):
     skip_unless_it_runs(path, backend)
     with kqprefill.load(path, backend=backend) as model:
-        tokens = prompt(model, 300)
+        length = min(300, model.config.context_length)
+        tokens = prompt(model, length)
         whole = model.prefill(tokens, logits="all").logits
-        cache = model.new_cache(300)
+        cache = model.new_cache(length)
         parts, at = [], 0
-        for n in (1, 128, 171):
+        for n in (1, 100, length - 101):
             parts.append(model.prefill(tokens[at : at + n], logits="all", cache=cache).logits)
             at += n
             assert cache.length == at
@@ -60,10 +61,11 @@ def test_long_and_short_batches_give_the_same_bits(path, kernels, prompt):
     """Batch lengths that different tiles serve, and on both sides of where launches overlap (257 tokens)."""
     skip_unless_it_runs(path, "cuda")
     with kqprefill.load(path, backend="cuda", kernels=kernels) as model:
-        tokens = prompt(model, 3300)
+        length = min(3300, model.config.context_length)
+        tokens = prompt(model, length)
         whole = model.prefill(tokens, logits="all").logits
-        cache, at = model.new_cache(3300), 0
-        for n in (1, 15, 64, 120, 3100):
+        cache, at = model.new_cache(length), 0
+        for n in (1, 15, 40, 64, length - 120):
             part = model.prefill(tokens[at : at + n], logits="all", cache=cache).logits
             assert np.array_equal(part, whole[at : at + n]), f"{n} tokens from {at}"
             at += n

@@ -39,6 +39,9 @@ MODELS = [
     "qwen3.6-27b:Q4_K_M",
     "qwen3.6-35b-a3b:Q4_K_M",
     "glm-4.5-air:Q4_K_M",
+    "gemma4-31b:Q4_K_M",
+    "gemma4-26b-a4b:Q4_K_M",
+    "gemma4-e4b:Q4_K_M",
 ]
 
 
@@ -58,7 +61,7 @@ def test_every_launch_fits_its_kernel(model, capability, kernels):
     """Names and types of arguments, grids, blocks and shared memory, of models' own sizes and many lengths."""
     family = read_model(SyntheticFile.named(model))
     family.blocks = family.blocks[:4]
-    attentive = sum(isinstance(state, KeysValues) for state in family.layer_states[:4])
+    attentive = [i for i, state in enumerate(family.layer_states[:4]) if isinstance(state, KeysValues)]
     facts, kernel_set = Facts(capability), kernel_set_of(capability, kernels)
     gemm = "gemm_sm90.cu" if kernel_set.name == "Hopper" else "gemm_sm80.cu"
     for n in (1, 16, 17, 64, 100, 129, 2048, 4000, 20000):
@@ -72,9 +75,8 @@ def test_every_launch_fits_its_kernel(model, capability, kernels):
             assert gemm in {program.source for program in programs}
             assert programs <= set(rehearse(family, facts, kernel_set, batch, logits, host_embedding).programs)
             copies = [kernel for _, kernel, *_ in launched].count("copy_rows")
-            block = kernel_set.attention(family.config.head_dim).block_kv
-            continued = logits == "ranks" and batch.segments[0].length % block
-            assert copies == (attentive if continued else 0)
+            blocks = [kernel_set.attention(*family.head_dims(index)).block_kv for index in attentive]
+            assert copies == sum(logits == "ranks" and batch.segments[0].length % block > 0 for block in blocks)
 
 
 def test_arguments_go_by_name():
@@ -99,7 +101,9 @@ def test_arguments_go_by_name():
 
 def test_shared_numbers_are_used_by_the_kernels():
     """Each define that the host passes is one that some kernel reads; each kernel has its threads from one of them."""
-    one_size = "norm rope scales head experts gates weights delta_inputs".split()  # kernels whose blocks are these
+    one_size = (
+        "norm rope scales head experts gates per_layer weights delta_inputs".split()
+    )  # kernels whose blocks are these
     sources = [*one_size, *"delta_prepare delta_scan gemm_sm80 gemm_sm90 attention_sm80 attention_sm90".split()]
     text = "\n".join(text_of(f"{source}.cu") for source in sources)
     assert [name for name in SHARED_DEFINES if name not in text] == []
@@ -124,12 +128,12 @@ def test_the_cheapest_configuration_is_taken():
 
 def test_blocks_of_keys_are_those_that_packing_counts_on():
     with pytest.raises(ValueError, match="count on 128"):
-        PortableAttention(64, 2 * LARGEST_KEY_BLOCK, 8, 1)
+        PortableAttention(64, 64, 2 * LARGEST_KEY_BLOCK, 8, 1)
 
 
 def test_packed_batches_keep_to_the_keys_that_are_planned_for(rng):
     """Whatever is packed: as many rows of keys as the rehearsal makes room for, unless one piece alone has more."""
-    config = kernel_set_of((9, 0)).attention(64)
+    config = kernel_set_of((9, 0)).attention(64, 64)
 
     def ids(most):
         return [0] * int(rng.integers(1, most))
@@ -182,7 +186,7 @@ def test_packed_batches_fit_the_memory_that_is_planned():
     segments = [replace(s, after=None if s.after is None else places[prompts[s.after]]) for s in segments]
     ids = np.zeros(n, np.int32)
     batch = Batch(ids, segments=tuple(segments), targets=Targets(np.arange(n, dtype=np.int32), ids, 32))
-    rows = attention_layout(batch.segments, kernel_set.attention(64)).rows
+    rows = attention_layout(batch.segments, kernel_set.attention(64, 64)).rows
     assert n < rows <= KEYS_PER_TOKEN * n
     planned = rehearse(family, facts, kernel_set, planned_batch(n, ranks=True), "ranks").work_bytes
     tables = 256 << 10  # which rows are whose

@@ -17,7 +17,8 @@ from kqprefill.core import Batch, no_progress
 from kqprefill.gguf import GGUFFile
 from kqprefill.models import read_model
 from kqprefill.models.weights import Weight
-from kqprefill.synthetic import Shape, SyntheticFile, SyntheticTensor, write_gguf
+from kqprefill.synthetic import SyntheticFile, SyntheticTensor, write_gguf
+from op_models import EXPERTS, GEMMA, GPT_OSS, MODELS, shape
 
 pytestmark = pytest.mark.gpu
 
@@ -27,54 +28,13 @@ TOLERANCE = 2e-3
 TOLERANCES = {"delta_net": 2e-2}
 
 
-def shape(architecture, hidden, heads, kv_heads, head_dim, ffn, vocab, **more):
-    return Shape(architecture, more.pop("layers", 1), hidden, heads, kv_heads, head_dim, ffn, vocab, 4096, 1e4, **more)
-
-
-DELTA = {
-    "ssm.group_count": 2,
-    "ssm.time_step_rank": 4,
-    "ssm.state_size": 64,
-    "ssm.inner_size": 256,
-    "ssm.conv_kernel": 4,
-    "full_attention_interval": 4,
-    "rope.dimension_sections": [11, 11, 10, 0],
-}
-MIX = (GGML.Q4_K, GGML.F16, GGML.Q5_1)  # super-blocks, single weights, blocks of 32
-MODELS = {
-    "llama, no grouping": (shape("llama", 256, 4, 4, 64, 512, 160), GGML.Q4_K),
-    "llama, 8 heads of 96 to one": (shape("llama", 256, 8, 1, 96, 256, 161), GGML.Q3_K),
-    "qwen3, 8 heads to one": (shape("qwen3", 512, 8, 1, 128, 768, 521), GGML.Q6_K),
-    "qwen3, heads of 80": (shape("qwen3", 256, 16, 8, 80, 256, 160), GGML.Q2_K),
-    "qwen3, heads of 192": (shape("qwen3", 256, 4, 2, 192, 256, 160), GGML.Q5_K),
-    "qwen3, heads of 256": (shape("qwen3", 256, 3, 1, 256, 256, 160), GGML.Q8_0),
-    "qwen2, biases": (shape("qwen2", 256, 6, 2, 64, 512, 333), GGML.Q5_0),
-    "gemma3, window": (shape("gemma3", 256, 4, 2, 64, 512, 160, layers=6, window=50), GGML.IQ4_XS),
-    "no multiple of anything": (shape("llama", 100, 3, 3, 20, 77, 33), GGML.F32),
-    "rows of 32s": (shape("qwen3", 96, 6, 3, 32, 160, 47), GGML.Q4_0),
-    "formats of differing units": (
-        shape("qwen3", 256, 4, 2, 64, 512, 160),
-        lambda name, _: MIX[sum(name.encode()) % 3],
-    ),
-    "recurrence, gates": (
-        shape("qwen35", 256, 4, 2, 64, 512, 160, layers=4, more={**DELTA, "full_attention_interval": 2}),
-        GGML.Q4_K,
-    ),
-    "recurrence, heads of 128": (
-        shape(
-            "qwen35", 256, 2, 1, 256, 512, 160, layers=2, more=DELTA | {"ssm.state_size": 128, "ssm.inner_size": 512}
-        ),
-        GGML.Q8_0,
-    ),
-    "wide": (shape("qwen3", 2560, 8, 2, 128, 4096, 1000), GGML.Q4_K),
-}
-
-
 class PoisonedWorkspace(Workspace):
     """A Workspace whose outputs are NaN until a kernel writes them."""
 
     OUTPUTS = "normed", "qkv", "q", "k", "v", "logits", "activated", "dequantised", "linear", "residual"
     OUTPUTS += "gates", "delta", "delta sums", "delta rates", "delta gates", "delta outputs"
+    OUTPUTS += "embeddings for the layers", "of the table", "embedding gates", "gated embedding", "row scales"
+    OUTPUTS += tuple(f"{name} of layer {layer}" for name in "kv" for layer in range(2))
     OUTPUTS += tuple(f"delta {name}" for name in "q k v w u p decay states".split())
 
     def array(self, name, dtype, *shape):
@@ -140,6 +100,10 @@ class BothOps:
         return both
 
     def _compare(self, op, expected, got):
+        if op == "embed_for_layers":
+            made = self._floats(self.cuda._embeddings)
+            self._note(op, self.cpu._embeddings.reshape(made.shape), made)
+            return None
         if op in ("qkv", "gated_qkv"):  # gates are looked at where they have been applied
             for name, e, g in zip("qkv", expected, got):
                 tokens, heads, dim = e.shape
@@ -239,11 +203,6 @@ class ModelOfConfig:
                 return [model.prefill(self.tokens[:n], logits="all").logits for n in (5, 300)]
 
 
-# Biases, sinks, and an activation of its own.
-GPT_OSS = shape("gpt-oss", 512, 8, 2, 64, 192, 160, experts=16, used=3, layers=2, window=50)
-EXPERTS = shape("qwen3moe", 512, 4, 2, 128, 256, 160, experts=16, used=3, layers=2)
-
-
 @pytest.fixture(scope="module", params=[shape("qwen3", 768, 8, 2, 64, 1280, 161), EXPERTS], ids=["dense", "experts"])
 def model_of_config(request, module_rng):
     return ModelOfConfig(request.param, module_rng)
@@ -260,7 +219,7 @@ def test_every_configuration_gives_the_same_bits(model_of_config, config):
 
 @pytest.mark.parametrize("kernels", ["auto", "portable"])
 @pytest.mark.parametrize("kind", [GGML.Q4_K, GGML.MXFP4, GGML.Q8_0], ids=lambda t: t.name)
-@pytest.mark.parametrize("shape", [EXPERTS, GPT_OSS], ids=lambda s: s.architecture)
+@pytest.mark.parametrize("shape", [EXPERTS, GPT_OSS, GEMMA], ids=lambda s: s.architecture)
 def test_experts(shape, kind, kernels, rng):
     """Against the CPU, where some experts have many tokens, some few or none; and cut into independent pieces."""
     from kqprefill.engine.model import open_model

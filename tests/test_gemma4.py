@@ -7,12 +7,9 @@ import numpy as np
 import pytest
 
 from conftest import log_softmax, relative_error
-from kqprefill.backends.cuda.bounds import H100
-from kqprefill.backends.cuda.kernel_set import kernel_set_of
-from kqprefill.backends.cuda.rehearsal import plan_model
 from kqprefill.core import KeysValues, SharedKeysValues
 from kqprefill.engine.model import open_model
-from kqprefill.errors import BackendError, ModelError
+from kqprefill.errors import ModelError
 from kqprefill.gguf.types import GGML
 from kqprefill.models import describe_model, read_model
 from kqprefill.synthetic import Shape, SyntheticFile
@@ -66,11 +63,6 @@ def test_keys_and_values_that_are_not_used_stay_in_the_file():
     file.tensors["blk.2.attn_q.extra"] = file.tensors["blk.2.attn_v.weight"]
     with pytest.raises(ModelError, match=r"blk\.2\.attn_q\.extra has no place"):
         read_model(file)
-
-
-def test_cuda_refuses_the_family():
-    with pytest.raises(BackendError, match=r"^small: gemma4 does not run on CUDA; use --backend cpu$"):
-        plan_model(read_model(small()), H100, kernel_set_of(H100.capability), 1 << 34, 100)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from conftest import EXAMPLE, ROOT
+from conftest import EXAMPLE, found
 import kqprefill
 from kqprefill.backends.budget import Budget, host_memory
 from kqprefill.backends.cuda.bounds import H100, estimate
@@ -24,7 +24,8 @@ GIB = 1 << 30
 HOPPER = kernel_set_of(H100.capability)
 MODELS = [
     EXAMPLE,
-    *(ROOT / "tests/data" / f"{name}.gguf" for name in ("gemma3-q4_k_m", "qwen35-tied-nextn", "qwen3next-moe-q3_k_m")),
+    *found("gemma3-q4_k_m qwen35-tied-nextn qwen3next-moe-q3_k_m gemma4-e2b-q3_k_m gemma4-moe-q4_k_m"),
+    *found("deepseek2-moe-glm47-q3_k_m deepseek2-moe-kv_b-q3_k_m"),
 ]
 
 

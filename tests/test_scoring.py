@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from conftest import BACKENDS, CONFORMANCE_FOLDERS, EXAMPLE, log_softmax, skip_unless_it_runs
+from conftest import BACKENDS, EXAMPLE, found, log_softmax, skip_unless_it_runs
 import kqprefill
 from kqprefill.backends.cuda.attention_kernels import PortableAttention
 from kqprefill.backends.cuda.ops.attention_layout import attention_layout
@@ -15,18 +15,15 @@ from kqprefill.gguf.types import GGML
 from kqprefill.synthetic import SHAPES, Shape, SyntheticFile
 from test_models import variant
 
-FOUND = {path.stem: path for folder in reversed(CONFORMANCE_FOLDERS) for path in folder.glob("*.gguf")}
 # Windows of 32; soft-caps; experts, one of them shared; sinks; recurrences. Those that are not released run where they
 # are.
 WANTED = "gemma3-q4_k_m gemma2-q4_k qwen2moe-q4_k gpt-oss-mxfp4 granite-q4_k qwen35-tied-nextn qwen3next-moe-q3_k_m"
 WANTED += " gemma4-q4_k_m gemma4-e2b-q3_k_m gemma4-moe-q4_k_m"  # heads of two sizes; shared keys and values; experts
 WANTED += " deepseek2-moe-glm47-q3_k_m"  # latent attention
-NAMES = [name for name in WANTED.split() if name in FOUND]
-
 
 MODELS = [
     pytest.param((path, *way), marks=[pytest.mark.gpu] if way[0] == "cuda" else [], id=f"{path.stem}-{'-'.join(way)}")
-    for path in [EXAMPLE, *(FOUND[name] for name in NAMES)]
+    for path in [EXAMPLE, *found(WANTED)]
     for way in (("cpu", "auto"), ("cuda", "auto"), ("cuda", "portable"))
 ]
 
@@ -167,7 +164,7 @@ def test_groups_are_full_and_in_order():
 
 
 def test_continued_segments_have_whole_blocks_of_keys_in_common():
-    config = PortableAttention(64, 64, 8, 1)
+    config = PortableAttention(64, 64, 64, 8, 1)
     segments = Segment(0, 150), Segment(150, 10, 150, 0), Segment(160, 200, 150, 0)
     layout = attention_layout(segments, config)
     assert layout.rows == 150 + 22 + 10 + 22 + 200

@@ -113,6 +113,10 @@ class Family(ABC):
         """The matrices outside the layers that something is multiplied by, but the output; there are few."""
         return []
 
+    def row_table(self) -> Weight | None:
+        """A matrix beside the embedding of which only rows are looked up, one a token; it stays in the file."""
+        return None
+
     def block_parts(self, index: int) -> Parts:
         """The matrices of a block that this family keeps one under another in one tensor."""
         return {}

@@ -115,6 +115,9 @@ class Gemma4(Gemma):
     def other_matrices(self) -> list[Weight]:
         return [self.shared.per_layer_model_proj] if self.input_width else []
 
+    def row_table(self) -> Weight | None:
+        return self.shared.get("per_layer_token_embd")
+
     def block_parts(self, index: int) -> Parts:
         return {} if self.experts is None else self.experts.fused_parts
 

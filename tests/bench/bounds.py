@@ -5,19 +5,23 @@
 For each prompt length T it times what a model in dense bf16 that did nothing else would spend on
   linears    every matrix of a layer through cuBLAS, those of experts through PyTorch's grouped GEMM, with each token
              sent to experts at random (the router, under 1% of the work, is left out);
-  attention  causal attention of the whole prompt, through PyTorch's flash attention; recurrences count as free;
+  attention  causal attention of the whole prompt, through PyTorch's flash attention; recurrences count as free.
+             It knows neither windows nor heads of more than 256 nor keys and values of different size: of these it is
+             the time of the nearest that it knows, by the ratio of the operations;
 and prints the tokens/s of such a model in three columns:
   burst      from rest, for some 40 ms: before the card's power limit acts;
   sustained  the last of 1.5 s without a pause: what a corpus job meets;
   8-bit      sustained, with products of e4m3 operands (cuBLASLt, fast accumulation); of shapes without experts only.
 Work is replayed as CUDA graphs, so that no gap between launches counts, over several layers' weights, so that none
-are answered from the L2 cache.
+are answered from the L2 cache. Each kind of a model's layers is timed by itself.
 """
 
 from __future__ import annotations
 
 from argparse import ArgumentParser
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 import json
 import math
 from pathlib import Path
@@ -27,15 +31,21 @@ from typing import TypeAlias
 import torch
 from torch.nn import functional as F
 
-from kqprefill.core import KeysValues
+from kqprefill.core import KeysValues, Latent, SharedKeysValues
 from kqprefill.models import read_model
+from kqprefill.models.deepseek2 import DeepSeek2
 from kqprefill.models.family import Family
 from kqprefill.synthetic import SHAPES, SyntheticFile
 
-LAYERS = 4  # whose distinct weights are multiplied in turn; a hybrid's three recurrent layers and one of attention
+COPIES = (
+    4  # of a kind of layer, with weights of their own, that are multiplied in turn; fewer where these are larger than
+)
+COPIES_BYTES = 16 << 30
+LARGEST_HEAD = 256  # that flash attention takes
 # Matrices that share their input.
 TOGETHER = (
-    ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_gate", "ssm_beta", "ssm_alpha"),
+    ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_gate", "ssm_beta", "ssm_alpha", "attn_q_a", "attn_kv_a_mqa"),
+    ("attn_q_b",),
     ("attn_output", "ssm_out"),
     ("ffn_gate", "ffn_up"),
     ("ffn_down",),
@@ -43,6 +53,8 @@ TOGETHER = (
     ("ffn_down_shexp",),
     ("ffn_gate_exps", "ffn_up_exps"),
     ("ffn_down_exps",),
+    ("inp_gate",),
+    ("proj",),
 )
 REPLAYS = 10  # of a burst
 SUSTAINED_SECONDS, MEASURED_SECONDS = (
@@ -104,32 +116,52 @@ def weight_shapes(family: Family, index: int) -> list[tuple[int, ...]]:
         if tensors:
             experts, rows, columns = tensors[0].shape[:-2], sum(t.shape[-2] for t in tensors), tensors[0].shape[-1]
             shapes.append((*experts, columns, rows) if experts else (rows, columns))
+    if isinstance(family, DeepSeek2):  # in either form of the file: from latent rows to keys and values
+        latent = family.latent
+        shapes.append((latent.heads * (latent.key_dim + latent.value_dim), latent.rank))
     return shapes
 
 
+@dataclass(frozen=True)
+class Attention:
+    """A kind of layer's: the sizes of heads, and the window, None for none."""
+
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    window: int | None
+
+    def seen(self, tokens: int) -> int:
+        """Pairs of a query and a key that it sees."""
+        window = min(tokens, self.window or tokens)
+        return window * (window + 1) // 2 + (tokens - window) * window
+
+
 class Layers:
-    """Some layers' weights, and their work over `tokens` tokens."""
+    """Every kind of a model's layers."""
 
     def __init__(self, name: str) -> None:
         self.shape, family = SHAPES[name], read_model(SyntheticFile.named(name))
-        first = self.shape.layers // 2 // LAYERS * LAYERS  # the first layers' kinds may be others
-        self.sizes = [weight_shapes(family, first + i) for i in range(LAYERS)]
-        self.weights = [[random(*sizes) for sizes in layer] for layer in self.sizes]
-        self.attentive = sum(isinstance(state, KeysValues) for state in family.layer_states)
+        layers = range(family.config.block_count)
+        self.heads = family.config.head_count
+        self.linear_kinds = Counter(tuple(weight_shapes(family, index)) for index in layers)
+        self.attention_kinds = Counter(filter(None, (attention_of(family, index) for index in layers)))
 
     def operations(self, tokens: int) -> int:
-        """Floating-point operations of these layers' linears."""
+        """Floating-point operations of all layers' linears."""
         times = {2: 1, 3: self.shape.used}  # that a token passes a matrix, or matrices of a stack
-        every = [sizes for layer in self.sizes for sizes in layer]
-        return 2 * tokens * sum(times[len(sizes)] * math.prod(sizes[-2:]) for sizes in every)
+        every = [(sizes, count) for kind, count in self.linear_kinds.items() for sizes in kind]
+        return 2 * tokens * sum(count * times[len(sizes)] * math.prod(sizes[-2:]) for sizes, count in every)
 
-    def linears(self, tokens: int, eight_bit: bool = False) -> Work:
-        """All products of all these layers: of bf16 operands, or of e4m3 ones."""
-        shape, kind = self.shape, torch.float8_e4m3fn if eight_bit else torch.bfloat16
-        weights = [[w.to(kind) for w in layer] for layer in self.weights]
+    def linears(self, kind: tuple[tuple[int, ...], ...], tokens: int, eight_bit: bool = False) -> tuple[Work, int]:
+        """All products of a kind of layer, of bf16 operands or of e4m3 ones, and of how many layers with weights of
+        their own."""
+        shape, dtype = self.shape, torch.float8_e4m3fn if eight_bit else torch.bfloat16
+        copies = max(1, min(COPIES, COPIES_BYTES // sum(2 * math.prod(sizes) for sizes in kind)))
+        weights = [[random(*sizes).to(dtype) for sizes in kind] for _ in range(copies)]
         # Stacks of experts take a row for each token and each expert that it goes to, sorted by expert.
         rows = {2: tokens, 3: tokens * shape.used}
-        inputs = [[random(rows[len(s)], s[1]).to(kind) for s in layer] for layer in self.sizes]
+        inputs = [random(rows[len(s)], s[1]).to(dtype) for s in kind]
         chosen = torch.rand(tokens, max(1, shape.experts), device="cuda").topk(shape.used).indices.flatten()
         ends = torch.bincount(chosen, minlength=shape.experts).cumsum(0).to(torch.int32)
         grouped_mm, one = getattr(torch, "_grouped_mm", None) or F.grouped_mm, torch.ones((), device="cuda")
@@ -143,38 +175,67 @@ class Layers:
                 torch.matmul(x, w.t())
 
         def work() -> None:
-            for layer, xs in zip(weights, inputs):
-                for x, w in zip(xs, layer):
+            for layer in weights:
+                for x, w in zip(inputs, layer):
                     multiply(x, w)
 
-        return work
+        return work, copies
 
-    def attention(self, tokens: int) -> Work:
-        """One layer's."""
-        q = random(1, self.shape.heads, tokens, self.shape.head_dim)
-        k, v = (random(1, self.shape.kv_heads, tokens, self.shape.head_dim) for _ in range(2))
-        return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    def attention(self, kind: Attention, tokens: int) -> tuple[Work, float]:
+        """Causal attention with the nearest heads that flash attention takes, and how much of its operations those of
+        this kind of layer are."""
+        wide = max(kind.head_dim, kind.value_dim)
+        parts = -(-wide // LARGEST_HEAD)  # heads for one
+        size = -(-wide // parts // 8) * 8
+        q = random(1, parts * self.heads, tokens, size)
+        k, v = (random(1, parts * kind.kv_heads, tokens, size) for _ in range(2))
+        share = (kind.head_dim + kind.value_dim) / (2 * parts * size)
+        share *= kind.seen(tokens) / Attention(1, 1, 1, None).seen(tokens)
+        return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), share
+
+
+def attention_of(family: Family, index: int) -> Attention | None:
+    """A layer's; None for a recurrence."""
+    state = family.layer_states[index]
+    if isinstance(state, SharedKeysValues):
+        return attention_of(family, state.layer)
+    if isinstance(state, KeysValues):
+        return Attention(state.heads, *family.head_dims(index), state.window)
+    if isinstance(state, Latent):
+        return Attention(family.config.head_count, *family.head_dims(index), None)
+    return None
 
 
 def measure(layers: Layers, tokens: int) -> dict[str, dict[str, float]]:
     """Each column's figures for a prompt of so many tokens."""
-    shape = layers.shape
 
-    def column(linears: float, attention: float) -> dict[str, float]:
-        linear_ms, attention_ms = linears * shape.layers / LAYERS, attention * layers.attentive
+    def linears(milliseconds: Callable[[Work], float], eight_bit: bool = False) -> float:
+        total = 0.0
+        for kind, count in layers.linear_kinds.items():
+            work, copies = layers.linears(kind, tokens, eight_bit)
+            total += milliseconds(work) / copies * count
+        return total
+
+    def attention(milliseconds: Callable[[Work], float]) -> float:
+        total = 0.0
+        for kind, count in layers.attention_kinds.items():
+            work, share = layers.attention(kind, tokens)
+            total += milliseconds(work) * share * count
+        return total
+
+    def column(linear_ms: float, attention_ms: float) -> dict[str, float]:
         return {
             "linear_ms": linear_ms,
             "attention_ms": attention_ms,
-            "tflops": layers.operations(tokens) / linears / 1e9,
+            "tflops": layers.operations(tokens) / linear_ms / 1e9,
             "tokens_per_second": tokens / (linear_ms + attention_ms) * 1e3,
         }
 
-    linears, attention = layers.linears(tokens), layers.attention(tokens)
-    columns = {"burst": column(burst_ms(linears), burst_ms(attention))}
-    held = sustained_ms(attention)
-    columns["sustained"] = column(sustained_ms(linears), held)
-    if not shape.experts:
-        columns["8-bit"] = column(sustained_ms(layers.linears(tokens, eight_bit=True)), held)
+    held = attention(sustained_ms)
+    columns = {"burst": column(linears(burst_ms), attention(burst_ms))}
+    columns["sustained"] = column(linears(sustained_ms), held)
+    if not layers.shape.experts:
+        columns["8-bit"] = column(linears(sustained_ms, eight_bit=True), held)
     return columns
 
 
@@ -193,9 +254,7 @@ def card_rates() -> dict[str, float]:
 def main() -> None:
     """Measure, print a line a length, and write the figures where asked to."""
     parser = ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    # PyTorch's flash attention knows no windows, and CUDA has no latent attention here.
-    known = [name for name, shape in SHAPES.items() if not shape.window and shape.architecture != "deepseek2"]
-    parser.add_argument("shape", choices=known)
+    parser.add_argument("shape", choices=list(SHAPES))
     parser.add_argument("lengths", nargs="?", default="16,128,512,2048,8192,32768", help="T,T,…")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     options = parser.parse_args()

@@ -15,18 +15,18 @@ from .functions import GATES
 class PerLayerOps(Ops):
     """Ops that are made of others, in NumPy float32."""
 
-    _for_layers: Float32Array | None = None  # [T, layers, P]
+    _embeddings: Float32Array | None = None  # [T, layers, P]
 
     def embed_for_layers(self, x: Float32Array, table: Weight, matrix: Weight, norm: Weight) -> None:
         (width,) = norm.shape
         own = self.embed(table, scale=math.sqrt(width)).reshape(len(x), -1, width)
         made = self.linear(x, matrix, scale=1 / math.sqrt(x.shape[1])).reshape(own.shape)
-        self._for_layers = (own + self.rms_norm(made, norm)) / np.float32(math.sqrt(2))
+        self._embeddings = (own + self.rms_norm(made, norm)) / np.float32(math.sqrt(2))
 
     def add_gated_embedding(
         self, x: Float32Array, gate: Weight, matrix: Weight, norm: Weight, factor: Weight | None
     ) -> Float32Array:
-        assert self._for_layers is not None, "embed_for_layers comes first"
-        gated = GATES["gelu_tanh"](self.linear(x, gate), self._for_layers[:, self.layer])
+        assert self._embeddings is not None, "embed_for_layers comes first"
+        gated = GATES["gelu_tanh"](self.linear(x, gate), self._embeddings[:, self.layer])
         added: Float32Array = self.add_rms_norm(x, self.linear(gated, matrix), norm, factor)
         return added

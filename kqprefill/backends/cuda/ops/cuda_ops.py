@@ -10,7 +10,8 @@ from .delta import DeltaOps
 from .experts import ExpertOps
 from .head import HeadOps
 from .latent import LatentOps
+from .per_layer import PerLayerOps
 
 
-class CudaOps(LatentOps, DeltaOps, ExpertOps, HeadOps):
+class CudaOps(LatentOps, DeltaOps, ExpertOps, PerLayerOps, HeadOps):
     """The operations of one batch."""

@@ -30,19 +30,28 @@ class DenseOps(BatchOps):
         if not weights.on_host(weight):
             self._embed(weights.matrix(weight), self.tokens, scale, x)
             return residual
-        # The rows of this prompt's tokens alone, as a matrix of their own.
         most = min(self.n, TOKENS_AT_ONCE)
-        numbers = self.work.upload("row numbers", np.arange(most, dtype=np.int32))
-        whole = matrix_of(weight.tensor)
+        numbers = self.row_numbers(most)
         for t in range(0, self.n, most):
             m = min(most, self.n - t)
-            rows = replace(whole, rows=m)
-            held = self.work.array("embedding", rows.array.dtype, *rows.array.shape)
-            rows = replace(rows, address=held.address)
             raw = weights.host_rows(weight, self.batch.tokens[t : t + m])
-            repack(self.launcher, rows, 0, self.work.upload("embedding rows", raw))
-            self._embed(rows, numbers.rows(0, m), scale, x.rows(t, t + m))
+            self.embed_rows(weight, self.work.upload("embedding rows", raw), numbers, scale, x.rows(t, t + m))
         return residual
+
+    def row_numbers(self, most: int) -> DeviceArray:
+        """0, 1, …, most - 1: what `embed_rows` calls the rows that it is given."""
+        return self.work.upload("row numbers", np.arange(most, dtype=np.int32))
+
+    def embed_rows(
+        self, weight: Weight, raw: DeviceArray, numbers: DeviceArray, scale: float, out: DeviceArray
+    ) -> None:
+        """out = scale * rows of a matrix, which are given as the file has them: uint8 [rows, row bytes]."""
+        m = raw.shape[0]
+        rows = replace(matrix_of(weight.tensor), rows=m)
+        held = self.work.array("embedding", rows.array.dtype, *rows.array.shape)
+        rows = replace(rows, address=held.address)
+        repack(self.launcher, rows, 0, raw)
+        self._embed(rows, numbers.rows(0, m), scale, out)
 
     def _embed(self, matrix: Matrix, tokens: DeviceArray, scale: float, out: DeviceArray) -> None:
         self.launcher.launch(
@@ -118,25 +127,68 @@ class DenseOps(BatchOps):
                 f"{self.config.architecture}: this family's page casts a residual stream that more than norms' outputs "
                 "were added to: nothing bounds its values"
             )
-        return abs(bound.scale) * self.context.weights.absmax(bound.embedding) + bound.added
+        weights, embedding = self.context.weights, bound.embedding
+        on_host = weights.on_host(embedding)
+        largest = weights.absmax(embedding) if on_host else self.scales.absmax(weights.matrix(embedding))
+        return abs(bound.scale) * largest + bound.added
 
-    def add_rms_norm(self, x: Residual, y: Sums, weight: Weight) -> Residual:
+    def add_rms_norm(
+        self,
+        x: Residual,
+        y: Sums,
+        weight: Weight,
+        factor: Weight | None = None,
+        row_scale: DeviceArray | None = None,
+    ) -> Residual:
+        """As Ops.add_rms_norm; row_scale: powers of two that y's rows are to be multiplied by, float32 [T]."""
         self.enter("rest")
-        vector, host = self.context.small.vector(weight.tensor)
+        times = self._factor(factor)
         self.launcher.launch(
             NORM,
             "add_rms_norm",
             grid=self.n,
             x=x.values,
             y=y,
-            weight=vector,
-            columns=len(host),
+            row_scale=row_scale,
+            weight=self.vector(weight),
+            columns=weight.shape[0],
             epsilon=self.config.rms_epsilon,
+            factor=times,
         )
+        return self._bounded(x, weight, times)
+
+    def add_norm_of_norms(
+        self, x: Residual, y: Sums, y_norm: Weight, z: Sums, z_norm: Weight, weight: Weight, factor: Weight | None
+    ) -> Residual:
+        self.enter("rest")
+        times = self._factor(factor)
+        self.launcher.launch(
+            NORM,
+            "add_norm_of_norms",
+            grid=self.n,
+            x=x.values,
+            y=y,
+            y_weight=self.vector(y_norm),
+            z=z,
+            z_weight=self.vector(z_norm),
+            weight=self.vector(weight),
+            columns=weight.shape[0],
+            epsilon=self.config.rms_epsilon,
+            factor=times,
+        )
+        return self._bounded(x, weight, times)
+
+    def _factor(self, weight: Weight | None) -> float:
+        """The one value of a vector; 1 for None."""
+        return 1.0 if weight is None else float(self.context.small.vector(weight.tensor)[1][0])
+
+    def _bounded(self, x: Residual, weight: Weight, factor: float) -> Residual:
+        """The residual stream once a norm's output has been added, and all multiplied by a factor."""
         if x.bound is None:
             return x
+        _, host = self.context.small.vector(weight.tensor)
         added = x.bound.added + math.sqrt(len(host)) * float(np.abs(host).max())
-        return replace(x, bound=replace(x.bound, added=added))
+        return replace(x, bound=ResidualBound(x.bound.embedding, x.bound.scale * factor, added * abs(factor)))
 
     def linear(
         self, a: Operand, weight: Weight, residual: Residual | None = None, scale: float = 1.0

@@ -22,11 +22,28 @@ _GROUP_WORDS = 4  # of kernels/include/groups.cuh's Group
 class ExpertOps(DenseOps):
     """Part of CudaOps."""
 
-    def moe(self, h: Operand, w: Weights, experts: Experts, *, activation: str, residual: Residual) -> Residual:
+    def router_scores(self, x: Residual, norm: Weight, router: Weight, scale: float) -> Sums:
+        h = self.normalise(x.values, norm)
+        scores = self.work.array("router scores", FLOAT32, self.n, router.shape[0])
+        self.enter("linear", [router], self.n)
+        self.multiply(self.scaled(h, scale), [self.matrix(router)], scores)
+        return scores
+
+    def moe(
+        self,
+        h: Operand,
+        w: Weights,
+        experts: Experts,
+        *,
+        activation: str,
+        residual: Residual | None = None,
+        scores: Sums | None = None,
+    ) -> Residual | Sums:
         count, used, hidden = experts.count, experts.used, h.columns
-        self.enter("linear", [w.ffn_gate_inp], self.n)
+        out = residual.values if residual is not None else self.work.array("combined", FLOAT32, self.n, hidden)
+        if scores is None:
+            self.enter("linear", [w.ffn_gate_inp], self.n)
         self.enter("linear", [w.ffn_gate_exps, w.ffn_up_exps, w.ffn_down_exps], self.n, share=used / count)
-        router = self.matrix(w.ffn_gate_inp)
         gate, up, down = (self.matrix(stack) for stack in (w.ffn_gate_exps, w.ffn_up_exps, w.ffn_down_exps))
         g, u, d = (stack.one_of(count) for stack in (gate, up, down))
         biases, down_bias = (self.bias(w.ffn_gate_exps), self.bias(w.ffn_up_exps)), self.bias(w.ffn_down_exps)
@@ -38,9 +55,12 @@ class ExpertOps(DenseOps):
             end = min(t + step, self.n)
             rows = (end - t) * used  # a token's copies count
             tokens = h.part(t, end)
-            scores = self.work.array("scores", FLOAT32, end - t, count)
-            self.multiply(tokens, [router], scores, self.bias(w.ffn_gate_inp))
-            places, shares, counts = self._route(scores, experts, w.get("exp_probs_b_bias"))
+            if scores is None:
+                own = self.work.array("scores", FLOAT32, end - t, count)
+                self.multiply(tokens, [self.matrix(w.ffn_gate_inp)], own, self.bias(w.ffn_gate_inp))
+            else:
+                own = scores.rows(t, end)
+            places, shares, counts = self._route(own, experts, w)
             x = self._gather(tokens, places, used)
             act = Operand(self._activated(rows, g.rows), g.rows, act_scale)
             groups = self._groups(counts, rows, gated.group_rows(rows, [g, u], True, count))
@@ -52,14 +72,15 @@ class ExpertOps(DenseOps):
                 EXPERTS,
                 "combine",
                 grid=end - t,
-                x=residual.values.rows(t, end),
+                x=out.rows(t, end),
                 sums=sums,
                 used=used,
                 columns=hidden,
                 place_of=places,
                 share_of=shares,
+                add=int(residual is not None),
             )
-        return Residual(residual.values)
+        return out if residual is None else Residual(out)
 
     def _activated(self, rows: int, width: int) -> DeviceArray:
         """Where gate's and up's outcome goes. What pads its columns is zero: it is an array that nobody else writes,
@@ -68,9 +89,7 @@ class ExpertOps(DenseOps):
         name = "activated" if stride == width else f"activated, {width} of {stride}"
         return self.work.array(name, HALVES.dtype, rows, stride)
 
-    def _route(
-        self, scores: DeviceArray, experts: Experts, bias: Weight | None
-    ) -> tuple[DeviceArray, DeviceArray, DeviceArray]:
+    def _route(self, scores: DeviceArray, experts: Experts, w: Weights) -> tuple[DeviceArray, DeviceArray, DeviceArray]:
         """From each token's scores: where its copies' rows go and the share of each, [tokens * used]; each expert's
         rows."""
         tokens, count = scores.shape
@@ -78,6 +97,7 @@ class ExpertOps(DenseOps):
         chosen, shares = self.work.array("experts", INT32, rows), self.work.array("shares", FLOAT32, rows)
         places, counts = self.work.array("places", INT32, rows), self.work.array("counts", INT32, count)
         grid = -(-tokens // _ROUTED_A_BLOCK)
+        bias, expert_scale = w.get("exp_probs_b_bias"), self.vector(w.get("ffn_down_exps_scale"))
         if experts.chooses_by_more or bias is not None:
             self.launcher.launch(
                 EXPERTS,
@@ -85,6 +105,7 @@ class ExpertOps(DenseOps):
                 grid=grid,
                 scores=scores,
                 bias=self.vector(bias),
+                expert_scale=expert_scale,
                 n=tokens,
                 experts=count,
                 used=experts.used,
@@ -102,6 +123,7 @@ class ExpertOps(DenseOps):
                 "route",
                 grid=grid,
                 scores=scores,
+                expert_scale=expert_scale,
                 n=tokens,
                 experts=count,
                 used=experts.used,

@@ -20,7 +20,7 @@ from ..device.compiler import Program
 from ..device.gpu import Gpu
 from ..device.workspace import aligned
 from .host_pages import WINDOW
-from .matrix import layer_matrices, tile_bytes
+from .matrix import layer_matrices, tensors_outside, tile_bytes
 from .staging import STAGING_BYTES, STAGING_SLOTS
 
 CONTEXT_BYTES = 560 << 20  # that the driver takes for a context and our kernels (an H100: 540 MiB)
@@ -143,7 +143,7 @@ def make_plan(
     placement = Placement.on_one(device, len(layers))
     tiles = [tile_bytes(tensors) for tensors in layers]
     raw = [sum(aligned(t.nbytes) for t in tensors) for tensors in layers]
-    output, embedding = tile_bytes([family.output.tensor]), tile_bytes([family.token_embd.tensor])
+    output, embedding = tile_bytes(tensors_outside(family)), tile_bytes([family.token_embd.tensor])
     tied = family.output is family.token_embd
     least_slot = aligned(max(TILE_ROWS * w.tensor.nbytes // math.prod(w.shape[:-1]) for w in family.matrices()))
     parts = {"CUDA context": CONTEXT_BYTES, "output": output}

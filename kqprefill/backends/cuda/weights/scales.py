@@ -25,6 +25,7 @@ class Scales:
 
     def __init__(self, gpu: Gpu, launcher: Launches, work: Workspace, small: SmallArrays) -> None:
         self._gpu, self._launcher, self._work, self._small = gpu, launcher, work, small
+        self._absmax: dict[str, float] = {}
 
     def of_bound(self, bound: float) -> DeviceArray:
         """The scale of values whose magnitude is at most `bound`: kernels/scales.cu's scale_for, on the host."""
@@ -35,6 +36,10 @@ class Scales:
 
         return self._small.once(("bound", float(bound)), *_SCALE, make)
 
+    def unit(self) -> DeviceArray:
+        """1: of what is not scaled."""
+        return self._small.constant(np.ones(1, np.float32))
+
     def of_weights(self, matrices: Sequence[Matrix], norm: DeviceArray | None) -> DeviceArray:
         """The scale of the halves that these matrices are multiplied as.
 
@@ -43,24 +48,37 @@ class Scales:
         """
 
         def make(scale: DeviceArray) -> None:
-            largest = self._work.array("absmax", UINT32, 1)
-            self._gpu.zero(largest.address, largest.nbytes)
-            for matrix in matrices:
-                self._launcher.launch(
-                    weight_program(matrix.type),
-                    "measure",
-                    grid=matrix.row_tiles,
-                    weights=matrix.array,
-                    units=matrix.units,
-                    rows=matrix.rows,
-                    columns=matrix.columns,
-                    input=norm,
-                    row_norm=self._row_norms(matrix),
-                    absmax=largest,
-                )
+            largest = self._measure(matrices, norm)
             self._launcher.launch(SCALES, "weight_scale", grid=1, absmax=largest, scale=scale)
 
         return self._small.once(("weights", *(matrix.name for matrix in matrices)), *_SCALE, make)
+
+    def _measure(self, matrices: Sequence[Matrix], norm: DeviceArray | None) -> DeviceArray:
+        """Measure matrices' rows; the bits of their largest magnitude."""
+        largest = self._work.array("absmax", UINT32, 1)
+        self._gpu.zero(largest.address, largest.nbytes)
+        for matrix in matrices:
+            self._launcher.launch(
+                weight_program(matrix.type),
+                "measure",
+                grid=matrix.row_tiles,
+                weights=matrix.array,
+                units=matrix.units,
+                rows=matrix.rows,
+                columns=matrix.columns,
+                input=norm,
+                row_norm=self._row_norms(matrix),
+                absmax=largest,
+            )
+        return largest
+
+    def absmax(self, matrix: Matrix) -> float:
+        """The largest magnitude in a matrix, for the host, which waits for it the first time."""
+        if matrix.name not in self._absmax:
+            largest = np.zeros(1, np.float32)
+            self._gpu.download(largest, self._measure([matrix], None).address)
+            self._absmax[matrix.name] = float(largest[0])
+        return self._absmax[matrix.name]
 
     def of_outputs(
         self,

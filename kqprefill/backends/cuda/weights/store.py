@@ -22,7 +22,7 @@ from ..constants import TILE_ROWS
 from ..device.gpu import Gpu
 from ..device.launcher import Launches
 from ..device.workspace import aligned
-from .matrix import Matrix, layer_matrices, matrix_of, tile_bytes
+from .matrix import Matrix, layer_matrices, matrix_of, tensors_outside, tile_bytes
 from .plan import Plan
 from .staging import STAGING_BYTES, STAGING_SLOTS, Brought, Piece, Staging, pieces_of
 
@@ -111,7 +111,7 @@ class WeightsOnDevice:
         """The tensors that share an allocation on this device, by what it is called; an embedding that is not to be on
         the device is forgotten."""
         family, layers = self._family, layer_matrices(self._family)
-        groups: dict[str | int, list[ModelTensor]] = {"output": [family.output.tensor]}
+        groups: dict[str | int, list[ModelTensor]] = {"output": tensors_outside(family)}
         tied = family.output is family.token_embd
         if plan.streamed or tied:
             self._free("embedding")

@@ -1,0 +1,80 @@
+"""Embeddings of each token for each layer, of Gemma 4's small models (kernels/per_layer.cu)."""
+
+from __future__ import annotations
+
+import math
+
+from ....models.family import Family
+from ....models.weights import Weight
+from ..constants import THREADS
+from ..device.arrays import FLOAT32, DeviceArray
+from ..gemm.operand import HALVES, Operand
+from ..programs import PER_LAYER
+from .batch import Residual
+from .dense import DenseOps
+
+_TOKENS = 2048  # whose rows of the table are decoded at a time
+_WARPS = THREADS["join_embeddings"] // 32
+
+
+class PerLayerOps(DenseOps):
+    """Part of CudaOps."""
+
+    def begin_batch(self, family: Family) -> None:
+        super().begin_batch(family)
+        self._table_rows: DeviceArray | None = None
+        table = family.row_table()
+        if table is not None:  # far too large for the device: the rows of the batch's tokens come from the file
+            raw = self.context.weights.host_rows(table, self.batch.tokens)
+            self._table_rows = self.work.upload("rows for the layers", raw)
+            self._row_numbers = self.row_numbers(min(self.n, _TOKENS))
+
+    def embed_for_layers(self, x: Residual, table: Weight, matrix: Weight, norm: Weight) -> None:
+        assert self._table_rows is not None, "the family's row_table is this table"
+        (width,), columns = norm.shape, table.shape[1]
+        h = self.scaled(self.cast(x), 1 / math.sqrt(x.values.shape[1]))
+        self._embeddings = self.work.array("embeddings for the layers", FLOAT32, self.n, columns)
+        self.enter("linear", [matrix], self.n)
+        self.multiply(h, [self.matrix(matrix)], self._embeddings)
+        self.enter("rest")
+        layers = columns // width
+        for t in range(0, self.n, _TOKENS):
+            end = min(t + _TOKENS, self.n)
+            own = self.work.array("of the table", FLOAT32, end - t, columns)
+            self.embed_rows(table, self._table_rows.rows(t, end), self._row_numbers, math.sqrt(width), own)
+            self.launcher.launch(
+                PER_LAYER,
+                "join_embeddings",
+                grid=(end - t, -(-layers // _WARPS)),
+                embeddings=self._embeddings.rows(t, end),
+                own=own,
+                norm=self.vector(norm),
+                layers=layers,
+                width=width,
+                epsilon=self.config.rms_epsilon,
+            )
+
+    def add_gated_embedding(
+        self, x: Residual, gate: Weight, matrix: Weight, norm: Weight, factor: Weight | None
+    ) -> Residual:
+        h, width = self.cast(x), gate.shape[0]
+        gates = self.work.array("embedding gates", FLOAT32, self.n, width)
+        self.enter("linear", [gate], self.n)
+        self.multiply(h, [self.matrix(gate)], gates)
+        values = self.work.array("gated embedding", HALVES.dtype, self.n, HALVES.padded(width))
+        row_scale = self.work.array("row scales", FLOAT32, self.n)
+        self.launcher.launch(
+            PER_LAYER,
+            "gate_embeddings",
+            grid=-(-self.n // _WARPS),
+            gates=gates,
+            embeddings=self._embeddings.columns(self.layer * width),
+            apart=self._embeddings.shape[1],
+            n=self.n,
+            width=width,
+            out=values,
+            stride=values.shape[1],
+            row_scale=row_scale,
+        )
+        sums = self.linear(Operand(values, width, self.scales.unit()), matrix)
+        return self.add_rms_norm(x, sums, norm, factor, row_scale)
