@@ -1,4 +1,4 @@
-"""Multi-head latent attention: both layouts of its tensors, YaRN's temperatures, what caches keep, who runs it."""
+"""Multi-head latent attention: both layouts of its tensors, YaRN's temperatures, what caches keep."""
 
 import math
 
@@ -8,12 +8,9 @@ import pytest
 from conftest import ROOT
 from fuzz_files import Draft, base_of
 import kqprefill
-from kqprefill.backends.cuda.bounds import H100
-from kqprefill.backends.cuda.kernel_set import kernel_set_of
-from kqprefill.backends.cuda.rehearsal import plan_model
 from kqprefill.core import Latent
 from kqprefill.gguf.types import GGML
-from kqprefill.models import describe_model, read_model
+from kqprefill.models import describe_model
 from kqprefill.synthetic import SyntheticFile
 
 CASE = ROOT / "tests" / "data" / "deepseek2-moe-glm47-q3_k_m.gguf"
@@ -119,11 +116,3 @@ def test_experts_that_are_neither_apart_nor_in_one_are_missed(architecture, tmp_
     model = Draft(base.metadata, {name: t for name, t in base.tensors.items() if "1.ffn_up_exps" not in name})
     with pytest.raises(kqprefill.ModelError, match=r"blk\.1\.ffn_up_exps\.weight is missing"):
         kqprefill.load(written(tmp_path / "model.gguf", model), backend="cpu")
-
-
-def test_cuda_refuses_it_and_auto_takes_the_cpu():
-    heard = []
-    with kqprefill.load(CASE, backend="auto", warn=heard.append) as model:
-        assert model.backend.name == "cpu" and heard == ["running on the CPU: deepseek2 does not run on CUDA"]
-        with pytest.raises(kqprefill.BackendError, match="deepseek2 does not run on CUDA; use --backend cpu"):
-            plan_model(read_model(model.file), H100, kernel_set_of(H100.capability), 8 << 30, 100)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from conftest import BACKENDS, EXAMPLE, found, log_softmax, skip_unless_it_runs
+from conftest import BACKENDS, EXAMPLE, found, log_softmax
 import kqprefill
 from kqprefill.backends.cuda.attention_kernels import PortableAttention
 from kqprefill.backends.cuda.ops.attention_layout import attention_layout
@@ -19,7 +19,7 @@ from test_models import variant
 # are.
 WANTED = "gemma3-q4_k_m gemma2-q4_k qwen2moe-q4_k gpt-oss-mxfp4 granite-q4_k qwen35-tied-nextn qwen3next-moe-q3_k_m"
 WANTED += " gemma4-q4_k_m gemma4-e2b-q3_k_m gemma4-moe-q4_k_m"  # heads of two sizes; shared keys and values; experts
-WANTED += " deepseek2-moe-glm47-q3_k_m"  # latent attention
+WANTED += " deepseek2-moe-glm47-q3_k_m deepseek2-moe-kv_b-q3_k_m"  # latent attention, in both layouts
 
 MODELS = [
     pytest.param((path, *way), marks=[pytest.mark.gpu] if way[0] == "cuda" else [], id=f"{path.stem}-{'-'.join(way)}")
@@ -31,7 +31,6 @@ MODELS = [
 @pytest.fixture(scope="module", params=MODELS)
 def model(request):
     path, backend, kernels = request.param
-    skip_unless_it_runs(path, backend)
     with kqprefill.load(path, backend=backend, kernels=kernels) as model:
         yield model
 

@@ -123,14 +123,14 @@ class LatentOps(AttentionOps, DenseOps):
         return _LatentRows(Operand(c.rows(0, end), latent.rank, c_scale, norm, length), k_r.rows(0, end), scale)
 
     def _latent_queries(self, h: Operand, w: Weights, latent: LatentAttention, rope: Rope) -> Heads:
-        weight = w.attn_q
         if latent.query_rank:
             self.enter("linear", [w.attn_q_a], self.n)
             matrix = self.matrix(w.attn_q_a)
             made = self.work.array("latent query rows", FLOAT32, self.n, matrix.rows)
             self.multiply(h, [matrix], made, self.bias(w.attn_q_a))
-            h, weight = self.normalise(made, w.attn_q_a_norm), w.attn_q_b
+            h = self.normalise(made, w.attn_q_a_norm)
         assert h.length is not None, "what queries are made of comes from a norm"
+        weight = w.attn_q_b if latent.query_rank else w.attn_q
         matrix, bias = self.matrix(weight), self.bias(weight)
         padded = self.attending(latent.head_dim, latent.value_dim).config.head_dim
         q = self.work.array("q", FLOAT16, self.n, latent.heads, padded)
