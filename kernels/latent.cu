@@ -7,7 +7,6 @@
 #include "include/types.cuh"
 
 constexpr int kThreads = LATENT_THREADS, kWarps = kThreads / 32;
-constexpr int kSide = 32;  // rows and columns that a block of `transpose` takes
 static_assert(SINGLE_THREAD == 1, "smaller_scale has work for one thread");
 
 // Element i of `rotary` ones, rotated where it has a pair.
@@ -89,24 +88,6 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     });
     write_head(v + to * value_padded, value_padded,
                [&](int i) { return i < value_dim ? values[i] * value_factor : 0.0f; });
-}
-
-// out[m, j, i] = source[m, i, j] of matrices [rows, columns], float32. A block takes kSide rows and columns: blockIdx is
-// (columns, rows, matrix).
-extern "C" __global__ void __launch_bounds__(kThreads) transpose(const float* source, float* out, int rows, int columns) {
-    begin_kernel();
-    __shared__ float part[kSide][kSide + 1];
-    int lane = threadIdx.x % kSide, first_row = blockIdx.y * kSide, first_column = blockIdx.x * kSide;
-    uint64_t matrix = static_cast<uint64_t>(blockIdx.z) * rows * columns;
-    for (int i = threadIdx.x / kSide; i < kSide; i += kThreads / kSide) {
-        int row = first_row + i, column = first_column + lane;
-        if (row < rows && column < columns) part[i][lane] = source[matrix + static_cast<uint64_t>(row) * columns + column];
-    }
-    __syncthreads();
-    for (int i = threadIdx.x / kSide; i < kSide; i += kThreads / kSide) {
-        int row = first_row + lane, column = first_column + i;
-        if (row < rows && column < columns) out[matrix + static_cast<uint64_t>(column) * rows + row] = part[lane][i];
-    }
 }
 
 // *scale = the smaller of *a and *b: of values that two bounds hold for.

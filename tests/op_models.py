@@ -130,6 +130,6 @@ LATENT_MODELS = {
         GGML.Q5_0,
     ),
     "no multiple of anything": (latent(False, 100, 5, (36, 40, 24, 8, 20), optional=_LATENT_BIASES), GGML.F32),
-    "no multiple of four": (latent(False, 96, 3, (0, 42, 23, 6, 19)), GGML.F16),
+    "no multiple of four": (latent(False, 96, 3, (0, 42, 22, 6, 19)), GGML.F16),
     "values wider than keys": (latent(False, 96, 2, (32, 64, 32, 32, 256)), GGML.Q8_0),
 }

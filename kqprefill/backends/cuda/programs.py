@@ -15,5 +15,5 @@ NORM, ROPE, SCALES, HEAD, EXPERTS, GATES, PER_LAYER, LATENT = COMMON = tuple(
 
 @cache
 def weight_program(ggml_type: GGML) -> Program:
-    """What reads the quantised weights of one ggml type: repack, dequantize, embed, measure."""
+    """What reads the quantised weights of one ggml type: repack, dequantize, embed, decode_transposed, measure."""
     return Program("weights.cu", (("FORMAT", ggml_type.name), ("REPACK_UNITS", str(repack_units(ggml_type)))))

@@ -25,9 +25,9 @@ from ....models.latent import LatentAttention
 from ....models.weights import Weight, Weights
 from ..attention_kernels import padded_head
 from ..constants import THREADS
-from ..device.arrays import FLOAT16, FLOAT32, INT32, UINT8, DeviceArray
+from ..device.arrays import FLOAT16, FLOAT32, UINT8, DeviceArray
 from ..gemm.operand import HALVES, Operand
-from ..programs import LATENT
+from ..programs import LATENT, weight_program
 from ..weights.matrix import Matrix
 from ..weights.staging import repack
 from .attention import ROTATION_GROWTH, AttentionOps, Heads
@@ -37,7 +37,6 @@ from .dense import DenseOps
 _SUMS_BYTES = 256 << 20  # of a matrix's sums that exist at a time
 _WHOLE_TILES = 256  # rows that are multiplied at a time are a multiple of this
 _HEADS_A_BLOCK = THREADS["latent_heads"] // 32  # of latent_queries and latent_heads: a warp has one
-_TRANSPOSED_SIDE = 32  # rows and columns that a block of transpose takes
 
 
 @dataclass(frozen=True)
@@ -241,23 +240,17 @@ class LatentOps(AttentionOps, DenseOps):
         """attn_k_b [heads, rank, key_dim], whose rows are quantised the other way, as the matrix [heads * key_dim,
         rank] of keys, float32 in work memory."""
         heads, rank, key_dim = weight.shape
-        source, rows = self.matrix(weight), heads * rank
-
-        def count(array: DeviceArray) -> None:
-            self.context.gpu.upload(array.address, np.arange(rows, dtype=np.int32))
-
-        numbers = self.context.small.once(("numbers of rows", rows), INT32, (rows,), count)
-        decoded = self.work.array("latent matrix decoded", FLOAT32, rows, key_dim)
-        self._embed(source, numbers, 1.0, decoded)
-        raw = self.work.array("latent matrix transposed", FLOAT32, heads * key_dim, rank)
-        side = _TRANSPOSED_SIDE
+        source = self.matrix(weight)
+        raw = self.work.array("latent matrix decoded", FLOAT32, heads * key_dim, rank)
         self.launcher.launch(
-            LATENT,
-            "transpose",
-            grid=(-(-key_dim // side), -(-rank // side), heads),
-            rows=rank,
+            weight_program(source.type),
+            "decode_transposed",
+            grid=source.row_tiles,
+            weights=source.array,
+            units=source.units,
+            rows=source.rows,
             columns=key_dim,
-            source=decoded,
+            height=rank,
             out=raw,
         )
         matrix = Matrix(f"{weight.name} transposed", GGML.F32, 0, heads * key_dim, rank)
