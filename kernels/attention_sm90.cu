@@ -36,6 +36,13 @@ __device__ __forceinline__ void load_key_block(const Ring<STAGES, kStageBytes>& 
         tensor_copy(ring.stage(at.stage) + panel * kPanelKv, map, column + 64 * panel, row, arrived);
 }
 
+// A consumer warp has finished with a key block.
+template <int kStageBytes>
+__device__ __forceinline__ void release(const Ring<STAGES, kStageBytes>& ring, ConsumerPosition<STAGES>& at) {
+    ring.release_by_warp(at.stage);
+    at.advance();
+}
+
 // As in attention_sm80.cu, but q, k and v come by tensor maps: boxes of 64 halves by kBlockQ, BLOCK_KV and BLOCK_KV
 // rows.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
@@ -108,10 +115,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
                             wgmma_operand(values.stage(value_at.stage), kPanelKv) + s * (16 * 128 / 16),
                             accumulate || s > 0);
         wgmma_commit();
-    };
-    auto release = [&](const auto& ring, ConsumerPosition<STAGES>& at) {
-        ring.release_by_warp(at.stage);
-        at.advance();
     };
     // Makes weights (floats) of a key block's scores; correction: the factors by which earlier outputs shrink.
     auto weigh = [&](int index, float (&correction)[2]) {

@@ -26,6 +26,8 @@ pytestmark = pytest.mark.gpu
 TOLERANCE = 2e-3
 # The gated norm makes of q · k, however small it is beside q and k, an output as large as any other.
 TOLERANCES = {"delta_net": 2e-2}
+# Gemma 4 does not scale its scores: they are in the tens, where a half's last bits move a weight by a hundredth.
+GEMMA4 = TOLERANCES | {"attention": 4e-3}
 
 
 class PoisonedWorkspace(Workspace):
@@ -57,6 +59,7 @@ class BothOps:
 
     def __init__(self, cpu, cuda):
         self.cpu, self.cuda = cpu, cuda
+        self.tolerances = GEMMA4 if cpu.config.architecture == "gemma4" else TOLERANCES
 
     def begin_layer(self, index):
         self.cpu.begin_layer(index)
@@ -88,7 +91,7 @@ class BothOps:
 
     def _note(self, op, expected, got):
         error = relative_error(expected, got)
-        assert error <= TOLERANCES.get(op, TOLERANCE), f"{op}: relative error {error:.1e}"
+        assert error <= self.tolerances.get(op, TOLERANCE), f"{op}: relative error {error:.1e}"
 
     def __getattr__(self, op):
         def both(*args, **kwargs):
@@ -234,7 +237,8 @@ def test_experts(shape, kind, kernels, rng):
     with model("cpu") as cpu, model("cuda") as gpu:
         for n in (1, 7, 129, 2000):
             got = gpu.prefill(tokens[:n], logits="all").logits
-            assert kl_divergence(cpu.prefill(tokens[:n], logits="all").logits, got) <= 1e-4
+            limit = 1e-3 if shape is GEMMA else 1e-4  # see GEMMA4
+            assert kl_divergence(cpu.prefill(tokens[:n], logits="all").logits, got) <= limit
         cache, at = gpu.new_cache(2000), 0
         for n in (3, 300, 1697):
             part = gpu.prefill(tokens[at : at + n], logits="all", cache=cache).logits
