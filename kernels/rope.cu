@@ -1,6 +1,7 @@
 // From what the q, k and v matrices give to what attention reads: RMSNorm of each head of q and k, rotary embedding
 // (arXiv 2104.09864), scaling into half's range, and the write of k and v to where attention (or the cache) has them.
 #include "include/reduce.cuh"
+#include "include/rotation.cuh"
 #include "include/types.cuh"
 
 // table[t, i] = magnitude * (cos, sin)(pi * positions[t] * half_turns[i]) for n tokens. The angle is a double, since as
@@ -88,12 +89,7 @@ struct Rotation {
         __syncwarp();
         for (int i = lane; i < padded; i += 32) {
             float y = i < head_dim ? x[i] : 0.0f;
-            if (angles != nullptr && i < 2 * pairs) {
-                int pair = interleaved ? i / 2 : i % pairs;
-                bool second = interleaved ? i & 1 : i >= pairs;
-                float turned = x[interleaved ? i ^ 1 : second ? i - pairs : i + pairs] * angles[pair].y;
-                y = fmaf(y, angles[pair].x, second ? turned : -turned);
-            }
+            if (angles != nullptr && i < 2 * pairs) y = rotated(x, i, angles, pairs, interleaved);
             out[i] = float_to_half(y * scale);
         }
     }
@@ -140,12 +136,16 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps)
     else rotation.rotate(threadIdx.x % 32, heads[warp], interleaved);
 }
 
-// Copies rows of k and v, `chunks` times 16 bytes each: row copies[i].x becomes row copies[i].y. A block makes a copy.
-// These are rows that sequences which begin alike have each for itself (softmax.cuh: QueryTile).
+// Copies rows of k and v, k_chunks and v_chunks times 16 bytes: row copies[i].x becomes row copies[i].y. A block makes a
+// copy. These are rows that sequences which begin alike have each for itself (softmax.cuh: QueryTile).
 extern "C" __global__ void __launch_bounds__(COPY_THREADS)
-    copy_rows(uint4* k, uint4* v, int chunks, const int2* copies) {
+    copy_rows(uint4* k, uint4* v, int k_chunks, int v_chunks, const int2* copies) {
     begin_kernel();
     int2 copy = copies[blockIdx.x];
-    uint64_t from = static_cast<uint64_t>(copy.x) * chunks, to = static_cast<uint64_t>(copy.y) * chunks;
-    for (int i = threadIdx.x; i < chunks; i += COPY_THREADS) k[to + i] = k[from + i], v[to + i] = v[from + i];
+    auto copy_row = [&](uint4* rows, int chunks) {
+        uint64_t from = static_cast<uint64_t>(copy.x) * chunks, to = static_cast<uint64_t>(copy.y) * chunks;
+        for (int i = threadIdx.x; i < chunks; i += COPY_THREADS) rows[to + i] = rows[from + i];
+    };
+    copy_row(k, k_chunks);
+    copy_row(v, v_chunks);
 }

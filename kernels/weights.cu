@@ -125,6 +125,22 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     }
 }
 
+// out[m, j, i] = w[m * height + i, j] in float32: of matrices of `height` rows, one under another, each transposed. A
+// block takes a row tile, a warp all of its rows.
+extern "C" __global__ void __launch_bounds__(kThreads)
+    decode_transposed(const uint8_t* weights, int units, int rows, int columns, int height, float* out) {
+    begin_kernel();
+    int row = blockIdx.x * kTileRows + threadIdx.x % kTileRows, slice = threadIdx.x / kTileRows;
+    out += static_cast<uint64_t>(row / height) * height * columns + row % height;
+    for (int column = slice * 16; column < columns; column += kSlices * 16) {
+        float w[16];
+        decode_at(weights, row, column, units, w);
+#pragma unroll
+        for (int i = 0; i < 16; ++i)
+            if (row < rows && column + i < columns) out[static_cast<uint64_t>(column + i) * height] = w[i];
+    }
+}
+
 // row_norm[row] = |w[row, :] ∘ input|₂, and *absmax = the larger of itself and max |w|, as bits: those of floats that
 // are not negative have their order. input [columns]: the norm weight that the matrix's input was multiplied by, or
 // null for ones. A block takes a row tile.

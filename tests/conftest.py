@@ -18,8 +18,6 @@ import pytest  # noqa: E402
 
 import kqprefill  # noqa: E402
 from kqprefill.errors import BackendError  # noqa: E402
-from kqprefill.gguf import GGUFFile  # noqa: E402
-from kqprefill.models import FAMILIES  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "tiny-qwen3.gguf"
@@ -102,13 +100,6 @@ PATHS = [
     ("cpu", "auto"),
     *(pytest.param(("cuda", k), marks=pytest.mark.gpu, id=f"cuda-{k}") for k in ("auto", "portable")),
 ]
-
-
-def skip_unless_it_runs(path, backend):
-    """Skip a test of a model whose family CUDA does not run."""
-    with GGUFFile(path) as file:
-        if backend == "cuda" and FAMILIES[file.metadata["general.architecture"]].cpu_only:
-            pytest.skip("the family runs on the CPU alone")
 
 
 def log_softmax(x):

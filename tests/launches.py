@@ -187,6 +187,22 @@ _LAYERS = {
 _PER_LAYER = Shape(
     "gemma4", 4, 256, 4, 2, 512, 512, 320, 4096, 1e6, tied=True, window=64, experts=16, used=3, more=_LAYERS
 )
+_LATENT = Shape(
+    "deepseek2",
+    2,
+    *(256, 10, 1, 128, 64, 320, 4096, 1e4),
+    experts=4,
+    used=2,
+    more={
+        "attention.q_lora_rank": 96,
+        "attention.kv_lora_rank": 100,
+        "attention.key_length_mla": 192,
+        "attention.value_length_mla": 128,
+        "rope.dimension_count": 64,
+        "leading_dense_block_count": 1,
+        "expert_shared_count": 1,
+    },
+)
 # name -> (model, batch, logits, whether the embedding's rows come from the host)
 CASES = {
     "prompt": (_DENSE, Batch(np.arange(17, dtype=np.int32)), "last", False),
@@ -194,6 +210,7 @@ CASES = {
     "packed": (_DENSE, shared_prompt(700), "ranks", True),
     "experts": (_EXPERTS, Batch(np.arange(300, dtype=np.int32)), None, False),
     "recurrence": (_RECURRENT, shared_prompt(300), None, False),
+    "latent": (_LATENT, shared_prompt(300), None, False),
     "heads and embeddings by layer": (_PER_LAYER, shared_prompt(300), None, False),
 }
 KERNELS = {"hopper": ((9, 0), "auto"), "portable": ((8, 0), "auto")}

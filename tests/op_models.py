@@ -96,3 +96,40 @@ GEMMA = shape(
     optional=OPTIONAL,
 )
 EXPERTS = shape("qwen3moe", 512, 4, 2, 128, 256, 160, experts=16, used=3, layers=2)
+
+
+def latent(joined, hidden, heads, sizes, **more):
+    """Two layers of latent attention without experts. sizes: ranks of queries (0: none) and of keys and values,
+    elements of a head that are not rotated, that are, and of a value. joined: one matrix makes keys and values."""
+    query_rank, rank, still, rotary, value = sizes
+    suffix = "" if joined else "_mla"
+    metadata = {
+        "attention.kv_lora_rank": rank,
+        f"attention.key_length{suffix}": still + rotary,
+        f"attention.value_length{suffix}": value,
+        "rope.dimension_count": rotary,
+        "leading_dense_block_count": 2,
+        "expert_shared_count": 1,
+        **more.pop("metadata", {}),
+    }
+    if query_rank:
+        metadata["attention.q_lora_rank"] = query_rank
+    others = {"layers": 2, "experts": 4, "used": 1, "more": metadata, **more}
+    return shape("deepseek2", hidden, heads, 1, rank + rotary, 320, 160, **others)
+
+
+_LATENT_BIASES = r"blk\.\d\.attn_(q|q_a|q_b|kv_a_mqa)\.bias"
+TEMPERATURES = {"attention.temperature_scale": 0.1, "attention.temperature_length": 64}
+# Heads of 192 and 128, and odd ones.
+LATENT_MODELS = {
+    "as V2-Lite": (latent(False, 256, 4, (0, 512, 128, 64, 128)), GGML.Q4_K),
+    "as V3, with more heads than a block has": (latent(False, 256, 10, (256, 512, 128, 64, 128), yarn=4.0), GGML.Q8_0),
+    "one matrix": (latent(True, 256, 4, (0, 256, 128, 64, 128)), GGML.Q4_K),
+    "one matrix of a query's rank, temperatures": (
+        latent(True, 256, 3, (96, 64, 24, 8, 20), metadata=TEMPERATURES, optional=_LATENT_BIASES),
+        GGML.Q5_0,
+    ),
+    "no multiple of anything": (latent(False, 100, 5, (36, 40, 24, 8, 20), optional=_LATENT_BIASES), GGML.F32),
+    "no multiple of four": (latent(False, 96, 3, (0, 42, 22, 6, 19)), GGML.F16),
+    "values wider than keys": (latent(False, 96, 2, (32, 64, 32, 32, 256)), GGML.Q8_0),
+}

@@ -12,7 +12,6 @@ import pytest
 from conftest import EXAMPLE
 from kqprefill.cli import _status_of
 from kqprefill.cli.commands import cli
-from kqprefill.models import FAMILIES
 from kqprefill.synthetic.shapes import SHAPES
 from test_cli import ENTRY, TOKENS, kq, run
 from test_cli_score import lines, read, score
@@ -314,7 +313,7 @@ main()
 # plan ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [n for n, shape in SHAPES.items() if not FAMILIES[shape.architecture].cpu_only])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_the_budget_that_plan_advises_is_enough(shape):
     """As it is printed."""
     from kqprefill.backends.budget import Budget

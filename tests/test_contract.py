@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from conftest import BACKENDS, EXAMPLE, found, relative_error, skip_unless_it_runs
+from conftest import BACKENDS, EXAMPLE, found, relative_error
 import kqprefill
 
 # Sliding windows of 32 and two rotary bases; recurrent layers, in both of their layouts; experts chosen by sigmoids;
@@ -36,7 +36,6 @@ def prompt(rng):
 
 @pytest.mark.parametrize("path", FAMILIES, ids=lambda p: p.stem)
 def test_cutting_a_prompt_changes_nothing(path, backend, prompt):
-    skip_unless_it_runs(path, backend)
     with kqprefill.load(path, backend=backend) as model:
         length = min(300, model.config.context_length)
         tokens = prompt(model, length)
@@ -59,7 +58,6 @@ def test_cutting_a_prompt_changes_nothing(path, backend, prompt):
 @pytest.mark.parametrize("kernels", ["auto", "portable"])
 def test_long_and_short_batches_give_the_same_bits(path, kernels, prompt):
     """Batch lengths that different tiles serve, and on both sides of where launches overlap (257 tokens)."""
-    skip_unless_it_runs(path, "cuda")
     with kqprefill.load(path, backend="cuda", kernels=kernels) as model:
         length = min(3300, model.config.context_length)
         tokens = prompt(model, length)

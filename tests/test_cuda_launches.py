@@ -20,7 +20,7 @@ from kqprefill.backends.cuda.kernel_set import kernel_set_of
 from kqprefill.backends.cuda.ops.attention_layout import attention_layout
 from kqprefill.backends.cuda.ops.chunk_layout import chunk_layout
 from kqprefill.backends.cuda.rehearsal import planned_batch, rehearse
-from kqprefill.core import KEYS_PER_TOKEN, LARGEST_KEY_BLOCK, Batch, KeysValues, Segment, Targets
+from kqprefill.core import KEYS_PER_TOKEN, LARGEST_KEY_BLOCK, Batch, KeysValues, Latent, Segment, Targets
 from kqprefill.engine.scoring import Item, packed, packs
 from kqprefill.errors import ModelError
 from kqprefill.models import read_model
@@ -42,6 +42,8 @@ MODELS = [
     "gemma4-31b:Q4_K_M",
     "gemma4-26b-a4b:Q4_K_M",
     "gemma4-e4b:Q4_K_M",
+    "deepseek-v2-lite:Q4_K_M",
+    "deepseek-v3:Q4_K_M",
 ]
 
 
@@ -61,7 +63,7 @@ def test_every_launch_fits_its_kernel(model, capability, kernels):
     """Names and types of arguments, grids, blocks and shared memory, of models' own sizes and many lengths."""
     family = read_model(SyntheticFile.named(model))
     family.blocks = family.blocks[:4]
-    attentive = [i for i, state in enumerate(family.layer_states[:4]) if isinstance(state, KeysValues)]
+    attentive = [i for i, state in enumerate(family.layer_states[:4]) if isinstance(state, (KeysValues, Latent))]
     facts, kernel_set = Facts(capability), kernel_set_of(capability, kernels)
     gemm = "gemm_sm90.cu" if kernel_set.name == "Hopper" else "gemm_sm80.cu"
     for n in (1, 16, 17, 64, 100, 129, 2048, 4000, 20000):
@@ -102,7 +104,7 @@ def test_arguments_go_by_name():
 def test_shared_numbers_are_used_by_the_kernels():
     """Each define that the host passes is one that some kernel reads; each kernel has its threads from one of them."""
     one_size = (
-        "norm rope scales head experts gates per_layer weights delta_inputs".split()
+        "norm rope scales head experts gates per_layer latent weights delta_inputs".split()
     )  # kernels whose blocks are these
     sources = [*one_size, *"delta_prepare delta_scan gemm_sm80 gemm_sm90 attention_sm80 attention_sm90".split()]
     text = "\n".join(text_of(f"{source}.cu") for source in sources)

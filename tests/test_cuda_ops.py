@@ -35,6 +35,8 @@ class PoisonedWorkspace(Workspace):
 
     OUTPUTS = "normed", "qkv", "q", "k", "v", "logits", "activated", "dequantised", "linear", "residual"
     OUTPUTS += "gates", "delta", "delta sums", "delta rates", "delta gates", "delta outputs"
+    OUTPUTS += "latent rows", "latent keys", "latent query rows", "latent sums", "latent value sums"
+    OUTPUTS += "latent matrix", "latent matrix decoded"
     OUTPUTS += "embeddings for the layers", "of the table", "embedding gates", "gated embedding", "row scales"
     OUTPUTS += tuple(f"{name} of layer {layer}" for name in "kv" for layer in range(2))
     OUTPUTS += tuple(f"delta {name}" for name in "q k v w u p decay states".split())

@@ -1,4 +1,4 @@
-"""Multi-head latent attention: both layouts of its tensors, YaRN's temperatures, what caches keep, who runs it."""
+"""Multi-head latent attention: both layouts of its tensors, YaRN's temperatures, what caches keep."""
 
 import math
 
@@ -8,9 +8,8 @@ import pytest
 from conftest import ROOT
 from fuzz_files import Draft, base_of
 import kqprefill
-from kqprefill.backends.cuda.bounds import H100
-from kqprefill.backends.cuda.kernel_set import kernel_set_of
-from kqprefill.backends.cuda.rehearsal import plan_model
+from kqprefill.backends.cuda.kv_cache import state_bytes, token_arrays
+from kqprefill.backends.cuda.ops.latent import expanded_bytes
 from kqprefill.core import Latent
 from kqprefill.gguf.types import GGML
 from kqprefill.models import describe_model, read_model
@@ -60,6 +59,17 @@ def test_caches_keep_latent_rows():
         assert model.family.layer_states == (Latent(64, 32),) * len(model.family.blocks)
         cache = model.new_cache(10)
         assert [[kept.shape for kept in state] for state in cache.states] == [[(10, 64), (10, 32)]] * 2
+
+
+def test_what_latent_rows_take_on_cuda():
+    state = Latent(40, 8)
+    c, k_r = token_arrays(4096, state, 3)
+    assert (c.shape, k_r.shape) == ((3, 64), (3, 8)) and (c.address, k_r.address) == (4096, 4096 + 3 * 128)
+    assert state_bytes(state, 3) == 512  # 3 * (128 + 16), rounded up to where another layer's may begin
+    lite, other = (read_model(SyntheticFile.named(f"{name}:Q4_K_M")) for name in ("deepseek-v2-lite", "tiny"))
+    made = 4 * 16 * (128 + 128) + 2 * 512  # of a row: sums, and its copy
+    assert expanded_bytes(lite, 1000) == 1000 * (2 * 16 * (192 + 128) + made) and expanded_bytes(other, 1000) == 0
+    assert expanded_bytes(lite, 100_000) == 100_000 * 2 * 16 * (192 + 128) + 16384 * made
 
 
 @pytest.mark.parametrize("multiplier,factor", [(None, 1.0), (None, 1.3), (0.0707, 1.0), (0.1, 1.3)])
@@ -119,11 +129,3 @@ def test_experts_that_are_neither_apart_nor_in_one_are_missed(architecture, tmp_
     model = Draft(base.metadata, {name: t for name, t in base.tensors.items() if "1.ffn_up_exps" not in name})
     with pytest.raises(kqprefill.ModelError, match=r"blk\.1\.ffn_up_exps\.weight is missing"):
         kqprefill.load(written(tmp_path / "model.gguf", model), backend="cpu")
-
-
-def test_cuda_refuses_it_and_auto_takes_the_cpu():
-    heard = []
-    with kqprefill.load(CASE, backend="auto", warn=heard.append) as model:
-        assert model.backend.name == "cpu" and heard == ["running on the CPU: deepseek2 does not run on CUDA"]
-        with pytest.raises(kqprefill.BackendError, match="deepseek2 does not run on CUDA; use --backend cpu"):
-            plan_model(read_model(model.file), H100, kernel_set_of(H100.capability), 8 << 30, 100)

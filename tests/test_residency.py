@@ -25,7 +25,7 @@ HOPPER = kernel_set_of(H100.capability)
 MODELS = [
     EXAMPLE,
     *found("gemma3-q4_k_m qwen35-tied-nextn qwen3next-moe-q3_k_m gemma4-e2b-q3_k_m gemma4-moe-q4_k_m"),
-    *found("deepseek2-moe-glm47-q3_k_m deepseek2-moe-kv_b-q3_k_m"),
+    *found("deepseek2-moe-glm47-q3_k_m"),
 ]
 
 

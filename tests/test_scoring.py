@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from conftest import BACKENDS, EXAMPLE, found, log_softmax, skip_unless_it_runs
+from conftest import BACKENDS, EXAMPLE, found, log_softmax
 import kqprefill
 from kqprefill.backends.cuda.attention_kernels import PortableAttention
 from kqprefill.backends.cuda.ops.attention_layout import attention_layout
@@ -31,7 +31,6 @@ MODELS = [
 @pytest.fixture(scope="module", params=MODELS)
 def model(request):
     path, backend, kernels = request.param
-    skip_unless_it_runs(path, backend)
     with kqprefill.load(path, backend=backend, kernels=kernels) as model:
         yield model
 

@@ -83,7 +83,6 @@ def _describe(file: ModelFile, name: str) -> dict[str, Any]:
     backends, problem, family = ["cpu", "cuda"], None, None
     try:
         family = read_model(file)
-        backends = ["cpu"] if family.cpu_only else backends
     except KqprefillError as error:
         backends, problem = [], str(error)
     metadata = file.metadata

@@ -332,9 +332,6 @@ def open_model(
     try:
         budget = None if vram is None else Budget.parse(vram)
         family = read_model(file)
-        if backend == "auto" and family.cpu_only:
-            (warn or _warn)(f"running on the CPU: {family.architecture} does not run on CUDA")
-            backend = "cpu"
         opened = open_backend(backend, device, kernels, warn or _warn)
         opened.load(family, progress or no_progress, budget, max_tokens, ranks)
     except BaseException:

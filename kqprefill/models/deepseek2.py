@@ -20,7 +20,6 @@ _GLM_FLASH = 154880  # GLM-4.7-Flash's vocabulary: its first files do not say th
 class DeepSeek2(Family):
     architecture = "deepseek2"
     rope_interleaved = True
-    cpu_only = True
     experts: Experts
 
     def read_config(self, vocab_size: int) -> Config:

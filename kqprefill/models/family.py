@@ -38,7 +38,6 @@ class Family(ABC):
 
     architecture = ""  # general.architecture
     rope_interleaved = False  # which elements pair up; see Rope
-    cpu_only = False  # whether CUDA has not all ops that the family's page calls
 
     file: ModelFile
     shared: Weights

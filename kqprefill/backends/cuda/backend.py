@@ -24,6 +24,7 @@ from .ops.attention_layout import key_rows
 from .ops.batch import Residual
 from .ops.context import Context
 from .ops.cuda_ops import CudaOps
+from .ops.latent import expanded_bytes
 from .programs import weight_program
 from .rehearsal import plan_model, rehearse
 from .weights.plan import Plan, budget_of
@@ -113,10 +114,11 @@ class CudaBackend(Backend):
         assert plan is not None, "a model is loaded before it is given a cache"
         with cuda_errors("making a cache"):
             kind = DeviceCache
-            others = plan.nbytes - plan.parts.get("caches", 0) + self._cache_bytes()
+            expanded = self._expanded_bytes(family, capacity)
+            others = plan.nbytes - plan.parts.get("caches", 0) + self._cache_bytes(family) + expanded
             if others + kind.bytes_needed(states, capacity) > self._budget:
                 kind = HostCache
-                self._make_room(family, plan.tokens, kind.bytes_needed(states, capacity), no_progress)
+                self._make_room(family, plan.tokens, kind.bytes_needed(states, capacity) + expanded, no_progress)
             cache = kind(self.gpu, states, capacity)
         self._caches.append(cache)
         return cache
@@ -169,8 +171,17 @@ class CudaBackend(Backend):
 
         return wait
 
-    def _cache_bytes(self) -> int:
-        return sum(cache.device_bytes for cache in self._caches)
+    def _cache_bytes(self, family: Family) -> int:
+        """Of the caches that there are, and of what a layer's latent rows in the largest are expanded to."""
+        return sum(cache.device_bytes for cache in self._caches) + expanded_bytes(family, self._largest_cache())
+
+    def _expanded_bytes(self, family: Family, capacity: int) -> int:
+        """By how much a cache of so many tokens lets what latent rows are expanded to grow."""
+        largest = self._largest_cache()
+        return expanded_bytes(family, max(capacity, largest)) - expanded_bytes(family, largest)
+
+    def _largest_cache(self) -> int:
+        return max((cache.capacity for cache in self._caches if cache.device_bytes), default=0)
 
     def _make_room_for(self, family: Family, batch: Batch, progress: Progress) -> None:
         """Plan anew where a batch takes more than was planned for: tokens, rows of keys, or targets."""
@@ -185,7 +196,7 @@ class CudaBackend(Backend):
 
     def _make_room(self, family: Family, tokens: int, more: int, progress: Progress) -> None:
         """Let layers leave the device where a batch of so many tokens, or `more` bytes for a cache, need their room."""
-        plan, placed = self._make_plan(family, tokens, self._cache_bytes() + more), self.weights.plan
+        plan, placed = self._make_plan(family, tokens, self._cache_bytes(family) + more), self.weights.plan
         if placed is None or not plan.places_as(placed):
             self._graphs.clear()
             self.weights.place(plan, progress)

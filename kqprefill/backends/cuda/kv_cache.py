@@ -10,7 +10,7 @@ import mmap
 import numpy as np
 from numpy.typing import NDArray
 
-from ...core import KeysValues, LayerState, Recurrent, SharedKeysValues
+from ...core import KeysValues, Latent, LayerState, Recurrent, SharedKeysValues
 from ...errors import BackendError
 from ..base import Cache
 from ..budget import gib, host_memory
@@ -19,20 +19,26 @@ from .constants import DELTA_CHUNK
 from .device.arrays import FLOAT16, FLOAT32, DeviceArray
 from .device.gpu import Gpu, check, cuda_errors
 from .device.workspace import aligned
+from .gemm.operand import HALVES
 from .weights.host_pages import WINDOW, populate
 
 _THREADS = 8
 
 
-def token_shape(state: KeysValues) -> tuple[int, int]:
-    """What one token's keys, or values, take: halves [heads, head_dim padded to 16]."""
-    return state.heads, padded_head(state.head_dim)
+def token_shapes(state: KeysValues | Latent) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What one token takes in each of the two arrays of halves that such a layer has: of keys and of values [heads,
+    head_dim padded to 16]; of latent rows [rank padded, in the order of an operand] and [rotary]."""
+    if isinstance(state, Latent):
+        return (HALVES.padded(state.rank),), (state.rotary,)
+    shape = state.heads, padded_head(state.head_dim)
+    return shape, shape
 
 
-def half_bytes(state: KeysValues, capacity: int) -> int:
-    """Bytes of one layer's keys, or values."""
-    heads, dim = token_shape(state)
-    return FLOAT16.itemsize * capacity * heads * dim
+def token_arrays(address: int, state: KeysValues | Latent, capacity: int) -> tuple[DeviceArray, DeviceArray]:
+    """Those arrays, a row for each of `capacity` tokens, one after the other from an address on."""
+    first, second = token_shapes(state)
+    before = DeviceArray(address, FLOAT16, (capacity, *first))
+    return before, DeviceArray(address + before.nbytes, FLOAT16, (capacity, *second))
 
 
 def halo_rows(state: Recurrent) -> int:
@@ -72,8 +78,8 @@ class RecurrentArrays:
 
 def state_bytes(state: LayerState, capacity: int) -> int:
     """Bytes of one layer's state, of a sequence of at most `capacity` tokens."""
-    if isinstance(state, KeysValues):
-        return 2 * half_bytes(state, capacity)
+    if isinstance(state, (KeysValues, Latent)):
+        return aligned(sum(array.nbytes for array in token_arrays(0, state, capacity)))
     if isinstance(state, Recurrent):
         return RecurrentArrays.at(0, state).nbytes
     if isinstance(state, SharedKeysValues):
@@ -114,9 +120,13 @@ class DeviceCache(Cache):
         """A layer's keys and values from token 0 on: halves [capacity, heads, padded head_dim] each."""
         state = self._states[layer]
         assert isinstance(state, KeysValues), "a layer with attention"
-        shape = (self.capacity, *token_shape(state))
-        keys = DeviceArray(self._address(layer), FLOAT16, shape)
-        return keys, DeviceArray(keys.address + half_bytes(state, self.capacity), FLOAT16, shape)
+        return token_arrays(self._address(layer), state, self.capacity)
+
+    def latent(self, layer: int) -> tuple[DeviceArray, DeviceArray]:
+        """A layer's latent rows from token 0 on, in two arrays (token_shapes): halves [capacity, ...] each."""
+        state = self._states[layer]
+        assert isinstance(state, Latent), "a layer with latent attention"
+        return token_arrays(self._address(layer), state, self.capacity)
 
     def recurrent(self, layer: int) -> RecurrentArrays:
         """A layer's recurrent state."""
@@ -200,16 +210,15 @@ class HostCache(DeviceCache):
         self._stream.sync()
 
     def _runs(self, layer: int, first: int, last: int) -> Iterator[tuple[NDArray[np.uint8], int]]:
-        """(bytes on the host, their device address) of what a layer keeps of tokens first to last - 1: their keys and
-        their values, or the whole of a recurrence's state."""
-        host, address = self._on_host[layer], self._address(layer)
-        if not isinstance(self._states[layer], KeysValues):
+        """(bytes on the host, their device address) of what a layer keeps of tokens first to last - 1: their rows in
+        both arrays, or the whole of a recurrence's state."""
+        host, address, state = self._on_host[layer], self._address(layer), self._states[layer]
+        if not isinstance(state, (KeysValues, Latent)):
             if host.nbytes:
                 yield host, address
             return
-        for half in range(2):
-            array = self.keys_values(layer)[half]
-            begin = half * array.nbytes
+        for array in token_arrays(address, state, self.capacity):
+            begin = array.address - address
             low, high = first * array.row_bytes, last * array.row_bytes
             yield host[begin + low : begin + high], array.address + low
 

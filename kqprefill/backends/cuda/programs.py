@@ -8,12 +8,12 @@ from ...gguf.types import GGML
 from .device.compiler import Program
 from .units import repack_units
 
-NORM, ROPE, SCALES, HEAD, EXPERTS, GATES, PER_LAYER = COMMON = tuple(
-    Program(f"{name}.cu") for name in ("norm", "rope", "scales", "head", "experts", "gates", "per_layer")
+NORM, ROPE, SCALES, HEAD, EXPERTS, GATES, PER_LAYER, LATENT = COMMON = tuple(
+    Program(f"{name}.cu") for name in ("norm", "rope", "scales", "head", "experts", "gates", "per_layer", "latent")
 )
 
 
 @cache
 def weight_program(ggml_type: GGML) -> Program:
-    """What reads the quantised weights of one ggml type: repack, dequantize, embed, measure."""
+    """What reads the quantised weights of one ggml type: repack, dequantize, embed, decode_transposed, measure."""
     return Program("weights.cu", (("FORMAT", ggml_type.name), ("REPACK_UNITS", str(repack_units(ggml_type)))))

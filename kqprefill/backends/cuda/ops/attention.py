@@ -19,7 +19,7 @@ from ..programs import GATES, NORM, ROPE
 from ..weights.matrix import Matrix
 from .batch import TOKENS_AT_ONCE, Attending, BatchOps
 
-_ROTATION_GROWTH = 1.5  # rotating a pair lengthens neither, but may turn it onto one axis: sqrt(2), rounded up
+ROTATION_GROWTH = 1.5  # rotating a pair lengthens neither, but may turn it onto one axis: sqrt(2), rounded up
 _HEADS_A_BLOCK = THREADS["rotate_qkv"] // 32  # of rotate_qkv: a warp has one
 _COPY_BYTES = 16  # that a thread of copy_rows copies at a time
 
@@ -163,8 +163,16 @@ class AttentionOps(BatchOps):
         return Heads(q, scales[0], p.head_dim), gates
 
     def _copy_rows(self, k: DeviceArray, v: DeviceArray, copies: DeviceArray) -> None:
-        chunks = k.row_bytes // _COPY_BYTES
-        self.launcher.launch(ROPE, "copy_rows", grid=copies.shape[0], k=k, v=v, chunks=chunks, copies=copies)
+        self.launcher.launch(
+            ROPE,
+            "copy_rows",
+            grid=copies.shape[0],
+            k=k,
+            v=v,
+            k_chunks=k.row_bytes // _COPY_BYTES,
+            v_chunks=v.row_bytes // _COPY_BYTES,
+            copies=copies,
+        )
 
     def _store_gates(self, sums: DeviceArray, gates: DeviceArray, products: _Products) -> None:
         self.launcher.launch(
@@ -252,7 +260,7 @@ class AttentionOps(BatchOps):
         """The scales of q, k and v, once their matrices have been measured. Where there are queries only, q's alone
         counts."""
         p, rope = products, products.rope
-        growth = _ROTATION_GROWTH * rope.magnitude if rope is not None else 1.0
+        growth = ROTATION_GROWTH * rope.magnitude if rope is not None else 1.0
         hottest = float(rope.temperature(np.array(self.config.context_length))) if rope is not None else 1.0
         q = self._rotated_scale(h, matrices[0], p.weights[0].bias, p.q_norm, growth * hottest)
         if not p.nkv:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from ....core import Batch, KeysValues, LayerState, SharedKeysValues
+from ....core import Batch, KeysValues, Latent, LayerState, SharedKeysValues
 from ....models.family import Family
 from ....models.ops import Ops
 from ....models.weights import Weight
@@ -15,7 +15,7 @@ from ..constants import DELTA_CHUNK
 from ..device.arrays import FLOAT16, DeviceArray
 from ..device.workspace import Workspace
 from ..gemm.operand import Operand
-from ..kv_cache import DeviceCache, token_shape
+from ..kv_cache import DeviceCache, token_shapes
 from ..weights.matrix import Matrix
 from .attention_layout import attention_configs, attention_layout
 from .context import Context
@@ -64,6 +64,9 @@ class LayerStates(Protocol):
     def keys_values(self, layer: int) -> tuple[DeviceArray, DeviceArray]:
         """A layer's keys and values: halves [rows, heads, padded head_dim] each."""
 
+    def latent(self, layer: int) -> tuple[DeviceArray, DeviceArray]:
+        """A layer's latent rows: halves [rows, padded rank], an operand's, and [rows, rotary]."""
+
     def begin_layer(self, layer: int, start: int, n: int) -> None:
         """Launch what has a layer's states of `start` tokens ready; n more are to be written."""
 
@@ -82,9 +85,18 @@ class _WorkStates:
         state = self._states[layer]
         assert isinstance(state, KeysValues), "a layer with keys and values of its own"
         of = f" of layer {layer}" if layer in self._seen_again else ""
-        shape = token_shape(state)
-        k, v = (self._work.array(name + of, FLOAT16, self._rows, *shape) for name in ("k", "v"))
-        return k, v
+        return self._arrays(state, f"k{of}", f"v{of}")
+
+    def latent(self, layer: int) -> tuple[DeviceArray, DeviceArray]:
+        state = self._states[layer]
+        assert isinstance(state, Latent), "a layer with latent attention"
+        return self._arrays(state, "latent rows", "latent keys")
+
+    def _arrays(self, state: KeysValues | Latent, *names: str) -> tuple[DeviceArray, DeviceArray]:
+        first, second = (
+            self._work.array(name, FLOAT16, self._rows, *shape) for name, shape in zip(names, token_shapes(state))
+        )
+        return first, second
 
     def begin_layer(self, layer: int, start: int, n: int) -> None:
         pass
@@ -111,8 +123,8 @@ class BatchOps(Ops):
         self.positions = self.work.upload("positions", batch.positions)
         kinds = attention_configs(family, context.kernel_set)
         self._attending = {sizes: self._upload_layout(batch, config) for sizes, config in kinds.items()}
-        rows = max(key_rows, *(attending.rows for attending in self._attending.values()))
-        self.states: LayerStates = cache or _WorkStates(self.work, family.layer_states, rows)
+        self.key_rows = max(key_rows, *(attending.rows for attending in self._attending.values()))
+        self.states: LayerStates = cache or _WorkStates(self.work, family.layer_states, self.key_rows)
         if batch.targets is not None:
             self.target_rows = self.work.upload("target rows", batch.targets.rows)
             self.target_tokens = self.work.upload("targets", batch.targets.tokens)

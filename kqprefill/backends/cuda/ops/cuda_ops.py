@@ -6,17 +6,12 @@ residual stream and all sums are float32.
 
 from __future__ import annotations
 
-from typing import Any
-
-from .attention import AttentionOps
 from .delta import DeltaOps
 from .experts import ExpertOps
 from .head import HeadOps
+from .latent import LatentOps
 from .per_layer import PerLayerOps
 
 
-class CudaOps(AttentionOps, DeltaOps, ExpertOps, PerLayerOps, HeadOps):
+class CudaOps(LatentOps, DeltaOps, ExpertOps, PerLayerOps, HeadOps):
     """The operations of one batch."""
-
-    def latent_attention(self, *arguments: Any, **named: Any) -> Any:
-        raise NotImplementedError

@@ -110,8 +110,6 @@ def budget_of(gpu: Gpu, vram: Budget | None) -> int:
 
 def refuse_unsupported(family: Family) -> None:
     """Raises BackendError for a model whose layers CUDA does not have all of."""
-    if family.cpu_only:
-        raise BackendError(f"{family.file.path}: {family.architecture} does not run on CUDA; use --backend cpu")
     experts = family.experts
     if experts is not None and experts.groups > MOST_EXPERT_GROUPS:
         raise BackendError(

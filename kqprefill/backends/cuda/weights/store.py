@@ -242,7 +242,7 @@ def _refuse_misshapen(family: Family) -> None:
             raise BackendError(
                 f"tensor {weight.name}: rows of {matrix.columns} are too long for CUDA; use --backend cpu"
             )
-        if len(weight.shape) == 3 and weight.shape[1] % TILE_ROWS:
+        if "_exps" in weight.name and weight.shape[1] % TILE_ROWS:
             raise BackendError(
                 f"tensor {weight.name}: experts of {weight.shape[1]} rows, no multiple of {TILE_ROWS}, "
                 "do not run on CUDA; use --backend cpu"
