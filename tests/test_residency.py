@@ -10,7 +10,7 @@ import pytest
 from conftest import EXAMPLE, ROOT
 import kqprefill
 from kqprefill.backends.budget import Budget, host_memory
-from kqprefill.backends.cuda.bounds import H100, estimate
+from kqprefill.backends.cuda.bounds import H100, Speed, estimate, operations
 from kqprefill.backends.cuda.kernel_set import kernel_set_of
 from kqprefill.backends.cuda.kv_cache import DeviceCache, HostCache
 from kqprefill.backends.cuda.rehearsal import plan_model
@@ -112,18 +112,18 @@ def test_experts_are_planned_for():
     plan = plan_of("qwen3-30b-a3b:Q4_K_M", 8 * GIB, 4096)
     assert plan.streamed and plan.resident and plan.nbytes <= 8 * GIB
     family = read_model(SyntheticFile.named("qwen3-30b-a3b:Q4_K_M"))
-    dense = estimate(
-        plan_of("qwen3-8b:Q4_K_M", 80 * GIB, 4096), read_model(SyntheticFile.named("qwen3-8b:Q4_K_M")), H100, HOPPER
-    )
-    assert estimate(plan, family, H100, HOPPER)["compute_seconds"] < dense["compute_seconds"]  # 8 of 128 are used
+    dense = read_model(SyntheticFile.named("qwen3-8b:Q4_K_M"))
+    all_used = operations(plan_of("qwen3-8b:Q4_K_M", 80 * GIB, 4096), dense, 4096)
+    assert operations(plan, family, 4096).matrices < all_used.matrices  # 8 of 128 experts are used
 
 
 def test_the_estimate_knows_which_bound_holds():
     family = read_model(SyntheticFile.named("qwen3-32b:Q4_K_M"))
-    short, long = (estimate(plan_model(family, H100, HOPPER, 8 * GIB, n), family, H100, HOPPER) for n in (128, 16384))
+    speed = Speed(family, H100, HOPPER)
+    short, long = (estimate(plan_model(family, H100, HOPPER, 8 * GIB, n), speed) for n in (128, 16384))
     assert short["bus_seconds"] > short["compute_seconds"] and long["bus_seconds"] < long["compute_seconds"]
-    assert 128 < short["free_from_tokens"] < 16384
-    everything = estimate(plan_model(family, H100, HOPPER, 80 * GIB, 128), family, H100, HOPPER)
+    assert short["share_of_resident_rate"] < 0.1 and long["share_of_resident_rate"] == 1
+    everything = estimate(plan_model(family, H100, HOPPER, 80 * GIB, 128), speed)
     assert set(everything) == {"compute_seconds", "tflops"}
 
 

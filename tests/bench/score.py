@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from kqprefill.cli.common import open_file
+from kqprefill.core import BATCH_TOKENS
 from kqprefill.engine.model import Model, open_model
 from kqprefill.engine.perplexity import perplexity
-from kqprefill.engine.scoring import BATCH_TOKENS
 
 MODEL = "qwen3-8b:Q4_K_M"
 VOCABULARY, COUNT = 151936, 2000

@@ -165,7 +165,8 @@ class Gpu:
         return free, total
 
     def bus_rate(self) -> float:
-        """Bytes a second from page-locked host memory, measured."""
+        """Bytes a second from page-locked host memory, measured once nothing else uses the bus."""
+        self.device.sync()
         nbytes, timing = 32 << 20, self.core.EventOptions(timing_enabled=True)
         host, buffer = check(self.driver.cuMemHostAlloc(nbytes, 0)), self.allocate(nbytes, "measuring the bus")
         marks = []
