@@ -182,3 +182,13 @@ def test_first_batches_are_small_where_all_stays():
     planned = Planned("qwen3-0.6b:Q4_K_M", 80)
     assert first_tokens(planned.speed, planned.plan(4096), 8192) == FIRST_TOKENS
     assert first_tokens(planned.speed, planned.plan(4096), 100) == 100
+
+
+def test_what_was_chosen_is_said_to_people(capsys):
+    from kqprefill.cli.common import say_batches
+
+    chosen = BatchSize(20480, 16384, "batches of 20480 tokens: for a test")
+    backend = SimpleNamespace(batch_size=lambda family, tokens=None: chosen if tokens is None else BatchSize(tokens))
+    say_batches(SimpleNamespace(backend=backend, family=None), None)
+    say_batches(SimpleNamespace(backend=backend, family=None), 500)
+    assert capsys.readouterr().err == "batches of 20480 tokens: for a test\n"
