@@ -54,15 +54,15 @@ def test_usual_batches_where_they_hide_the_copies():
 
 
 @pytest.mark.parametrize("name", ["qwen3-30b-a3b:Q4_K_M", "gpt-oss-20b:MXFP4_MOE"])
-def test_experts_get_the_smallest_batch_that_hides_the_copies(name):
+def test_experts_get_the_smallest_batch_that_has_the_rate_of_resident_layers(name):
     planned = Planned(name, 8)
     plan, size = planned.choose()
     assert BATCH_TOKENS < size.tokens == plan.tokens <= MOST_TOKENS and plan.nbytes <= 8 * GIB
     taken = planned.speed.seconds(plan, size.tokens, ranks=True)
-    assert taken.share == 1 and taken.copying < taken.resident
+    assert taken.share >= 0.97 and taken.copying < taken.resident
     smaller = size.tokens - 4096
     before = planned.speed.seconds(planned.plan(smaller, ranks=True), smaller, ranks=True)
-    assert before.copying > 0.9 * before.resident
+    assert before.copying > 0.9 * before.resident or before.share < 0.97
     assert FIRST_TOKENS < size.first <= size.tokens
     assert f"batches of {size.tokens} tokens" in size.why and "hide" in size.why
     assert len(planned.asked) <= 6  # each is a rehearsal
@@ -82,7 +82,12 @@ def test_larger_batches_that_gain_nothing_are_not_chosen():
     plans = {n: SimpleNamespace(tokens=n, streamed=(1,)) for n in range(BATCH_TOKENS, MOST_TOKENS + 1, 4096)}
     speed = SimpleNamespace(
         seconds=lambda plan, tokens, ranks: SimpleNamespace(
-            all=tokens * 1e-5, resident=tokens * 5e-6, copying=tokens * 1e-5, bus=tokens * 1e-5, share=0.5
+            all=tokens * 1e-5,
+            resident=tokens * 5e-6,
+            computing=tokens * 5e-6,
+            copying=tokens * 1e-5,
+            bus=tokens * 1e-5,
+            share=0.5,
         )
     )
     plan, size = choose_batch(speed, plans.__getitem__)
@@ -114,8 +119,9 @@ def test_the_plan_says_from_where_streaming_is_free():
     made = planned.plan(2048)
     free = free_from(planned.speed, made, planned.plan)
     assert planned.speed.free_under(made) < free
-    assert planned.speed.seconds(planned.plan(free), free).share == 1
-    assert planned.speed.seconds(planned.plan(free - 1024), free - 1024).share < 1
+    for tokens, hidden in ((free, True), (free - 1024, False)):
+        taken = planned.speed.seconds(planned.plan(tokens), tokens)
+        assert (taken.copying <= taken.computing) == hidden and (taken.share > 0.9) == hidden
     # Measured on an H100: 0.16 of the resident rate.
     assert planned.speed.seconds(made, 2048).share == pytest.approx(0.16, abs=0.03)
     nothing_longer = free_from(planned.speed, made, lambda tokens: planned.plan(10**6))
@@ -168,7 +174,7 @@ def test_the_backend_makes_room_once(monkeypatch):
     asked = backend.batch_size(planned.family, 6000)
     assert asked.tokens == 6000 == asked.first and not placed  # none of fewer would end sooner
     size = backend.batch_size(planned.family)
-    assert size.tokens == backend.plan.tokens == 20480 and len(placed) == 1 and backend._ranks
+    assert size.tokens == backend.plan.tokens == 28672 and len(placed) == 1 and backend._ranks
     assert backend.batch_size(planned.family) is size and len(placed) == 1
     assert backend.batch_size(planned.family, 1000) == BatchSize(1000, 1000)
 

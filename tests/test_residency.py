@@ -122,7 +122,7 @@ def test_the_estimate_knows_which_bound_holds():
     speed = Speed(family, H100, HOPPER)
     short, long = (estimate(plan_model(family, H100, HOPPER, 8 * GIB, n), speed) for n in (128, 16384))
     assert short["bus_seconds"] > short["compute_seconds"] and long["bus_seconds"] < long["compute_seconds"]
-    assert short["share_of_resident_rate"] < 0.1 and long["share_of_resident_rate"] == 1
+    assert short["share_of_resident_rate"] < 0.1 and long["share_of_resident_rate"] > 0.95
     everything = estimate(plan_model(family, H100, HOPPER, 80 * GIB, 128), speed)
     assert set(everything) == {"compute_seconds", "tflops"}
 

@@ -1,12 +1,15 @@
-"""A batch's inputs on their way to the GPU: through page-locked blocks that are not written to while they are read."""
+"""Host memory on its way to the GPU: page-locked blocks are not written to, and pages not unlocked, while they are
+read."""
 
 import ctypes
+import mmap
 from types import SimpleNamespace
 
 from cuda.bindings import driver as cuda
 import numpy as np
 
 from kqprefill.backends.cuda.device.gpu import _Uploads
+from kqprefill.backends.cuda.weights import host_pages
 
 SUCCESS = cuda.CUresult.CUDA_SUCCESS
 
@@ -88,3 +91,35 @@ def test_blocks_are_used_again_once_they_have_been_read():
         uploads.start(to.ctypes.data, array)
         gpu.run(len(gpu.work))
     assert len(gpu.blocks) == 1 and not gpu.waited
+
+
+def test_pages_are_unlocked_after_their_last_copy(monkeypatch, rng):
+    """Though the events of their uses are recorded only once several copies have been launched."""
+    monkeypatch.setattr(host_pages, "WINDOW", 1 << 16)
+    copies, last, unlocked = [0], {}, []
+    stream = SimpleNamespace(record=lambda event: setattr(event, "at", copies[0]), handle=0)
+
+    def copy(address, array, stream):
+        copies[0] += 1
+        last[array.ctypes.data >> 16] = copies[0]
+
+    def unlock(self, window, event):
+        unlocked.append((event.at, last[window.begin >> 16]))
+
+    driver = SimpleNamespace(
+        cuMemHostRegister=lambda *_: (0,), CU_MEMHOSTREGISTER_READ_ONLY=8, cuStreamSynchronize=lambda handle: None
+    )
+    device = SimpleNamespace(set_current=lambda: None, create_event=lambda: SimpleNamespace(at=0))
+    monkeypatch.setattr(host_pages.HostPages, "_unlock", unlock)
+    gpu = SimpleNamespace(device=device, driver=driver, upload=copy)
+    uploader = host_pages.Uploader(gpu, stream, keep=3 << 16)
+    memory = np.frombuffer(mmap.mmap(-1, 10 << 16), np.uint8)
+    for _ in range(40):
+        for _ in range(4):
+            begin = int(rng.integers(0, 9 << 16))
+            uploader.copy(memory[begin : begin + int(rng.integers(1, 3 << 16))], 0)
+        uploader.end_copies()
+    while uploader._pages._leaving:  # those that are left stay locked until the stream has ended
+        uploader._pages._leaving.popitem()[1].result()
+    assert unlocked and all(recorded >= copied for recorded, copied in unlocked)
+    uploader.close()

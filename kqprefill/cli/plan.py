@@ -116,17 +116,17 @@ def _speed_lines(tokens: int, streamed_bytes: int, bounds: dict[str, float | Non
         yield f"bound by arithmetic: {arithmetic}"
         return
     share, free, batch = (bounds[key] for key in ("share_of_resident_rate", "free_from_tokens", "score_batch_tokens"))
-    assert share is not None, "known where layers are streamed"
+    waits = free is None or tokens < free
     bus = f"bus {bounds['bus_seconds']:.3f} s at {bounds['bus_gb_per_s']:.1f} GB/s"
-    which = "the bus" if share < 1 else "arithmetic"
+    which = "the bus" if waits else "arithmetic"
     yield f"bound by {which}: {arithmetic}, {bus} ({size(streamed_bytes)} streamed for each prompt)"
     if free is None:
         yield "streaming is free for no prompt that fits this memory and the model's context"
     else:
         yield f"streaming is free from about {free} tokens"
-    if share < 1:
+    if waits:
         line = f"a prompt of {tokens} tokens has about {share:.0%} of the rate with all layers on the GPU"
-        line += "" if free is None else f"; -p {free} would have all of it"
+        line += "" if free is None else f"; -p {free} would hide the copies"
         yield line + ("" if batch is None else f"; score and perplexity take batches of {batch} tokens by themselves")
 
 

@@ -14,15 +14,17 @@ from .weights.plan import Plan
 MOST_TOKENS = 32768
 _STEP = 4096  # tokens: sizes are multiples of it, and so of most contexts that perplexity is asked for
 _HIDDEN = 0.9  # of the arithmetic, that copies may take to be hidden: the arithmetic is not known better
-_ENOUGH = 0.98  # of the best rate: a batch that is larger for the rest would only take memory
+_OF_RESIDENT = 0.97  # of the rate if all layers stayed: what unpacking takes is then spread over enough tokens
+_ENOUGH = 0.98  # of the best rate, where none has that: a batch that is larger for the rest would only take memory
 
 
 def choose_batch(speed: Speed, plan_for: Callable[[int], Plan]) -> tuple[Plan, BatchSize]:
     """The plan for batches to score where the caller does not say how large they are, and the size.
 
-    It is BATCH_TOKENS where no layer is streamed. Else it is the smallest that hides the copies, of those up to
-    MOST_TOKENS that fit; where none does, the one of the best rate: a larger batch takes memory from layers that could
-    stay. plan_for(tokens): the plan for batches with so many targets; raises BackendError where they do not fit.
+    It is BATCH_TOKENS where no layer is streamed. Else it is the smallest that has the rate of resident layers (but for
+    3%), of those up to MOST_TOKENS that fit; where none has, the one of the best rate: a larger batch takes memory from
+    layers that could stay. plan_for(tokens): the plan for batches with so many targets; raises BackendError where they
+    do not fit, and so does this where BATCH_TOKENS do not.
     """
     plan = plan_for(BATCH_TOKENS)
     if not plan.streamed:
@@ -37,16 +39,16 @@ def choose_batch(speed: Speed, plan_for: Callable[[int], Plan]) -> tuple[Plan, B
             return True
         taken = speed.seconds(larger, tokens, ranks=True)
         looked_at[tokens] = larger, taken
-        return _hides(taken)
+        return _is_free(taken)
 
     low, high = BATCH_TOKENS // _STEP, MOST_TOKENS // _STEP
-    if not _hides(looked_at[BATCH_TOKENS][1]) and is_enough(high * _STEP):
+    if not _is_free(looked_at[BATCH_TOKENS][1]) and is_enough(high * _STEP):
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if is_enough(middle * _STEP) else (middle, high)
     rates = {tokens: tokens / taken.all for tokens, (_, taken) in looked_at.items()}
-    hiding = [tokens for tokens, (_, taken) in looked_at.items() if _hides(taken)]
-    tokens = min(hiding or (tokens for tokens, rate in rates.items() if rate >= _ENOUGH * max(rates.values())))
+    free = [tokens for tokens, (_, taken) in looked_at.items() if _is_free(taken)]
+    tokens = min(free or (tokens for tokens, rate in rates.items() if rate >= _ENOUGH * max(rates.values())))
     plan, taken = looked_at[tokens]
     return plan, BatchSize(tokens, first_tokens(speed, plan, tokens), _why(tokens, taken))
 
@@ -65,8 +67,14 @@ def _hides(taken: Seconds) -> bool:
     return taken.copying <= _HIDDEN * taken.resident
 
 
+def _is_free(taken: Seconds) -> bool:
+    """Whether larger batches would not be faster."""
+    return _hides(taken) and taken.share >= _OF_RESIDENT
+
+
 def _why(tokens: int, taken: Seconds) -> str:
-    copies, computed = f"{taken.bus:.3f} s of copies over the bus", f"{taken.resident:.3f} s of arithmetic"
-    if taken.share == 1:
-        return f"batches of {tokens} tokens: {computed} hide {copies}"
-    return f"batches of {tokens} tokens: {computed} for {copies}, {taken.share:.0%} of the rate if all layers stayed"
+    hides = "hide" if taken.copying <= taken.computing else "do not hide"
+    return (
+        f"batches of {tokens} tokens: {taken.resident:.3f} s of arithmetic {hides} {taken.bus:.3f} s of copies over "
+        f"the bus; about {taken.share:.0%} of the rate with all layers on the GPU"
+    )

@@ -26,6 +26,7 @@ _OTHERS_OPERATIONS = 512  # GeForce and its like
 # 0.53), and what recurrences reach of the peak (Qwen3.6-27B and 35B-A3B: 0.042), of 8192 tokens on an H100
 # (docs/performance.md).
 _EXPERTS_SHARE, _RECURRENCE_SHARE = 0.6, 0.042
+_COPYING_SHARE = 0.7  # of the memory's rate that copies within the device reach, read and written (an H100: 0.73)
 _STEP = 64  # tokens, of the lengths that are told
 _MOST_TOKENS = 1 << 20
 
@@ -105,17 +106,24 @@ class Seconds:
     """About what a batch takes.
 
     resident: if all layers stayed on the device: the arithmetic, or the reading of each weight once where that is
-    longer. bus: its copies. copying: these and the time in which the bus must wait for a staging buffer.
+    longer. unpacking: making tiles of streamed layers, between the arithmetic. bus: their copies. copying: these and
+    the time in which the bus must wait for a staging buffer.
     """
 
     resident: float
+    unpacking: float = 0.0
     bus: float = 0.0
     copying: float = 0.0
 
     @property
+    def computing(self) -> float:
+        """What is not beside something else on the device."""
+        return self.resident + self.unpacking
+
+    @property
     def all(self) -> float:
-        """All of it: the copies go on beside the arithmetic."""
-        return max(self.resident, self.copying)
+        """All of it: the copies go on beside the rest."""
+        return max(self.computing, self.copying)
 
     @property
     def share(self) -> float:
@@ -159,14 +167,16 @@ class Speed:
             return Seconds(resident)
         bus = plan.streamed_bytes / self.bus_rate
         ahead = bus * min(1, STAGING_SLOTS / len(plan.streamed))
-        return Seconds(resident, bus, bus + max(0.0, head - ahead))
+        unpacking = 2 * plan.streamed_bytes / (self._facts.memory_rate * _COPYING_SHARE)
+        return Seconds(resident, unpacking, bus, bus + max(0.0, head - ahead))
 
     def free_under(self, plan: Plan) -> int:
         """From how many tokens of a prompt on the copies of a plan cost nothing; at most _MOST_TOKENS."""
         low, high = 0, _MOST_TOKENS // _STEP
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if self.seconds(plan, middle * _STEP).share == 1 else (middle, high)
+            taken = self.seconds(plan, middle * _STEP)
+            low, high = (low, middle) if taken.copying <= taken.computing else (middle, high)
         return high * _STEP
 
 
@@ -190,7 +200,8 @@ def free_from(speed: Speed, made: Plan, plan_for: Callable[[int], Plan]) -> int 
 
 def estimate(plan: Plan, speed: Speed) -> dict[str, float]:
     """What bounds a prompt of plan.tokens: {"compute_seconds", "tflops"}, and where layers are streamed "bus_seconds",
-    "bus_gb_per_s" and "share_of_resident_rate", about what it has of the rate with all layers on the device."""
+    "bus_gb_per_s" and "share_of_resident_rate", about what it has of the rate with all layers on the device.
+    """
     done = operations(plan, speed.family, plan.tokens)
     seconds = speed.arithmetic(done)
     bounds = {"compute_seconds": seconds, "tflops": done.layers / seconds / 1e12}
