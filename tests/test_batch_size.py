@@ -145,7 +145,7 @@ def test_the_caller_is_respected_and_nothing_changes():
     prompts = [[i % 250, *range(1, 2 + i % 40)] for i in range(60)]
     with kqprefill.load(EXAMPLE, backend="cpu") as model:
         sizes, usual = [], model.backend.batch_size
-        model.backend.batch_size = lambda family, tokens=None, progress=None: (
+        model.backend.batch_size = lambda family, tokens=None, top=0, progress=None: (
             sizes.append(tokens) or (usual(family, tokens) if tokens else BatchSize(300, 200, "for a test"))
         )
         chosen, asked = (list(model.score(prompts, n)) for n in (None, 77))
@@ -177,6 +177,9 @@ def test_the_backend_makes_room_once(monkeypatch):
     assert size.tokens == backend.plan.tokens == 28672 and len(placed) == 1 and backend._ranks
     assert backend.batch_size(planned.family) is size and len(placed) == 1
     assert backend.batch_size(planned.family, 1000) == BatchSize(1000, 1000)
+    assert backend.batch_size(planned.family, top=64) is size
+    many = backend.batch_size(planned.family, top=1024)
+    assert many.tokens == many.first == BATCH_TOKENS and "1024 likeliest" in many.why  # 352 MB of them, else
 
 
 def test_too_little_memory_for_usual_batches_is_left_to_the_batches_that_come(monkeypatch):
@@ -194,7 +197,7 @@ def test_what_was_chosen_is_said_to_people(capsys):
     from kqprefill.cli.common import say_batches
 
     chosen = BatchSize(20480, 16384, "batches of 20480 tokens: for a test")
-    backend = SimpleNamespace(batch_size=lambda family, tokens=None: chosen if tokens is None else BatchSize(tokens))
+    backend = SimpleNamespace(batch_size=lambda family, tokens, top: BatchSize(tokens) if tokens else chosen)
     say_batches(SimpleNamespace(backend=backend, family=None), None)
     say_batches(SimpleNamespace(backend=backend, family=None), 500)
     assert capsys.readouterr().err == "batches of 20480 tokens: for a test\n"

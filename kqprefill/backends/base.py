@@ -83,10 +83,13 @@ class Backend(ABC):
         model cannot run within it.
         """
 
-    def batch_size(self, family: Family, tokens: int | None = None, progress: Progress = no_progress) -> BatchSize:
-        """How large the batches that score a loaded model are to be; tokens: where the caller has said it.
+    def batch_size(
+        self, family: Family, tokens: int | None = None, top: int = 0, progress: Progress = no_progress
+    ) -> BatchSize:
+        """How large the batches that score a loaded model are to be.
 
-        progress hears of what a backend does to make room for them. Raises BackendError.
+        tokens: where the caller has said it. top: how many likeliest tokens are to be named at each place. progress
+        hears of what a backend does to make room for them. Raises BackendError.
         """
         return BatchSize() if tokens is None else BatchSize(tokens)
 

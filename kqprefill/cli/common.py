@@ -183,9 +183,9 @@ def say_loaded(model: Model) -> None:
         say_plain(line)
 
 
-def say_batches(model: Model, batch_tokens: int | None) -> None:
+def say_batches(model: Model, batch_tokens: int | None, top: int = 0) -> None:
     """How large the batches were that an open Model scored, and why, on stderr: where the backend has chosen it."""
-    if why := model.backend.batch_size(model.family, batch_tokens).why:
+    if why := model.backend.batch_size(model.family, batch_tokens, top).why:
         say_plain(why)
 
 

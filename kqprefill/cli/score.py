@@ -172,7 +172,7 @@ def score(
                 page.end()
             if verbose:
                 say_loaded(model)
-                say_batches(model, batch_tokens)
+                say_batches(model, batch_tokens, top)
     except Interrupted:
         if lines is not None and run is not None and not quiet:
             how = f" in {output}; --resume goes on from there" if output != STDIO and lines.is_file else ""

@@ -144,7 +144,7 @@ class Model:
             most = self.config.vocab_size
             raise InputError(f"batch_tokens {batch_tokens} and top {top}: at least 1, and 0 to the vocabulary's {most}")
         items = (r if r is None or isinstance(r, Item) else self.item(r, parse_special, chat_template) for r in records)
-        size = self.backend.batch_size(self.family, batch_tokens, progress or no_progress)
+        size = self.backend.batch_size(self.family, batch_tokens, top, progress or no_progress)
         _LOG.info("%s", size.why or f"batches of {size.tokens} tokens")
         running: _Running | None = None
         partial: list[Scored] = []  # of a record whose last batch has not been read

@@ -2,7 +2,7 @@
 
 python tests/bench/score.py [SHAPE:RECIPE]    2000 prompts of 50 to 2000 tokens, and one prompt of 8192
 python tests/bench/score.py perplexity        512 windows of 512 tokens, and one prompt of 8192
-python tests/bench/score.py streamed SHAPE:RECIPE SIZE    500 of those prompts, all layers resident, and within SIZE
+python tests/bench/score.py streamed SHAPE:RECIPE SIZE    1000 of those prompts, all layers resident, and within SIZE
 python tests/bench/score.py write prompts FILE      those 2000 prompts as JSON lines
 python tests/bench/score.py write questions FILE    2000 prompts of 100 tokens, each with four choices of 20
 """
@@ -73,7 +73,7 @@ def measure(name: str, windows: bool) -> None:
 
 def compare(name: str, vram: str) -> None:
     """Print the tokens/s of prompts with all layers on the device, and streamed within so much of its memory."""
-    prompts, rates = make_records("prompts")[:500], []
+    prompts, rates = make_records("prompts")[:1000], []
     for budget in (None, vram):
         with open_model(open_file(name), "cuda", vram=budget, ranks=True) as model:
             size = model.backend.batch_size(model.family)

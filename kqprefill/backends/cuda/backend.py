@@ -12,7 +12,7 @@ from ...models.family import Family
 from ...timeline import Stage, Timeline
 from ..base import Backend, BatchSize, Cache, Loaded
 from ..budget import Budget
-from .batch_size import choose_batch, first_tokens
+from .batch_size import choose_batch, first_tokens, with_likeliest
 from .bounds import Speed, floors
 from .device.gpu import Gpu, cuda_errors
 from .device.graphs import Graphs
@@ -25,8 +25,9 @@ from .ops.attention_layout import attention_layout
 from .ops.batch import Residual
 from .ops.context import Context
 from .ops.cuda_ops import CudaOps
+from .ops.head import RANKED
 from .programs import weight_program
-from .rehearsal import plan_model, rehearse
+from .rehearsal import LIKELIEST, plan_model, rehearse
 from .weights.plan import Plan, budget_of
 from .weights.small_arrays import SmallArrays
 from .weights.store import WeightsOnDevice
@@ -113,7 +114,9 @@ class CudaBackend(Backend):
                 compiled.result()
             self.plan = plan
 
-    def batch_size(self, family: Family, tokens: int | None = None, progress: Progress = no_progress) -> BatchSize:
+    def batch_size(
+        self, family: Family, tokens: int | None = None, top: int = 0, progress: Progress = no_progress
+    ) -> BatchSize:
         assert self._speed is not None and self.plan is not None, "a model is loaded before it is scored with"
         with cuda_errors("planning batches"):
             self.gpu.device.set_current()
@@ -127,7 +130,7 @@ class CudaBackend(Backend):
                     return BatchSize()
                 self._place(plan, True, progress)
                 self._size = size
-            return self._size
+            return with_likeliest(self._size, top, LIKELIEST, RANKED.itemsize)
 
     def new_cache(self, family: Family, capacity: int) -> Cache:
         plan, states = self.plan, family.layer_states

@@ -12,6 +12,7 @@ from .bounds import Seconds, Speed
 from .weights.plan import Plan
 
 MOST_TOKENS = 32768
+_MORE_BYTES = 16 << 20  # of likeliest tokens that were not planned for: of the allocator's slack
 _STEP = 4096  # tokens: sizes are multiples of it, and so of most contexts that perplexity is asked for
 _HIDDEN = 0.9  # of the arithmetic, that copies may take to be hidden: the arithmetic is not known better
 _OF_RESIDENT = 0.97  # of the rate if all layers stayed: what unpacking takes is then spread over enough tokens
@@ -62,6 +63,18 @@ def first_tokens(speed: Speed, plan: Plan, tokens: int) -> int:
     return min(first, tokens)
 
 
+def with_likeliest(size: BatchSize, top: int, planned: int, nbytes: int) -> BatchSize:
+    """The size where `top` likeliest tokens are named at each place, of `nbytes` each, and there is room for `planned`:
+    more than BATCH_TOKENS only where the others take little."""
+    if top <= planned:
+        return size
+    most = max(BATCH_TOKENS, _MORE_BYTES // (nbytes * (top - planned)) // _STEP * _STEP)
+    if size.tokens <= most:
+        return size
+    why = f"batches of {most} tokens: {size.tokens} would hide the copies over the bus, but for the {top} likeliest"
+    return BatchSize(most, min(most, size.first), why)
+
+
 def _hides(taken: Seconds) -> bool:
     """Whether the arithmetic hides the copies, to all that is known."""
     return taken.copying <= _HIDDEN * taken.resident
@@ -73,8 +86,8 @@ def _is_free(taken: Seconds) -> bool:
 
 
 def _why(tokens: int, taken: Seconds) -> str:
-    hides = "hide" if taken.copying <= taken.computing else "do not hide"
+    hides = "hides" if taken.copying <= taken.computing else "does not hide"
     return (
-        f"batches of {tokens} tokens: {taken.resident:.3f} s of arithmetic {hides} {taken.bus:.3f} s of copies over "
-        f"the bus; about {taken.share:.0%} of the rate with all layers on the GPU"
+        f"batches of {tokens} tokens: computing, {taken.computing:.3f} s, {hides} the copies over the bus, "
+        f"{taken.bus:.3f} s; about {taken.share:.0%} of the rate with all layers on the GPU"
     )
