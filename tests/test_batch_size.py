@@ -53,7 +53,7 @@ def test_usual_batches_where_they_hide_the_copies():
     assert size.first == 4096  # 512 tokens would wait for the bus as long
 
 
-@pytest.mark.parametrize("name", ["qwen3-30b-a3b:Q4_K_M", "gpt-oss-20b:MXFP4_MOE"])
+@pytest.mark.parametrize("name", ["qwen3-30b-a3b:Q4_K_M", "gpt-oss-20b:MXFP4_MOE", "qwen3.6-35b-a3b:Q4_K_M"])
 def test_experts_get_the_smallest_batch_that_has_the_rate_of_resident_layers(name):
     planned = Planned(name, 8)
     plan, size = planned.choose()
@@ -69,12 +69,13 @@ def test_experts_get_the_smallest_batch_that_has_the_rate_of_resident_layers(nam
 
 
 def test_what_does_not_fit_is_not_chosen():
-    """Qwen3.6-35B-A3B in 8 GiB: 24,576 targets and their rows of keys take more than that."""
-    planned = Planned("qwen3.6-35b-a3b:Q4_K_M", 8)
+    """Qwen3.6-35B-A3B in 6 GiB: 20,480 targets and their rows of keys take more than that."""
+    planned = Planned("qwen3.6-35b-a3b:Q4_K_M", 6)
     with pytest.raises(kqprefill.BackendError, match="tokens need at least"):
-        planned.plan(24576, ranks=True)
+        planned.plan(20480, ranks=True)
     plan, size = planned.choose()
-    assert size.tokens == plan.tokens == 20480 and plan.nbytes <= 8 * GIB
+    assert BATCH_TOKENS < size.tokens == plan.tokens < 20480 and plan.nbytes <= 6 * GIB
+    assert "does not hide" in size.why and f"{planned.speed.seconds(plan, size.tokens, True).share:.0%}" in size.why
 
 
 def test_larger_batches_that_gain_nothing_are_not_chosen():
