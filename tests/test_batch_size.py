@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from conftest import EXAMPLE
+from conftest import EXAMPLE, ROOT
 import kqprefill
 from kqprefill.backends.base import BatchSize
 from kqprefill.backends.cuda import backend as cuda_backend
@@ -202,3 +202,32 @@ def test_what_was_chosen_is_said_to_people(capsys):
     say_batches(SimpleNamespace(backend=backend, family=None), None)
     say_batches(SimpleNamespace(backend=backend, family=None), 500)
     assert capsys.readouterr().err == "batches of 20480 tokens: for a test\n"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["qwen35-tied-nextn", "qwen3next-moe-q3_k_m"])
+@pytest.mark.parametrize("most", [1, 3])
+def test_recurrences_in_parts_give_the_same_bits(monkeypatch, name, most, rng):
+    """However many chunks are computed at a time: of packed sequences, of choices, of one prompt with and without a
+    cache."""
+    from kqprefill.backends.cuda.ops import delta
+
+    with kqprefill.load(ROOT / f"tests/data/{name}.gguf", backend="cuda") as model:
+
+        def ids(n):
+            return rng.integers(0, model.config.vocab_size, n).tolist()
+
+        records = [ids(int(n)) for n in rng.integers(2, 400, 30)]
+        choices = [ids(int(n)) for n in rng.integers(1, 80, 4)]
+        records += [{"tokens": ids(n), "choices": choices} for n in (10, 64, 150)]
+        prompt = ids(500)
+
+        def results():
+            scored = [s for r in model.score(records) for s in (r if isinstance(r, list) else [r])]
+            cache = model.new_cache(500)
+            parts = [model.prefill(piece, "all", cache).logits for piece in (prompt[:70], prompt[70:75], prompt[75:])]
+            return [*(s.logprobs for s in scored), model.prefill(prompt, "all").logits, np.concatenate(parts)]
+
+        expected = results()
+        monkeypatch.setattr(delta, "CHUNKS_AT_ONCE", most)
+        assert all(map(np.array_equal, expected, results()))

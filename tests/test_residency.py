@@ -228,7 +228,7 @@ def test_packed_batches_are_streamed_too(monkeypatch, rng):
     force(monkeypatch, [1])
     with kqprefill.load(EXAMPLE, backend="cuda") as model:
         assert model.backend.plan.streamed
-        for batch_tokens in (500, 8192):
+        for batch_tokens in (500, 8192, None):
             found = [scored.logprobs for scored in model.score(prompts, batch_tokens)]
             assert all(map(np.array_equal, expected, found))
 
