@@ -30,6 +30,11 @@ LARGEST_KEY_BLOCK = 128
 # memory for that many.
 KEYS_PER_TOKEN = 2
 
+# Tokens of a batch to score, where neither the caller nor the backend says more: a GPU's matrix units are busy from
+# about 1000 on. The first batch has fewer, so that a person sees results soon; each after it may be twice as large.
+BATCH_TOKENS = 8192
+FIRST_TOKENS = 512
+
 
 _MOST_SHOWN = 8  # elements of a list in a repr
 

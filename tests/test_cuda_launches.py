@@ -8,6 +8,7 @@ from cuda.bindings.driver import CUresult
 import numpy as np
 import pytest
 
+from conftest import ROOT
 from kqprefill.backends.cuda.attention_kernels import PortableAttention
 from kqprefill.backends.cuda.constants import ACTIVATIONS, SHARED_DEFINES, THREADS
 from kqprefill.backends.cuda.device.arrays import FLOAT32, INT32, DeviceArray
@@ -18,11 +19,12 @@ from kqprefill.backends.cuda.device.workspace import Workspace
 from kqprefill.backends.cuda.gemm import hopper
 from kqprefill.backends.cuda.kernel_set import kernel_set_of
 from kqprefill.backends.cuda.ops.attention_layout import attention_layout
-from kqprefill.backends.cuda.ops.chunk_layout import chunk_layout
+from kqprefill.backends.cuda.ops.chunk_layout import chunk_layout, parts_of
 from kqprefill.backends.cuda.rehearsal import planned_batch, rehearse
 from kqprefill.core import KEYS_PER_TOKEN, LARGEST_KEY_BLOCK, Batch, KeysValues, Latent, Segment, Targets
 from kqprefill.engine.scoring import Item, packed, packs
 from kqprefill.errors import ModelError
+from kqprefill.gguf import GGUFFile
 from kqprefill.models import read_model
 from kqprefill.synthetic import SyntheticFile
 import launches
@@ -174,6 +176,58 @@ def test_chunks_find_every_position_of_their_sequence(rng):
             found = (row if position >= begin else before_row) + position
             assert found == row_of[number, behind + position]
     assert number == len(segments) - 1
+
+
+@pytest.mark.parametrize("most", [3, 16, 128])
+def test_parts_of_a_batch_are_batches_of_their_own(rng, most):
+    """Of so many chunks at most, unless what comes after a segment makes them more; a long sequence is cut alone."""
+    first, segments = 0, []
+    for _ in range(60):
+        length = int(rng.choice([1, 30, 64, 65, 200, 2000]))
+        place = len(segments)
+        segments.append(Segment(first, length))
+        first += length
+        for _ in range(rng.integers(0, 3) * (length < 300)):
+            segments.append(Segment(first, int(rng.integers(1, 100)), length, place))
+            first += segments[-1].length
+    row = 0
+    whole = iter(segments)
+    for part in parts_of(segments, most):
+        assert part.first == row and part.segments[0].first == 0 and part.segments[0].after is None
+        for number, segment in enumerate(part.segments):
+            assert part.first + segment.first == row
+            assert segment.after is None or segment.after < number
+            row += segment.length
+            if not (part.keeps and segment.position):
+                original = next(whole)
+            assert segment.after is not None or part.keeps or segment.position == 0
+            if part.keeps:  # perhaps a part of it
+                assert row <= original.first + original.length and segment.first + part.first - original.first == (
+                    segment.position
+                )
+            else:
+                assert (segment.length, segment.position) == (original.length, original.position)
+                if segment.after is not None:
+                    followed = part.segments[segment.after]
+                    assert followed.first + part.first == segments[original.after].first
+        assert part.last == row
+        chunks = len(chunk_layout(part.segments, part.keeps).chunks)
+        assert chunks <= most or (not part.keeps and sum(s.after is None for s in part.segments) == 1)
+        assert not part.keeps or len(part.segments) == 1
+        assert not part.keeps or part.last == original.first + original.length or (part.last - original.first) % 64 == 0
+    assert row == first and next(whole, None) is None
+
+
+@pytest.mark.parametrize("length", [1, 3, 70, 300])
+def test_recurrences_of_short_sequences_fit_the_memory_that_is_planned(length):
+    family = read_model(GGUFFile(ROOT / "tests/data/qwen35-tied-nextn.gguf"))
+    facts, kernel_set, n = Facts((9, 0)), kernel_set_of((9, 0)), 8400
+    segments = tuple(Segment(at, min(length, n - at)) for at in range(0, n, length))
+    ids = np.zeros(n, np.int32)
+    batch = Batch(ids, segments=segments, targets=Targets(np.arange(n, dtype=np.int32), ids, 32))
+    planned = rehearse(family, facts, kernel_set, planned_batch(n, ranks=True), "ranks").work_bytes
+    tables = 64 * len(segments) + (256 << 10)  # which rows and chunks are whose
+    assert rehearse(family, facts, kernel_set, batch, "ranks").work_bytes <= planned + tables
 
 
 def test_packed_batches_fit_the_memory_that_is_planned():

@@ -277,7 +277,7 @@ def test_an_allocation_that_fails_is_one_line(cuda):
 @pytest.mark.parametrize("n", [1, 7, 1000, 5003, 151936])
 def test_ranks_of_logits(cuda, n, kind, rng):
     """A target's log-probability and the likeliest tokens, the lowest ids of equals first, of rows of any length."""
-    from kqprefill.backends.cuda.ops.head import _RANKED
+    from kqprefill.backends.cuda.ops.head import RANKED
     from kqprefill.backends.cuda.programs import HEAD
 
     rows = 3
@@ -298,8 +298,8 @@ def test_ranks_of_logits(cuda, n, kind, rng):
     uploaded = {"logits": cuda.work.upload("rank logits", logits), "targets": cuda.work.upload("rank targets", targets)}
 
     def rank(top):
-        found = np.empty((rows, top + 1), _RANKED)
-        out = cuda.work.array("rank out", _RANKED, *found.shape)
+        found = np.empty((rows, top + 1), RANKED)
+        out = cuda.work.array("rank out", RANKED, *found.shape)
         cuda.gpu.upload(out.address, np.full(found.nbytes, 0xFF, np.uint8))
         cuda.launcher.launch(HEAD, "rank", grid=rows, **uploaded, n=n, top=top, out=out)
         cuda.gpu.download(found, out.address)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..core import Batch, Logits, PendingHead, Progress
+from ..core import BATCH_TOKENS, FIRST_TOKENS, Batch, Logits, PendingHead, Progress, no_progress
 from ..models.family import Family
 from ..timeline import Stage
 from .budget import Budget
@@ -37,6 +37,16 @@ class Loaded:
 
     nbytes: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class BatchSize:
+    """Tokens of a batch to score, at most, and of the first one; each after it may be twice as large as the one before.
+    why: the reason, for people, where it is not the usual size."""
+
+    tokens: int = BATCH_TOKENS
+    first: int = FIRST_TOKENS
+    why: str = ""
 
 
 class Backend(ABC):
@@ -69,8 +79,19 @@ class Backend(ABC):
         """Make the family's weights ready (a no-op on the CPU); progress hears how far it is.
 
         vram: device memory that may be taken, None for all that is free. tokens: of the longest prompt, or (ranks) of
-        the largest batch with targets, to plan for. Raises BackendError where the model cannot run within it.
+        the largest batch with targets, to plan for; None where the backend is to choose. Raises BackendError where the
+        model cannot run within it.
         """
+
+    def batch_size(
+        self, family: Family, tokens: int | None = None, top: int = 0, progress: Progress = no_progress
+    ) -> BatchSize:
+        """How large the batches that score a loaded model are to be.
+
+        tokens: where the caller has said it. top: how many likeliest tokens are to be named at each place. progress
+        hears of what a backend does to make room for them. Raises BackendError.
+        """
+        return BatchSize() if tokens is None else BatchSize(tokens)
 
     @abstractmethod
     def new_cache(self, family: Family, capacity: int) -> Cache:

@@ -99,13 +99,13 @@ def batch_option(command: Command) -> Command:
     """--batch-tokens."""
     return click.option(
         "--batch-tokens",
-        default=8192,
-        show_default=True,
+        default=None,
         metavar="T",
         type=click.IntRange(1),
         envvar="KQPREFILL_BATCH_TOKENS",
         show_envvar=True,
-        help="Tokens that are packed into one batch, at most.",
+        help="Tokens that are packed into one batch, at most.  [default: 8192; where layers are streamed, up to 32768 "
+        "that hide the copies]",
     )(command)
 
 
@@ -135,11 +135,12 @@ def open_on(
     vram: str | None,
     quiet: bool,
     progress: Progress | None,
-    max_tokens: int,
+    max_tokens: int | None,
     ranks: bool = False,
 ) -> Model:
     """A Model of an open file, on what the options of `device_options` and `memory_option` say; closes it on failure.
 
+    max_tokens, ranks: as for kqprefill.engine.model.open_model.
     On the CPU those that mean nothing there are said to be ignored.
     """
     from ..engine.model import open_model
@@ -180,6 +181,12 @@ def say_loaded(model: Model) -> None:
     say_plain(f"weights that stay: {size(loaded.nbytes)} in {loaded.seconds:.3f} s, {rate:.1f} GB/s")
     for line in plan_lines(model.backend.plan, model.family):
         say_plain(line)
+
+
+def say_batches(model: Model, batch_tokens: int | None, top: int = 0) -> None:
+    """How large the batches were that an open Model scored, and why, on stderr: where the backend has chosen it."""
+    if why := model.backend.batch_size(model.family, batch_tokens, top).why:
+        say_plain(why)
 
 
 def say_summary(line: str, quiet: bool, verbose: bool) -> None:

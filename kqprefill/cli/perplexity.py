@@ -21,6 +21,7 @@ from .common import (
     read_text_file,
     read_tokens,
     say,
+    say_batches,
     say_loaded,
     say_summary,
     special_option,
@@ -66,7 +67,7 @@ def perplexity(
     chunks: int | None,
     as_json: bool,
     no_special: bool,
-    batch_tokens: int,
+    batch_tokens: int | None,
     backend: str,
     device: int,
     kernels: str,
@@ -118,6 +119,7 @@ def perplexity(
             measured = measure(model, ids, context, chunks, bos, batch_tokens, watch)
             if verbose:
                 say_loaded(model)
+                say_batches(model, batch_tokens)
     except Interrupted:
         if watch is not None and watch.done and not quiet:
             say(f"interrupted: {watch.done:.0%} of the text was scored; the figure needs all of it (--chunks N: less)")

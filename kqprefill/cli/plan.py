@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import click
@@ -42,7 +43,8 @@ def plan(model: str, length: str, as_json: bool, backend: str, device: int, kern
     kqprefill plan qwen3-32b:Q4_K_M --vram 8G -p 8192
     """
     from ..backends.budget import Budget
-    from ..backends.cuda.bounds import H100, estimate
+    from ..backends.cuda.batch_size import choose_batch
+    from ..backends.cuda.bounds import H100, Speed, estimate, free_from
     from ..backends.cuda.device.gpu import Gpu, GpuFacts
     from ..backends.cuda.kernel_set import kernel_set_of
     from ..backends.cuda.rehearsal import plan_model
@@ -73,8 +75,17 @@ def plan(model: str, length: str, as_json: bool, backend: str, device: int, kern
         else:
             facts, may_take, name = gpu, budget_of(gpu, budget), gpu.name
         kernel_set = kernel_set_of(facts.capability, kernels)
-        made = plan_model(family, facts, kernel_set, may_take, tokens)
-        bounds = estimate(made, family, facts, kernel_set)
+        made, speed = plan_model(family, facts, kernel_set, may_take, tokens), Speed(family, facts, kernel_set)
+        bounds: dict[str, float | None] = {**estimate(made, speed)}
+        if made.streamed:
+            bounds["free_from_tokens"] = free_from(
+                speed, made, lambda n: plan_model(family, facts, kernel_set, may_take, n)
+            )
+            try:
+                _, batch = choose_batch(speed, lambda n: plan_model(family, facts, kernel_set, may_take, n, ranks=True))
+                bounds["score_batch_tokens"] = batch.tokens
+            except BackendError:  # not even the usual batches fit
+                bounds["score_batch_tokens"] = None
     if as_json:
         described = {
             "model": model,
@@ -94,15 +105,29 @@ def plan(model: str, length: str, as_json: bool, backend: str, device: int, kern
     print_text(wrapped(f"{model} on {name}, prompts of {tokens} tokens"))
     for line in plan_lines(made, family):
         click.echo(line)
+    for line in _speed_lines(tokens, made.streamed_bytes, bounds):
+        click.echo(wrapped(line))
+
+
+def _speed_lines(tokens: int, streamed_bytes: int, bounds: dict[str, float | None]) -> Iterator[str]:
+    """What bounds a prompt's speed, for people; and where that is the bus, what would be faster."""
     arithmetic = f"arithmetic {bounds['compute_seconds']:.3f} s at {bounds['tflops']:.0f} TFLOP/s"
-    if not made.streamed:
-        click.echo(f"bound by arithmetic: {arithmetic}")
+    if not streamed_bytes:
+        yield f"bound by arithmetic: {arithmetic}"
         return
+    share, free, batch = (bounds[key] for key in ("share_of_resident_rate", "free_from_tokens", "score_batch_tokens"))
+    waits = free is None or tokens < free
     bus = f"bus {bounds['bus_seconds']:.3f} s at {bounds['bus_gb_per_s']:.1f} GB/s"
-    which = "the bus" if bounds["bus_seconds"] > bounds["compute_seconds"] else "arithmetic"
-    streamed = f"{size(made.streamed_bytes)} streamed for each prompt"
-    click.echo(wrapped(f"bound by {which}: {arithmetic}, {bus} ({streamed})"))
-    click.echo(f"streaming is free from about {bounds['free_from_tokens']} tokens")
+    which = "the bus" if waits else "arithmetic"
+    yield f"bound by {which}: {arithmetic}, {bus} ({size(streamed_bytes)} streamed for each prompt)"
+    if free is None:
+        yield "streaming is free for no prompt that fits this memory and the model's context"
+    else:
+        yield f"streaming is free from about {free} tokens"
+    if waits:
+        line = f"a prompt of {tokens} tokens has about {share:.0%} of the rate with all layers on the GPU"
+        line += "" if free is None else f"; -p {free} would hide the copies"
+        yield line + ("" if batch is None else f"; score and perplexity take batches of {batch} tokens by themselves")
 
 
 def _plan_cpu(model: str, family: Family, tokens: int, as_json: bool) -> None:

@@ -23,6 +23,7 @@ from .common import (
     open_on,
     read_template,
     say,
+    say_batches,
     say_loaded,
     say_summary,
     special_option,
@@ -103,7 +104,7 @@ def score(
     chat_template: str | None,
     no_special: bool,
     force: bool,
-    batch_tokens: int,
+    batch_tokens: int | None,
     backend: str,
     device: int,
     kernels: str,
@@ -171,6 +172,7 @@ def score(
                 page.end()
             if verbose:
                 say_loaded(model)
+                say_batches(model, batch_tokens, top)
     except Interrupted:
         if lines is not None and run is not None and not quiet:
             how = f" in {output}; --resume goes on from there" if output != STDIO and lines.is_file else ""
@@ -223,7 +225,7 @@ class _Run:
         """Lines that the output has, with those of the run that is continued."""
         return self._lines.done + self._lines.written
 
-    def go(self, batch_tokens: int, top: int) -> None:
+    def go(self, batch_tokens: int | None, top: int) -> None:
         """Score all records. Raises KqprefillError at the first bad one, unless they are skipped."""
         progress = self._show if self._bars else None
         for result in self._model.score(self._items(), batch_tokens, top, progress):

@@ -27,8 +27,6 @@ from ..terminal import shown
 from .checks import refuse_non_finite, token_ids
 from .prefill import Prefill
 from .scoring import (
-    BATCH_TOKENS,
-    FIRST_TOKENS,
     Group,
     Item,
     Places,
@@ -119,7 +117,7 @@ class Model:
     def score(
         self,
         records: Iterable[Record | Item | None],
-        batch_tokens: int = BATCH_TOKENS,
+        batch_tokens: int | None = None,
         top: int = 0,
         progress: Progress | None = None,
         parse_special: bool = True,
@@ -132,22 +130,25 @@ class Model:
         "prompt" (text) or "messages" (a conversation, for the chat template), and perhaps "completion" or "choices"
         (one or several continuations, ids or texts, scored given the prompt); or an Item of `item`. None among them has
         all before it computed at once, rather than wait for a full batch. batch_tokens: of a batch, at most, but for
-        one longer prompt. top: how many likeliest tokens to name at each place. progress(stage, done, total) hears of
+        one longer prompt; None for 8192, or where layers are streamed for as many more, up to 32768, as hide their
+        copies over the bus. top: how many likeliest tokens to name at each place. progress(stage, done, total) hears of
         compiling and of each batch's layers. parse_special, chat_template: as in `tokenize` and `tokenize_chat`. The
-        first batches are smaller, so that their results come soon. Logits stay on the device; results are the same
+        first batches are smaller where their results come sooner so. Logits stay on the device; results are the same
         however records are packed. Where a record's logits are not finite, so are its log-probabilities: they are
         handed on as they are, since the others are sound (`kqprefill score` reports such a record as one that failed).
         Raises InputError for a bad record, or a model that has been closed; ModelError where the file has no tokenizer
         or template that a record needs; BackendError.
         """
         self._check_open()
-        if batch_tokens < 1 or not 0 <= top <= self.config.vocab_size:
+        if (batch_tokens is not None and batch_tokens < 1) or not 0 <= top <= self.config.vocab_size:
             most = self.config.vocab_size
             raise InputError(f"batch_tokens {batch_tokens} and top {top}: at least 1, and 0 to the vocabulary's {most}")
         items = (r if r is None or isinstance(r, Item) else self.item(r, parse_special, chat_template) for r in records)
+        size = self.backend.batch_size(self.family, batch_tokens, top, progress or no_progress)
+        _LOG.info("%s", size.why or f"batches of {size.tokens} tokens")
         running: _Running | None = None
         partial: list[Scored] = []  # of a record whose last batch has not been read
-        for group in packs(items, batch_tokens, FIRST_TOKENS):
+        for group in packs(items, size.tokens, size.first):
             started = None if group is None else self._start(group, top, progress)
             if running is not None:  # while the next batch runs
                 yield from running.finish(partial)
@@ -325,7 +326,7 @@ def open_model(
 ) -> Model:
     """`load`, for a file that is open already (a GGUFFile or a SyntheticFile); closes it on failure.
 
-    ranks: max_tokens is of the largest batch that `score` will make.
+    ranks: max_tokens is of the largest batch that `score` will make, None where the backend is to choose it.
     """
     start = time.perf_counter()
     opened: Backend | None = None

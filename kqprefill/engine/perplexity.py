@@ -12,7 +12,6 @@ import numpy as np
 
 from ..core import Progress
 from ..errors import BackendError, InputError
-from .scoring import BATCH_TOKENS
 
 if TYPE_CHECKING:
     from .model import Model
@@ -37,16 +36,17 @@ def perplexity(
     context: int = CONTEXT,
     most: int | None = None,
     bos: int | None = None,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> Perplexity:
     """The Perplexity of token ids [T] under an open Model.
 
     Windows of `context` tokens follow one another, at most `most` of them, and what is left over is left out; of each
     the second half is scored, each token given all before it in the window (llama.cpp, tools/perplexity: `perplexity`).
-    bos: what each window's first token is replaced by (files that ask for BOS), or None. progress("windows", done,
-    total) hears how far it is, in layers of windows. Raises InputError where a window does not fit the model, or the
-    text does not fill one; BackendError where a log-probability is not finite.
+    bos: what each window's first token is replaced by (files that ask for BOS), or None. batch_tokens: of a batch of
+    several windows, as in `Model.score`. progress("windows", done, total) hears how far it is, in layers of windows.
+    Raises InputError where a window does not fit the model, or the text does not fill one; BackendError where a
+    log-probability is not finite.
     """
     if not 4 <= context <= model.config.context_length:
         raise InputError(f"a context of {context} tokens: 4 to the model's {model.config.context_length} are possible")

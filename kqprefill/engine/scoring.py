@@ -28,9 +28,6 @@ from ..core import (
 )
 from ..errors import InputError
 
-BATCH_TOKENS = 8192  # a GPU's matrix units are busy from about 1000 on
-FIRST_TOKENS = 512  # of the first batch, so that a person sees results soon; each after it may be twice as large
-
 PROMPTS = "tokens", "prompt", "messages"  # keys of a record, of which it has one
 # What `Model.score` takes: token ids, or what a line of `kqprefill score`'s input holds.
 Record: TypeAlias = Sequence[int] | Mapping[str, Any]

@@ -2,6 +2,7 @@
 
 python tests/bench/score.py [SHAPE:RECIPE]    2000 prompts of 50 to 2000 tokens, and one prompt of 8192
 python tests/bench/score.py perplexity        512 windows of 512 tokens, and one prompt of 8192
+python tests/bench/score.py streamed SHAPE:RECIPE SIZE    1000 of those prompts, all layers resident, and within SIZE
 python tests/bench/score.py write prompts FILE      those 2000 prompts as JSON lines
 python tests/bench/score.py write questions FILE    2000 prompts of 100 tokens, each with four choices of 20
 """
@@ -17,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from kqprefill.cli.common import open_file
+from kqprefill.core import BATCH_TOKENS
 from kqprefill.engine.model import Model, open_model
 from kqprefill.engine.perplexity import perplexity
-from kqprefill.engine.scoring import BATCH_TOKENS
 
 MODEL = "qwen3-8b:Q4_K_M"
 VOCABULARY, COUNT = 151936, 2000
@@ -70,12 +71,26 @@ def measure(name: str, windows: bool) -> None:
     print(f"{scored:.0f} tok/s, {share:.3f} of one 8192-token prompt ({before:.0f} before, {after:.0f} after)")
 
 
+def compare(name: str, vram: str) -> None:
+    """Print the tokens/s of prompts with all layers on the device, and streamed within so much of its memory."""
+    prompts, rates = make_records("prompts")[:1000], []
+    for budget in (None, vram):
+        with open_model(open_file(name), "cuda", vram=budget, ranks=True) as model:
+            size = model.backend.batch_size(model.family)
+            list(model.score([random_ids(1000)] * (3 * size.tokens // 1000)))
+            rates.append(rate(sum(len(p["tokens"]) for p in prompts), lambda: list(model.score(prompts))))
+            print(f"{budget or 'all'}: {rates[-1]:.0f} tok/s, {size.why or f'batches of {size.tokens} tokens'}")
+    print(f"{name}, {vram}: {rates[1] / rates[0]:.3f} of the rate with all layers on the device")
+
+
 def main(arguments: list[str]) -> None:
     """Do what the command line asks for."""
     if arguments[:1] == ["write"]:
         _, kind, path = arguments
         with open(path, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in make_records(kind))
+    elif arguments[:1] == ["streamed"]:
+        compare(*arguments[1:])
     elif arguments == ["perplexity"]:
         measure(MODEL, windows=True)
     else:

@@ -9,9 +9,11 @@ import statistics
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 
+from kqprefill.backends.cuda.backend import CudaBackend
 from kqprefill.cli.common import open_file
 from kqprefill.engine.model import Model, open_model
 
@@ -34,6 +36,20 @@ def rate(model: Model, length: int, repetitions: int) -> str:
     return f"T={length} {length / mean:.0f} ± {length * deviation / mean**2:.0f} tok/s"
 
 
+def rate_of_copies(model: Model, rounds: int = 5) -> float:
+    """Bytes a second of the streamed layers' copies by themselves, repacked but with nothing computed: what a batch
+    that waits for the bus could reach at best."""
+    backend = model.backend
+    assert isinstance(backend, CudaBackend) and backend.plan is not None
+    backend.gpu.device.sync()
+    start = time.perf_counter()
+    for _ in range(rounds):
+        for layer in backend.plan.streamed:
+            backend.weights.begin_layer(layer)
+    backend.gpu.device.sync()
+    return rounds * backend.plan.streamed_bytes / (time.perf_counter() - start)
+
+
 def host_memory() -> str:
     """In words, what this process holds of main memory: its own, and of files."""
     with open("/proc/self/status", encoding="utf-8") as file:
@@ -51,6 +67,10 @@ def main(name: str, vram: str, lengths: str, repetitions: str = "3") -> None:
         assert loaded is not None, "the CUDA backend says what it has loaded"
         loading = f"loaded {loaded.nbytes / 1e9:.2f} GB at {loaded.nbytes / loaded.seconds / 1e9:.1f} GB/s"
         rates = [rate(model, length, int(repetitions)) for length in prompt_lengths]
+        if plan.streamed:
+            copies, plan = rate_of_copies(model), model.backend.plan
+            loading += f"; {plan.streamed_bytes / 1e9:.2f} GB a batch at {copies / 1e9:.1f} GB/s by themselves, "
+            loading += f"{plan.streamed_bytes / copies:.3f} s"
         print(
             f"{name.rsplit('/', 1)[-1]}, {vram}: {len(plan.streamed)} of {len(model.family.blocks)} layers streamed; "
             f"{'; '.join(rates)}; {loading}; "

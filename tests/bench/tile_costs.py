@@ -102,7 +102,7 @@ def step_costs(backend: CudaBackend, family: Family, config: HopperConfig) -> di
             x = work.array(f"x {columns}", FLOAT16, tokens, columns)
             gpu.upload(x.address, (rng.standard_normal((tokens, columns)) * 0.5).astype(np.float16))
             launch = partial(multiply, gemm, Operand(x, columns, scale), layers, out, act, scale)
-            blocks = config.output_tiles(tokens, sum(matrix.row_tiles for matrix in layers[0]), experts=0)
+            blocks = config.output_tiles(tokens, sum(matrix.row_tiles for matrix in layers[0]), more=0)
             rounds = -(-blocks // gpu.multiprocessors)
             step = microseconds(gpu, launch) * 1e3 / (columns / OPERAND_GROUP)
             costs.setdefault(rounds == 1, []).append(step / rounds)

@@ -10,9 +10,10 @@ from ...core import KEYS_PER_TOKEN, Batch, Logits, PendingHead, Progress, no_pro
 from ...errors import BackendError
 from ...models.family import Family
 from ...timeline import Stage, Timeline
-from ..base import Backend, Cache, Loaded
+from ..base import Backend, BatchSize, Cache, Loaded
 from ..budget import Budget
-from .bounds import floors
+from .batch_size import choose_batch, first_tokens, with_likeliest
+from .bounds import Speed, floors
 from .device.gpu import Gpu, cuda_errors
 from .device.graphs import Graphs
 from .device.launcher import Launcher
@@ -24,9 +25,10 @@ from .ops.attention_layout import key_rows
 from .ops.batch import Residual
 from .ops.context import Context
 from .ops.cuda_ops import CudaOps
+from .ops.head import RANKED
 from .ops.latent import expanded_bytes
 from .programs import weight_program
-from .rehearsal import plan_model, rehearse
+from .rehearsal import LIKELIEST, plan_model, rehearse
 from .weights.plan import Plan, budget_of
 from .weights.small_arrays import SmallArrays
 from .weights.store import WeightsOnDevice
@@ -53,6 +55,8 @@ class CudaBackend(Backend):
         self._small: SmallArrays | None = None
         self._weights: WeightsOnDevice | None = None
         self._context: Context | None = None
+        self._speed: Speed | None = None
+        self._size: BatchSize | None = None  # of batches to score, once it has been chosen
         self._budget = 0
         self._ranks = False  # whether the plan is for batches with targets
         self._ran = self._closed = False  # whether a batch has been through; whether all has been given back
@@ -83,13 +87,15 @@ class CudaBackend(Backend):
         tokens: int | None = None,
         ranks: bool = False,
     ) -> None:
-        tokens = tokens or PLANNED_TOKENS
-        if not ranks:  # one prompt
-            tokens = min(tokens, family.config.context_length)
-        self._ranks = ranks
+        self._ranks, self._size, self._speed = ranks, None, Speed(family, self.gpu, self.kernel_set)
         with cuda_errors("loading the model"):
             self._budget = budget_of(self.gpu, vram)
-            plan = self._make_plan(family, tokens, 0)
+            if not ranks:  # one prompt
+                tokens = min(tokens or PLANNED_TOKENS, family.config.context_length)
+            if tokens is None:
+                plan, self._size = choose_batch(self._speed, lambda n: self._make_plan(family, n, 0, True))
+            else:
+                plan = self._make_plan(family, tokens, 0, ranks)
             weight_programs = {weight_program(weight.tensor.type) for weight in family.matrices()}
             self.launcher.prepare(weight_programs, progress)  # which placing launches
             self._small, self._weights = SmallArrays(self.gpu), WeightsOnDevice(self.gpu, self.launcher, family)
@@ -109,6 +115,24 @@ class CudaBackend(Backend):
                 compiled.result()
             self.plan = plan
 
+    def batch_size(
+        self, family: Family, tokens: int | None = None, top: int = 0, progress: Progress = no_progress
+    ) -> BatchSize:
+        assert self._speed is not None and self.plan is not None, "a model is loaded before it is scored with"
+        with cuda_errors("planning batches"):
+            self.gpu.device.set_current()
+            if tokens is not None:
+                return BatchSize(tokens, first_tokens(self._speed, self.plan, tokens))
+            if self._size is None:
+                held = self._cache_bytes(family)
+                try:
+                    plan, size = choose_batch(self._speed, lambda n: self._make_plan(family, n, held, True))
+                except BackendError:  # perhaps all that is to be scored fits a smaller batch, which makes its own room
+                    return BatchSize()
+                self._place(plan, True, progress)
+                self._size = size
+            return with_likeliest(self._size, top, LIKELIEST, RANKED.itemsize)
+
     def new_cache(self, family: Family, capacity: int) -> Cache:
         plan, states = self.plan, family.layer_states
         assert plan is not None, "a model is loaded before it is given a cache"
@@ -118,7 +142,8 @@ class CudaBackend(Backend):
             others = plan.nbytes - plan.parts.get("caches", 0) + self._cache_bytes(family) + expanded
             if others + kind.bytes_needed(states, capacity) > self._budget:
                 kind = HostCache
-                self._make_room(family, plan.tokens, kind.bytes_needed(states, capacity) + expanded, no_progress)
+                more = kind.bytes_needed(states, capacity) + expanded
+                self._make_room(family, plan.tokens, more, self._ranks, no_progress)
             cache = kind(self.gpu, states, capacity)
         self._caches.append(cache)
         return cache
@@ -191,21 +216,22 @@ class CudaBackend(Backend):
         if batch.targets is not None:
             needed = max(needed, -(-key_rows(family, self.kernel_set, batch.segments) // KEYS_PER_TOKEN))
         if needed > plan.tokens or self.weights.plan is None or ranks != self._ranks:
-            self._ranks = ranks
-            self._make_room(family, max(needed, plan.tokens), 0, progress)
+            self._make_room(family, max(needed, plan.tokens), 0, ranks, progress)
 
-    def _make_room(self, family: Family, tokens: int, more: int, progress: Progress) -> None:
+    def _make_room(self, family: Family, tokens: int, more: int, ranks: bool, progress: Progress) -> None:
         """Let layers leave the device where a batch of so many tokens, or `more` bytes for a cache, need their room."""
-        plan, placed = self._make_plan(family, tokens, self._cache_bytes(family) + more), self.weights.plan
+        self._place(self._make_plan(family, tokens, self._cache_bytes(family) + more, ranks), ranks, progress)
+
+    def _place(self, plan: Plan, ranks: bool, progress: Progress) -> None:
+        """Have the weights lie as another plan says; ranks: whether it is for batches with targets."""
+        placed = self.weights.plan
         if placed is None or not plan.places_as(placed):
             self._graphs.clear()
             self.weights.place(plan, progress)
-        self.plan = plan
+        self.plan, self._ranks = plan, ranks
 
-    def _make_plan(self, family: Family, tokens: int, cache_bytes: int) -> Plan:
-        return plan_model(
-            family, self.gpu, self.kernel_set, self._budget, tokens, cache_bytes, self._ranks, self.gpu.index
-        )
+    def _make_plan(self, family: Family, tokens: int, cache_bytes: int, ranks: bool) -> Plan:
+        return plan_model(family, self.gpu, self.kernel_set, self._budget, tokens, cache_bytes, ranks, self.gpu.index)
 
     def _timeline(self) -> Timeline:
         """Marks are events on the stream: what happens between two of them is the GPU's time."""

@@ -1,20 +1,34 @@
-"""How fast a model can be at best on a GPU: what its arithmetic, its memory and its bus allow."""
+"""How fast a model can be at best on a GPU, and about how fast it is: what its arithmetic, its memory and its bus
+allow."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+import math
 
+from ...core import KeysValues, Recurrent, SharedKeysValues
+from ...errors import BackendError
 from ...models.family import Family
+from .constants import DELTA_CHUNK
 from .device.gpu import GpuFacts
 from .kernel_set import KernelSet
 from .weights.matrix import layer_matrices
 from .weights.plan import Plan
+from .weights.staging import STAGING_SLOTS
 
 # Operations in half precision that a multiprocessor does in a cycle, sums in float32 (NVIDIA's architecture papers), by
 # compute capability.
 _OPERATIONS = {(8, 0): 2048, (9, 0): 4096, (10, 0): 8192, (10, 3): 8192}
 _OTHERS_OPERATIONS = 512  # GeForce and its like
+# What experts' products reach of the rate of a dense model's, routing included (Qwen3-30B-A3B: 0.63, Qwen3.6-35B-A3B:
+# 0.53), and what recurrences reach of the peak (Qwen3.6-27B and 35B-A3B: 0.042), of 8192 tokens on an H100
+# (docs/performance.md).
+_EXPERTS_SHARE, _RECURRENCE_SHARE = 0.6, 0.042
+_COPYING_SHARE = 0.7  # of the memory's rate that copies within the device reach, read and written (an H100: 0.73)
+_STEP = 64  # tokens, of the lengths that are told
+_MOST_TOKENS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -40,22 +54,163 @@ def peak(facts: GpuFacts) -> float:
     return _OPERATIONS.get(facts.capability, _OTHERS_OPERATIONS) * facts.multiprocessors * facts.clock
 
 
-def flops(plan: Plan, family: Family, tokens: int) -> float:
-    """Operations of a prompt's layers, each query over all keys before it."""
-    elements = sum(sum(family.head_dims(index)) for index in range(family.config.block_count))
-    return plan.needs.matrix_flops / plan.tokens * tokens + tokens**2 * family.config.head_count * elements
+def weight_bytes(family: Family) -> int:
+    """Of all layers' matrices."""
+    return sum(tensor.nbytes for layer in layer_matrices(family) for tensor in layer)
 
 
-def estimate(plan: Plan, family: Family, facts: GpuFacts, kernel_set: KernelSet) -> dict[str, float]:
+@dataclass(frozen=True)
+class Operations:
+    """What the layers compute, in multiplications and additions: products with matrices (of experts those used only),
+    attention, recurrences; and the head's products."""
+
+    matrices: float
+    attention: float
+    recurrences: float
+    head: float = 0.0
+
+    @property
+    def layers(self) -> float:
+        """All but the head's."""
+        return self.matrices + self.attention + self.recurrences
+
+
+def operations(plan: Plan, family: Family, tokens: int, ranks: bool = False) -> Operations:
+    """The Operations of one prompt of so many tokens; or (ranks) of a batch of short sequences, whose attention is
+    counted as nothing, with the logits of each token."""
+    matrices = plan.needs.matrix_flops / plan.tokens * tokens
+    attention = recurrences = 0.0
+    for index, state in enumerate(family.layer_states):
+        kept = family.layer_states[state.layer] if isinstance(state, SharedKeysValues) else state
+        if isinstance(kept, Recurrent):
+            # Chunk by chunk (arXiv 2412.06464): keys and queries with keys, the solved system with keys and values, the
+            # scores with values; then three products with the state.
+            within = 2 * DELTA_CHUNK * (3 * kept.key_dim + 2 * kept.value_dim)
+            recurrences += tokens * kept.heads * (within + 6 * kept.key_dim * kept.value_dim)
+        elif not ranks:
+            window = kept.window if isinstance(kept, KeysValues) else None
+            attention += 2 * family.config.head_count * sum(family.head_dims(index)) * _pairs(tokens, window)
+    head = 2 * tokens * math.prod(family.output.shape) if ranks else 0
+    return Operations(matrices, attention, recurrences, head)
+
+
+def _pairs(tokens: int, window: int | None) -> int:
+    """Pairs of a query and a key that it sees, in one sequence."""
+    seen = min(tokens, window or tokens)
+    return seen * (seen + 1) // 2 + (tokens - seen) * seen
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """About what a batch takes.
+
+    resident: if all layers stayed on the device: the arithmetic, or the reading of each weight once where that is
+    longer. unpacking: making tiles of streamed layers, between the arithmetic. bus: their copies. copying: these and
+    the time in which the bus must wait for a staging buffer.
+    """
+
+    resident: float
+    unpacking: float = 0.0
+    bus: float = 0.0
+    copying: float = 0.0
+
+    @property
+    def computing(self) -> float:
+        """What is not beside something else on the device."""
+        return self.resident + self.unpacking
+
+    @property
+    def all(self) -> float:
+        """All of it: the copies go on beside the rest."""
+        return max(self.computing, self.copying)
+
+    @property
+    def share(self) -> float:
+        """What it has of the rate that it would have if all layers stayed."""
+        return self.resident / self.all
+
+
+class Speed:
+    """What batches take of a model on a GPU."""
+
+    def __init__(self, family: Family, facts: GpuFacts, kernel_set: KernelSet) -> None:
+        self.family, self._facts = family, facts
+        self._peak = peak(facts)
+        self._rate = self._peak * kernel_set.share_of_peak
+        self._matrix_rate = self._rate * (_EXPERTS_SHARE if family.experts is not None else 1)
+
+    @cached_property
+    def bus_rate(self) -> float:
+        """Bytes a second from the host, measured when first asked for."""
+        return self._facts.bus_rate()
+
+    @cached_property
+    def reading(self) -> float:
+        """Seconds that reading each weight of the layers once takes."""
+        return weight_bytes(self.family) / self._facts.memory_rate
+
+    def arithmetic(self, done: Operations) -> float:
+        """Seconds that the layers' arithmetic takes, at rates that whole prompts have reached."""
+        recurrences = done.recurrences / (self._peak * _RECURRENCE_SHARE)
+        return done.matrices / self._matrix_rate + done.attention / self._rate + recurrences
+
+    def seconds(self, plan: Plan, tokens: int, ranks: bool = False) -> Seconds:
+        """What a prompt, or (ranks) a batch of short sequences, of so many tokens takes under a plan.
+
+        While the head runs the bus can bring as many of the next batch's layers as there are staging buffers.
+        """
+        done = operations(plan, self.family, tokens, ranks)
+        head = done.head / self._rate
+        resident = max(self.arithmetic(done), self.reading) + head
+        if not plan.streamed:
+            return Seconds(resident)
+        bus = plan.streamed_bytes / self.bus_rate
+        ahead = bus * min(1, STAGING_SLOTS / len(plan.streamed))
+        unpacking = 2 * plan.streamed_bytes / (self._facts.memory_rate * _COPYING_SHARE)
+        return Seconds(resident, unpacking, bus, bus + max(0.0, head - ahead))
+
+    def free_under(self, plan: Plan) -> int:
+        """From how many tokens of a prompt on the copies of a plan cost nothing; at most _MOST_TOKENS."""
+        low, high = 0, _MOST_TOKENS // _STEP
+        while high - low > 1:
+            middle = (low + high) // 2
+            taken = self.seconds(plan, middle * _STEP)
+            low, high = (low, middle) if taken.copying <= taken.computing else (middle, high)
+        return high * _STEP
+
+
+def free_from(speed: Speed, made: Plan, plan_for: Callable[[int], Plan]) -> int | None:
+    """The length of a prompt from which streaming is free, though a longer one makes more layers leave; None where no
+    prompt of the model, within the budget, is that long.
+
+    made: the plan for some length; plan_for(tokens): that for another, which raises BackendError where it does not fit.
+    """
+    plan, tokens = made, speed.free_under(made)
+    while tokens > plan.tokens:
+        if tokens > speed.family.config.context_length:
+            return None
+        try:
+            plan = plan_for(tokens)
+        except BackendError:
+            return None
+        tokens = max(tokens, speed.free_under(plan))
+    return tokens
+
+
+def estimate(plan: Plan, speed: Speed) -> dict[str, float]:
     """What bounds a prompt of plan.tokens: {"compute_seconds", "tflops"}, and where layers are streamed "bus_seconds",
-    "bus_gb_per_s" and "free_from_tokens", the prompt length at which the copies take no longer than the arithmetic."""
-    rate = peak(facts) * kernel_set.share_of_peak
-    bounds = {"compute_seconds": flops(plan, family, plan.tokens) / rate, "tflops": rate / 1e12}
+    "bus_gb_per_s" and "share_of_resident_rate", about what it has of the rate with all layers on the device.
+    """
+    done = operations(plan, speed.family, plan.tokens)
+    seconds = speed.arithmetic(done)
+    bounds = {"compute_seconds": seconds, "tflops": done.layers / seconds / 1e12}
     if plan.streamed:
-        bus = facts.bus_rate()
-        seconds = plan.streamed_bytes / bus
-        enough = (n for n in range(64, 1 << 20, 64) if flops(plan, family, n) / rate >= seconds)
-        bounds |= {"bus_seconds": seconds, "bus_gb_per_s": bus / 1e9, "free_from_tokens": next(enough, 1 << 20)}
+        taken = speed.seconds(plan, plan.tokens)
+        bounds |= {
+            "bus_seconds": taken.bus,
+            "bus_gb_per_s": speed.bus_rate / 1e9,
+            "share_of_resident_rate": taken.share,
+        }
     return bounds
 
 
@@ -67,6 +222,9 @@ def floors(plan: Plan, family: Family, facts: GpuFacts) -> list[tuple[str, Calla
         bus = facts.bus_rate()
         what, seconds = f"streamed weights over the bus: {bus / 1e9:.0f} GB/s", plan.streamed_bytes / bus
     else:
-        nbytes = sum(tensor.nbytes for layer in layer_matrices(family) for tensor in layer)
-        what, seconds = f"reading each weight once: {facts.memory_rate / 1e12:.2f} TB/s", nbytes / facts.memory_rate
-    return [(arithmetic, lambda tokens: flops(plan, family, tokens) / rate), (what, lambda tokens: seconds)]
+        rate_read = facts.memory_rate
+        what, seconds = f"reading each weight once: {rate_read / 1e12:.2f} TB/s", weight_bytes(family) / rate_read
+    return [
+        (arithmetic, lambda tokens: operations(plan, family, tokens).layers / rate),
+        (what, lambda tokens: seconds),
+    ]

@@ -30,7 +30,7 @@ from .weights.matrix import Matrix, matrix_of
 from .weights.plan import BatchNeeds, Plan, make_plan, refuse_unsupported
 from .weights.small_arrays import SmallArrays
 
-_LIKELIEST = 32  # tokens that are asked for at each place, at a guess
+LIKELIEST = 32  # tokens that are asked for at each place, at a guess
 
 
 @dataclass
@@ -163,7 +163,7 @@ def stand_in(
 def planned_batch(tokens: int, ranks: bool) -> Batch:
     """A batch of so many tokens: a prompt, or (ranks) sequences of which each position is a target."""
     ids = np.zeros(tokens, np.int32)
-    return Batch(ids, targets=Targets(np.arange(tokens, dtype=np.int32), ids, _LIKELIEST) if ranks else None)
+    return Batch(ids, targets=Targets(np.arange(tokens, dtype=np.int32), ids, LIKELIEST) if ranks else None)
 
 
 def rehearse(

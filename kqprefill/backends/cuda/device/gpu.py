@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+import ctypes
+from dataclasses import dataclass
 import re
 from threading import Lock
 from typing import Any, Protocol
@@ -128,6 +130,7 @@ class Gpu:
             self.pool = core.DeviceMemoryResource(device)
             high = self.driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_USED_MEM_HIGH
             check(self.driver.cuMemPoolSetAttribute(self.pool.handle, high, self.driver.cuuint64_t(0)))
+        self._uploads = _Uploads(self)
 
     def allocate(self, nbytes: int, what: str) -> Any:
         """Device memory (cuda.core.Buffer), for `what` if it fails. Raises BackendError."""
@@ -141,9 +144,12 @@ class Gpu:
     def upload(self, address: int, array: np.ndarray[Any, Any], stream: Any = None) -> None:
         """Copy a host array to a device address, in the order of the stream (this GPU's own unless given).
 
-        An array in pageable memory may be changed once this returns; one in page-locked memory when the stream has got
-        there.
+        Without a stream the array may be changed once this returns; with one, where it is in page-locked memory, when
+        the stream has got there.
         """
+        if stream is None and array.nbytes > _Uploads.BY_DRIVER:
+            self._uploads.start(address, array)
+            return
         check(self.driver.cuMemcpyHtoDAsync(address, array.ctypes.data, array.nbytes, (stream or self.stream).handle))
 
     def download(self, array: np.ndarray[Any, Any], address: int) -> None:
@@ -165,7 +171,8 @@ class Gpu:
         return free, total
 
     def bus_rate(self) -> float:
-        """Bytes a second from page-locked host memory, measured."""
+        """Bytes a second from page-locked host memory, measured once nothing else uses the bus."""
+        self.device.sync()
         nbytes, timing = 32 << 20, self.core.EventOptions(timing_enabled=True)
         host, buffer = check(self.driver.cuMemHostAlloc(nbytes, 0)), self.allocate(nbytes, "measuring the bus")
         marks = []
@@ -188,7 +195,65 @@ class Gpu:
 
         try:
             self.stream.sync()
+            self._uploads.close()
             self.pool.close()
             self.stream.close()
         except CUDAError:
             pass
+
+
+@dataclass
+class _Block:
+    """Page-locked host memory, and the event after which nothing reads it any more."""
+
+    host: int
+    room: int
+    read: Any
+
+
+class _Uploads:
+    """Copies of pageable arrays on the GPU's stream, through page-locked blocks.
+
+    The driver would make the host wait until the stream has got there: the next batch could not be launched while one
+    is computed. It keeps a copy of arrays of at most BY_DRIVER bytes.
+    """
+
+    BY_DRIVER = 64 << 10  # bytes (CUDA driver API, "API synchronization behavior")
+    _LEAST, _PIECE = 1 << 20, 16 << 20  # bytes of a block
+    _MOST = 96 << 20  # bytes of all blocks: two batches' of 32768 tokens
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+        self._blocks: list[_Block] = []  # the one used last comes last
+
+    def start(self, address: int, array: np.ndarray[Any, Any]) -> None:
+        """Have a contiguous array copied to a device address; it may be changed once this returns."""
+        for at in range(0, array.nbytes, self._PIECE):
+            nbytes = min(self._PIECE, array.nbytes - at)
+            block = self._take(nbytes)
+            ctypes.memmove(block.host, array.ctypes.data + at, nbytes)
+            check(self._gpu.driver.cuMemcpyHtoDAsync(address + at, block.host, nbytes, self._gpu.stream.handle))
+            self._gpu.stream.record(block.read)
+
+    def _take(self, nbytes: int) -> _Block:
+        """A block with room for so many bytes that nothing reads."""
+        fitting = [block for block in self._blocks if block.room >= nbytes]
+        unread = (block for block in fitting if block.read.is_done)
+        block = min(unread, key=lambda block: block.room, default=None)
+        if block is None and (not fitting or sum(block.room for block in self._blocks) + nbytes <= self._MOST):
+            room = max(self._LEAST, 1 << (nbytes - 1).bit_length())
+            host = int(check(self._gpu.driver.cuMemHostAlloc(room, 0)))
+            block = _Block(host, room, self._gpu.device.create_event())
+        elif block is None:
+            block = fitting[0]
+            block.read.sync()
+        if block in self._blocks:
+            self._blocks.remove(block)
+        self._blocks.append(block)
+        return block
+
+    def close(self) -> None:
+        """Free the blocks, once nothing reads them any more."""
+        for block in self._blocks:
+            self._gpu.driver.cuMemFreeHost(block.host)
+        self._blocks.clear()

@@ -104,7 +104,9 @@ class PortableGemm(Gemm):
                 self._dequantise(matrix, first * matrix.rows, (last - first) * matrix.rows, scratch, weight_scale)
                 its_bias = None if bias is None else bias.rows(first)
                 experts = _Experts(groups, first, last)
-                self._linear(a, scratch, matrix.rows, out, matrix.rows, weight_scale, its_bias, False, experts, out_scale)
+                self._linear(
+                    a, scratch, matrix.rows, out, matrix.rows, weight_scale, its_bias, False, experts, out_scale
+                )
             return
         total = sum(matrix.rows for matrix in matrices)
         slice_rows = min(total, _SCRATCH_BYTES // (2 * k) // 256 * 256)

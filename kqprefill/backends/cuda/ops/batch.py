@@ -11,7 +11,6 @@ from ....models.family import Family
 from ....models.ops import Ops
 from ....models.weights import Weight
 from ..attention_kernels import AttentionConfig
-from ..constants import DELTA_CHUNK
 from ..device.arrays import FLOAT16, DeviceArray
 from ..device.workspace import Workspace
 from ..gemm.operand import Operand
@@ -24,6 +23,7 @@ from .context import Context
 # more than these, but a small launch should spread over all (an H100 at 16 tokens: 3.6 ms without, 5.0 ms with).
 _OVERLAP_FROM = 257
 TOKENS_AT_ONCE = 16384  # whose q/k/v sums, or gate and up, exist at a time
+CHUNKS_AT_ONCE = 128  # of recurrences, and at most as many times DELTA_CHUNK tokens
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,8 @@ class BatchOps(Ops):
             self.target_rows = self.work.upload("target rows", batch.targets.rows)
             self.target_tokens = self.work.upload("targets", batch.targets.tokens)
         self.rope_tables: dict[int, DeviceArray] = {}  # by the id of their Rope
-        # Of recurrences: as many states as sequences may leave for others, where a batch is planned for.
-        self.planned_states = self.n // DELTA_CHUNK if key_rows else 0
+        # Of recurrences, where a batch is planned for: its sequences may be as short as can be.
+        self.planned_chunks = min(self.n, CHUNKS_AT_ONCE) if key_rows else 0
         self.begin_batch(family)
 
     def _upload_layout(self, batch: Batch, config: AttentionConfig) -> Attending:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 
@@ -22,6 +23,58 @@ class ChunkLayout:
     chunks: Int32Array
     sequences: list[Int32Array]
     states: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows first to last - 1 of a batch that are computed at a time, and their segments, numbered and with rows from
+    there on. keeps: whether its one sequence goes on from state 0, or leaves it."""
+
+    first: int
+    last: int
+    segments: tuple[Segment, ...]
+    keeps: bool
+
+
+def parts_of(segments: Sequence[Segment], most: int) -> list[Part]:
+    """A batch's segments in Parts of at most so many chunks each, so that what is made of them need not exist for the
+    whole batch.
+
+    What comes after a segment stays with it, however many chunks they are; a longer sequence by itself is cut where
+    chunks end, each part going on from the state of the one before.
+    """
+    # A part may begin with a segment if it comes after none, and those behind it after none before it.
+    afters = [number if s.after is None else s.after for number, s in enumerate(segments)]
+    lowest = list(accumulate(reversed(afters), min))[::-1]
+    begins = [number for number in range(len(segments)) if lowest[number] == number == afters[number]]
+    parts: list[Part] = []
+    first = chunks = 0  # of the part under way: its first segment, and how many chunks it has
+    for begin, end in zip(begins, [*begins[1:], len(segments)]):
+        more = sum(map(_chunks_of, segments[begin:end]))
+        if begin > first and chunks + more > most:
+            parts += _parts(segments[first:begin], first, most)
+            first, chunks = begin, 0
+        chunks += more
+    return parts + _parts(segments[first:], first, most)
+
+
+def _chunks_of(segment: Segment) -> int:
+    return -(-(segment.position + segment.length) // DELTA_CHUNK) - segment.position // DELTA_CHUNK
+
+
+def _parts(own: Sequence[Segment], number: int, most: int) -> list[Part]:
+    """Segments as one part; one segment as several, where it is long. number: the first one's in the batch."""
+    row = own[0].first
+    if len(own) > 1:
+        moved = [replace(s, first=s.first - row, after=None if s.after is None else s.after - number) for s in own]
+        return [Part(row, own[-1].first + own[-1].length, tuple(moved), keeps=False)]
+    parts, [whole], done = [], own, 0
+    while done < whole.length:
+        position = whole.position + done
+        length = min(whole.length - done, most * DELTA_CHUNK - position % DELTA_CHUNK)
+        parts.append(Part(row + done, row + done + length, (Segment(0, length, position),), keeps=True))
+        done += length
+    return parts
 
 
 def chunk_layout(segments: Sequence[Segment], keep: bool = False) -> ChunkLayout:

@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from ....core import Recurrent, Segment
+from ....core import Recurrent
 from ....models.delta_net import DeltaNet
 from ....models.family import Family
 from ....models.weights import Weights
@@ -17,18 +17,19 @@ from ..delta_kernels import inputs_program, prepare_program, scan_config
 from ..device.arrays import FLOAT16, FLOAT32, DeviceArray
 from ..gemm.operand import HALVES, Operand
 from ..kv_cache import halo_rows
-from .batch import TOKENS_AT_ONCE
-from .chunk_layout import chunk_layout
+from .batch import CHUNKS_AT_ONCE
+from .chunk_layout import Part, chunk_layout, parts_of
 from .dense import DenseOps
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Tokens first to last - 1 of the batch: their chunks and sequences on the device, and how many states they
-    leave."""
+    """Tokens first to last - 1 of the batch: their chunks and sequences on the device, and how many states they leave.
+    goes_on: whether they follow those of the piece before, or of a cache, in a sequence."""
 
     first: int
     last: int
+    goes_on: bool
     chunks: DeviceArray
     sequences: list[DeviceArray]
     states: int
@@ -54,31 +55,20 @@ class DeltaOps(DenseOps):
         super().begin_batch(family)
         self._pieces: list[_Piece] = []
         if any(isinstance(state, Recurrent) for state in family.layer_states):
-            self._pieces = [self._upload_piece(number, *piece) for number, piece in enumerate(self._cut())]
+            self._pieces = [
+                self._upload_piece(*piece) for piece in enumerate(parts_of(self.batch.segments, CHUNKS_AT_ONCE))
+            ]
 
-    def _cut(self) -> list[tuple[int, int, tuple[Segment, ...]]]:
-        """(first token, last + 1, segments by rows from there on) of what is computed at a time.
-
-        Several sequences are computed together. One is cut where chunks end, so that its sums do not exist as a whole.
-        """
-        if len(self.batch.segments) > 1:
-            return [(0, self.n, self.batch.segments)]
-        start, first = self.batch.start, 0
-        pieces: list[tuple[int, int, tuple[Segment, ...]]] = []
-        while first < self.n:
-            whole = (start + first) % DELTA_CHUNK
-            last = min(self.n, first + TOKENS_AT_ONCE - whole)
-            pieces.append((first, last, (Segment(0, last - first, start + first),)))
-            first = last
-        return pieces
-
-    def _upload_piece(self, number: int, first: int, last: int, segments: tuple[Segment, ...]) -> _Piece:
-        layout = chunk_layout(segments, keep=len(self.batch.segments) == 1)
+    def _upload_piece(self, number: int, part: Part) -> _Piece:
+        layout = chunk_layout(part.segments, part.keeps)
         sequences = [
             self.work.upload(f"sequences {number}.{level}", array) for level, array in enumerate(layout.sequences)
         ]
-        states = max(layout.states, self.planned_states)
-        return _Piece(first, last, self.work.upload(f"chunks {number}", layout.chunks), sequences, states)
+        states = max(layout.states, self.planned_chunks // 2)  # a sequence that leaves one is followed by another
+        goes_on = part.keeps and part.segments[0].position > 0
+        return _Piece(
+            part.first, part.last, goes_on, self.work.upload(f"chunks {number}", layout.chunks), sequences, states
+        )
 
     def delta_net(self, h: Operand, w: Weights, net: DeltaNet) -> Operand:
         weights = (w.attn_qkv, w.attn_gate, w.ssm_beta, w.ssm_alpha)
@@ -100,7 +90,7 @@ class DeltaOps(DenseOps):
         before = 0  # rows of the piece before
         for piece in self._pieces:
             rows = piece.last - piece.first
-            if before:
+            if before and piece.goes_on:
                 self._copy(sums.rows(0, halo), sums.rows(before, before + halo))
                 self._copy(rates.rows(0, halo), rates.rows(before, before + halo))
             self.enter("linear", weights, rows)
@@ -154,9 +144,10 @@ class DeltaOps(DenseOps):
         v_scale: DeviceArray,
     ) -> _Chunked:
         count, d, heads = chunks.shape[0], net.head_dim, net.value_heads
+        room = max(count, self.planned_chunks)
 
         def halves(name: str, heads: int, columns: int) -> DeviceArray:
-            return self.work.array(f"delta {name}", FLOAT16, count, heads, DELTA_CHUNK, columns)
+            return self.work.array(f"delta {name}", FLOAT16, room, heads, DELTA_CHUNK, columns)
 
         chunked = _Chunked(
             halves("q", net.key_heads, d),
@@ -165,7 +156,7 @@ class DeltaOps(DenseOps):
             halves("w", heads, d),
             halves("u", heads, d),
             halves("p", heads, DELTA_CHUNK),
-            self.work.array("delta decay", FLOAT32, count, heads, DELTA_CHUNK),
+            self.work.array("delta decay", FLOAT32, room, heads, DELTA_CHUNK),
         )
         self.launcher.launch(
             inputs_program(d, net.kernel),

@@ -18,7 +18,7 @@ from .dense import DenseOps
 
 _LOGITS_BYTES = 320 << 20  # of logits on the device at a time
 _WHOLE_TILES = 256  # positions whose logits are made at a time are a multiple of this, where there is room for so many
-_RANKED = np.dtype([("token", np.int32), ("logit", np.float32), ("logprob", np.float32)])  # head.cu's Ranked
+RANKED = np.dtype([("token", np.int32), ("logit", np.float32), ("logprob", np.float32)])  # head.cu's Ranked
 
 
 class HeadOps(DenseOps):
@@ -40,8 +40,8 @@ class HeadOps(DenseOps):
         device = self.work.array("logits", FLOAT32, most, matrix.rows)
         asked = targets if logits == "ranks" else None
         top = max(1, min(matrix.rows, asked.top)) if asked is not None else 1
-        ranked = np.empty((count if asked is not None else 1, top + 1), _RANKED)
-        on_device = self.work.array("ranked", _RANKED, *ranked.shape)
+        ranked = np.empty((count if asked is not None else 1, top + 1), RANKED)
+        on_device = self.work.array("ranked", RANKED, *ranked.shape)
         kept = np.empty((count, matrix.rows), np.float32) if logits in ("all", "last") else None
         for at in range(0, count, most):
             end = min(at + most, count)

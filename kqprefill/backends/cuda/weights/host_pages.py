@@ -31,6 +31,7 @@ class HostPages:
         # Each locked window with the event of its last use, or None where it cannot be locked; the one used last comes
         # last.
         self._windows: OrderedDict[_Window, Any] = OrderedDict()
+        self._used: dict[_Window, Any] = {}  # those whose last use has no event yet: the stream that reads them
         self._read: dict[_Window, Future[None]] = {}  # those that threads are reading
         self._leaving: dict[_Window, Future[None]] = {}  # those that threads are unlocking
         self._threads = ThreadPoolExecutor(self.THREADS, "pages", initializer=gpu.device.set_current)
@@ -64,6 +65,8 @@ class HostPages:
                     under_way.pop(window).result()
             if len(self._windows) >= self._most:
                 oldest, event = self._windows.popitem(last=False)
+                if oldest in self._used:
+                    self._used.pop(oldest).record(event)
                 self._leaving[oldest] = self._threads.submit(self._unlock, oldest, event)
             flags = 0 if window.writeable else self._gpu.driver.CU_MEMHOSTREGISTER_READ_ONLY
             (status,) = self._gpu.driver.cuMemHostRegister(window.begin, window.end - window.begin, flags)
@@ -72,8 +75,14 @@ class HostPages:
         return self._windows[window] is not None
 
     def used(self, window: _Window, stream: Any) -> None:
-        """What was launched on the stream so far is what reads the window."""
-        stream.record(self._windows[window])
+        """What was launched on the stream so far is what reads the window; `mark_uses` is to follow."""
+        self._used[window] = stream
+
+    def mark_uses(self) -> None:
+        """Record the windows' events, all at once: between copies each would keep the copy engine waiting."""
+        for window, stream in self._used.items():
+            stream.record(self._windows[window])
+        self._used.clear()
 
     def _unlock(self, window: _Window, event: Any) -> None:
         if event is not None:
@@ -82,6 +91,7 @@ class HostPages:
 
     def close(self) -> None:
         """Unlock everything, once nothing launched so far reads it."""
+        self._used.clear()
         for future in self._read.values():
             future.cancel()
         for window, event in self._windows.items():
@@ -147,6 +157,10 @@ class Uploader:
                     self._ring = _Ring(self._gpu, self._stream, self.SLOTS, self.SLOT_BYTES, self.THREADS)
                 self._ring.copy(piece, address)
             address += piece.size
+
+    def end_copies(self) -> None:
+        """To be called after the last of several copies: what they read is unlocked once they have been made."""
+        self._pages.mark_uses()
 
     def close(self) -> None:
         """Free the ring and unlock the pages, once nothing reads them any more."""

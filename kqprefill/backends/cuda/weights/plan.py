@@ -193,5 +193,7 @@ def make_plan(
 
 
 def _spread(count: int, layers: int) -> list[int]:
-    """`count` of so many layers, as evenly spread as can be."""
-    return [i for i in range(layers) if (i + 1) * count // layers > i * count // layers]
+    """`count` of so many layers, as evenly spread as can be, the first and the last of them with half a gap before and
+    after it: between two batches the bus has the time of the head already, and only the staging buffers to fill."""
+    before = [(2 * i * count + layers) // (2 * layers) for i in range(layers + 1)]
+    return [i for i in range(layers) if before[i + 1] > before[i]]

@@ -101,6 +101,7 @@ class Staging:
             placed.append((piece, DeviceArray(address, UINT8, piece.data.shape)))
             address += aligned(piece.data.nbytes)
         self._stream.record(slot.ready)
+        self._uploader.end_copies()
         return slot, placed
 
     def unpack(self, brought: Brought) -> None:
