@@ -4,15 +4,19 @@ import io
 import json
 import os
 from pathlib import Path
+import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+from click.testing import CliRunner
 import numpy as np
 import pytest
 
 from conftest import EXAMPLE, ROOT, log_softmax
 import kqprefill
+from kqprefill.cli.commands import cli
 from kqprefill.gguf import GGUFFile
 from kqprefill.models import read_model
 from kqprefill.synthetic import SyntheticFile
@@ -200,6 +204,48 @@ def test_starting_imports_no_more_than_it_needs():
         "import sys, kqprefill.engine.model, kqprefill.backends.cuda.backend; print({'gguf', 'rich'} & {*sys.modules})"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).stdout == b"set()\n"
+
+
+def test_first_layers():
+    """bench says between what the whole model's rates are, once it has seen each kind of layer; plan and synth take
+    those layers; a file has all of its own."""
+    flags = "-r", "1", "--backend", "cpu", "-p"
+    row = json.loads(kq("bench", "tiny", "--layers", "1", *flags, "16", "-o", "jsonl").stdout)
+    assert row["model"] == "tiny:Q4_K_M (1 of 2 layers)" and (row["layers"], row["whole_layers"]) == (1, 2)
+    rate, (by_bytes, by_number) = row["tokens_per_second"], SyntheticFile.named("tiny", 1).shares()
+    assert by_bytes < by_number == 0.5
+    assert row["whole_tokens_per_second_least"] == pytest.approx(rate * by_bytes)
+    assert row["whole_tokens_per_second_most"] == pytest.approx(rate * by_number)
+    said = kq("bench", "tiny", "--layers", "1", *flags, "16,32").stdout.decode().splitlines()[-1]
+    assert re.fullmatch(r"All 2 layers, extrapolated from these 1: pp16 [\d.]+ to [\d.]+ t/s, pp32 .* t/s", said)
+    plan = kq("plan", "gemma4-31b", "--layers", "3", "--backend", "cpu").stdout
+    assert plan.startswith(b"gemma4-31b:Q4_K_M (3 of 60 layers) on the CPU")
+    for args, wrong in (
+        (("bench", EXAMPLE), b"is a file; only a SHAPE:RECIPE is made with fewer layers"),
+        (("plan", "no-such.gguf"), b"no-such.gguf is a file"),
+        (("bench", "tiny"), b"tiny:Q4_K_M: --layers 3: it has 2 layers"),
+    ):
+        done = kq(*args, "--layers", "3")
+        assert done.returncode == 2 and wrong in done.stderr and done.stdout == b""
+
+
+def test_what_has_no_room_is_refused(tmp_path, monkeypatch):
+    """In a line that says how many layers have; before anything is made."""
+    from kqprefill.backends import budget
+
+    monkeypatch.setattr(budget, "free_host_memory", lambda: 20 << 30)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=64 << 30))
+    for args, wrong in (
+        (["bench", "deepseek-v3"], r"takes? 10.3\d GiB of main memory, .* is 10.00 GiB: give --layers 7 or fewer"),
+        (["bench", "deepseek-v3:F32"], r"of main memory, .*: give --layers 3 or fewer"),
+        (
+            ["synth", "deepseek-v3", str(tmp_path / "x")],
+            r"x: deepseek-v3:Q4_K_M takes 376.61 GiB, and 64.00 GiB are .*: ",
+        ),
+    ):
+        done = CliRunner().invoke(cli, args)
+        assert isinstance(done.exception, kqprefill.InputError) and re.search(wrong, str(done.exception))
+    assert not list(tmp_path.iterdir())
 
 
 def test_bench_refuses():
