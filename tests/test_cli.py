@@ -14,10 +14,9 @@ from click.testing import CliRunner
 import numpy as np
 import pytest
 
-from conftest import EXAMPLE, ROOT, log_softmax
+from conftest import EXAMPLE, log_softmax
 import kqprefill
 from kqprefill.cli.commands import cli
-from kqprefill.gguf import GGUFFile
 from kqprefill.models import read_model
 from kqprefill.synthetic import SyntheticFile
 
@@ -297,46 +296,6 @@ def test_plan_refuses(args, status, complaint):
     done = kq("plan", *args)
     assert done.returncode == status and complaint in done.stderr and done.stderr.count(b"\n") == 1
     assert done.stdout == b""
-
-
-def test_inspect():
-    described = json.loads(kq("inspect", EXAMPLE, "--json").stdout)
-    with GGUFFile(EXAMPLE) as file:
-        tensors, name = list(file.tensors.values()), file.metadata["general.name"]
-    assert described["bytes"] == sum(t.nbytes for t in tensors) == sum(g["bytes"] for g in described["groups"].values())
-    assert described["parameters"] == sum(int(np.prod(t.shape)) for t in tensors)
-    assert (described["architecture"], described["layers"], described["backends"]) == ("qwen3", 2, ["cpu", "cuda"])
-    assert described["groups"]["attention"]["tensors"] == 8 and described["groups"]["norms and biases"]["types"] == {
-        "F32": 9
-    }
-    text = kq("inspect", EXAMPLE).stdout.decode()
-    assert name in text and "kqprefill runs it (cpu, cuda)" in text and "feed-forward" in text
-    assert len(json.loads(kq("inspect", EXAMPLE, "--tensors", "--json").stdout)) == len(tensors)
-    assert kq("inspect", EXAMPLE, "--tensors").stdout.count(b"\n") == len(tensors) + 2
-    assert kq("inspect", EXAMPLE, "--metadata", "general.architecture").stdout == b"qwen3\n"
-    assert b"qwen3.block_count = 2\n" in kq("inspect", EXAMPLE, "--metadata").stdout
-    assert kq("inspect", EXAMPLE, "--metadata", "no.such.key").returncode == 2
-
-
-def test_inspect_names_what_is_left_in_the_file():
-    """A head that drafts further tokens: a whole block more, which prefill does not read."""
-    path = ROOT / "tests/data/qwen35-tied-nextn.gguf"
-    groups = json.loads(kq("inspect", path, "--json").stdout)["groups"]
-    with GGUFFile(path) as file:
-        last = max(name.split(".")[1] for name in file.tensors if name.startswith("blk."))
-        assert groups["left in the file"]["tensors"] == sum(name.startswith(f"blk.{last}.") for name in file.tensors)
-    assert "recurrence" in groups and b"left in the file" in kq("inspect", path).stdout
-
-
-def test_inspect_says_what_does_not_run(tmp_path):
-    raw = EXAMPLE.read_bytes().replace(b"qwen3", b"qwenX")
-    (tmp_path / "model.gguf").write_bytes(raw)
-    done = kq("inspect", tmp_path / "model.gguf")
-    assert (
-        done.returncode == 0
-        and b"kqprefill does not run it" in done.stdout
-        and b"'qwenX' is not supported" in done.stdout
-    )
 
 
 def test_cache_and_doctor(tmp_path):

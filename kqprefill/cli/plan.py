@@ -121,7 +121,7 @@ def _plan_cpu(model: str, family: Family, tokens: int, as_json: bool) -> None:
     """What the CPU backend takes: nothing is planned there, since the system takes mapped pages back as it needs."""
     say_ignored()
     config = family.config
-    weights = sum(tensor.nbytes for tensor in family.file.tensors.values())
+    weights = sum(tensor.nbytes for name, tensor in family.file.tensors.items() if not family.leaves(name))
     widest = max(weight.shape[-1] for weight in family.matrices())
     parts = {
         "weights": weights,

@@ -20,6 +20,7 @@ from .ops import Ops, Residual
 from .weights import Parts, Shapes, Weight, Weights, tensor_names
 
 _Page = TypeVar("_Page", bound="Family")
+TOWERS = ("v.", "a.", "mm.")  # what tensors of vision, audio and projector are called (llama.cpp's clip.cpp)
 
 
 class Family(ABC):
@@ -129,8 +130,11 @@ class Family(ABC):
     def leaves(self, name: str) -> bool:
         """Whether a tensor that the formula has no place for is left in the file: part of what prefill does not use.
 
-        Here, the blocks after the last layer, which predict further tokens (multi-token prediction, arXiv 2404.19737).
+        Here, the blocks after the last layer, which predict further tokens (multi-token prediction, arXiv 2404.19737),
+        and what sees or hears, where a file has it beside the language model (Ollama's files do).
         """
+        if name.startswith(TOWERS):
+            return True
         block = name.split(".")[1] if name.startswith("blk.") else ""
         extra = range(self.config.block_count, self.config.block_count + self.config.nextn_predict_layers)
         return block.isdigit() and int(block) in extra
