@@ -6,7 +6,7 @@ A family's page calls the ops of `kqprefill.models.ops.Ops` and reads like the m
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 import math
 from typing import Any, TypeVar
@@ -75,7 +75,6 @@ class Family(ABC):
         if count > len(file.tensors):
             raise family.meta.error(f"block_count is {count}, but the file has only {len(file.tensors)} tensors")
         family._bind(file)
-        family._refuse_unknown_tensors()
         family.read_hyper_parameters()
         return family
 
@@ -183,11 +182,7 @@ class Family(ABC):
 
         A trailing `?` marks one that may be absent, as every bias may.
         """
-        shapes = _file_shapes("", self.shared_shapes())
-        del shapes["token_embd.bias?"]  # its rows are looked up as they are
-        for index in range(self.config.block_count):
-            shapes |= _file_shapes(f"blk.{index}.", self.block_shapes(index))
-        return shapes
+        return self._tensor_shapes(self.block_shapes(index) for index in range(self.config.block_count))
 
     def matrices(self) -> list[Weight]:
         """Every matrix of the model (experts' are one under another); a tied output counts once."""
@@ -217,15 +212,34 @@ class Family(ABC):
         self.token_embd = Weight(self.shared.token_embd.tensor)  # without a bias: see tensor_shapes
         self.output_norm = self.shared.output_norm
         self.output = self.shared.get("output") or self.token_embd
-        self.blocks = [
-            Weights(file, f"blk.{i}.", self.block_shapes(i), self.block_parts(i))
-            for i in range(self.config.block_count)
-        ]
+        blocks = [self._block_in_file(index) for index in range(self.config.block_count)]
+        self.blocks = [Weights(file, f"blk.{i}.", shapes, parts) for i, (shapes, parts) in enumerate(blocks)]
+        self._refuse_unknown_tensors(self._tensor_shapes(shapes for shapes, _ in blocks))
 
-    def _refuse_unknown_tensors(self) -> None:
+    def _block_in_file(self, index: int) -> tuple[Shapes, Parts]:
+        """A block's shapes and parts: those of the family, but that the file may have q, k and v as one matrix
+        (attn_qkv, which llama.cpp's converter writes with --fuse-qkv)."""
+        shapes, parts = self.block_shapes(index), self.block_parts(index)
+        apart = {name.rstrip("?"): name for name in shapes if name.rstrip("?") in ("attn_q", "attn_k", "attn_v")}
+        if len(apart) < 3 or f"blk.{index}.attn_qkv.weight" not in self.file.tensors:
+            return shapes, parts
+        rows = {name: shapes[apart[name]][0] for name in ("attn_q", "attn_k", "attn_v")}
+        shape = (sum(rows.values()), self.config.embedding_length)
+        others = {name: shape for name, shape in shapes.items() if name not in apart.values()}
+        return {**others, "attn_qkv": shape}, {**parts, "attn_qkv": {**rows}}
+
+    def _tensor_shapes(self, blocks: Iterable[Shapes]) -> Shapes:
+        """As tensor_shapes, of blocks with those shapes."""
+        shapes = _file_shapes("", self.shared_shapes())
+        del shapes["token_embd.bias?"]  # its rows are looked up as they are
+        for index, block in enumerate(blocks):
+            shapes |= _file_shapes(f"blk.{index}.", block)
+        return shapes
+
+    def _refuse_unknown_tensors(self, shapes: Shapes) -> None:
         """A tensor that the formula has no place for means another model than the one we would compute."""
         tensors = self.file.tensors
-        known = {name.rstrip("?") for name in self.tensor_shapes()}
+        known = {name.rstrip("?") for name in shapes}
         if self.output is self.token_embd:
             known.remove("output.bias")  # there is no output matrix that it could belong to
         unknown = [name for name in tensors if name not in known and not self.leaves(name)]
