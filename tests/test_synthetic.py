@@ -274,6 +274,8 @@ def test_small_parts_of_the_shapes() -> None:
         file = SyntheticFile.named(name)
         family, full = read_model(file), [(i + 1) % 6 == 0 for i in range(layers)]
         assert [family.window(i) is None for i in range(layers)] == full and family.final_softcap == 30
+        divided = file.tensors["rope_freqs.weight"].data.view(np.float32)
+        assert np.array_equal(divided, [1] * 64 + [np.float32(1e30)] * 192)
         values = [f"blk.{i}.attn_v.weight" in file.tensors for i in range(layers)]
         assert values == ([i < 24 for i in range(42)] if name == "gemma4-e4b" else [not sees_all for sees_all in full])
     assert file.tensors["per_layer_token_embd.weight"].shape == (262144, 256 * 42)

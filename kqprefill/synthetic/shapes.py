@@ -194,7 +194,7 @@ def _gemma4(
         tied=True,
         window=window,
         more={**values, **more},
-        optional=rf"blk\.({with_values})\.attn_v\.weight|blk\.\d+\.layer_output_scale\.weight",
+        optional=rf"blk\.({with_values})\.attn_v\.weight|blk\.\d+\.layer_output_scale\.weight|rope_freqs\.weight",
         experts=experts,
         used=used,
     )
