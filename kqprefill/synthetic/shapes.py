@@ -135,7 +135,7 @@ def _deepseek(
     rotated, that are, and of a value. dense: how many layers are without experts, and their width."""
     query_rank, rank, still, rotary, value = latent
     return {
-        **({"attention.q_lora_rank": query_rank} if query_rank else {}),
+        "attention.q_lora_rank": query_rank,  # llama.cpp asks for it, though Lite's own files have none
         "attention.kv_lora_rank": rank,
         "attention.value_length": rank,
         "attention.key_length_mla": still + rotary,
