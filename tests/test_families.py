@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import kqprefill
-from kqprefill.core import KeysValues, Recurrent
+from kqprefill.core import KeysValues, Recurrent, SharedKeysValues
 from kqprefill.gguf.types import GGML
 from kqprefill.models import FAMILIES, read_model
 from kqprefill.synthetic import Shape, SyntheticFile, write_gguf
@@ -81,6 +81,27 @@ def fused(file: SyntheticFile) -> SyntheticFile:
                 tensors[name] = SimpleNamespace(name=name, type=q.type, data=data, nbytes=data.nbytes)
     file.tensors = tensors
     return file
+
+
+def test_k_and_v_that_a_layer_has_in_one_tensor_with_q_and_does_not_use(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """Gemma 4's layers that share those of another."""
+    more = {**more_metadata("gemma4"), "attention.shared_kv_layers": 2}
+    values = r"blk\.\d+\.attn_v\.weight"  # Gemma 4's may lack them
+    shape = Shape("gemma4", 6, 256, 4, 2, 64, 256, 256, 4096, 1e4, window=40, more=more, optional=values)
+    tokens, logits = rng.integers(0, 256, 40), []
+    for change in (lambda file: file, fused):
+        file = change(SyntheticFile(shape, lambda *_: GGML.Q4_0, "gemma4"))
+        for index in (4, 5) if change is fused else ():
+            q = file.tensors.pop(f"blk.{index}.attn_q.weight")
+            name, data = f"blk.{index}.attn_qkv.weight", np.concatenate([q.data, q.data[::-1]])  # heads: 4, 2 and 2
+            file.tensors[name] = SimpleNamespace(name=name, type=q.type, data=data, nbytes=data.nbytes)
+        write_gguf(file, tmp_path / "model.gguf")
+        with kqprefill.load(tmp_path / "model.gguf", backend="cpu") as model:
+            assert [type(state) for state in model.family.layer_states].count(SharedKeysValues) == 2
+            logits.append(model.prefill(tokens, logits="all").logits)
+    assert np.array_equal(*logits)
 
 
 FUSED = [name for name in FAMILIES if name not in ("phi3", "deepseek2")]  # phi3's files have no other

@@ -11,7 +11,16 @@ from functools import cached_property
 import math
 from typing import Any, TypeVar
 
-from ..core import Float32Array, KeysValues, LayerState, Logits, PendingHead, Progress, no_progress
+from ..core import (
+    Float32Array,
+    KeysValues,
+    LayerState,
+    Logits,
+    PendingHead,
+    Progress,
+    SharedKeysValues,
+    no_progress,
+)
 from ..errors import ModelError
 from ..gguf import ModelFile, dequantize
 from .config import ArchMetadata, Config, Rope, read_rope
@@ -218,15 +227,19 @@ class Family(ABC):
 
     def _block_in_file(self, index: int) -> tuple[Shapes, Parts]:
         """A block's shapes and parts: those of the family, but that the file may have q, k and v as one matrix
-        (attn_qkv, which llama.cpp's converter writes with --fuse-qkv)."""
+        (attn_qkv, which llama.cpp's converter writes with --fuse-qkv); k and v also where a layer sees another's."""
         shapes, parts = self.block_shapes(index), self.block_parts(index)
-        apart = {name.rstrip("?"): name for name in shapes if name.rstrip("?") in ("attn_q", "attn_k", "attn_v")}
-        if len(apart) < 3 or f"blk.{index}.attn_qkv.weight" not in self.file.tensors:
+        plain = {name.rstrip("?"): shape for name, shape in shapes.items()}
+        if f"blk.{index}.attn_qkv.weight" not in self.file.tensors or "attn_qkv" in plain or "attn_q" not in plain:
             return shapes, parts
-        rows = {name: shapes[apart[name]][0] for name in ("attn_q", "attn_k", "attn_v")}
-        shape = (sum(rows.values()), self.config.embedding_length)
-        others = {name: shape for name, shape in shapes.items() if name not in apart.values()}
-        return {**others, "attn_qkv": shape}, {**parts, "attn_qkv": {**rows}}
+        rows: dict[str, int] = {n: plain[n][0] for n in ("attn_q", "attn_k", "attn_v") if n in plain}
+        height, state = sum(rows.values()), None if "attn_k" in rows else self.state(index)
+        if isinstance(state, SharedKeysValues):
+            height += 2 * self.block_shapes(state.layer)["attn_k"][0]  # left in the file
+        elif len(rows) < 3:
+            return shapes, parts
+        others = {name: shape for name, shape in shapes.items() if name.rstrip("?") not in rows}
+        return {**others, "attn_qkv": (height, plain["attn_q"][1])}, {**parts, "attn_qkv": {**rows}}
 
     def _tensor_shapes(self, blocks: Iterable[Shapes]) -> Shapes:
         """As tensor_shapes, of blocks with those shapes."""
