@@ -69,7 +69,7 @@ _NAMES = {
     "gpt2": "gpt-2 phi-2 jina-es jina-de jina-v2-es jina-v2-de gigachat a.x-4.0 mellum roberta-bpe mpt olmo jais "
     "trillion granite-docling exaone4",
     "digits": "starcoder refact command-r smollm codeshell exaone minerva-7b mellum2",
-    "llama3": "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 dbrx smaug-bpe chatglm-bpe glm4",
+    "llama3": "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 dbrx smaug-bpe chatglm-bpe glm4 glm5",
     "qwen2": "qwen2 deepseek-r1-qwen kormo megrez stablelm2 hunyuan solar-open grok-2",
     "qwen35": "qwen35",
     "kimi-k2": "kimi-k2",
@@ -83,7 +83,7 @@ _NAMES = {
 }
 _PATTERNS_OF = {name: _PATTERNS[way] for way, names in _NAMES.items() for name in names.split()}
 _LLAMA3_NAMES = frozenset("llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2".split())
-_WHOLE_WORDS = _LLAMA3_NAMES | {"tekken", "glm4"}  # a word that is a token is that token, whatever the merges say
+_WHOLE_WORDS = _LLAMA3_NAMES | {"tekken", "glm4", "glm5"}  # words that are tokens are taken as such, whatever merges say
 ADDS_BOS = _LLAMA3_NAMES | {"tekken"}  # where the file does not say
 
 
