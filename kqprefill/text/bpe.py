@@ -83,7 +83,7 @@ _NAMES = {
 }
 _PATTERNS_OF = {name: _PATTERNS[way] for way, names in _NAMES.items() for name in names.split()}
 _LLAMA3_NAMES = frozenset("llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2".split())
-_WHOLE_WORDS = _LLAMA3_NAMES | {"tekken", "glm4", "glm5"}  # words that are tokens are taken as such, whatever merges say
+_WHOLE_WORDS = _LLAMA3_NAMES | {"tekken", "glm4", "glm5"}  # words that are tokens are not merged
 ADDS_BOS = _LLAMA3_NAMES | {"tekken"}  # where the file does not say
 
 
