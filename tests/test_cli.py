@@ -4,16 +4,19 @@ import io
 import json
 import os
 from pathlib import Path
+import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+from click.testing import CliRunner
 import numpy as np
 import pytest
 
-from conftest import EXAMPLE, ROOT, log_softmax
+from conftest import EXAMPLE, log_softmax
 import kqprefill
-from kqprefill.gguf import GGUFFile
+from kqprefill.cli.commands import cli
 from kqprefill.models import read_model
 from kqprefill.synthetic import SyntheticFile
 
@@ -202,6 +205,48 @@ def test_starting_imports_no_more_than_it_needs():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).stdout == b"set()\n"
 
 
+def test_first_layers():
+    """bench says between what the whole model's rates are, once it has seen each kind of layer; plan and synth take
+    those layers; a file has all of its own."""
+    flags = "-r", "1", "--backend", "cpu", "-p"
+    row = json.loads(kq("bench", "tiny", "--layers", "1", *flags, "16", "-o", "jsonl").stdout)
+    assert row["model"] == "tiny:Q4_K_M (1 of 2 layers)" and (row["layers"], row["whole_layers"]) == (1, 2)
+    rate, (by_bytes, by_number) = row["tokens_per_second"], SyntheticFile.named("tiny", 1).shares()
+    assert by_bytes < by_number == 0.5
+    assert row["whole_tokens_per_second_least"] == pytest.approx(rate * by_bytes)
+    assert row["whole_tokens_per_second_most"] == pytest.approx(rate * by_number)
+    said = kq("bench", "tiny", "--layers", "1", *flags, "16,32").stdout.decode().splitlines()[-1]
+    assert re.fullmatch(r"All 2 layers, extrapolated from these 1: pp16 [\d.]+ to [\d.]+ t/s, pp32 .* t/s", said)
+    plan = kq("plan", "gemma4-31b", "--layers", "3", "--backend", "cpu").stdout
+    assert plan.startswith(b"gemma4-31b:Q4_K_M (3 of 60 layers) on the CPU")
+    for args, wrong in (
+        (("bench", EXAMPLE), b"is a file; only a SHAPE:RECIPE is made with fewer layers"),
+        (("plan", "no-such.gguf"), b"no-such.gguf is a file"),
+        (("bench", "tiny"), b"tiny:Q4_K_M: --layers 3: it has 2 layers"),
+    ):
+        done = kq(*args, "--layers", "3")
+        assert done.returncode == 2 and wrong in done.stderr and done.stdout == b""
+
+
+def test_what_has_no_room_is_refused(tmp_path, monkeypatch):
+    """In a line that says how many layers have; before anything is made."""
+    from kqprefill.backends import budget
+
+    monkeypatch.setattr(budget, "free_host_memory", lambda: 20 << 30)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=64 << 30))
+    for args, wrong in (
+        (["bench", "deepseek-v3"], r"takes? 10.3\d GiB of main memory, .* is 10.00 GiB: give --layers 7 or fewer"),
+        (["bench", "deepseek-v3:F32"], r"of main memory, .*: give --layers 3 or fewer"),
+        (
+            ["synth", "deepseek-v3", str(tmp_path / "x")],
+            r"x: deepseek-v3:Q4_K_M takes 376.61 GiB, and 64.00 GiB are .*: ",
+        ),
+    ):
+        done = CliRunner().invoke(cli, args)
+        assert isinstance(done.exception, kqprefill.InputError) and re.search(wrong, str(done.exception))
+    assert not list(tmp_path.iterdir())
+
+
 def test_bench_refuses():
     for args in (
         ["no-such-shape:Q4_K"],
@@ -251,46 +296,6 @@ def test_plan_refuses(args, status, complaint):
     done = kq("plan", *args)
     assert done.returncode == status and complaint in done.stderr and done.stderr.count(b"\n") == 1
     assert done.stdout == b""
-
-
-def test_inspect():
-    described = json.loads(kq("inspect", EXAMPLE, "--json").stdout)
-    with GGUFFile(EXAMPLE) as file:
-        tensors, name = list(file.tensors.values()), file.metadata["general.name"]
-    assert described["bytes"] == sum(t.nbytes for t in tensors) == sum(g["bytes"] for g in described["groups"].values())
-    assert described["parameters"] == sum(int(np.prod(t.shape)) for t in tensors)
-    assert (described["architecture"], described["layers"], described["backends"]) == ("qwen3", 2, ["cpu", "cuda"])
-    assert described["groups"]["attention"]["tensors"] == 8 and described["groups"]["norms and biases"]["types"] == {
-        "F32": 9
-    }
-    text = kq("inspect", EXAMPLE).stdout.decode()
-    assert name in text and "kqprefill runs it (cpu, cuda)" in text and "feed-forward" in text
-    assert len(json.loads(kq("inspect", EXAMPLE, "--tensors", "--json").stdout)) == len(tensors)
-    assert kq("inspect", EXAMPLE, "--tensors").stdout.count(b"\n") == len(tensors) + 2
-    assert kq("inspect", EXAMPLE, "--metadata", "general.architecture").stdout == b"qwen3\n"
-    assert b"qwen3.block_count = 2\n" in kq("inspect", EXAMPLE, "--metadata").stdout
-    assert kq("inspect", EXAMPLE, "--metadata", "no.such.key").returncode == 2
-
-
-def test_inspect_names_what_is_left_in_the_file():
-    """A head that drafts further tokens: a whole block more, which prefill does not read."""
-    path = ROOT / "tests/data/qwen35-tied-nextn.gguf"
-    groups = json.loads(kq("inspect", path, "--json").stdout)["groups"]
-    with GGUFFile(path) as file:
-        last = max(name.split(".")[1] for name in file.tensors if name.startswith("blk."))
-        assert groups["left in the file"]["tensors"] == sum(name.startswith(f"blk.{last}.") for name in file.tensors)
-    assert "recurrence" in groups and b"left in the file" in kq("inspect", path).stdout
-
-
-def test_inspect_says_what_does_not_run(tmp_path):
-    raw = EXAMPLE.read_bytes().replace(b"qwen3", b"qwenX")
-    (tmp_path / "model.gguf").write_bytes(raw)
-    done = kq("inspect", tmp_path / "model.gguf")
-    assert (
-        done.returncode == 0
-        and b"kqprefill does not run it" in done.stdout
-        and b"'qwenX' is not supported" in done.stdout
-    )
 
 
 def test_cache_and_doctor(tmp_path):

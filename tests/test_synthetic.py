@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+import math
 from pathlib import Path
 import sys
 
@@ -12,6 +14,7 @@ import pytest
 
 from conftest import EXAMPLE, ROOT
 import kqprefill
+from kqprefill.core import KeysValues, Recurrent
 from kqprefill.gguf import GGUFFile, dequantize
 from kqprefill.gguf.types import GGML
 from kqprefill.models import FAMILIES, describe_model, read_model
@@ -55,7 +58,7 @@ def test_a_description_needs_no_tensors(architecture: str) -> None:
     assert described.tensor_shapes() == read_model(file).tensor_shapes()
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "phi3", "gpt-oss"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "phi3", "gpt-oss", "gemma4"])
 def test_a_written_file_is_read_back(architecture: str, tmp_path: Path) -> None:
     file, path = synthetic(architecture), tmp_path / "model.gguf"
     write_gguf(file, path)
@@ -63,6 +66,7 @@ def test_a_written_file_is_read_back(architecture: str, tmp_path: Path) -> None:
         for key, value in file.metadata.items():
             again = written.metadata[key]
             assert list(again) == value if isinstance(value, list) else again == pytest.approx(value), key
+            assert isinstance(again, bool) == isinstance(value, bool)
         assert list(written.tensors) == list(file.tensors)
         for tensor in file.tensors.values():
             again = written.tensors[tensor.name]
@@ -174,3 +178,144 @@ def test_what_parts_are_taken_from_is_contiguous() -> None:
         for tensor in matrices:
             stored = tensor.stored
             assert stored.flags.c_contiguous and np.shares_memory(stored, tensor.stored)
+
+
+# Of layers of each kind: how many, and their sizes (configurations of the models, shared/families-2026.md).
+# (how many, heads, heads of keys and values, size of heads, window)
+ATTENTION = {
+    "qwen3.6-27b": [(16, 24, 4, 256, None)],
+    "qwen3.6-35b-a3b": [(10, 16, 2, 256, None)],
+    "gemma4-31b": [(10, 32, 4, 512, None), (50, 32, 16, 256, 1024)],
+    "gemma4-26b-a4b": [(5, 16, 2, 512, None), (25, 16, 8, 256, 1024)],
+    "gemma4-e4b": [(4, 8, 2, 512, None), (20, 8, 2, 256, 512)],  # and 18 that share keys and values
+    "glm-4.5-air": [(46, 96, 8, 128, None)],
+}
+# Latent attention: layers, heads, then the ranks of queries and of keys and values, elements of a head that are not
+# rotated, that are, and of a value; what the scores are multiplied by beyond 1 / sqrt(192), YaRN being 40 times 4096.
+LATENT = {
+    "deepseek-v2-lite": (27, 16, 0, 512, 128, 64, 128, (1 + 0.0707 * math.log(40)) ** 2),
+    "deepseek-v3": (61, 128, 1536, 512, 128, 64, 128, (1 + 0.1 * math.log(40)) ** 2),
+}
+# Width of the residual stream, vocabulary, context, base of the rotation, rotated elements, epsilon; then parameters in
+# billions, of a file without draft heads and towers.
+STREAM = {
+    "qwen3.6-27b": (5120, 248320, 262144, 1e7, 64, 1e-6, 26.90),
+    "qwen3.6-35b-a3b": (2048, 248320, 262144, 1e7, 64, 1e-6, 34.66),
+    "gemma4-31b": (5376, 262144, 262144, 1e6, 512, 1e-6, 30.70),
+    "gemma4-26b-a4b": (2816, 262144, 262144, 1e6, 512, 1e-6, 25.23),
+    "gemma4-e4b": (2560, 262144, 131072, 1e6, 512, 1e-6, 7.46),
+    "deepseek-v2-lite": (2048, 102400, 163840, 1e4, 64, 1e-6, 15.71),
+    "deepseek-v3": (7168, 129280, 163840, 1e4, 64, 1e-6, 671.03),
+    "glm-4.5-air": (4096, 151552, 131072, 1e6, 64, 1e-5, 106.85),
+}
+# Experts, those that a token uses, their width, that of those every token uses, leading dense layers and their width;
+# sigmoid, scale, normalised, groups, groups used.
+ROUTED = {
+    "qwen3.6-35b-a3b": (256, 8, 512, 512, 0, 0, False, 1, True, 1, 1),
+    "gemma4-26b-a4b": (128, 8, 704, 0, 0, 2112, False, 1, True, 1, 1),
+    "deepseek-v2-lite": (64, 6, 1408, 2 * 1408, 1, 10944, False, 1, False, 1, 1),
+    "deepseek-v3": (256, 8, 2048, 2048, 3, 18432, True, 2.5, True, 8, 4),
+    "glm-4.5-air": (128, 8, 1408, 1408, 1, 10944, True, 1, True, 1, 1),
+}
+DENSE = {"qwen3.6-27b": 17408, "gemma4-31b": 21504, "gemma4-e4b": 10240}
+NEW = list(STREAM)
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_shapes_are_as_published(name: str) -> None:
+    file = SyntheticFile.named(f"{name}:Q4_K_M")
+    family, c = read_model(file), read_model(file).config
+    *stream, parameters = STREAM[name]
+    rotated = family.latent.rotary if name in LATENT else 2 * family.rotary_pairs
+    base = family.meta.number("rope.freq_base")
+    assert [c.embedding_length, c.vocab_size, c.context_length, base, rotated, c.rms_epsilon] == stream
+    assert round(sum(math.prod(t.shape) for t in file.tensors.values()) / 1e9, 2) == parameters
+    states = Counter((s.heads, s.head_dim, s.window) for s in family.layer_states if type(s) is KeysValues)
+    assert states == {(kv, head, window): n for n, _, kv, head, window in ATTENTION.get(name, [])}
+    assert all(heads == c.head_count for _, heads, *_ in ATTENTION.get(name, []))
+    if name in LATENT:
+        layers, *sizes, temperature = LATENT[name]
+        own = family.latent
+        assert len(family.blocks) == layers
+        assert [own.heads, own.query_rank, own.rank, own.key_dim, own.rotary, own.value_dim] == sizes
+        assert family.attention_scale == pytest.approx(temperature / math.sqrt(192))
+    if name in DENSE:
+        assert {t.shape[0] for n, t in file.tensors.items() if n.endswith(".ffn_up.weight")} == {DENSE[name]}
+        assert family.experts is None
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_experts_are_as_published(name: str) -> None:
+    file = SyntheticFile.named(f"{name}:Q4_K_M")
+    e = read_model(file).experts
+    assert e is not None
+    stacks, shared, dense = (
+        [t.shape for n, t in file.tensors.items() if n.endswith(f".{end}.weight")]
+        for end in ("ffn_up_exps", "ffn_up_shexp", "ffn_up")
+    )
+    count, used, width, shared_width, leading, dense_width, *routing = ROUTED[name]
+    assert {shape[:2] for shape in stacks} == {(count, width)} and e.used == used
+    assert {shape[0] for shape in shared} == ({shared_width} if shared_width else set())
+    assert {shape[0] for shape in dense} == ({dense_width} if dense_width else set())
+    assert len(dense) == (leading if shared_width else file.block_count)
+    assert [e.sigmoid, e.scale, e.normalise, e.groups, e.groups_used] == routing
+    biased = [n for n in file.tensors if n.endswith("exp_probs_b.bias")]
+    assert len(biased) == (len(stacks) if name in ("deepseek-v3", "glm-4.5-air") else 0)
+
+
+def test_small_parts_of_the_shapes() -> None:
+    """Recurrent layers; Gemma 4's rotation in windows, soft-cap, keys that are values, embeddings for each layer."""
+    for name, value_heads in (("qwen3.6-27b", 48), ("qwen3.6-35b-a3b", 32)):
+        states = read_model(SyntheticFile.named(name)).layer_states
+        (kind,) = {s for s in states if isinstance(s, Recurrent)}
+        assert [isinstance(s, Recurrent) for s in states] == [(i + 1) % 4 != 0 for i in range(len(states))]
+        assert (kind.heads, kind.key_dim, kind.value_dim) == (value_heads, 128, 128)
+    for name, layers in (("gemma4-31b", 60), ("gemma4-26b-a4b", 30), ("gemma4-e4b", 42)):
+        file = SyntheticFile.named(name)
+        family, full = read_model(file), [(i + 1) % 6 == 0 for i in range(layers)]
+        assert [family.window(i) is None for i in range(layers)] == full and family.final_softcap == 30
+        divided = file.tensors["rope_freqs.weight"].data.view(np.float32)
+        assert np.array_equal(divided, [1] * 64 + [np.float32(1e30)] * 192)
+        values = [f"blk.{i}.attn_v.weight" in file.tensors for i in range(layers)]
+        assert values == ([i < 24 for i in range(42)] if name == "gemma4-e4b" else [not sees_all for sees_all in full])
+    assert file.tensors["per_layer_token_embd.weight"].shape == (262144, 256 * 42)
+    assert file.tensors["per_layer_model_proj.weight"].type == GGML.BF16
+    assert family.sources[24:] == [23 if sees_all else 22 for sees_all in full[24:]]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_first_layers_are_the_whole_models(name: str) -> None:
+    """Their tensors, types included, in as little memory at most."""
+    whole = SyntheticFile.named(name)
+    count, family = SHAPES[name].layers, read_model(whole)
+    assert whole.shares() == (1, 1) and SyntheticFile.named(name, count).whole is None
+    for layers in {1, count // 2, count - 1}:
+        file = SyntheticFile.named(name, layers)
+        first = read_model(file)
+        assert len(first.blocks) == layers == file.block_count
+        assert [first.window(i) for i in range(layers)] == [family.window(i) for i in range(layers)]
+        for tensor in file.tensors.values():
+            same = whole.tensors[tensor.name]
+            assert tensor.type == same.type
+            assert tensor.shape == same.shape or tensor.name.startswith("per_layer_")  # as wide as there are layers
+        assert file.memory() <= whole.memory() <= sum(tensor.nbytes for tensor in whole.tensors.values())
+        assert file.most_layers(SyntheticFile.memory, file.memory()) >= layers
+
+
+def test_what_first_layers_say_of_the_whole() -> None:
+    """Nothing before there is one of each kind; by bytes less than by number where the first ones have no experts."""
+    assert SyntheticFile.named("deepseek-v3", 3).shares() is None
+    assert SyntheticFile.named("qwen3.6-27b", 3).shares() is None
+    shares = SyntheticFile.named("deepseek-v3", 8).shares()
+    assert shares is not None and shares == pytest.approx((0.0927, 8 / 61), abs=1e-4)
+    assert SyntheticFile.named("deepseek-v3").memory() < 12e9  # of 404 GB
+    for layers in (0, 62):
+        with pytest.raises(kqprefill.InputError, match=f"--layers {layers}: it has 61 layers"):
+            SyntheticFile.named("deepseek-v3", layers)
+
+
+def test_weights_that_choose_experts_choose_all(rng: np.random.Generator) -> None:
+    with SyntheticFile.named("deepseek-v3:Q4_K_M", 4) as file:
+        bias = file.tensors["blk.3.exp_probs_b.bias"].data.view(np.float32)
+    chosen = np.argsort(1 / (1 + np.exp(-rng.standard_normal((2000, 256)))) + bias)[:, -8:]
+    assert (np.bincount(chosen.reshape(-1), minlength=256) / (2000 * 8 / 256)).min() > 0.2

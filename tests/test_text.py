@@ -4,6 +4,7 @@ $KQPREFILL_VOCABS: a folder of llama.cpp's models/ggml-vocab-*.gguf with their .
 source distribution of llama-cpp-python on PyPI contains it).
 """
 
+import json
 import os
 from pathlib import Path
 import subprocess
@@ -12,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 
-from conftest import EXAMPLE
+from conftest import EXAMPLE, ROOT
 import kqprefill
 from kqprefill.gguf import GGUFFile
 from kqprefill.gguf.vocabulary import byte_pieces
@@ -20,6 +21,7 @@ from kqprefill.synthetic import SyntheticFile, write_gguf
 from kqprefill.text import Tokenizer
 from test_cli import kq
 
+CUTS = ROOT / "tests" / "data" / "cuts.json"  # see test_text_llama_cpp.py
 VOCABS = Path(os.environ.get("KQPREFILL_VOCABS", "/nonexistent"))
 
 
@@ -91,6 +93,15 @@ def test_pairs_of_characters():
     assert ids["<turn|>"] == tokenizer.encode("<turn|>")[1]
 
 
+def test_a_tag_that_ends_nothing():
+    """Gemma 4's `</s>`, which in other vocabularies ends a text, whether it is marked or not."""
+    for other, expected in ("<|tool_response>", ["</", "s>"]), ("<|other>", ["</s>"]):
+        pieces = ["<bos>", other, "</s>", "</", "s>", "s", ">", "<", "/"]
+        values = {"model": "gemma4", "tokens": pieces, "merges": ["< /", "s >"], "bos_token_id": 0}
+        tokenizer = Tokenizer({f"tokenizer.ggml.{key}": value for key, value in values.items()}, "test")
+        assert [pieces[token] for token in tokenizer.encode("</s>", add_special=False)] == expected
+
+
 def test_byte_level_bpe():
     bytes_ = list(byte_pieces())
     pieces = [*bytes_, "he", "ll", "hell", "\u0120he", "<|end|>"]
@@ -107,6 +118,23 @@ def test_byte_level_bpe():
     assert tokenizer.encode("hello") == [ids["hell"], ids["o"]]
     assert tokenizer.encode(" he<|end|>\n") == [ids["\u0120he"], 260, ids["\u010a"]]
     assert tokenizer.encode("é") == [bytes_.index("\u00c3"), bytes_.index("\u00a9")]
+
+
+def vocabulary_of_merges(merges, pre):
+    """The metadata of a byte-level vocabulary: the bytes, and what merges make of them."""
+    tokens = [*byte_pieces(), *(merge.replace(" ", "") for merge in merges)]
+    values = {"model": "gpt2", "pre": pre, "tokens": tokens, "token_type": np.ones(len(tokens), np.int32)}
+    values |= {"merges": merges, "bos_token_id": 0, "eos_token_id": 1}
+    return {f"tokenizer.ggml.{key}": value for key, value in values.items()}
+
+
+def test_words_are_cut_as_llama_cpp_cuts_them():
+    """By name of the pre-tokenizer, with merges that most cuts part."""
+    known = json.loads(CUTS.read_text())
+    for pre, expected in known["ids"].items():
+        tokenizer = Tokenizer(vocabulary_of_merges(known["merges"], pre), "test")
+        for text, ids in zip(known["texts"], expected, strict=True):
+            assert tokenizer.encode(text, add_special=False, parse_special=False) == ids, (pre, text)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +215,8 @@ def test_text_that_is_none():
 
 
 KINDS = (
-    "llama-spm phi-3 llama-bpe qwen2 qwen35 gpt-2 starcoder refact command-r mpt falcon deepseek-llm deepseek-coder"
+    "llama-spm phi-3 gemma-4 llama-bpe qwen2 qwen35 gpt-2 starcoder refact command-r mpt falcon deepseek-llm "
+    "deepseek-coder"
 ).split()
 
 

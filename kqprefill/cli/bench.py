@@ -19,10 +19,12 @@ from ..errors import InputError
 from ..terminal import print_json, print_text, shown
 from .common import (
     device_options,
+    layers_option,
     memory_option,
     open_file,
     open_on,
     read_lengths,
+    refuse_too_large,
     say_loaded,
     size,
     table,
@@ -34,6 +36,7 @@ from .progress import Bars, progress_bars
 from .sources import model_path
 
 if TYPE_CHECKING:
+    from ..gguf import ModelFile
     from ..timeline import Stage
 
 _WARM_UP = 2  # runs; on a GPU the first compiles, and the second makes the CUDA graph of a short prompt
@@ -68,6 +71,7 @@ _WARM_UP = 2  # runs; on a GPU the first compiles, and the second makes the CUDA
 @click.option(
     "--plot", "picture", metavar="FILE.png", help="Also draw tokens/s by prompt length, beside what the GPU allows."
 )
+@layers_option
 @force_option
 @device_options
 @memory_option
@@ -80,6 +84,7 @@ def bench(
     output: str,
     detail: bool,
     picture: str | None,
+    layers: int | None,
     force: bool,
     backend: str,
     device: int,
@@ -93,6 +98,8 @@ def bench(
     Mean and standard deviation of tokens/s, warm-up excluded.
 
     MODEL is a GGUF file, or a SHAPE:RECIPE such as qwen3-8b:Q4_K_M, which is made in memory with random weights.
+    Layers share theirs, so that a model of 400 GB takes 11. With --layers, between which rates the whole model's would
+    be is also said.
 
     \b
     kqprefill bench examples/tiny-qwen3.gguf -p 16,128
@@ -114,7 +121,7 @@ def bench(
     with (
         opened as picture_file,
         progress_bars(not quiet) as bars,
-        open_on(open_file(name), backend, device, kernels, vram, quiet, bars, max(prompt_lengths)) as model,
+        open_on(_open(name, layers), backend, device, kernels, vram, quiet, bars, max(prompt_lengths)) as model,
     ):
         config = model.config
         for length in prompt_lengths:
@@ -149,6 +156,7 @@ def bench(
                     "delay_seconds": delay,
                     "tokens_per_second": statistics.mean(rates),
                     "tokens_per_second_stddev": statistics.stdev(rates) if repetitions > 1 else 0.0,
+                    **_of_whole(model.file, statistics.mean(rates)),
                 }
             )
             if detail:
@@ -156,6 +164,35 @@ def bench(
         if picture_file is not None:
             draw(rows, model.backend.floors(model.family), picture_file, kind)
     _PRINTERS[output](rows)
+
+
+def _open(name: str, layers: int | None) -> ModelFile:
+    """The model; refused where its random weights have no room in half of the free memory (the CPU takes the other)."""
+    from ..backends.budget import free_host_memory
+    from ..synthetic import SyntheticFile
+
+    file = open_file(name, layers)
+    if isinstance(file, SyntheticFile):
+        words = f"{file.path}: its weights take {{needed}} of main memory, and half of what is free is {{room}}"
+        refuse_too_large(file, SyntheticFile.memory, free_host_memory() // 2, words)
+    return file
+
+
+def _of_whole(file: ModelFile, rate: float) -> dict[str, Any]:
+    """For some layers of a model: how many of how many, and between which rates the whole model's would be. Its time is
+    as many times theirs as it has layers, or bytes of layers' weights: first layers without experts have few bytes."""
+    from ..synthetic import SyntheticFile
+
+    if not isinstance(file, SyntheticFile) or file.whole is None:
+        return {}
+    shares = file.shares()
+    layers, whole = file.block_count, file.whole.block_count
+    return {
+        "layers": layers,
+        "whole_layers": whole,
+        "whole_tokens_per_second_least": rate * min(shares) if shares else None,
+        "whole_tokens_per_second_most": rate * max(shares) if shares else None,
+    }
 
 
 def _finite(value: float) -> float:
@@ -215,6 +252,8 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
         speeds = above + "\n\n" + table(["test", "t/s"], lines)
     else:
         speeds = table([*same, "test", "t/s"], [[*same.values(), *line] for line in lines])
+    if "whole_layers" in rows[0]:
+        speeds += "\n\n" + _whole_model(rows)
     if "stages" not in rows[0]:
         return speeds
     head = ["test", "stage", "ms", "share", "TFLOP/s", "GB/s of weights"]
@@ -229,6 +268,19 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
             share = f"{100 * stage['ms'] / total:.1f}%"
             lines.append([f"pp{row['prompt_tokens']}", name, f"{stage['ms']:.2f}", share, *rates])
     return speeds + "\n\n" + table(head, lines)
+
+
+def _whole_model(rows: list[dict[str, Any]]) -> str:
+    """What is said of the whole model where some of its layers were measured."""
+    first, whole = (rows[0][key] for key in ("layers", "whole_layers"))
+    if rows[0]["whole_tokens_per_second_least"] is None:
+        return f"The first {first} of {whole} layers are not of all the model's kinds: nothing is said of the whole."
+    rates = [
+        f"pp{row['prompt_tokens']} {row['whole_tokens_per_second_least']:.2f} to "
+        f"{row['whole_tokens_per_second_most']:.2f} t/s"
+        for row in rows
+    ]
+    return f"All {whole} layers, extrapolated from these {first}: {', '.join(rates)}"
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:

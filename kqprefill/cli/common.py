@@ -95,6 +95,13 @@ def memory_option(command: Command) -> Command:
     )(command)
 
 
+def layers_option(command: Command) -> Command:
+    """--layers."""
+    return click.option(
+        "--layers", metavar="N", type=click.IntRange(1), help="Only the first N layers of a SHAPE:RECIPE."
+    )(command)
+
+
 def batch_option(command: Command) -> Command:
     """--batch-tokens."""
     return click.option(
@@ -117,14 +124,29 @@ def volume_options(command: Command) -> Command:
     )(command)
 
 
-def open_file(name: str) -> GGUFFile | SyntheticFile:
-    """A GGUFFile, or the SyntheticFile of a SHAPE:RECIPE. Raises GGUFError, InputError."""
+def open_file(name: str, layers: int | None = None) -> GGUFFile | SyntheticFile:
+    """A GGUFFile, or the SyntheticFile of a SHAPE:RECIPE, perhaps of its first layers. Raises GGUFError, InputError."""
     from ..gguf import GGUFFile
     from ..synthetic import SyntheticFile
 
     path = model_path(name)
     is_file = path != name or os.path.exists(name) or name.endswith(".gguf") or os.sep in name
-    return GGUFFile(path) if is_file else SyntheticFile.named(name)
+    if is_file and layers is not None:
+        raise click.UsageError(f"--layers {layers}: {name} is a file; only a SHAPE:RECIPE is made with fewer layers")
+    return GGUFFile(path) if is_file else SyntheticFile.named(name, layers)
+
+
+def refuse_too_large(file: SyntheticFile, size_of: Callable[[SyntheticFile], int], room: int, words: str) -> None:
+    """An InputError where a model in the making has no room, which says how many of its layers have.
+
+    size_of: bytes that it, or one of fewer layers, takes; room: bytes that may be taken. words: a sentence with
+    `{needed}` and `{room}`.
+    """
+    needed = size_of(file)
+    if needed > room:
+        most = file.most_layers(size_of, room)
+        advice = f"give --layers {most} or fewer" if most else "not even one of its layers has room"
+        raise InputError(f"{words.format(needed=size(needed), room=size(room))}: {advice}")
 
 
 def open_on(

@@ -13,7 +13,7 @@ from ..terminal import json_value, print_json, print_text, shown
 from .common import open_file, print_object, size, table
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from ..gguf import ModelFile, ModelTensor
 
@@ -106,11 +106,12 @@ def _describe(file: ModelFile, name: str) -> dict[str, Any]:
         "problem": problem,
         "parameters": sum(group["parameters"] for group in groups.values()),
         "bytes": sum(group["bytes"] for group in groups.values()),
-        "layers": _size_in(metadata, f"{architecture}.block_count"),
+        "layers": family.config.block_count if family else _size_in(metadata, f"{architecture}.block_count"),
         "context": _size_in(metadata, f"{architecture}.context_length"),
         "vocabulary": embedding.shape[0] if embedding is not None else None,
         "tokenizer": key_or_none(metadata, "tokenizer.ggml.model"),
         "groups": {name: groups[name] for name in _ORDER if name in groups},
+        "left": [name for name in file.tensors if family is not None and family.leaves(name)],
     }
 
 
@@ -156,7 +157,30 @@ def _for_people(d: dict[str, Any]) -> str:
         ]
         for name, group in d["groups"].items()
     ]
-    return "\n".join(lines) + table(["tensors", "n", "types", "size", "bits a weight"], rows)
+    left = "".join(f"\n{_LEFT}: {part}" for part in _left_parts(d["left"]))
+    return "\n".join(lines) + table(["tensors", "n", "types", "size", "bits a weight"], rows) + left
+
+
+def _left_parts(names: list[str]) -> Iterator[str]:
+    """What of a file prefill does not use, part by part, given the tensors' names."""
+    from ..models.family import TOWERS
+
+    for prefix in TOWERS:
+        if count := sum(name.startswith(prefix) for name in names):
+            yield f"{prefix}* ({count} tensor{'s' * (count > 1)}), which see or hear"
+    blocks: dict[str, list[str]] = {}
+    for name in names:
+        block, _, own = name.removeprefix("blk.").partition(".")
+        if name.startswith("blk."):
+            blocks.setdefault(shown(f"blk.{block}"), []).append(shown(own.removesuffix(".weight")))
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for block, own_names in blocks.items():
+        alike.setdefault(tuple(sorted(own_names)), []).append(block)
+    for tensors, of in alike.items():
+        if any(name.startswith("nextn.") for name in tensors):
+            yield f"{', '.join(of)} ({len(tensors)} tensors{' each' * (len(of) > 1)}), which draft further tokens"
+        else:
+            yield f"{', '.join(tensors)} of {', '.join(of)}"
 
 
 def _print_metadata(file: ModelFile, key: str, as_json: bool) -> None:

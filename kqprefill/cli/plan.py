@@ -11,6 +11,7 @@ from ..errors import InputError
 from ..terminal import print_text
 from .common import (
     device_options,
+    layers_option,
     memory_option,
     open_file,
     plan_lines,
@@ -28,10 +29,20 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model", metavar="MODEL|SHAPE:RECIPE")
 @click.option("-p", "--prompt", "length", default="4096", show_default=True, metavar="T", help="Tokens of the prompt.")
+@layers_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, sizes in bytes.")
 @device_options
 @memory_option
-def plan(model: str, length: str, as_json: bool, backend: str, device: int, kernels: str, vram: str | None) -> None:
+def plan(
+    model: str,
+    length: str,
+    layers: int | None,
+    as_json: bool,
+    backend: str,
+    device: int,
+    kernels: str,
+    vram: str | None,
+) -> None:
     """Say what would stay in GPU memory.
 
     Where a model's weights would live, what takes GPU memory, and what bounds the speed.
@@ -55,7 +66,8 @@ def plan(model: str, length: str, as_json: bool, backend: str, device: int, kern
     tokens, *more = read_lengths([length], "-p")
     if more:
         raise click.UsageError(f"-p {length}: a plan is for one length")
-    with open_file(model) as file:
+    with open_file(model, layers) as file:
+        model = file.path if layers else model
         family = read_model(file)
         if not 0 < tokens <= family.config.context_length:
             raise InputError(f"-p {tokens}: the model's context is 1 to {family.config.context_length} tokens")
@@ -134,7 +146,7 @@ def _plan_cpu(model: str, family: Family, tokens: int, as_json: bool) -> None:
     """What the CPU backend takes: nothing is planned there, since the system takes mapped pages back as it needs."""
     say_ignored()
     config = family.config
-    weights = sum(tensor.nbytes for tensor in family.file.tensors.values())
+    weights = sum(tensor.nbytes for name, tensor in family.file.tensors.items() if not family.leaves(name))
     widest = max(weight.shape[-1] for weight in family.matrices())
     parts = {
         "weights": weights,

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from typing import TYPE_CHECKING
+
 import click
 
+from .common import layers_option, refuse_too_large
 from .outputs import STDIO, Outputs, force_option
+
+if TYPE_CHECKING:
+    from ..synthetic import SyntheticFile
 
 
 @click.command()
 @click.argument("name", metavar="SHAPE:RECIPE")
 @click.argument("out", type=click.Path())
+@layers_option
 @force_option
-def synth(name: str, out: str, force: bool) -> None:
+def synth(name: str, out: str, layers: int | None, force: bool) -> None:
     """Write a model of a known shape, with random weights.
 
     Its tensors are valid and its text is noise: for benchmarks, here or in llama.cpp.
@@ -23,8 +32,22 @@ def synth(name: str, out: str, force: bool) -> None:
 
     if out == STDIO:
         raise click.UsageError("synth writes a file; give its name")
-    model = SyntheticFile.named(name)
+    model = SyntheticFile.named(name, layers)
     outputs = Outputs(force)
     outputs.claim(out, "OUT")
+    _check_room(model, out)
     with outputs.open(out, "OUT") as file:
         write_gguf(model, file.name)
+
+
+def _check_room(model: SyntheticFile, out: str) -> None:
+    """Whether the disk has room for the file, before any of it is made."""
+    folder = os.path.dirname(os.path.realpath(out))
+    if os.path.isdir(folder) and (os.path.isfile(out) or not os.path.exists(out)):
+        free = shutil.disk_usage(folder).free
+        words = f"{out}: {model.path} takes {{needed}}, and {{room}} are free in {folder}"
+        refuse_too_large(model, _file_size, free, words)
+
+
+def _file_size(model: SyntheticFile) -> int:
+    return sum(tensor.nbytes for tensor in model.tensors.values())

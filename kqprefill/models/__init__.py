@@ -75,6 +75,8 @@ def _family_of(metadata: Mapping[str, Any], path: str) -> type[Family]:
     architecture = read_key(metadata, "general.architecture", lambda what: ModelError(f"{path}: {what}"))
     if architecture is None:
         raise ModelError(f"{path}: metadata general.architecture is missing; this is no language model")
+    if architecture == "clip":
+        raise ModelError(f"{path}: it has only what sees or hears (mmproj); give the language model's own file")
     if architecture not in FAMILIES:
         raise ModelError(f"{path}: architecture {architecture!r} is not supported; these are: {', '.join(FAMILIES)}")
     family: type[Family] = FAMILIES[architecture]

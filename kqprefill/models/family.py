@@ -6,12 +6,21 @@ A family's page calls the ops of `kqprefill.models.ops.Ops` and reads like the m
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 import math
 from typing import Any, TypeVar
 
-from ..core import Float32Array, KeysValues, LayerState, Logits, PendingHead, Progress, no_progress
+from ..core import (
+    Float32Array,
+    KeysValues,
+    LayerState,
+    Logits,
+    PendingHead,
+    Progress,
+    SharedKeysValues,
+    no_progress,
+)
 from ..errors import ModelError
 from ..gguf import ModelFile, dequantize
 from .config import ArchMetadata, Config, Rope, read_rope
@@ -20,6 +29,7 @@ from .ops import Ops, Residual
 from .weights import Parts, Shapes, Weight, Weights, tensor_names
 
 _Page = TypeVar("_Page", bound="Family")
+TOWERS = ("v.", "a.", "mm.")  # what tensors of vision, audio and projector are called (llama.cpp's clip.cpp)
 
 
 class Family(ABC):
@@ -73,7 +83,6 @@ class Family(ABC):
         if count > len(file.tensors):
             raise family.meta.error(f"block_count is {count}, but the file has only {len(file.tensors)} tensors")
         family._bind(file)
-        family._refuse_unknown_tensors()
         family.read_hyper_parameters()
         return family
 
@@ -136,8 +145,11 @@ class Family(ABC):
     def leaves(self, name: str) -> bool:
         """Whether a tensor that the formula has no place for is left in the file: part of what prefill does not use.
 
-        Here, the blocks after the last layer, which predict further tokens (multi-token prediction, arXiv 2404.19737).
+        Here, the blocks after the last layer, which predict further tokens (multi-token prediction, arXiv 2404.19737),
+        and what sees or hears, where a file has it beside the language model (Ollama's files do).
         """
+        if name.startswith(TOWERS):
+            return True
         block = name.split(".")[1] if name.startswith("blk.") else ""
         extra = range(self.config.block_count, self.config.block_count + self.config.nextn_predict_layers)
         return block.isdigit() and int(block) in extra
@@ -190,11 +202,7 @@ class Family(ABC):
 
         A trailing `?` marks one that may be absent, as every bias may.
         """
-        shapes = _file_shapes("", self.shared_shapes())
-        del shapes["token_embd.bias?"]  # its rows are looked up as they are
-        for index in range(self.config.block_count):
-            shapes |= _file_shapes(f"blk.{index}.", self.block_shapes(index))
-        return shapes
+        return self._tensor_shapes(self.block_shapes(index) for index in range(self.config.block_count))
 
     def matrices(self) -> list[Weight]:
         """Every matrix of the model that something is multiplied by (experts' are one under another), and the
@@ -225,15 +233,38 @@ class Family(ABC):
         self.token_embd = Weight(self.shared.token_embd.tensor)  # without a bias: see tensor_shapes
         self.output_norm = self.shared.output_norm
         self.output = self.shared.get("output") or self.token_embd
-        self.blocks = [
-            Weights(file, f"blk.{i}.", self.block_shapes(i), self.block_parts(i))
-            for i in range(self.config.block_count)
-        ]
+        blocks = [self._block_in_file(index) for index in range(self.config.block_count)]
+        self.blocks = [Weights(file, f"blk.{i}.", shapes, parts) for i, (shapes, parts) in enumerate(blocks)]
+        self._refuse_unknown_tensors(self._tensor_shapes(shapes for shapes, _ in blocks))
 
-    def _refuse_unknown_tensors(self) -> None:
+    def _block_in_file(self, index: int) -> tuple[Shapes, Parts]:
+        """A block's shapes and parts: those of the family, but that the file may have q, k and v as one matrix
+        (attn_qkv, which llama.cpp's converter writes with --fuse-qkv); k and v also where a layer sees another's."""
+        shapes, parts = self.block_shapes(index), self.block_parts(index)
+        plain = {name.rstrip("?"): shape for name, shape in shapes.items()}
+        if f"blk.{index}.attn_qkv.weight" not in self.file.tensors or "attn_qkv" in plain or "attn_q" not in plain:
+            return shapes, parts
+        rows: dict[str, int] = {n: plain[n][0] for n in ("attn_q", "attn_k", "attn_v") if n in plain}
+        height, state = sum(rows.values()), None if "attn_k" in rows else self.state(index)
+        if isinstance(state, SharedKeysValues):
+            height += 2 * self.block_shapes(state.layer)["attn_k"][0]  # left in the file
+        elif len(rows) < 3:
+            return shapes, parts
+        others = {name: shape for name, shape in shapes.items() if name.rstrip("?") not in rows}
+        return {**others, "attn_qkv": (height, plain["attn_q"][1])}, {**parts, "attn_qkv": {**rows}}
+
+    def _tensor_shapes(self, blocks: Iterable[Shapes]) -> Shapes:
+        """As tensor_shapes, of blocks with those shapes."""
+        shapes = _file_shapes("", self.shared_shapes())
+        del shapes["token_embd.bias?"]  # its rows are looked up as they are
+        for index, block in enumerate(blocks):
+            shapes |= _file_shapes(f"blk.{index}.", block)
+        return shapes
+
+    def _refuse_unknown_tensors(self, shapes: Shapes) -> None:
         """A tensor that the formula has no place for means another model than the one we would compute."""
         tensors = self.file.tensors
-        known = {name.rstrip("?") for name in self.tensor_shapes()}
+        known = {name.rstrip("?") for name in shapes}
         if self.output is self.token_embd:
             known.remove("output.bias")  # there is no output matrix that it could belong to
         unknown = [name for name in tensors if name not in known and not self.leaves(name)]

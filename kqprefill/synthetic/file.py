@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,22 +33,33 @@ class SyntheticTensor(ModelTensor):
     def data(self) -> NDArray[np.uint8]:
         """The quantised bytes, uint8 [..., row bytes]."""
         if self.whole is None:
-            *_, name, last = self.name.split(".")
-            return random_weights(self.shape, self.type, name if last in ("weight", "bias") else last)
+            return random_weights(*self.drawn_by)
         view = self.whole.data.reshape(-1)[self.offset : self.offset + self.nbytes]
         return view.reshape(*self.shape[:-1], nbytes_of(self.shape[-1:], self.type))
+
+    @property
+    def drawn_by(self) -> tuple[tuple[int, ...], GGML, str]:
+        """What a whole tensor's data are made of: tensors of which this is equal share them."""
+        *_, name, last = self.name.split(".")
+        return self.shape, self.type, name if last in ("weight", "bias") else last
 
     def _part(self, name: str, shape: tuple[int, ...], index: int) -> SyntheticTensor:
         return replace(super()._part(name, shape, index), whole=self.whole or self)
 
 
 class SyntheticFile:
-    """A ModelFile that is no file: metadata and tensors are made of a Shape."""
+    """A ModelFile that is no file: metadata and tensors are made of a Shape.
+
+    whole: the model whose first layers these are; None where all of its layers are here. block_count: how many are.
+    """
+
+    whole: SyntheticFile | None = None
 
     def __init__(self, shape: Shape, type_of: TypeOf, name: str) -> None:
         """type_of: gives each matrix's type; vectors, biases and convolutions are F32. name: instead of a path."""
         self.path = name
         self.metadata = _metadata(shape, name)
+        self.block_count = shape.layers
         self.tensors: dict[str, SyntheticTensor] = {}
         for declared, dims in describe_model(self.metadata, name, shape.vocab).tensor_shapes().items():
             full_name = declared.rstrip("?")
@@ -56,8 +68,9 @@ class SyntheticFile:
                 self.tensors[full_name] = SyntheticTensor(full_name, dims, kind)
 
     @classmethod
-    def named(cls, name: str) -> SyntheticFile:
-        """The model called "SHAPE:RECIPE", such as "qwen3-8b:Q4_K_M". Raises InputError for one that is not known."""
+    def named(cls, name: str, layers: int | None = None) -> SyntheticFile:
+        """The model called "SHAPE:RECIPE", such as "qwen3-8b:Q4_K_M"; or its first `layers` layers, with the types that
+        they have in the whole model. Raises InputError for one that is not known, or has no more layers than that."""
         shape_name, _, recipe = name.partition(":")
         recipe = recipe.upper() or "Q4_K_M"
         if shape_name not in SHAPES:
@@ -65,7 +78,42 @@ class SyntheticFile:
         if recipe not in RECIPES:
             raise InputError(f"{name}: {shape_name} is a shape, but there is no recipe {_known(recipe, RECIPES)}")
         shape = SHAPES[shape_name]
-        return cls(shape, recipe_types(recipe, shape), f"{shape_name}:{recipe}")
+        types, name = recipe_types(recipe, shape), f"{shape_name}:{recipe}"
+        whole = cls(shape, types, name)
+        if layers is None or layers == shape.layers:
+            return whole
+        if not 0 < layers < shape.layers:
+            raise InputError(f"{name}: --layers {layers}: it has {shape.layers} layers")
+        part = cls(shape.first(layers), types, f"{name} ({layers} of {shape.layers} layers)")
+        part.whole = whole
+        return part
+
+    def shares(self) -> tuple[float, float] | None:
+        """What share of the whole model's layers these are, by the bytes of their weights and by number; 1 for all.
+
+        None where a kind of layer (tensors and their shapes) is missing here, of which nothing is known then.
+        """
+        if self.whole is None:
+            return 1.0, 1.0
+        here, there = _layers(self.tensors), _layers(self.whole.tensors)
+        kinds = [{frozenset((name, t.shape) for name, t in layer.items()) for layer in some} for some in (here, there)]
+        if kinds[0] != kinds[1]:
+            return None
+        nbytes = [sum(t.nbytes for layer in some for t in layer.values()) for some in (here, there)]
+        return nbytes[0] / nbytes[1], self.block_count / self.whole.block_count
+
+    def memory(self) -> int:
+        """Bytes of main memory that the weights take once all are made; tensors of a kind share theirs."""
+        return sum({tensor.drawn_by: tensor.nbytes for tensor in self.tensors.values()}.values())
+
+    def most_layers(self, size: Callable[[SyntheticFile], int], room: int) -> int:
+        """How many first layers of the whole model have at most that size; 0 where not even one has.
+
+        size: of such a model; it grows with the number of layers.
+        """
+        whole = self.whole or self
+        counts = range(1, whole.block_count + 1)
+        return bisect_right(counts, room, key=lambda count: size(SyntheticFile.named(whole.path, count)))
 
     def close(self) -> None:
         """Forget the weights that were made, of every SyntheticFile."""
@@ -76,6 +124,16 @@ class SyntheticFile:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _layers(tensors: Mapping[str, SyntheticTensor]) -> list[dict[str, SyntheticTensor]]:
+    """The tensors of each layer, by their names within its block."""
+    layers: dict[str, dict[str, SyntheticTensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("blk."):
+            _, number, rest = name.split(".", 2)
+            layers.setdefault(number, {})[rest] = tensor
+    return list(layers.values())
 
 
 def _known(name: str, names: Iterable[str]) -> str:

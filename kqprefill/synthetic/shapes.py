@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 import re
 from typing import Any, TypeAlias
 
@@ -72,6 +72,18 @@ class Shape:
             }
         return {**values, **self.more}
 
+    def first(self, count: int) -> Shape:
+        """The model's first `count` layers, as a model."""
+        more = dict(self.more)
+        for key in _BY_LAYER:
+            if isinstance(more.get(key), list):
+                more[key] = more[key][:count]
+        if "leading_dense_block_count" in more:
+            more["leading_dense_block_count"] = min(count, more["leading_dense_block_count"])
+        if "attention.shared_kv_layers" in more:  # the last ones
+            more["attention.shared_kv_layers"] = max(0, count - self.layers + more["attention.shared_kv_layers"])
+        return replace(self, layers=count, more=more)
+
     def has_optional(self, name: str) -> bool:
         """Whether the model has that tensor (full GGUF name), which its family's files may lack."""
         if name == "output.weight":
@@ -82,6 +94,8 @@ class Shape:
         return biases is not None and re.fullmatch(biases, name) is not None
 
 
+# Metadata that may have a value for each layer.
+_BY_LAYER = ("attention.sliding_window_pattern", "attention.head_count_kv", "feed_forward_length")
 # Matrices that some families' files have in one with others: here they are apart.
 _SEPARATE = r"blk\.\d+\.(ffn_gate_exps|ffn_up_exps|attn_qkv|attn_gate)\.weight"
 # Pattern of the biases that an architecture's models have, by full GGUF name; the others' have none.
@@ -109,6 +123,7 @@ _GLM_AIR = {
     "leading_dense_block_count": 1,
     "feed_forward_length": 10944,
     "expert_shared_count": 1,
+    "expert_weights_norm": True,
     "attention.layer_norm_rms_epsilon": 1e-5,
 }
 
@@ -120,7 +135,7 @@ def _deepseek(
     rotated, that are, and of a value. dense: how many layers are without experts, and their width."""
     query_rank, rank, still, rotary, value = latent
     return {
-        **({"attention.q_lora_rank": query_rank} if query_rank else {}),
+        "attention.q_lora_rank": query_rank,  # llama.cpp asks for it, though Lite's own files have none
         "attention.kv_lora_rank": rank,
         "attention.value_length": rank,
         "attention.key_length_mla": still + rotary,
@@ -179,7 +194,7 @@ def _gemma4(
         tied=True,
         window=window,
         more={**values, **more},
-        optional=rf"blk\.({with_values})\.attn_v\.weight|blk\.\d+\.layer_output_scale\.weight",
+        optional=rf"blk\.({with_values})\.attn_v\.weight|blk\.\d+\.layer_output_scale\.weight|rope_freqs\.weight",
         experts=experts,
         used=used,
     )
@@ -221,6 +236,7 @@ SHAPES = {
         experts=256,
         used=8,
         more=_DEEPSEEK_V3,
+        optional=r"blk\.\d+\.exp_probs_b\.bias",
     ),
     "gemma4-31b": _gemma4(60, 5376, 32, (16, 4), 21504, 1024, {}),
     "gemma4-26b-a4b": _gemma4(30, 2816, 16, (8, 2), 704, 1024, {"feed_forward_length": 2112}, experts=128, used=8),
@@ -231,7 +247,7 @@ SHAPES = {
 
 # Mixes of llama.cpp's, and single types: all matrices of one type.
 RECIPES = ("Q4_K_M", "MXFP4_MOE", *sorted(t.name for t in SUPPORTED))
-_ROUTER = "ffn_gate_inp"  # stays in F32, whatever the recipe
+_UNQUANTISED = {"ffn_gate_inp": GGML.F32, "per_layer_model_proj": GGML.BF16}  # whatever the recipe
 # Where a row is no multiple of a block, llama.cpp takes another type, of blocks of 32; for all not named here IQ4_NL.
 _FALLBACKS = {GGML.Q4_K: GGML.Q5_0, GGML.Q5_K: GGML.Q5_1, GGML.Q6_K: GGML.Q8_0}
 
@@ -240,8 +256,8 @@ def recipe_types(recipe: str, shape: Shape) -> TypeOf:
     """What a recipe (of RECIPES) makes of a model of that shape."""
 
     def type_of(name: str, layer: int) -> GGML:
-        if name == _ROUTER:
-            return GGML.F32
+        if name in _UNQUANTISED:
+            return _UNQUANTISED[name]
         if recipe == "Q4_K_M":
             return _q4_k_m(shape, name, layer)
         if recipe == "MXFP4_MOE":

@@ -20,6 +20,8 @@ def write_gguf(file: SyntheticFile, path: str | os.PathLike[str]) -> None:
             continue
         if isinstance(value, float):
             writer.add_float32(key, value)
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
         elif isinstance(value, int):
             writer.add_uint32(key, value)
         elif isinstance(value, list):

@@ -23,6 +23,14 @@ _CASED = (
     rf"{_WORD}{_UPPER}*{_LOWER}+%s|{_WORD}{_UPPER}+{_LOWER}*%s|\p{{N}}%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_CJK = r"[一-龥ࠀ-一가-퟿&&\S]+"
+# Letters with case that DeepSeek's first tokenizer does not know: Armenian, Georgian, those of mathematics and others.
+_NO_CASED = (
+    "\u0560-\u0588\u10c7-\u10ff\u1c80-\u1c88\u2d00-\u2d2d\ua790-\ua7fa\uab30-\uab68"
+    "\U00010570-\U000105bc\U00016e40-\U00016e7f\U0001d400-\U0001d7cb\U0001df00-\U0001df1e"
+)
+# Han characters, as llama.cpp knows them (unicode_cpt_is_han).
+_HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ebef\U0002f800-\U0002fa1f"
 # Ways of cutting a text into words: patterns that are used one after another, each cutting what the one before left.
 _PATTERNS = {
     "gpt2": [_GPT2],
@@ -31,6 +39,10 @@ _PATTERNS = {
     "qwen2": [_QWEN2],
     "qwen35": [
         _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ],
+    # llama.cpp's own: Moonshot's pattern (tokenization_kimi.py) also parts words where capitals begin, and joins marks.
+    "kimi-k2": [
+        rf"[{_HAN}]+|{_WORD}[\p{{L}}&&[^{_HAN}]]+(?:'(?:[sStTmMdD]|[rRvV][eE]|[lL][lL]))?|\p{{N}}{{1,3}}" + _REST
     ],
     "tekken": [_CASED % ("", "", "")],
     "gpt4o": [_CASED % (_CONTRACTION + "?", _CONTRACTION + "?", "{1,3}")],
@@ -42,13 +54,13 @@ _PATTERNS = {
     ],
     "deepseek-llm": [
         r"[\r\n]",
-        r"\s?[\p{Lu}\p{Ll}\p{Lt}]+",
-        r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+        rf"\s?[\p{{Lu}}\p{{Ll}}\p{{Lt}}&&[^{_NO_CASED}]]+",
+        r"\s?[!-/:-~！-／：-～‘-‟、。]+",
         r"\s+$",
-        r"[一-龥ࠀ-一가-퟿]+",
+        _CJK,
         r"\p{N}+",
     ],
-    "deepseek-coder": [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", r"\p{N}"],
+    "deepseek-coder": [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}"],
     "falcon": [r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]"],
     "default": [r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"],
 }
@@ -57,9 +69,10 @@ _NAMES = {
     "gpt2": "gpt-2 phi-2 jina-es jina-de jina-v2-es jina-v2-de gigachat a.x-4.0 mellum roberta-bpe mpt olmo jais "
     "trillion granite-docling exaone4",
     "digits": "starcoder refact command-r smollm codeshell exaone minerva-7b mellum2",
-    "llama3": "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 dbrx smaug-bpe chatglm-bpe glm4",
+    "llama3": "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 dbrx smaug-bpe chatglm-bpe glm4 glm5",
     "qwen2": "qwen2 deepseek-r1-qwen kormo megrez stablelm2 hunyuan solar-open grok-2",
     "qwen35": "qwen35",
+    "kimi-k2": "kimi-k2",
     "tekken": "tekken",
     "gpt4o": "gpt-4o llama4 kanana2 minimax-m2",
     "deepseek3": "deepseek-v3 hunyuan-dense joyai-llm",
@@ -70,7 +83,7 @@ _NAMES = {
 }
 _PATTERNS_OF = {name: _PATTERNS[way] for way, names in _NAMES.items() for name in names.split()}
 _LLAMA3_NAMES = frozenset("llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2".split())
-_WHOLE_WORDS = _LLAMA3_NAMES | {"tekken", "glm4"}  # a word that is a token is that token, whatever the merges say
+_WHOLE_WORDS = _LLAMA3_NAMES | {"tekken", "glm4", "glm5"}  # words that are tokens are not merged
 ADDS_BOS = _LLAMA3_NAMES | {"tekken"}  # where the file does not say
 
 

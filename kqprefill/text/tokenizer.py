@@ -66,7 +66,11 @@ class Tokenizer:
         self.bos = self._special("bos", None if kind == "gpt2" else -1) if has_bos else None
         self._eos = self._special("eos", -1) if self._key("add_eos_token", False) else None
         pieces = self._pieces
-        marked = [i for i, t in enumerate(types) if t in (_UNKNOWN, _CONTROL, _USER_DEFINED) or pieces[i] in _UNMARKED]
+        unmarked = _UNMARKED
+        if kind == "gemma4" and "<|tool_response>" in pieces:  # there `</s>` is a tag of HTML
+            unmarked = _UNMARKED - {"</s>"}
+            types = [_NORMAL if piece == "</s>" else t for piece, t in zip(pieces, types, strict=True)]
+        marked = [i for i, t in enumerate(types) if t in (_UNKNOWN, _CONTROL, _USER_DEFINED) or pieces[i] in unmarked]
         self._specials = sorted(((pieces[i], i) for i in marked if pieces[i]), key=lambda piece: -len(piece[0]))
         # What the texts of the others say is only text to whoever asks for that; these are part of how a text is read.
         self._always = [(text, i) for text, i in self._specials if types[i] == _USER_DEFINED and text not in _UNMARKED]
