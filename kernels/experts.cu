@@ -10,7 +10,7 @@ constexpr int kThreads = EXPERT_THREADS;
 static_assert(MOST_EXPERTS <= 32 * 32, "route: a lane has a bit for each of 32 experts");
 static_assert(MOST_USED_EXPERTS <= 32, "route: a warp has a lane for each expert that a token uses");
 static_assert(MOST_EXPERT_GROUPS <= 32, "route_biased: a lane has a group, a word a bit for each");
-static_assert(MAKE_GROUPS_THREADS == MOST_EXPERTS, "make_groups: a thread an expert");
+static_assert(ARRANGE_THREADS == MOST_EXPERTS, "arrange: a thread an expert");
 
 constexpr int kNoExpert = 0x7fffffff;
 
@@ -143,52 +143,74 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     share_of[token * used + lane] = expert_scale != nullptr ? own_share * expert_scale[own_expert] : own_share;
 }
 
-// counts[e] = how many of the entries are expert e's. A block counts for one expert.
-extern "C" __global__ void __launch_bounds__(kThreads) count(const int* expert_of, int entries, int* counts) {
+// counts[c, e] = how many of the c-th kCounted entries are expert e's. A block, of one warp, counts so many.
+constexpr int kCounted = ENTRIES_AT_ONCE;
+static_assert(COUNT_THREADS == 32, "count and place: a block is a warp");
+extern "C" __global__ void __launch_bounds__(32) count(const int* expert_of, int entries, int experts, int* counts) {
     begin_kernel();
-    int own = 0;
-    for (int i = threadIdx.x; i < entries; i += kThreads) own += expert_of[i] == static_cast<int>(blockIdx.x);
-    float sum = block_sum<kThreads>(static_cast<float>(own));  // exact: below 2^24
-    if (threadIdx.x == 0) counts[blockIdx.x] = static_cast<int>(sum);
+    __shared__ int own[MOST_EXPERTS];
+    int lane = threadIdx.x, first = blockIdx.x * kCounted, end = min(entries, first + kCounted);
+    for (int e = lane; e < experts; e += 32) own[e] = 0;
+    __syncwarp();
+    for (int entry = first + lane; entry < end; entry += 32) atomicAdd(&own[expert_of[entry]], 1);
+    __syncwarp();
+    for (int e = lane; e < experts; e += 32) counts[static_cast<uint64_t>(blockIdx.x) * experts + e] = own[e];
 }
 
-// place_of[entry] = its row among all entries, ordered by expert and then by entry. A block places the entries of one
-// expert.
-constexpr int kPlacing = PLACE_THREADS;
-extern "C" __global__ void __launch_bounds__(kPlacing)
-    place(const int* expert_of, int entries, const int* counts, int* place_of) {
-    begin_kernel();
-    __shared__ int in_warp[kPlacing / 32];
-    int expert = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, next = 0;
-    for (int e = 0; e < expert; ++e) next += counts[e];
-    for (int begin = 0; begin < entries; begin += kPlacing) {
-        int entry = begin + threadIdx.x;
-        bool mine = entry < entries && expert_of[entry] == expert;
-        uint32_t mask = __ballot_sync(0xffffffffu, mine);
-        if (lane == 0) in_warp[warp] = __popc(mask);
-        __syncthreads();
-        int before = 0, all = 0;
-        for (int w = 0; w < kPlacing / 32; ++w) {
-            if (w < warp) before += in_warp[w];
-            all += in_warp[w];
-        }
-        if (mine) place_of[entry] = next + before + __popc(mask & ((1u << lane) - 1));
-        next += all;
-        __syncthreads();
+// The token tiles of a GEMM (scheduler.cuh: TokenTiles) as a kernel lists them: each expert's rows, `tokens` at a time.
+struct GroupList {
+    Group* groups;
+    int* count;
+    int tokens;
+
+    // Called by a block, in which a thread has the rows first .. end - 1 of an expert.
+    __device__ void fill(int expert, int first, int end) const {
+        int own = ceil_div(end - first, tokens), all, tile = block_scan<ARRANGE_THREADS>(own, all);
+        for (int row = first; row < end; row += tokens, ++tile) groups[tile] = {row, min(row + tokens, end), expert, 0};
+        if (threadIdx.x == 0) *count = all;
     }
+};
+
+// Of `blocks` blocks' counts it makes starts: counts[c, e] = the row, among all entries ordered by expert and then by
+// entry, of the first of block c's that is expert e's. Lists the token tiles of two GEMMs. One block, in which a thread
+// has an expert.
+extern "C" __global__ void __launch_bounds__(ARRANGE_THREADS)
+    arrange(int* counts, int blocks, int experts, int gated_tokens, Group* gated_groups, int* gated_count,
+            int linear_tokens, Group* linear_groups, int* linear_count) {
+    begin_kernel();
+    int expert = threadIdx.x, total = 0, all;
+    bool inside = expert < experts;
+    for (int c = 0; c < blocks && inside; ++c) total += counts[static_cast<uint64_t>(c) * experts + expert];
+    int first = block_scan<ARRANGE_THREADS>(total, all), next = first;
+    for (int c = 0; c < blocks && inside; ++c) {
+        int& count = counts[static_cast<uint64_t>(c) * experts + expert];
+        int own = count;
+        count = next;
+        next += own;
+    }
+    GroupList{gated_groups, gated_count, gated_tokens}.fill(expert, first, first + total);
+    GroupList{linear_groups, linear_count, linear_tokens}.fill(expert, first, first + total);
 }
 
-// Lists the token tiles of the GEMMs (scheduler.cuh: TokenTiles): each expert's rows, `tokens` at a time. One block, in
-// which a thread has an expert.
-extern "C" __global__ void __launch_bounds__(MAKE_GROUPS_THREADS)
-    make_groups(const int* counts, int experts, int tokens, Group* groups, int* group_count) {
+// place_of[entry] = its row among all entries, ordered by expert and then by entry. starts: as arrange leaves counts.
+extern "C" __global__ void __launch_bounds__(32)
+    place(const int* expert_of, int entries, int experts, const int* starts, int* place_of) {
     begin_kernel();
-    int expert = threadIdx.x, row = 0, tile = 0;
-    if (expert >= experts) return;
-    for (int e = 0; e < expert; ++e) row += counts[e], tile += ceil_div(counts[e], tokens);
-    int end = row + counts[expert];
-    for (; row < end; row += tokens, ++tile) groups[tile] = {row, min(row + tokens, end), expert, 0};
-    if (expert == experts - 1) *group_count = tile;
+    __shared__ int next[MOST_EXPERTS];
+    int lane = threadIdx.x, first = blockIdx.x * kCounted;
+    for (int e = lane; e < experts; e += 32) next[e] = starts[static_cast<uint64_t>(blockIdx.x) * experts + e];
+    __syncwarp();
+    for (int begin = first; begin < min(entries, first + kCounted); begin += 32) {
+        int entry = begin + lane, expert = entry < entries ? expert_of[entry] : -1 - lane;
+        uint32_t same = __match_any_sync(0xffffffffu, expert);
+        int row = expert >= 0 ? next[expert] + __popc(same & ((1u << lane) - 1)) : 0;
+        __syncwarp();
+        if (expert >= 0) {
+            place_of[entry] = row;
+            if (same >> lane == 1) next[expert] = row + 1;  // the last of the lanes with this expert
+        }
+        __syncwarp();
+    }
 }
 
 // sorted[place_of[entry]] = x[entry / used]: rows of `stride` halves. A block copies the row of one entry.

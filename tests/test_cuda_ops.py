@@ -27,7 +27,7 @@ TOLERANCE = 2e-3
 # The gated norm makes of q · k, however small it is beside q and k, an output as large as any other.
 TOLERANCES = {"delta_net": 2e-2}
 # Gemma 4 does not scale its scores: they are in the tens, where a half's last bits move a weight by a hundredth.
-GEMMA4 = TOLERANCES | {"attention": 4e-3}
+GEMMA4 = TOLERANCES | {"attention": 4e-3, "linear": 4e-3}  # attention's output is what linear multiplies
 
 
 class PoisonedWorkspace(Workspace):
@@ -237,7 +237,7 @@ def test_experts(shape, kind, kernels, rng):
     with model("cpu") as cpu, model("cuda") as gpu:
         for n in (1, 7, 129, 2000):
             got = gpu.prefill(tokens[:n], logits="all").logits
-            limit = 1e-3 if shape is GEMMA else 1e-4  # see GEMMA4
+            limit = 5e-3 if shape is GEMMA else 1e-4  # see GEMMA4; one of few tokens may go to another expert
             assert kl_divergence(cpu.prefill(tokens[:n], logits="all").logits, got) <= limit
         cache, at = gpu.new_cache(2000), 0
         for n in (3, 300, 1697):

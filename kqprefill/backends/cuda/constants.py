@@ -8,6 +8,7 @@ OPERAND_GROUP = 64  # columns that an operand is padded to and permuted within (
 MAX_HEAD_DIM = 512  # that rope.cu and the attention kernels take
 MOST_EXPERTS = 1024  # of a layer (experts.cu)
 MOST_USED_EXPERTS = 32  # by a token
+ENTRIES_AT_ONCE = 512  # tokens' copies that a warp counts and places by expert
 DELTA_CHUNK = 64  # positions of a sequence that Gated DeltaNet takes at a time (kernels/include/chunks.cuh)
 MOST_EXPERT_GROUPS = 32  # that experts are chosen from
 
@@ -26,9 +27,9 @@ _THREADS = {
     "LATENT_THREADS": (256, "latent_rows latent_queries latent_heads"),
     "OUTPUT_SCALE_THREADS": (256, "output_scale"),
     "HEAD_THREADS": (1024, "finish_logits rank"),
-    "EXPERT_THREADS": (256, "route route_biased count combine add_gated"),
-    "PLACE_THREADS": (1024, "place"),
-    "MAKE_GROUPS_THREADS": (MOST_EXPERTS, "make_groups"),
+    "EXPERT_THREADS": (256, "route route_biased combine add_gated"),
+    "COUNT_THREADS": (32, "count place"),
+    "ARRANGE_THREADS": (MOST_EXPERTS, "arrange"),
     "WEIGHT_THREADS": (256, "repack dequantize embed decode_transposed measure"),
     "DELTA_INPUT_THREADS": (128, "delta_inputs delta_output"),
 }
@@ -40,6 +41,7 @@ SHARED_DEFINES = {
     "MAX_HEAD_DIM": MAX_HEAD_DIM,
     "MOST_EXPERTS": MOST_EXPERTS,
     "MOST_USED_EXPERTS": MOST_USED_EXPERTS,
+    "ENTRIES_AT_ONCE": ENTRIES_AT_ONCE,
     "MOST_EXPERT_GROUPS": MOST_EXPERT_GROUPS,
     "DELTA_CHUNK": DELTA_CHUNK,
     **{f"ACTIVATION_{name.upper()}": number for name, number in ACTIVATIONS.items()},

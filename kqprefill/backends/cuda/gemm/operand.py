@@ -64,7 +64,7 @@ class Operand:
 
 @dataclass(frozen=True)
 class Groups:
-    """The rows of an operand that each of so many experts multiplies, as kernels/experts.cu's make_groups lists them.
+    """The rows of an operand that each of so many experts multiplies, as kernels/experts.cu's arrange lists them.
 
     groups: int32 [at most so many, 4], kernels/include/groups.cuh's Group. count: int32 [1], how many there are.
     """

@@ -8,7 +8,7 @@ import math
 from ....models.experts import Experts
 from ....models.ops import Sums
 from ....models.weights import Weight, Weights
-from ..constants import THREADS
+from ..constants import ENTRIES_AT_ONCE, THREADS
 from ..device.arrays import FLOAT16, FLOAT32, INT32, DeviceArray
 from ..gemm.operand import HALVES, Groups, Operand
 from ..programs import EXPERTS
@@ -61,16 +61,17 @@ class ExpertOps(DenseOps):
                 self.multiply(tokens, [self.matrix(w.ffn_gate_inp)], own, self.bias(w.ffn_gate_inp))
             else:
                 own = scores.rows(t, end)
-            places, shares, counts = self._route(own, experts, w)
+            chosen, shares = self._route(own, experts, w)
+            gated_rows = gated.group_rows(rows, [g, u], True, count)
+            linear_rows = linear.group_rows(rows, [d], False, count)
+            places, gated_groups, linear_groups = self._arrange(chosen, count, gated_rows, linear_rows)
             x = self._gather(tokens, places, used)
             act = Operand(self._activated(rows, g.rows), g.rows, act_scale)
-            groups = self._groups(counts, rows, gated.group_rows(rows, [g, u], True, count))
-            gated.gated(x, g, u, act, weight_scale, biases, activation, groups)
+            gated.gated(x, g, u, act, weight_scale, biases, activation, gated_groups)
             sums = self.work.array("sums", FLOAT16, rows, hidden)
-            groups = self._groups(counts, rows, linear.group_rows(rows, [d], False, count))
             down_scale = self.scales.of_weights([down], act.norm)  # which measures it, too
             sum_scale = self.scales.of_outputs(down, math.sqrt(g.rows), down_bias, input_scale=act.scale)
-            linear.linear(act, [d], sums, down_scale, down_bias, False, groups, sum_scale)
+            linear.linear(act, [d], sums, down_scale, down_bias, False, linear_groups, sum_scale)
             self.launcher.launch(
                 EXPERTS,
                 "combine",
@@ -93,13 +94,11 @@ class ExpertOps(DenseOps):
         name = "activated" if stride == width else f"activated, {width} of {stride}"
         return self.work.array(name, HALVES.dtype, rows, stride)
 
-    def _route(self, scores: DeviceArray, experts: Experts, w: Weights) -> tuple[DeviceArray, DeviceArray, DeviceArray]:
-        """From each token's scores: where its copies' rows go and the share of each, [tokens * used]; each expert's
-        rows."""
+    def _route(self, scores: DeviceArray, experts: Experts, w: Weights) -> tuple[DeviceArray, DeviceArray]:
+        """From each token's scores the experts of its copies, and their shares: [tokens * used] each."""
         tokens, count = scores.shape
         rows = tokens * experts.used
         chosen, shares = self.work.array("experts", INT32, rows), self.work.array("shares", FLOAT32, rows)
-        places, counts = self.work.array("places", INT32, rows), self.work.array("counts", INT32, count)
         grid = -(-tokens // _ROUTED_A_BLOCK)
         bias, expert_scale = w.get("exp_probs_b_bias"), self.vector(w.get("ffn_down_exps_scale"))
         if experts.chooses_by_more or bias is not None:
@@ -136,11 +135,53 @@ class ExpertOps(DenseOps):
                 expert_of=chosen,
                 share_of=shares,
             )
-        self.launcher.launch(EXPERTS, "count", grid=count, expert_of=chosen, entries=rows, counts=counts)
+        return chosen, shares
+
+    def _arrange(
+        self, chosen: DeviceArray, experts: int, gated_rows: int, linear_rows: int
+    ) -> tuple[DeviceArray, Groups, Groups]:
+        """Where the tokens' copies go when they are ordered by expert; their groups of at most so many rows each, for
+        gate and up, and for down."""
+        (rows,) = chosen.shape
+        blocks = -(-rows // ENTRIES_AT_ONCE)
+        counts = self.work.array("counts", INT32, blocks, experts)
+        places = self.work.array("places", INT32, rows)
         self.launcher.launch(
-            EXPERTS, "place", grid=count, expert_of=chosen, entries=rows, counts=counts, place_of=places
+            EXPERTS, "count", grid=blocks, expert_of=chosen, entries=rows, experts=experts, counts=counts
         )
-        return places, shares, counts
+        gated, linear = (
+            Groups(
+                self.work.array(f"{name} groups", INT32, rows // size + experts, _GROUP_WORDS),
+                self.work.array(f"{name} group count", INT32, 1),
+                experts,
+            )
+            for name, size in (("gated", gated_rows), ("linear", linear_rows))
+        )
+        self.launcher.launch(
+            EXPERTS,
+            "arrange",
+            grid=1,
+            counts=counts,
+            blocks=blocks,
+            experts=experts,
+            gated_tokens=gated_rows,
+            gated_groups=gated.groups,
+            gated_count=gated.count,
+            linear_tokens=linear_rows,
+            linear_groups=linear.groups,
+            linear_count=linear.count,
+        )
+        self.launcher.launch(
+            EXPERTS,
+            "place",
+            grid=blocks,
+            expert_of=chosen,
+            entries=rows,
+            experts=experts,
+            starts=counts,
+            place_of=places,
+        )
+        return places, gated, linear
 
     def _gather(self, tokens: Operand, places: DeviceArray, used: int) -> Operand:
         """Copies of tokens' rows, in the experts' order."""
@@ -157,23 +198,6 @@ class ExpertOps(DenseOps):
             sorted=values,
         )
         return replace(tokens, values=values)
-
-    def _groups(self, counts: DeviceArray, rows: int, size: int) -> Groups:
-        """Groups of at most `size` rows each, of `rows` in all."""
-        experts = counts.shape[0]
-        groups = self.work.array("groups", INT32, rows // size + experts, _GROUP_WORDS)
-        number = self.work.array("group count", INT32, 1)
-        self.launcher.launch(
-            EXPERTS,
-            "make_groups",
-            grid=1,
-            counts=counts,
-            experts=experts,
-            tokens=size,
-            groups=groups,
-            group_count=number,
-        )
-        return Groups(groups, number, experts)
 
     def add_gated(self, x: Residual, y: Sums, h: Operand, weight: Weight) -> Residual:
         self.enter("rest")
