@@ -126,10 +126,10 @@ LATENT_MODELS = {
     "as V3, with more heads than a block has": (latent(False, 256, 10, (256, 512, 128, 64, 128), yarn=4.0), GGML.Q8_0),
     "one matrix": (latent(True, 256, 4, (0, 256, 128, 64, 128)), GGML.Q4_K),
     "one matrix of a query's rank, temperatures": (
-        latent(True, 256, 3, (96, 64, 24, 8, 20), metadata=TEMPERATURES, optional=_LATENT_BIASES),
+        latent(True, 256, 3, (96, 64, 24, 8, 32), metadata=TEMPERATURES, optional=_LATENT_BIASES),
         GGML.Q5_0,
     ),
     "no multiple of anything": (latent(False, 100, 5, (36, 40, 24, 8, 20), optional=_LATENT_BIASES), GGML.F32),
-    "no multiple of four": (latent(False, 96, 3, (0, 42, 22, 6, 19)), GGML.F16),
+    "no multiple of four": (latent(False, 96, 3, (0, 42, 22, 6, 18)), GGML.F16),
     "values wider than keys": (latent(False, 96, 2, (32, 64, 32, 32, 256)), GGML.Q8_0),
 }

@@ -126,12 +126,14 @@ _HOPPER = {
 def padded_head(head_dim: int) -> int:
     """Values from one head of q, k or v to the next: of each part that a block makes, a multiple of 16.
 
-    Raises ModelError for heads that are too wide.
+    Raises ModelError for heads that are too wide, or of an odd size: outputs are written in pairs.
     """
     multiple = 16 if head_dim <= _MOST_PART else 32
     padded = -(-head_dim // multiple) * multiple
     if padded > MAX_HEAD_DIM:
         raise ModelError(f"heads of {head_dim} are not supported on CUDA (at most {MAX_HEAD_DIM}); use --backend cpu")
+    if head_dim % 2:
+        raise ModelError(f"heads of {head_dim}, an odd number, are not supported on CUDA; use --backend cpu")
     return padded
 
 
