@@ -222,20 +222,27 @@ extern "C" __global__ void __launch_bounds__(COPY_THREADS)
     for (int i = threadIdx.x; i < stride / 8; i += COPY_THREADS) to[i] = from[i];
 }
 
-// x[t, :] = the sum over slots of share_of[entry] * sums[place_of[entry], :] / *scale, in the order of the slots (+ x[t,
-// :], if add). sums: halves, rows of `columns`, a multiple of 8. A block takes a token.
-extern "C" __global__ void __launch_bounds__(kThreads)
+// x[t, :] = the sum over slots of share_of[entry] * sums[place_of[entry], :] / *scale, in the order of the slots (+
+// sigmoid(h[t, :] · gate) * shared[t, :], if shared is not null) (+ x[t, :], if add). sums: halves, rows of `columns`, a
+// multiple of 8. h: an operand, scaled by *h_scale, with rows `stride` apart. A block takes a token.
+extern "C" __global__ void __launch_bounds__(kThreads, 4)
     combine(float* x, const half_t* sums, const float* scale, int used, int columns, const int* place_of,
-            const float* share_of, int add) {
+            const float* share_of, const float* shared, const half_t* h, int stride, const float* h_scale,
+            const float* gate, int add) {
     begin_kernel();
     int entry = blockIdx.x * used;
-    float unscale = 1.0f / *scale;
-    x += static_cast<uint64_t>(blockIdx.x) * columns;
+    uint64_t row = static_cast<uint64_t>(blockIdx.x) * columns;
+    float unscale = 1.0f / *scale, opened = 0.0f;
+    if (shared != nullptr) {
+        h += static_cast<uint64_t>(blockIdx.x) * stride;
+        for (int i = threadIdx.x; i < columns; i += kThreads) opened = fmaf(load_operand(h, i), gate[i], opened);
+        opened = 1.0f / (1.0f + expf(-block_sum<kThreads>(opened) / *h_scale));
+    }
     for (int i = 8 * threadIdx.x; i < columns; i += 8 * kThreads) {
         float sum[8] = {};
         for (int slot = 0; slot < used; ++slot) {
-            const half_t* row = sums + static_cast<uint64_t>(place_of[entry + slot]) * columns;
-            uint4 eight = *reinterpret_cast<const uint4*>(row + i);
+            const half_t* from = sums + static_cast<uint64_t>(place_of[entry + slot]) * columns;
+            uint4 eight = *reinterpret_cast<const uint4*>(from + i);
             uint32_t pairs[4] = {eight.x, eight.y, eight.z, eight.w};
             float share = share_of[entry + slot];
 #pragma unroll
@@ -244,24 +251,14 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            float4* to = reinterpret_cast<float4*>(x + i) + half;
-            float4 was = add ? *to : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            float4* to = reinterpret_cast<float4*>(x + row + i) + half;
+            float4 y = shared != nullptr ? *(reinterpret_cast<const float4*>(shared + row + i) + half) : zero,
+                   was = add ? *to : zero;
+            auto result = [&](float own, float y, float was) { return fmaf(own, unscale, fmaf(opened, y, was)); };
             const float* own = sum + 4 * half;
-            *to = make_float4(fmaf(own[0], unscale, was.x), fmaf(own[1], unscale, was.y), fmaf(own[2], unscale, was.z),
-                              fmaf(own[3], unscale, was.w));
+            *to = make_float4(result(own[0], y.x, was.x), result(own[1], y.y, was.y), result(own[2], y.z, was.z),
+                              result(own[3], y.w, was.w));
         }
     }
-}
-
-// x[t, :] += sigmoid(h[t, :] · weight) * y[t, :]. h: an operand, scaled by *scale, with rows `stride` apart.
-extern "C" __global__ void __launch_bounds__(kThreads) add_gated(float* x, const float* y, const half_t* h, int columns,
-                                                                 int stride, const float* scale, const float* weight) {
-    begin_kernel();
-    x += static_cast<uint64_t>(blockIdx.x) * columns;
-    y += static_cast<uint64_t>(blockIdx.x) * columns;
-    h += static_cast<uint64_t>(blockIdx.x) * stride;
-    float sum = 0.0f;
-    for (int i = threadIdx.x; i < columns; i += kThreads) sum = fmaf(load_operand(h, i), weight[i], sum);
-    float share = 1.0f / (1.0f + expf(-block_sum<kThreads>(sum) / *scale));
-    for (int i = threadIdx.x; i < columns; i += kThreads) x[i] = fmaf(share, y[i], x[i]);
 }

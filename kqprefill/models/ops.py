@@ -189,6 +189,7 @@ class Ops(ABC):
         activation: str,
         residual: Residual | None = None,
         scores: Sums | None = None,
+        shared: tuple[Sums, Weight] | None = None,
     ) -> Any:
         """The sum of the used experts' feed-forward networks (each as `mlp`), weighted by their shares (+ residual);
         what it returns as in `linear`.
@@ -196,7 +197,8 @@ class Ops(ABC):
         w: Weights with ffn_gate_inp, the router, and ffn_gate_exps, ffn_up_exps and ffn_down_exps; where there is
         ffn_down_exps.scale, each expert's share is multiplied by its value. experts: how tokens are routed to them.
         activation: also "swiglu_oai" (ggml_swiglu_oai with 1.702 and 7). scores: `router_scores`' where they are not
-        the router's of h.
+        the router's of h. shared: what a network that every token goes through makes of h, y, and a vector [H]:
+        sigmoid(h · vector) * y is added, too.
         """
 
     @abstractmethod
@@ -214,10 +216,6 @@ class Ops(ABC):
     ) -> Residual:
         """As `add_rms_norm`, of matrix (gelu(gate x) * e), where e is the token's embedding for this layer
         (`embed_for_layers`)."""
-
-    @abstractmethod
-    def add_gated(self, x: Residual, y: Sums, h: Input, weight: Weight) -> Residual:
-        """x + sigmoid(h · weight) * y; weight: a vector [H]."""
 
     @abstractmethod
     def latent_attention(self, h: Input, w: Weights, latent: LatentAttention, *, rope: Rope, scale: float) -> Input:

@@ -33,5 +33,5 @@ class Qwen2Moe(Qwen2):
         x = ops.linear(ops.attention(q, k, v, scale=self.attention_scale), w.attn_output, residual=x)
         h = ops.rms_norm(x, w.ffn_norm)
         shared = ops.mlp(h, w.ffn_gate_shexp, w.ffn_up_shexp, w.ffn_down_shexp, activation="silu")
-        x = ops.add_gated(x, shared, h, w.ffn_gate_inp_shexp)
-        return ops.moe(h, w, self.experts, activation="silu", residual=x)
+        both = shared, w.ffn_gate_inp_shexp
+        return ops.moe(h, w, self.experts, activation="silu", residual=x, shared=both)

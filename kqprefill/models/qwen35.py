@@ -107,5 +107,5 @@ class Qwen35Moe(Qwen35):
         x = self.mixer(ops, w, x, index)
         h = ops.rms_norm(x, w.post_attention_norm)
         shared = ops.mlp(h, w.ffn_gate_shexp, w.ffn_up_shexp, w.ffn_down_shexp, activation="silu")
-        x = ops.add_gated(x, shared, h, w.ffn_gate_inp_shexp)
-        return ops.moe(h, w, self.experts, activation="silu", residual=x)
+        both = shared, w.ffn_gate_inp_shexp
+        return ops.moe(h, w, self.experts, activation="silu", residual=x, shared=both)

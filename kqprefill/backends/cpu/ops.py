@@ -209,8 +209,11 @@ class CpuOps(AttentionOps, LatentOps, PerLayerOps):
         activation: str,
         residual: Float32Array | None = None,
         scores: Float32Array | None = None,
+        shared: tuple[Float32Array, Weight] | None = None,
     ) -> Float32Array:
         out = np.zeros_like(h) if residual is None else residual.copy()
+        if shared is not None:
+            out += shared[0] * sigmoid((h * vector_of(shared[1].tensor)).sum(axis=-1))[:, None]
         if scores is None:
             scores = self.linear(h, w.ffn_gate_inp)
         if experts.sigmoid:
@@ -236,10 +239,6 @@ class CpuOps(AttentionOps, LatentOps, PerLayerOps):
                 h[tokens], gate, up, down, activation=activation, batch_rows=tokens
             )
         return out
-
-    def add_gated(self, x: Float32Array, y: Float32Array, h: Float32Array, weight: Weight) -> Float32Array:
-        added: Float32Array = y / (1 + np.exp(-(h * vector_of(weight.tensor)).sum(axis=-1)))[:, None]
-        return x + added
 
     def head(
         self,

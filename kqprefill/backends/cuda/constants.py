@@ -27,7 +27,7 @@ _THREADS = {
     "LATENT_THREADS": (256, "latent_rows latent_queries latent_heads"),
     "OUTPUT_SCALE_THREADS": (256, "output_scale"),
     "HEAD_THREADS": (1024, "finish_logits rank"),
-    "EXPERT_THREADS": (256, "route route_biased combine add_gated"),
+    "EXPERT_THREADS": (256, "route route_biased combine"),
     "COUNT_THREADS": (32, "count place"),
     "ARRANGE_THREADS": (MOST_EXPERTS, "arrange"),
     "WEIGHT_THREADS": (256, "repack dequantize embed decode_transposed measure"),

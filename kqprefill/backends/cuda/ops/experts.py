@@ -39,6 +39,7 @@ class ExpertOps(DenseOps):
         activation: str,
         residual: Residual | None = None,
         scores: Sums | None = None,
+        shared: tuple[Sums, Weight] | None = None,
     ) -> Residual | Sums:
         count, used, hidden = experts.count, experts.used, h.columns
         out = residual.values if residual is not None else self.work.array("combined", FLOAT32, self.n, hidden)
@@ -83,6 +84,11 @@ class ExpertOps(DenseOps):
                 columns=hidden,
                 place_of=places,
                 share_of=shares,
+                shared=shared[0].rows(t, end) if shared is not None else None,
+                h=tokens.values,
+                stride=tokens.values.shape[1],
+                h_scale=tokens.scale,
+                gate=self.vector(shared[1]) if shared is not None else None,
                 add=int(residual is not None),
             )
         return out if residual is None else Residual(out)
@@ -198,19 +204,3 @@ class ExpertOps(DenseOps):
             sorted=values,
         )
         return replace(tokens, values=values)
-
-    def add_gated(self, x: Residual, y: Sums, h: Operand, weight: Weight) -> Residual:
-        self.enter("rest")
-        self.launcher.launch(
-            EXPERTS,
-            "add_gated",
-            grid=self.n,
-            x=x.values,
-            y=y,
-            h=h.values,
-            columns=h.columns,
-            stride=h.values.shape[1],
-            scale=h.scale,
-            weight=self.vector(weight),
-        )
-        return Residual(x.values)
