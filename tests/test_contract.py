@@ -70,11 +70,16 @@ def test_long_and_short_batches_give_the_same_bits(path, kernels, prompt):
 
 
 @pytest.mark.gpu
-def test_graphs_give_what_launches_give(prompt):
-    with kqprefill.load(EXAMPLE, backend="cuda") as model:
-        prompts = [prompt(model, 100) for _ in range(5)]  # from the third on, a graph
+@pytest.mark.parametrize("path", FAMILIES, ids=lambda p: p.stem)
+def test_graphs_give_what_launches_give(path, prompt):
+    with kqprefill.load(path, backend="cuda") as model:
+        prompts = [prompt(model, 100) for _ in range(5)]  # from the third or fourth on, a graph
         got = [model.prefill(tokens, logits="all").logits for tokens in prompts]
-        model.prefill(prompt(model, 2000))  # work buffers move
+        cache = model.new_cache(100)  # with a cache there are no graphs
+        for tokens, logits in zip(prompts, got):
+            assert np.array_equal(model.prefill(tokens, logits="all", cache=cache).logits, logits)
+            cache.reset()
+        model.prefill(prompt(model, min(2000, model.config.context_length)))  # work buffers move
         again = [model.prefill(tokens, logits="all").logits for tokens in prompts]
         assert all(np.array_equal(a, b) for a, b in zip(got, again))
         assert relative_error(got[4], got[0]) > 0.01  # another prompt, not the captured one's answer

@@ -299,4 +299,15 @@ def test_graphs_wait_for_steady_buffers():
     assert [run(5), run(5), run(5)] == [True, True, False]
     maps.generation += 1
     assert [run(5), run(5), run(5)] == [True, True, False]
+
+    def growing(n):
+        """A prompt whose last layers need larger arrays than the first."""
+        calls.append(n)
+        work.array("anything", FLOAT32, 250)
+        work.array("anything", FLOAT32, 500)
+
+    before = len(calls)
+    for _ in range(4):
+        graphs.run(7, lambda: growing(7))
+    assert len(calls) - before == 3  # what the first made was for arrays that moved; the third was captured
     assert [run(3000) for _ in range(4)] == [True] * 4

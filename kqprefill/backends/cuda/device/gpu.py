@@ -93,9 +93,11 @@ class GpuFacts(Protocol):
 class Gpu:
     """One CUDA device made current, with the stream that everything runs on and the pool that everything lives in.
 
-    It has GpuFacts. Raises BackendError where there is no driver, no such device, or one older than compute capability
-    8.0.
+    It has GpuFacts. capturing: whether what is launched goes into a graph, for now. Raises BackendError where there is
+    no driver, no such device, or one older than compute capability 8.0.
     """
+
+    capturing = False
 
     def __init__(self, index: int) -> None:
         core, self.driver = import_cuda()
@@ -147,6 +149,7 @@ class Gpu:
         Without a stream the array may be changed once this returns; with one, where it is in page-locked memory, when
         the stream has got there.
         """
+        assert not self.capturing, "a graph would copy from the host array again each time, wherever that is by then"
         if stream is None and array.nbytes > _Uploads.BY_DRIVER:
             self._uploads.start(address, array)
             return

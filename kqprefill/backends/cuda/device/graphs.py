@@ -17,9 +17,11 @@ def capture(gpu: Gpu, launch: Callable[[], Result]) -> tuple[Any, Result]:
     """(an executable graph of what launch() launches, launch()'s result)"""
     driver, stream = gpu.driver, gpu.stream.handle
     check(driver.cuStreamBeginCapture(stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL))
+    gpu.capturing = True
     try:
         result = launch()
     finally:
+        gpu.capturing = False
         captured = check(driver.cuStreamEndCapture(stream))
     try:
         return check(driver.cuGraphInstantiate(captured, 0)), result
@@ -31,8 +33,9 @@ class Graphs:
     """Runs the launches of prompts: the second and later ones of a length are one graph launch each.
 
     The first prompt of a length makes what is made once (scales, tensor maps), which a graph must not hold; the second
-    is captured. A graph holds the addresses of work arrays and tensor maps, so all graphs are dropped when one of these
-    has moved: generation() changes then.
+    is captured, or the next, as long as work arrays have moved while a prompt was launched: what was made before that
+    is for addresses that are no longer theirs. A graph holds the addresses of work arrays and tensor maps, so all
+    graphs are dropped when one of these has moved: generation() changes then.
     """
 
     def __init__(self, gpu: Gpu, generation: Callable[[], object]) -> None:
@@ -49,8 +52,8 @@ class Graphs:
         if tokens not in self._graphs:
             if tokens not in self._seen:
                 result = launch()
-                self._forget_if_moved()  # work arrays have grown: later graphs hold their new addresses
-                self._seen.add(tokens)
+                if not self._forget_if_moved():
+                    self._seen.add(tokens)
                 return result
             if len(self._graphs) == KEPT:
                 self._drop(next(iter(self._graphs)))
@@ -59,10 +62,13 @@ class Graphs:
         check(self._gpu.driver.cuGraphLaunch(graph, self._gpu.stream.handle))
         return cast(Result, captured)
 
-    def _forget_if_moved(self) -> None:
-        if self._generation != self._generation_now():
+    def _forget_if_moved(self) -> bool:
+        """Drop all graphs if anything has moved since this was last called, and say so."""
+        moved = self._generation != self._generation_now()
+        if moved:
             self.clear()
             self._generation = self._generation_now()
+        return moved
 
     def _drop(self, tokens: int) -> None:
         graph, _ = self._graphs.pop(tokens)
