@@ -96,3 +96,25 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     float r = 1.0f / sqrtf(block_sum<kThreads>(squares) / static_cast<float>(columns) + epsilon);
     for (int i = threadIdx.x; i < columns; i += kThreads) x[i] = fmaf(sum(i) * r, weight[i], x[i]) * factor;
 }
+
+// factors[t] = 1 / sqrt(mean(x[t, :]²) + epsilon).
+extern "C" __global__ void __launch_bounds__(kThreads)
+    row_factors(const float* x, int columns, float epsilon, float* factors) {
+    begin_kernel();
+    float r = inverse_rms(x + static_cast<uint64_t>(blockIdx.x) * columns, columns, epsilon);
+    if (threadIdx.x == 0) factors[blockIdx.x] = r;
+}
+
+// vectors[s, :] = the mean over rows[s].x <= t < rows[s].y, one after another, of factors[t] * x[t, :] * weight: of
+// RMSNorm's outputs. A thread takes a column; blockIdx.x is s.
+extern "C" __global__ void __launch_bounds__(kThreads)
+    pool(const float* x, const float* factors, const float* weight, const int2* rows, int columns, float* vectors) {
+    begin_kernel();
+    int2 own = rows[blockIdx.x];
+    int column = blockIdx.y * kThreads + threadIdx.x;
+    if (column >= columns) return;
+    float sum = 0.0f;
+    for (int t = own.x; t < own.y; ++t) sum = fmaf(x[static_cast<uint64_t>(t) * columns + column], factors[t], sum);
+    vectors[static_cast<uint64_t>(blockIdx.x) * columns + column] =
+        sum / static_cast<float>(own.y - own.x) * weight[column];
+}

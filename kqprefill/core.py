@@ -19,8 +19,11 @@ Float32Array: TypeAlias = NDArray[np.float32]
 Progress: TypeAlias = Callable[[str, int, int], None]
 
 # Which logits are asked for: none, the last position's, every position's, or those that a batch's targets need
-# ("ranks").
-Logits: TypeAlias = Literal["last", "all", "ranks"] | None
+# ("ranks"); or, in their place, a vector of each of the batch's segments ("pooled").
+Logits: TypeAlias = Literal["last", "all", "ranks", "pooled"] | None
+
+# How the final norm's outputs at a sequence's positions become one vector: the last one's, their mean, the first's.
+Pooling: TypeAlias = Literal["last", "mean", "cls"]
 
 # Attention walks a sequence's keys in blocks of at most so many, which begin at multiples of the block's size. A
 # segment that continues another has its own copy of the keys of the block that it begins in: fewer than this.
@@ -100,13 +103,14 @@ class Batch(Brief):
     """The tokens of one prefill, int32 [T]: those of each segment, one segment after another.
 
     Without segments they are one sequence's, from position `start` on. A token sees the tokens before it in its own
-    sequence, and no others.
+    sequence, and no others. pooling: of what is asked for as "pooled".
     """
 
     tokens: Int32Array
     start: int = 0
     segments: tuple[Segment, ...] = ()
     targets: Targets | None = None
+    pooling: Pooling = "last"
 
     def __post_init__(self) -> None:
         if not self.segments:
@@ -116,6 +120,13 @@ class Batch(Brief):
     def positions(self) -> Int32Array:
         """Each token's place in its sequence, int32 [T]."""
         return np.concatenate([np.arange(s.position, s.position + s.length, dtype=np.int32) for s in self.segments])
+
+    @property
+    def pooled_rows(self) -> Int32Array:
+        """The rows whose mean is each segment's vector: from which on, and before which, int32 [segments, 2]."""
+        parts = {"last": (-1, None), "cls": (0, 1), "mean": (0, None)}[self.pooling]
+        rows = [range(s.first, s.first + s.length)[slice(*parts)] for s in self.segments]
+        return np.array([(own.start, own.stop) for own in rows], np.int32)
 
     def count(self, logits: Logits) -> int:
         """How many of the positions have their logits computed."""
@@ -150,8 +161,15 @@ class Ranks(Brief):
     top_logprobs: Float32Array
 
 
+@dataclass(frozen=True, repr=False)
+class Vectors(Brief):
+    """A vector of each of a batch's segments, float32 [segments, H]: the final norm's outputs, pooled."""
+
+    values: Float32Array
+
+
 # Waits for what the head of a batch computes. It must be called before the next batch but one is run.
-PendingHead: TypeAlias = Callable[[], HeadResult | Ranks]
+PendingHead: TypeAlias = Callable[[], HeadResult | Ranks | Vectors]
 
 
 @dataclass(frozen=True)

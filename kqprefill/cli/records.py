@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 import json
 import math
@@ -87,11 +87,20 @@ class Records:
 
     make(content): the Item of a record; raises InputError. skip: how many records there are results of already.
     keep_as: the key under which all of a record's other keys are handed on; else they keep their names, and one that is
-    named as a result's is an error. Where a file cannot be read, taking its records raises KqprefillError.
+    named as a result's is an error. asked, ours: the keys that say what to compute, and those of a result. plain: a
+    line is no JSON, but the text of a record {"text": …}. Where a file cannot be read, taking its records raises
+    KqprefillError.
     """
 
     def __init__(
-        self, paths: Sequence[str], make: Callable[[Any], Item], skip: int = 0, keep_as: str | None = None
+        self,
+        paths: Sequence[str],
+        make: Callable[[Any], Item],
+        skip: int = 0,
+        keep_as: str | None = None,
+        asked: Collection[str] = ASKED,
+        ours: Collection[str] = OURS,
+        plain: bool = False,
     ) -> None:
         self._paths = list(paths)
         self.several = len(self._paths) > 1
@@ -99,6 +108,7 @@ class Records:
         sizes = [os.path.getsize(path) if os.path.isfile(path) else None for path in self._paths]
         self.nbytes = None if None in sizes else sum(size for size in sizes if size is not None)
         self._make, self._skip, self._keep_as = make, skip, keep_as
+        self._asked, self._ours, self._plain = asked, ours, plain
         self._queue: queue.Queue[Record | BaseException | None] = queue.Queue()
         self._ahead, self._taken = 0, threading.Condition()
         self.last_skipped: Record | None = None
@@ -163,12 +173,16 @@ class Records:
         others: dict[str, Any] = {}
         item, why = None, None
         try:
-            content = json.loads(text.decode("utf-8"), parse_constant=_refuse, parse_float=_finite)
+            decoded = text.decode("utf-8")
+            if self._plain:
+                content = {"text": decoded.rstrip("\r\n")}
+            else:
+                content = json.loads(decoded, parse_constant=_refuse, parse_float=_finite)
             if not isinstance(content, dict):
                 raise InputError("a record must be a JSON object")
             _refuse_deep(text, content)
-            others = {key: value for key, value in content.items() if key not in ASKED}
-            taken = [] if self._keep_as else [key for key in others if key in OURS]
+            others = {key: value for key, value in content.items() if key not in self._asked}
+            taken = [] if self._keep_as else [key for key in others if key in self._ours]
             if taken:
                 raise InputError(
                     f'the key "{taken[0]}" is one of the result\'s own; rename it, or put all other keys under one '
@@ -183,7 +197,7 @@ class Records:
             why = f"no JSON: {error.msg} (character {error.pos + 1} of the line)"
         except (ValueError, RecursionError) as error:
             why = f"no JSON: {error}"
-        extras = {key: value for key, value in others.items() if key not in OURS}
+        extras = {key: value for key, value in others.items() if key not in self._ours}
         if self._keep_as is not None:
             extras = {self._keep_as: others}
         return Record(index, name, line, end, extras, item, why)

@@ -16,7 +16,7 @@ import numpy as np
 from ..backends import open_backend
 from ..backends.base import Backend, Cache
 from ..backends.budget import Budget
-from ..core import Batch, HeadResult, Int32Array, Logits, PendingHead, Progress, Ranks, no_progress
+from ..core import Batch, Float32Array, HeadResult, Int32Array, Logits, PendingHead, Progress, Ranks, no_progress
 from ..errors import InputError
 from ..gguf import GGUFFile, ModelFile
 from ..gguf.vocabulary import token_text
@@ -25,6 +25,7 @@ from ..models.config import Config
 from ..models.family import Family
 from ..terminal import shown
 from .checks import refuse_non_finite, token_ids
+from .embedding import Normalise, closing_token, pooling_of, vectors
 from .prefill import Prefill
 from .scoring import (
     Group,
@@ -158,6 +159,41 @@ class Model:
                 running = None
         if running is not None:
             yield from running.finish(partial)
+
+    def embed(
+        self,
+        prompts: Iterable[Sequence[int] | str | None],
+        pooling: str | None = None,
+        normalise: Normalise = "l2",
+        batch_tokens: int | None = None,
+        progress: Progress | None = None,
+    ) -> Iterator[Float32Array]:
+        """The vectors of many prompts, packed into batches: a generator of float32 [H], one for each.
+
+        prompts: each token ids, or a text, which `embedding_ids` reads; None among them has all before it computed at
+        once. pooling: "last", "mean" or "cls" (the first), of the final norm's outputs at a prompt's positions; None
+        for what the file says. normalise: "l2", or "none". batch_tokens, progress: as in `score`. The output matrix is
+        not computed; vectors are the same however prompts are packed. A vector that is not finite is handed on as it
+        is. Raises InputError for a bad prompt, a pooling that is not known, or a model that has been closed;
+        ModelError; BackendError.
+        """
+        self._check_open()
+        how = pooling_of(self.family, pooling)
+        ids = (None if prompt is None else self.embedding_ids(prompt) for prompt in prompts)
+        return vectors(self.backend, self.family, ids, how, normalise, batch_tokens, progress or no_progress)
+
+    def embedding_ids(self, prompt: Sequence[int] | str) -> list[int]:
+        """A prompt's ids as `embed` computes them: a text's as `tokenize` gives them, and with the end token where the
+        model wants it last. Raises as `tokenize` does; InputError for bad ids, none, or more than the context."""
+        self._check_open()
+        ids = self.tokenize(prompt) if isinstance(prompt, str) else self._check_tokens(prompt).tolist()
+        closing = closing_token(self.family) if isinstance(prompt, str) else None
+        if closing is not None and ids[-1:] != [closing]:
+            ids.append(closing)
+        if not ids:
+            raise InputError("the prompt is empty")
+        self._check_room(0, len(ids), None)
+        return ids
 
     def item(self, record: Record, parse_special: bool = True, chat_template: str | None = None) -> Item:
         """A record, checked and tokenised (`score`). Raises InputError; ModelError where the file has no vocabulary of

@@ -171,7 +171,7 @@ class Family(ABC):
         """One layer: w its weights, x the residual stream. Returns the new residual stream."""
 
     def head(self, ops: Ops, x: Residual, logits: Logits) -> PendingHead:
-        """What comes after the last layer (see Ops.head)."""
+        """The logits, after the last layer (see Ops.head)."""
         return ops.head(x, self.output_norm, self.output, logits)
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -187,6 +187,10 @@ class Family(ABC):
             x = self.layer(ops, weights, x, index)
             progress("prefill", index + 1, len(self.blocks))
         return x
+
+    def finish(self, ops: Ops, x: Residual, logits: Logits) -> PendingHead:
+        """What comes after the last layer: the logits that are asked for, or each segment's vector."""
+        return ops.pool(x, self.output_norm) if logits == "pooled" else self.head(ops, x, logits)
 
     @cached_property
     def layer_states(self) -> tuple[LayerState, ...]:

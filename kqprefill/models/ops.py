@@ -230,6 +230,13 @@ class Ops(ABC):
         """
 
     @abstractmethod
+    def pool(self, x: Residual, norm: Weight) -> PendingHead:
+        """A vector of each segment: the mean of rms_norm(x, norm) over the rows that the batch's pooling says.
+
+        Returns a function that waits for Vectors.
+        """
+
+    @abstractmethod
     def head(
         self,
         x: Residual,

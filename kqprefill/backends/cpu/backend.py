@@ -51,7 +51,7 @@ class CpuBackend(Backend):
         if timed:
             ops.timeline = Timeline(time.perf_counter, lambda start, end: end - start)
         with blas().one_thread():
-            pending = family.head(ops, family.forward(ops, progress), logits)
+            pending = family.finish(ops, family.forward(ops, progress), logits)
         return pending, ops.timeline.stages() if ops.timeline is not None else None
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ from ...core import (
     PendingHead,
     Recurrent,
     SharedKeysValues,
+    Vectors,
 )
 from ...errors import BackendError
 from ...gguf import dequantize
@@ -239,6 +240,12 @@ class CpuOps(AttentionOps, LatentOps, PerLayerOps):
                 h[tokens], gate, up, down, activation=activation, batch_rows=tokens
             )
         return out
+
+    def pool(self, x: Float32Array, norm: Weight) -> PendingHead:
+        normed = self.rms_norm(x, norm)
+        rows = self.batch.pooled_rows
+        values = np.array([normed[first:end].mean(axis=0, dtype=np.float64) for first, end in rows], np.float32)
+        return lambda: Vectors(values)
 
     def head(
         self,

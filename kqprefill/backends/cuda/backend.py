@@ -179,7 +179,7 @@ class CudaBackend(Backend):
 
                 one_by_one = timed or cache is not None or self.weights.streaming or len(batch.segments) > 1
                 x = forward() if one_by_one else self._graphs.run(ops.n, forward)
-                pending = family.head(ops, x, logits)
+                pending = family.finish(ops, x, logits)
             self._ran = True
             if ops.timeline is None:
                 return self._reporting(pending), None

@@ -18,7 +18,10 @@ ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "swiglu_oai": 2}
 
 # Threads of a block: the define, its value, and the kernels that are launched with so many.
 _THREADS = {
-    "NORM_THREADS": (256, "rms_norm rms_norm_in_place cast add_rms_norm add_norm_of_norms store_gates multiply_gates"),
+    "NORM_THREADS": (
+        256,
+        "rms_norm rms_norm_in_place cast add_rms_norm add_norm_of_norms row_factors pool store_gates multiply_gates",
+    ),
     "PER_LAYER_THREADS": (256, "join_embeddings gate_embeddings"),
     "ROPE_TABLE_THREADS": (256, "rope_table"),
     "ROTATE_THREADS": (256, "rotate_qkv"),

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from ....core import Float32Array, HeadResult, Logits, PendingHead, Ranks
+from ....core import Float32Array, HeadResult, Logits, PendingHead, Ranks, Vectors
 from ....errors import BackendError
 from ....models.weights import Weight
 from ..constants import THREADS
 from ..device.arrays import FLOAT32, DeviceArray
-from ..programs import HEAD
+from ..programs import HEAD, NORM
 from .batch import Residual
 from .dense import DenseOps
 
@@ -64,6 +64,43 @@ class HeadOps(DenseOps):
             wait = self.context.downloads.start(ranked, on_device)
             return lambda: _ranks(wait, ranked, asked.top)
         return lambda: self._last(ranked, on_device, kept if logits == "all" or kept is None else kept[0])
+
+    def pool(self, x: Residual, norm: Weight) -> PendingHead:
+        self.enter("head")
+        rows = self.work.upload("pooled rows", self.batch.pooled_rows)
+        factors = self.work.array("row factors", FLOAT32, self.n)
+        columns, count = norm.shape[0], rows.shape[0]
+        self.launcher.launch(
+            NORM,
+            "row_factors",
+            grid=self.n,
+            x=x.values,
+            columns=columns,
+            epsilon=self.config.rms_epsilon,
+            factors=factors,
+        )
+        on_device = self.work.array("vectors", FLOAT32, count, columns)
+        self.launcher.launch(
+            NORM,
+            "pool",
+            grid=(count, -(-columns // THREADS["pool"])),
+            x=x.values,
+            factors=factors,
+            weight=self.vector(norm),
+            rows=rows,
+            columns=columns,
+            vectors=on_device,
+        )
+        if self.context.weights.streaming:
+            self.context.weights.prefetch()  # the next batch's first layers
+        values = np.empty((count, columns), np.float32)
+        wait = self.context.downloads.start(values, on_device)
+
+        def vectors() -> Vectors:
+            wait()
+            return Vectors(values)
+
+        return vectors
 
     def _finish(self, rows: DeviceArray, scale: float, softcap: float | None) -> None:
         """Scale and cap logits, where the family does."""

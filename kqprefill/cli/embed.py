@@ -1,0 +1,224 @@
+"""kqprefill embed: vectors of many texts."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+import json
+import time
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import click
+
+from ..backends.wake import wake_gpu
+from ..errors import InputError, KqprefillError
+from .common import (
+    batch_option,
+    device_options,
+    memory_option,
+    open_file,
+    open_on,
+    say_batches,
+    say_loaded,
+    say_summary,
+    volume_options,
+)
+from .outputs import STDIO, Outputs, force_option
+from .progress import Bars, progress_bars
+from .records import Record, Records, check_inputs
+from .sources import model_path
+
+if TYPE_CHECKING:
+    from ..core import Float32Array
+    from ..engine.model import Model
+
+_ASKED = "text", "prompt", "tokens"  # keys of a record that say what to compute
+_OURS = frozenset(("index", "n_tokens", "embedding"))  # keys of a result
+
+
+@click.command()
+@click.argument("name", metavar="MODEL", type=click.Path())
+@click.argument("files", metavar="[FILE]...", type=click.Path(), nargs=-1)
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    default=STDIO,
+    help="Where the vectors go: JSON lines; an array of NumPy's (.npy) or Parquet by its ending. stdout unless given.",
+)
+@click.option("--text", "plain", is_flag=True, help="Each line is a text; else it is JSON.")
+@click.option(
+    "--pooling",
+    type=click.Choice(["last", "mean", "cls"]),
+    help="Whose output of the final norm: the last token's, the mean of all, the first's.  [default: the file's]",
+)
+@click.option(
+    "--normalise",
+    type=click.Choice(["l2", "none"]),
+    default="l2",
+    show_default=True,
+    help="l2: a vector's Euclidean length is 1.",
+)
+@force_option
+@batch_option
+@device_options
+@memory_option
+@volume_options
+def embed(
+    name: str,
+    files: tuple[str, ...],
+    output: str,
+    plain: bool,
+    pooling: str | None,
+    normalise: str,
+    force: bool,
+    batch_tokens: int | None,
+    backend: str,
+    device: int,
+    kernels: str,
+    vram: str | None,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Write the vectors of many texts.
+
+    Of each line of files (or stdin), in order: a JSON object with "text" or "tokens" (ids), whose other keys are handed
+    on; with --text, the text itself. Many texts share a batch; what is packed with what changes no vector. The output
+    matrix is not computed.
+
+    \b
+    echo '{"text": "Hello"}' | kqprefill embed examples/tiny-qwen3.gguf --pooling last
+    kqprefill embed examples/tiny-qwen3.gguf --text --pooling mean -o vectors.npy < texts.txt
+    """
+    paths = check_inputs(files or (STDIO,))
+    outputs = Outputs(force)
+    outputs.reads(model_path(name), "the model")
+    for path in paths:
+        outputs.reads(path, "stdin" if path == STDIO else "the input")
+    outputs.claim(output, "-o")
+    write = _writer(output)
+    wake_gpu(backend, device)
+    with ExitStack() as stack:
+        bars = stack.enter_context(progress_bars(not quiet))
+        to = stack.enter_context(outputs.open(output, "-o"))
+        model = open_on(open_file(name), backend, device, kernels, vram, quiet, bars, batch_tokens, ranks=True)
+        stack.enter_context(model)
+        if pooling is None:
+            from ..engine.embedding import pooling_of
+
+            pooling_of(model.family, None)  # before anything is read
+        run = _Run(
+            model, Records(paths, lambda content: _item(model, content), asked=_ASKED, ours=_OURS, plain=plain), bars
+        )
+        begin = time.perf_counter()
+        write(to, run.results(pooling, normalise, batch_tokens))
+        seconds = time.perf_counter() - begin
+        if verbose:
+            say_loaded(model)
+            say_batches(model, batch_tokens)
+    rate, where = run.tokens / seconds, f"{model.backend.name} ({model.backend.device_name})"
+    say_summary(f"{run.written} texts, {run.tokens} tokens, {rate:.0f} tokens/s, {where}", quiet, verbose)
+
+
+def _item(model: Model, content: Any) -> Any:
+    """The tokens of a line, as an Item. Raises InputError."""
+    from ..engine.scoring import Item
+
+    given = [key for key in ("text", "prompt", "tokens") if key in content]
+    if len(given) != 1:
+        raise InputError('give either "text" or "tokens"')
+    prompt = content[given[0]]
+    if isinstance(prompt, str) == (given[0] == "tokens"):
+        raise InputError(f'"{given[0]}" must be {"token ids" if given[0] == "tokens" else "a text"}')
+    return Item(model.embedding_ids(prompt))
+
+
+class _Run:
+    """Records through the model, in order. written, tokens: how many have come out."""
+
+    def __init__(self, model: Model, records: Records, bars: Bars | None) -> None:
+        self._model, self._records, self._bars = model, records, bars
+        self._waiting: deque[Record] = deque()
+        self.written = self.tokens = 0
+
+    def results(
+        self, pooling: str | None, normalise: Any, batch_tokens: int | None
+    ) -> Iterator[tuple[Record, Float32Array]]:
+        """Each record with its vector. Raises KqprefillError at the first that is bad, and where there is none."""
+        import numpy as np
+
+        for vector in self._model.embed(self._ids(), pooling, normalise, batch_tokens):
+            record = self._waiting.popleft()
+            if not np.isfinite(vector).all():
+                raise KqprefillError(
+                    f"{record.where}: its vector is not finite: the file's weights are damaged or out of range"
+                )
+            assert record.item is not None
+            self.written += 1
+            self.tokens += record.item.tokens
+            if self._bars:
+                self._bars("embed", record.end, self._records.nbytes, f"{self.written} texts")
+            yield record, vector
+        if not self.written:
+            raise KqprefillError(f"{self._records.name}: there are no texts; each is a line")
+
+    def _ids(self) -> Iterator[list[int] | None]:
+        for record in self._records:
+            if record is None:
+                yield None
+                continue
+            if record.error is not None or record.item is None:
+                raise KqprefillError(f"{record.where}: {record.error}")
+            self._waiting.append(record)
+            yield record.item.prompt
+
+
+_Write = Callable[[BinaryIO, Iterator[tuple[Record, "Float32Array"]]], None]
+
+
+def _writer(output: str) -> _Write:
+    """What writes the vectors, by the output's ending. Raises InputError where it takes a library that is missing."""
+    if output.endswith(".npy"):
+        return _write_npy
+    if output.endswith(".parquet"):
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError:
+            raise InputError("-o …parquet needs pyarrow: pip install 'kqprefill[parquet]'") from None
+        return _write_parquet
+    return _write_lines
+
+
+def _write_lines(to: BinaryIO, results: Iterator[tuple[Record, Float32Array]]) -> None:
+    for record, vector in results:
+        numbers = [float(str(x)) for x in vector]  # float32 as the shortest decimals that stand for them
+        line = {"index": record.index, "n_tokens": record.item.tokens if record.item else 0, "embedding": numbers}
+        to.write(json.dumps(line | record.extras, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        to.flush()
+
+
+def _write_npy(to: BinaryIO, results: Iterator[tuple[Record, Float32Array]]) -> None:
+    """One array, float32 [texts, H]."""
+    import numpy as np
+
+    np.save(to, np.array([vector for _, vector in results], np.float32), allow_pickle=False)
+
+
+def _write_parquet(to: BinaryIO, results: Iterator[tuple[Record, Float32Array]]) -> None:
+    """The columns index, n_tokens and embedding, and extras as JSON where there are any."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    every = list(results)
+    width = len(every[0][1])
+    flat = pa.array(np.concatenate([vector for _, vector in every]))
+    columns: dict[str, Any] = {
+        "index": pa.array([record.index for record, _ in every], pa.int64()),
+        "n_tokens": pa.array([record.item.tokens if record.item else 0 for record, _ in every], pa.int64()),
+        "embedding": pa.FixedSizeListArray.from_arrays(flat, width),
+    }
+    if any(record.extras for record, _ in every):
+        columns["extras"] = pa.array([json.dumps(record.extras) for record, _ in every])
+    pq.write_table(pa.table(columns), to)

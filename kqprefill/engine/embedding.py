@@ -1,0 +1,116 @@
+"""Vectors of many texts: what is pooled, and packing into batches without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, TypeAlias, cast, get_args
+
+import numpy as np
+
+from ..backends.base import Backend
+from ..core import Batch, Float32Array, PendingHead, Pooling, Progress, Segment, Vectors
+from ..errors import InputError
+from ..models.family import Family
+
+# What is done to a vector at last: it is divided by its Euclidean length, or handed on as it is.
+Normalise: TypeAlias = Literal["l2", "none"]
+
+POOLINGS: tuple[str, ...] = get_args(Pooling)
+NORMALISATIONS: tuple[str, ...] = get_args(Normalise)
+_BY_NUMBER: dict[int, Pooling] = {1: "mean", 2: "cls", 3: "last", 4: "last"}  # llama.cpp's enum llama_pooling_type
+
+
+def pooling_of(family: Family, wanted: str | None) -> Pooling:
+    """The pooling that the caller wants, or else the model's file says (`pooling_type`).
+
+    Raises InputError where neither does, or it is no pooling.
+    """
+    if wanted is None:
+        number = family.meta.count("pooling_type")
+        if number not in _BY_NUMBER:
+            raise InputError(
+                f"{family.file.path}: the file does not say how its outputs are pooled; give {', '.join(POOLINGS)}"
+            )
+        return _BY_NUMBER[number]
+    if wanted not in POOLINGS:
+        raise InputError(f"pooling {wanted!r} is unknown; choose one of {', '.join(POOLINGS)}")
+    return cast(Pooling, wanted)
+
+
+def closing_token(family: Family) -> int | None:
+    """The token that a text must end with though the file does not say so; None for none.
+
+    Models that pool the last position were trained with their end token there; their first files do not ask for it
+    (llama.cpp#14234).
+    """
+    metadata = family.file.metadata
+    if family.meta.count("pooling_type") != 3 or "tokenizer.ggml.add_eos_token" in metadata:
+        return None
+    end = metadata.get("tokenizer.ggml.eos_token_id")
+    return int(end) if isinstance(end, (int, np.integer)) and 0 <= end < family.config.vocab_size else None
+
+
+def batches(prompts: Iterable[list[int] | None], pooling: Pooling, most: int, first: int) -> Iterator[Batch | None]:
+    """Batches of whole prompts; and None wherever prompts gives None, when all before has been given.
+
+    most: tokens of a batch, but for one longer prompt. first: of the first one; each that follows may have twice as
+    many as the one before.
+    """
+    limit, group, tokens = min(first, most), list[list[int]](), 0
+    for ids in prompts:
+        full = ids is not None and bool(group) and tokens + len(ids) > limit
+        if group and (ids is None or full):
+            yield _packed(group, pooling)
+            group, tokens = [], 0
+            limit = min(most, 2 * limit) if full else limit
+        if ids is None:
+            yield None
+        else:
+            group.append(ids)
+            tokens += len(ids)
+    if group:
+        yield _packed(group, pooling)
+
+
+def _packed(prompts: Sequence[list[int]], pooling: Pooling) -> Batch:
+    ends = np.cumsum([len(ids) for ids in prompts])
+    segments = tuple(Segment(int(end) - len(ids), len(ids)) for ids, end in zip(prompts, ends))
+    return Batch(np.concatenate([np.array(ids, np.int32) for ids in prompts]), segments=segments, pooling=pooling)
+
+
+def vectors(
+    backend: Backend,
+    family: Family,
+    prompts: Iterable[list[int] | None],
+    pooling: Pooling,
+    normalise: Normalise,
+    batch_tokens: int | None,
+    progress: Progress,
+) -> Iterator[Float32Array]:
+    """What `Model.embed` gives, of prompts' ids: each batch is started before the one before is waited for."""
+    size = backend.batch_size(family, batch_tokens, 0, progress)
+    running: PendingHead | None = None
+    for batch in batches(prompts, pooling, size.tokens, size.first):
+        started: PendingHead | None = None
+        if batch is not None:
+            with np.errstate(all="ignore"):
+                started, _ = backend.run(family, batch, None, "pooled", progress)
+        if running is not None:
+            yield from _finished(running, normalise)
+        running = started
+        if running is not None and not backend.runs_ahead:
+            yield from _finished(running, normalise)
+            running = None
+    if running is not None:
+        yield from _finished(running, normalise)
+
+
+def _finished(pending: PendingHead, normalise: Normalise) -> Iterator[Float32Array]:
+    for vector in cast(Vectors, pending()).values:
+        yield normalised(vector) if normalise == "l2" else vector
+
+
+def normalised(vector: Float32Array) -> Float32Array:
+    """A vector divided by its Euclidean length, summed in float64; zeros stay zeros."""
+    length = float(np.sqrt(np.square(vector, dtype=np.float64).sum()))
+    return vector if length == 0 else (vector / length).astype(np.float32)

@@ -1,0 +1,120 @@
+"""Vectors of texts: as llama.cpp's, the same however texts are packed, and what the command writes."""
+
+from dataclasses import replace
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from conftest import BACKENDS, EXAMPLE, found
+import kqprefill
+from kqprefill.engine.model import open_model
+from kqprefill.gguf.types import GGML
+from kqprefill.synthetic import Shape, SyntheticFile, write_gguf
+
+SHAPE = Shape("qwen3", 2, 256, 4, 2, 64, 512, 256, 4096, 1e6)
+
+
+def prompts(rng, count=12):
+    return [rng.integers(0, 128, int(n)).tolist() for n in rng.integers(1, 300, count)]
+
+
+def embed(*options, text="", status=0):
+    command = [sys.executable, "-m", "kqprefill", "embed", *map(str, options), "--backend", "cpu"]
+    done = subprocess.run(command, input=text.encode(), capture_output=True)
+    assert done.returncode == status, done.stderr.decode()
+    return done.stdout.decode() if status == 0 else done.stderr.decode().splitlines()[-1]
+
+
+@pytest.mark.parametrize("pooling,number", [("mean", 1), ("cls", 2), ("last", 3)])
+def test_vectors_are_llama_cpps(tmp_path, pooling, number, rng):
+    """By the pooling that the file says; cosine distances of float32 models."""
+    llama_cpp = pytest.importorskip("xllamacpp")
+    path = tmp_path / "model.gguf"
+    write_gguf(SyntheticFile(replace(SHAPE, more={"pooling_type": number}), lambda *_: GGML.F32, "vectors"), path)
+    asked = prompts(rng, 5)
+    params = llama_cpp.CommonParams()
+    params.model.path = str(path)
+    params.embedding, params.warmup = True, False
+    params.n_ctx = params.n_batch = params.n_ubatch = 512
+    theirs = llama_cpp.Server(params).handle_embeddings({"input": asked})["data"]
+    with kqprefill.load(path, backend="cpu") as model:
+        for own, their in zip(model.embed(asked), theirs):
+            cosine = float(np.dot(own.astype(np.float64), their["embedding"]))
+            assert abs(1 - cosine) <= 1e-5
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("path", [EXAMPLE, *found("gemma3-q4_k_m qwen35-tied-nextn")], ids=lambda p: p.stem)
+def test_packed_or_alone_vectors_are_the_same(path, backend, pooling, rng):
+    asked = prompts(rng)
+    with kqprefill.load(path, backend=backend) as model:
+        alone = [next(model.embed([ids], pooling, "none")) for ids in asked]
+        for batch_tokens in (None, 500, 1):
+            packed = list(model.embed(asked, pooling, "none", batch_tokens))
+            assert all(map(np.array_equal, packed, alone))
+        lengths = [float(np.linalg.norm(vector)) for vector in model.embed(asked, pooling)]
+        assert np.allclose(lengths, 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_vectors_are_what_the_output_matrix_would_be_given(backend, rng):
+    """The last position's logits are the output matrix times the vector; a mean is that of the prefixes' last ones."""
+    with open_model(SyntheticFile(SHAPE, lambda *_: GGML.F32, "vectors"), backend) as model:
+        tensor = model.family.output.tensor
+        matrix = np.frombuffer(tensor.data.tobytes(), np.float32).reshape(tensor.shape)
+        ids = rng.integers(0, 256, 70)
+        (last,) = model.embed([ids], "last", "none")
+        expected = model.prefill(ids, logits="last").logits
+        assert np.abs(matrix @ last - expected).max() <= 2e-3 * np.abs(expected).max()
+        (mean,) = model.embed([ids], "mean", "none")
+        every = list(model.embed([ids[: n + 1] for n in range(70)], "last", "none"))
+        assert np.abs(np.mean(every, axis=0) - mean).max() <= 2e-3 * np.abs(mean).max()
+
+
+def test_what_is_asked_for_is_checked():
+    with kqprefill.load(EXAMPLE, backend="cpu") as model:
+        for pooling, words in ((None, "does not say how"), ("max", "'max' is unknown")):
+            with pytest.raises(kqprefill.InputError, match=words):
+                next(model.embed([[1]], pooling))
+        with pytest.raises(kqprefill.InputError, match="the prompt is empty"):
+            list(model.embed([[]], "last"))
+        assert list(model.embed([], "last")) == []
+
+
+@pytest.mark.parametrize("said,closed", [({}, True), ({"tokenizer.ggml.add_eos_token": False}, False)])
+def test_a_text_ends_with_the_end_token_where_the_model_wants_it(said, closed):
+    """Files that pool the last position and do not say whether a text ends with it."""
+    file = SyntheticFile(replace(SHAPE, more={"pooling_type": 3}), lambda *_: GGML.F32, "vectors")
+    file.metadata |= {"tokenizer.ggml.eos_token_id": 3, **said}
+    with open_model(file, "cpu") as model:
+        ids = model.embedding_ids("ab")
+        assert ids[:2] == model.tokenize("ab")[:2] and (ids[-1] == 3) == closed
+        assert model.embedding_ids([5, 6]) == [5, 6]  # ids are as they are
+
+
+def test_lines_in_and_out(tmp_path):
+    lines = '{"text": "Hello", "id": 7}\n\n{"tokens": [72, 101], "note": {"a": [1]}}\n'
+    first, second = map(json.loads, embed(EXAMPLE, "--pooling", "last", text=lines).splitlines())
+    assert first["id"] == 7 and second["note"] == {"a": [1]} and [first["index"], second["index"]] == [0, 1]
+    assert second["n_tokens"] == 2 and len(second["embedding"]) == 256
+    texts = tmp_path / "texts.txt"
+    texts.write_text("Hello\nYou\n")
+    out = tmp_path / "vectors.npy"
+    embed(EXAMPLE, texts, "--text", "--pooling", "last", "-o", out)
+    assert np.allclose(np.load(out)[0], first["embedding"], atol=1e-7) and np.load(out).shape == (2, 256)
+    assert "it exists; --force replaces it" in embed(EXAMPLE, texts, "--pooling", "last", "-o", out, status=2)
+    assert "does not say how its outputs are pooled" in embed(EXAMPLE, text=lines, status=2)
+    for line, words in (('{"text": 3}', "must be a text"), ("[]", "must be a JSON object"), ("{}", 'either "text" or')):
+        assert words in embed(EXAMPLE, "--pooling", "last", text=line + "\n", status=1)
+
+
+def test_parquet(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    out = tmp_path / "vectors.parquet"
+    embed(EXAMPLE, "--text", "--pooling", "mean", "-o", out, text="Hello\nYou\n")
+    table = parquet.read_table(out)
+    assert table.column_names == ["index", "n_tokens", "embedding"] and table.num_rows == 2
