@@ -11,6 +11,7 @@ import pytest
 from conftest import BACKENDS, EXAMPLE, found
 import kqprefill
 from kqprefill.engine.model import open_model
+from kqprefill.engine.reranking import question_of, relevances
 from kqprefill.gguf.types import GGML
 from kqprefill.synthetic import Shape, SyntheticFile, write_gguf
 
@@ -118,3 +119,59 @@ def test_parquet(tmp_path):
     embed(EXAMPLE, "--text", "--pooling", "mean", "-o", out, text="Hello\nYou\n")
     table = parquet.read_table(out)
     assert table.column_names == ["index", "n_tokens", "embedding"] and table.num_rows == 2
+
+
+RERANKER = replace(
+    SHAPE,
+    more={"pooling_type": 4, "classifier.output_labels": ["yes", "no"]},
+    optional=r"cls\.output\.weight",
+)
+TEMPLATE = "Query: {query}\nDocument: {document}\nAnswer:"
+DOCUMENTS = ["Paris is in France.", "Bread.", "The capital of France is Paris, on the Seine."]
+
+
+def reranker(path, shape):
+    file = SyntheticFile(shape, lambda *_: GGML.F32, "reranker")
+    file.metadata["tokenizer.chat_template.rerank"] = TEMPLATE
+    write_gguf(file, path)
+    return path
+
+
+def test_relevances_are_llama_cpps(tmp_path):
+    llama_cpp = pytest.importorskip("xllamacpp")
+    path = reranker(tmp_path / "reranker.gguf", RERANKER)
+    params = llama_cpp.CommonParams()
+    params.model.path = str(path)
+    params.embedding, params.warmup, params.pooling_type = True, False, 4
+    params.n_ctx = params.n_batch = params.n_ubatch = 512
+    theirs = llama_cpp.Server(params).handle_rerank({"query": "capital", "documents": DOCUMENTS})
+    expected = {result["index"]: result["relevance_score"] for result in theirs["results"]}
+    with kqprefill.load(path, backend="cpu") as model:
+        for index, own in enumerate(relevances(model, "capital", DOCUMENTS)):
+            assert abs(own - expected[index]) <= 1e-3  # its keys and values are halves
+
+
+def test_a_file_without_a_classifier_is_asked_for_its_tokens(tmp_path):
+    """The classifier's rows are the output matrix' of "yes" and "no"; here they are of two bytes, which are tokens."""
+    path = reranker(tmp_path / "reranker.gguf", SHAPE)
+    with kqprefill.load(path, backend="cpu") as model:
+        with pytest.raises(kqprefill.InputError, match="'yes' is not one token"):
+            relevances(model, "q", ["d"])
+        question = model.tokenize(question_of(model, "{document}", "d"))
+        assert bytes(question).decode() == "Query: {document}\nDocument: d\nAnswer:"
+    with kqprefill.load(EXAMPLE, backend="cpu") as model:
+        assert "<Query>: q\n<Document>: d<|im_end|>" in question_of(model, "q", "d")
+
+
+def test_rerank_on_the_command_line(tmp_path):
+    path = reranker(tmp_path / "reranker.gguf", RERANKER)
+    command = [sys.executable, "-m", "kqprefill", "rerank", str(path), "-p", "capital", "--backend", "cpu", "--text"]
+    text = "".join(f"{document}\n" for document in DOCUMENTS).encode()
+
+    def lines(*options):
+        done = subprocess.run([*command, *options], input=text, capture_output=True, check=True)
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    scores = [line["score"] for line in lines()]
+    assert [line["index"] for line in lines()] == [0, 1, 2] and all(0 < score < 1 for score in scores)
+    assert [line["score"] for line in lines("--top", "2")] == sorted(scores, reverse=True)[:2]

@@ -15,6 +15,7 @@ from .embed import embed
 from .inspect import inspect
 from .perplexity import perplexity
 from .plan import plan
+from .rerank import rerank
 from .run import run
 from .score import score
 from .synth import synth
@@ -59,5 +60,19 @@ def cli() -> None:
     """
 
 
-for command in (run, score, perplexity, embed, bench, plan, inspect, tokenize, synth, doctor, cache, completion):
+for command in (
+    run,
+    score,
+    perplexity,
+    embed,
+    rerank,
+    bench,
+    plan,
+    inspect,
+    tokenize,
+    synth,
+    doctor,
+    cache,
+    completion,
+):
     cli.add_command(command)

@@ -6,9 +6,16 @@ from .family import Family
 from .ops import Ops, Residual
 from .weights import Shapes, Weights
 
+_RANK = 4  # pooling_type: a classifier's (llama.cpp's LLAMA_POOLING_TYPE_RANK)
+
 
 class Qwen3(Family):
     architecture = "qwen3"
+
+    def shared_shapes(self) -> Shapes:
+        """Qwen3-Reranker's files may have a classifier: rows for "yes" and for "no"."""
+        classifier = {"cls.output?": (2, self.config.embedding_length)}
+        return {**super().shared_shapes(), **(classifier if self.meta.count("pooling_type") == _RANK else {})}
 
     def block_shapes(self, index: int) -> Shapes:
         head = (self.config.head_dim,)

@@ -170,7 +170,7 @@ def _metadata(shape: Shape, name: str) -> dict[str, Any]:
 
 def _type_of(full_name: str, dims: tuple[int, ...], type_of: TypeOf) -> GGML:
     """The type of a tensor, such as `blk.0.attn_q.weight`, of that shape."""
-    *block, name, suffix = full_name.split(".")  # block: [] or ["blk", its number]
+    *block, name, suffix = full_name.split(".")  # block: ["blk", its number], or of a tensor outside the layers
     if len(dims) == 1 or suffix == "bias" or name == "ssm_conv1d":
         return GGML.F32
-    return fitting_type(type_of(name, int(block[1]) if block else 0), dims[-1])
+    return fitting_type(type_of(name, int(block[1]) if block[:1] == ["blk"] else 0), dims[-1])

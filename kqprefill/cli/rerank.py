@@ -1,0 +1,145 @@
+"""kqprefill rerank: how well documents answer a query."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
+import json
+import math
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..backends.wake import wake_gpu
+from ..errors import InputError, KqprefillError
+from .common import (
+    batch_option,
+    device_options,
+    memory_option,
+    open_file,
+    open_on,
+    read_text,
+    say_loaded,
+    say_summary,
+    volume_options,
+)
+from .outputs import STDIO, Outputs, force_option
+from .progress import progress_bars
+from .records import Record, Records, check_inputs
+from .sources import model_path
+
+if TYPE_CHECKING:
+    from ..engine.model import Model
+
+_OURS = frozenset(("index", "score", "rank"))  # keys of a result
+
+
+@click.command()
+@click.argument("name", metavar="MODEL", type=click.Path())
+@click.argument("files", metavar="[FILE]...", type=click.Path(), nargs=-1)
+@click.option("-p", "--query", required=True, metavar="TEXT", help="The query; `@FILE` reads a file.")
+@click.option("-o", "--output", metavar="FILE", default=STDIO, help="Where the lines go; stdout unless given.")
+@click.option("--text", "plain", is_flag=True, help="Each line is a document; else it is JSON.")
+@click.option("--top", metavar="N", type=click.IntRange(1), help="Only the best N, the best first.")
+@force_option
+@batch_option
+@device_options
+@memory_option
+@volume_options
+def rerank(
+    name: str,
+    files: tuple[str, ...],
+    query: str,
+    output: str,
+    plain: bool,
+    top: int | None,
+    force: bool,
+    batch_tokens: int | None,
+    backend: str,
+    device: int,
+    kernels: str,
+    vram: str | None,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Say how well documents answer a query.
+
+    By a model that was trained for it (Qwen3-Reranker), of each line of files (or stdin): a JSON object with "text",
+    whose other keys are handed on; with --text, the document itself. score is the probability of "yes".
+
+    \b
+    kqprefill rerank reranker.gguf -p "What is GGUF?" --text --top 5 < documents.txt
+    """
+    paths = check_inputs(files or (STDIO,))
+    outputs = Outputs(force)
+    outputs.reads(model_path(name), "the model")
+    outputs.reads_text(query, "--query")
+    for path in paths:
+        outputs.reads(path, "stdin" if path == STDIO else "the input")
+    outputs.claim(output, "-o")
+    asked = read_text(query, "--query").rstrip("\r\n")
+    wake_gpu(backend, device)
+    with ExitStack() as stack:
+        bars = stack.enter_context(progress_bars(not quiet and not sys.stdout.isatty()))
+        to = stack.enter_context(outputs.open(output, "-o"))
+        model = open_on(open_file(name), backend, device, kernels, vram, quiet, bars, batch_tokens, ranks=True)
+        stack.enter_context(model)
+        records = Records(paths, partial(_item, model, asked), asked=("text",), ours=_OURS, plain=plain)
+        begin = time.perf_counter()
+        lines = list(_results(model, records, asked)) if top else _results(model, records, asked)
+        if top:
+            best = sorted(lines, key=lambda line: -line["score"])[:top]
+            lines = [{"rank": rank, **line} for rank, line in enumerate(best)]
+        count = 0
+        for line in lines:
+            to.write(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+            to.flush()
+            count += 1
+        if verbose:
+            say_loaded(model)
+    seconds = time.perf_counter() - begin
+    say_summary(f"{count} documents, {seconds:.2f} s, {model.backend.name}", quiet, verbose)
+
+
+def _item(model: Model, query: str, content: Any) -> Any:
+    """A document's question, as an Item. Raises InputError."""
+    from ..engine.reranking import question_of
+    from ..engine.scoring import Item
+
+    document = content.get("text")
+    if not isinstance(document, str):
+        raise InputError('give the document as "text"')
+    ids = model.tokenize(question_of(model, query, document))
+    if len(ids) >= model.config.context_length:
+        raise InputError(f"{len(ids)} tokens with the query: past the context length of {model.config.context_length}")
+    return Item(ids)
+
+
+def _results(model: Model, records: Records, query: str) -> Iterator[dict[str, Any]]:
+    """A line of each document. Raises KqprefillError at the first that is bad, and where there is none."""
+    from ..engine.reranking import relevances_of
+
+    waiting: deque[Record] = deque()
+
+    def questions() -> Iterator[list[int] | None]:
+        for record in records:
+            if record is None:
+                yield None
+                continue
+            if record.error is not None or record.item is None:
+                raise KqprefillError(f"{record.where}: {record.error}")
+            waiting.append(record)
+            yield record.item.prompt
+
+    found = False
+    for score in relevances_of(model, questions()):
+        record, found = waiting.popleft(), True
+        if not math.isfinite(score):
+            raise KqprefillError(f"{record.where}: its score is not finite: the file's weights are damaged")
+        yield {"index": record.index, "score": score, **record.extras}
+    if not found:
+        raise KqprefillError(f"{records.name}: there are no documents; each is a line")
