@@ -70,9 +70,6 @@ def rerank(
 
     By a model that was trained for it (Qwen3-Reranker), of each line of files (or stdin): a JSON object with "text",
     whose other keys are handed on; with --text, the document itself. score is the probability of "yes".
-
-    \b
-    kqprefill rerank reranker.gguf -p "What is GGUF?" --text --top 5 < documents.txt
     """
     paths = check_inputs(files or (STDIO,))
     outputs = Outputs(force)
