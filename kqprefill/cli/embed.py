@@ -81,7 +81,7 @@ def embed(
     quiet: bool,
     verbose: bool,
 ) -> None:
-    r"""Write the vectors of many texts.
+    """Write the vectors of many texts.
 
     Of each line of files (or stdin), in order: a JSON object with "text" or "tokens" (ids), whose other keys are handed
     on; with --text, the text itself. Many texts share a batch; what is packed with what changes no vector. The output
@@ -89,7 +89,7 @@ def embed(
 
     \b
     echo '{"text": "Hello"}' | kqprefill embed examples/tiny-qwen3.gguf --pooling last
-    printf 'One\nTwo\n' | kqprefill embed examples/tiny-qwen3.gguf --text --pooling mean -o vectors.npy
+    printf 'One\\nTwo\\n' | kqprefill embed examples/tiny-qwen3.gguf --text --pooling mean -o vectors.npy
     """
     paths = check_inputs(files or (STDIO,))
     outputs = Outputs(force)
