@@ -44,6 +44,13 @@ _OURS = frozenset(("index", "score", "rank"))  # keys of a result
 @click.option("-p", "--query", required=True, metavar="TEXT", help="The query; `@FILE` reads a file.")
 @click.option("-o", "--output", metavar="FILE", default=STDIO, help="Where the lines go; stdout unless given.")
 @click.option("--text", "plain", is_flag=True, help="Each line is a document; else it is JSON.")
+@click.option(
+    "--answers",
+    metavar="YES,NO",
+    default="yes,no",
+    show_default=True,
+    help="The tokens that are compared, where the file has no classifier.",
+)
 @click.option("--top", metavar="N", type=click.IntRange(1), help="Only the best N, the best first.")
 @force_option
 @batch_option
@@ -56,6 +63,7 @@ def rerank(
     query: str,
     output: str,
     plain: bool,
+    answers: str,
     top: int | None,
     force: bool,
     batch_tokens: int | None,
@@ -70,7 +78,13 @@ def rerank(
 
     By a model that was trained for it (Qwen3-Reranker), of each line of files (or stdin): a JSON object with "text",
     whose other keys are handed on; with --text, the document itself. score is the probability of "yes".
+
+    \b
+    echo '{"text": "Bread."}' | kqprefill rerank examples/tiny-qwen3.gguf -p "What is it?" --answers y,n
     """
+    words = answers.split(",")
+    if len(words) != 2 or not all(words):
+        raise click.UsageError(f"--answers {answers}: give two, separated by a comma")
     paths = check_inputs(files or (STDIO,))
     outputs = Outputs(force)
     outputs.reads(model_path(name), "the model")
@@ -87,7 +101,8 @@ def rerank(
         stack.enter_context(model)
         records = Records(paths, partial(_item, model, asked), asked=("text",), ours=_OURS, plain=plain)
         begin = time.perf_counter()
-        lines = list(_results(model, records, asked)) if top else _results(model, records, asked)
+        results = _results(model, records, (words[0], words[1]))
+        lines = list(results) if top else results
         if top:
             best = sorted(lines, key=lambda line: -line["score"])[:top]
             lines = [{"rank": rank, **line} for rank, line in enumerate(best)]
@@ -116,7 +131,7 @@ def _item(model: Model, query: str, content: Any) -> Any:
     return Item(ids)
 
 
-def _results(model: Model, records: Records, query: str) -> Iterator[dict[str, Any]]:
+def _results(model: Model, records: Records, answers: tuple[str, str]) -> Iterator[dict[str, Any]]:
     """A line of each document. Raises KqprefillError at the first that is bad, and where there is none."""
     from ..engine.reranking import relevances_of
 
@@ -133,7 +148,7 @@ def _results(model: Model, records: Records, query: str) -> Iterator[dict[str, A
             yield record.item.prompt
 
     found = False
-    for score in relevances_of(model, questions()):
+    for score in relevances_of(model, questions(), answers):
         record, found = waiting.popleft(), True
         if not math.isfinite(score):
             raise KqprefillError(f"{record.where}: its score is not finite: the file's weights are damaged")

@@ -15,6 +15,7 @@ from ..gguf import dequantize
 if TYPE_CHECKING:
     from .model import Model
 
+ANSWERS = "yes", "no"
 _TEMPLATE = "tokenizer.chat_template.rerank"
 # What Qwen3-Reranker's model card asks with: most files of it have no template for that.
 _QWEN3 = (
@@ -43,11 +44,14 @@ def relevances(model: Model, query: str, documents: Iterable[str]) -> list[float
     return list(relevances_of(model, (model.tokenize(question_of(model, query, each)) for each in documents)))
 
 
-def relevances_of(model: Model, questions: Iterable[list[int] | None]) -> Iterator[float]:
-    """The probability of "yes" after each question, token ids; None among them has all before it computed at once.
+def relevances_of(
+    model: Model, questions: Iterable[list[int] | None], answers: tuple[str, str] = ANSWERS
+) -> Iterator[float]:
+    """The probability of the first answer after each question, token ids; None among them has all before it computed at
+    once.
 
     A file with a classifier (cls.output.weight, rows "yes" and "no") has it multiplied by the last position's vector;
-    else the two tokens' log-probabilities are compared. Raises InputError where a question is too long, or the
+    else the two answers' log-probabilities are compared. Raises InputError where a question is too long, or the
     vocabulary does not have the two as tokens; BackendError.
     """
     classifier = model.family.shared.get("cls_output")
@@ -56,8 +60,8 @@ def relevances_of(model: Model, questions: Iterable[list[int] | None]) -> Iterat
         for vector in model.embed(questions, "last", "none"):
             yield _share(*(matrix @ vector))
         return
-    answers = [_token(model, word) for word in ("yes", "no")]
-    records = (None if ids is None else {"tokens": ids, "choices": answers} for ids in questions)
+    choices_of_all = [_token(model, word) for word in answers]
+    records = (None if ids is None else {"tokens": ids, "choices": choices_of_all} for ids in questions)
     for choices in model.score(records):
         yield _share(*(scored.logprob for scored in choices))
 
