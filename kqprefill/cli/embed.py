@@ -202,7 +202,7 @@ def _write_npy(to: BinaryIO, results: Iterator[tuple[Record, Float32Array]]) -> 
     """One array, float32 [texts, H]."""
     import numpy as np
 
-    np.save(to, np.array([vector for _, vector in results], np.float32), allow_pickle=False)
+    np.save(to, np.array([vector for _, vector in results], np.float32))
 
 
 def _write_parquet(to: BinaryIO, results: Iterator[tuple[Record, Float32Array]]) -> None:
