@@ -59,9 +59,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     v += kv_head * VALUE_DIM + first_column;
     uint32_t kv_ring = shared_address(shared), q_tile = kv_ring + 2 * kStageBytes;
 
-    // Some query of the tile sees the keys first_key .. end_key - 1.
-    int end_key = tile.position + tile.rows, first_key = window > 0 ? max(0, tile.position - window + 1) : 0;
-    int first_block = first_key / BLOCK_KV, end_block = ceil_div(end_key, BLOCK_KV);
+    int end_key = tile.end_key(window);
+    int first_block = tile.first_key(window) / BLOCK_KV, end_block = ceil_div(end_key, BLOCK_KV);
     auto load_key_block = [&](int index) {
         if (index < end_block) {
             uint32_t stage = kv_ring + index % 2 * kStageBytes;
@@ -118,7 +117,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         to_log2.cap(all_scores);
         bool diagonal = (index + 1) * BLOCK_KV > tile.position + warp * 16 + 1;
         bool window_edge = window > 0 && index * BLOCK_KV <= tile.position + warp * 16 + 15 - window;
-        if (diagonal || window_edge) mask(all_scores, position - index * BLOCK_KV - pair, window);
+        int first = index * BLOCK_KV + pair;  // of this thread's columns
+        if (BOTH_WAYS || diagonal || window_edge) mask(all_scores, position - first, tile.keys - first, window);
         float correction[2];
         softmax.update(all_scores, to_log2.factor, correction);
 #pragma unroll

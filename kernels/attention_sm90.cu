@@ -68,8 +68,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     begin_kernel();
     QueryTile tile = tiles[blockIdx.y];
     int head = blockIdx.x, first_column = blockIdx.z * PART_DIM;  // of the head's values
-    int first_key = window > 0 ? max(0, tile.position - window + 1) : 0;
-    int first_block = first_key / BLOCK_KV, end_block = ceil_div(tile.position + tile.rows, BLOCK_KV);
+    int first_block = tile.first_key(window) / BLOCK_KV, end_block = ceil_div(tile.end_key(window), BLOCK_KV);
 
     if (threadIdx.x >= kConsumers) {
         give_up_registers<kProducerRegisters>();
@@ -122,7 +121,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         int behind = position - index * BLOCK_KV - pair, warp_first = tile.position + warp * 16;
         bool diagonal = (index + 1) * BLOCK_KV > warp_first + 1,
              window_edge = window > 0 && index * BLOCK_KV <= warp_first + 15 - window;
-        if (diagonal || window_edge) mask(scores, behind, window);
+        if (BOTH_WAYS || diagonal || window_edge) mask(scores, behind, tile.keys - index * BLOCK_KV - pair, window);
         softmax.update(scores, to_log2.factor, correction);
     };
     auto pack = [&] {

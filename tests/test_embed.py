@@ -47,6 +47,51 @@ def test_vectors_are_llama_cpps(tmp_path, pooling, number, rng):
             assert abs(1 - cosine) <= 1e-5
 
 
+GEMMA = Shape(
+    "gemma-embedding",
+    *(7, 128, 3, 1, 64, 256, 256, 2048, 1e6),
+    tied=True,
+    window=40,
+    more={"pooling_type": 1, "attention.causal": False, "dense_2_feat_out": 192, "dense_3_feat_out": 128}
+    | {"dense_2_feat_in": 128, "dense_3_feat_in": 192},
+    optional=r"dense_[23]\.weight",
+)
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_embedding_gemmas_vectors_are_llama_cpps(tmp_path, projected, rng):
+    """Whose tokens see both ways; with and without the matrices that the mean goes through."""
+    llama_cpp = pytest.importorskip("xllamacpp")
+    path = tmp_path / "model.gguf"
+    shape = GEMMA if projected else replace(GEMMA, optional="")
+    write_gguf(SyntheticFile(shape, lambda *_: GGML.F32, "vectors"), path)
+    asked = prompts(rng, 5)
+    params = llama_cpp.CommonParams()
+    params.model.path = str(path)
+    params.embedding, params.warmup = True, False
+    params.n_ctx = params.n_batch = params.n_ubatch = 512
+    theirs = llama_cpp.Server(params).handle_embeddings({"input": asked})["data"]
+    with kqprefill.load(path, backend="cpu") as model:
+        for own, their in zip(model.embed(asked), theirs):
+            assert abs(1 - float(np.dot(own.astype(np.float64), their["embedding"]))) <= 1e-5
+        with pytest.raises(kqprefill.InputError, match=r"it gives vectors \(embed\), no next token"):
+            model.prefill([1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernels", ["auto", "portable"])
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_both_ways_on_a_gpu(kernels, head_dim, rng):
+    """As on the CPU, alone and packed, of lengths on both sides of tiles and windows."""
+    file = SyntheticFile(replace(GEMMA, head_dim=head_dim), lambda *_: GGML.F32, "vectors")
+    asked = [rng.integers(0, 256, n).tolist() for n in (1, 2, 20, 21, 22, 63, 64, 65, 128, 129, 300)]
+    with open_model(file, "cpu") as cpu, open_model(file, "cuda", kernels=kernels) as gpu:
+        packed = list(gpu.embed(asked))
+        for own, other in zip(cpu.embed(asked), packed):
+            assert 1 - float(own @ other) <= 1e-5
+        assert all(np.array_equal(next(gpu.embed([ids])), vector) for ids, vector in zip(asked, packed))
+
+
 @pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("path", [EXAMPLE, *found("gemma3-q4_k_m qwen35-tied-nextn")], ids=lambda p: p.stem)

@@ -58,7 +58,7 @@ def test_all_compile_without_spills(arch):
 
 def test_tiles_fit_every_gpu():
     gemms = [largest_config(SMALLEST_SHARED_MEMORY).program(), SMALL.program()]
-    attention = [portable_attention(head_dim, head_dim).program for head_dim in (32, 64, 80, 96, 112, 128, 192, 256)]
+    attention = [portable_attention(head_dim, head_dim).program() for head_dim in (32, 64, 80, 96, 112, 128, 192, 256)]
     assert all(program.shared_bytes <= SMALLEST_SHARED_MEMORY for program in gemms + attention)
 
 

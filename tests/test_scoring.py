@@ -170,7 +170,7 @@ def test_continued_segments_have_whole_blocks_of_keys_in_common():
     assert layout.copies.tolist() == [[128 + i, to + i] for to in (150, 182) for i in range(22)]
     assert layout.row_of.tolist() == [*range(150), *range(172, 182), *range(204, 404)]
     by_row = {t[0]: t[1:].tolist() for t in layout.tiles}
-    assert by_row[0] == [128, 0, 0, 0, 0] and by_row[150] == [10, 150, 172 - 150, 2, 0]
+    assert by_row[0] == [128, 0, 0, 0, 0, 150] and by_row[150] == [10, 150, 172 - 150, 2, 0, 160]
     for q_row, (rows, position, kv_row, *_) in by_row.items():
         for p in range(position, position + rows):  # each token finds its own key
             assert kv_row + p == layout.row_of[q_row + p - position]

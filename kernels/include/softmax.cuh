@@ -9,13 +9,21 @@ constexpr float kLog2E = 1.4426950408889634f;
 // A query tile, made by the host: `rows` queries from row `q_row` of q, the first at `position` of its sequence. Its
 // keys and values are walked in key blocks of BLOCK_KV, which begin at multiples of BLOCK_KV of the sequence. The first
 // `shared` of these blocks lie where the sequence's token 0 would be row `shared_row` of k and v, the others where it
-// would be row `kv_row`: two sequences that begin alike have the first blocks in common.
+// would be row `kv_row`: two sequences that begin alike have the first blocks in common. The sequence has `keys` keys.
 struct QueryTile {
-    int q_row, rows, position, kv_row, shared, shared_row;
+    int q_row, rows, position, kv_row, shared, shared_row, keys;
 
     // The row of k and v at which key block `index` begins.
     __device__ int key_row(int index, int block) const {
         return (index < shared ? shared_row : kv_row) + index * block;
+    }
+
+    // Some query of the tile sees keys first_key .. end_key - 1. window: how many keys a query sees, itself included (0:
+    // all); with BOTH_WAYS as many after it, too.
+    __device__ int first_key(int window) const { return window > 0 ? max(0, position - window + 1) : 0; }
+    __device__ int end_key(int window) const {
+        if (!BOTH_WAYS) return position + rows;
+        return window > 0 ? min(keys, position + rows + window - 1) : keys;
     }
 };
 
@@ -41,13 +49,15 @@ __device__ __forceinline__ float sink_of(const float* sinks, int head) {
 }
 
 // Makes the scores of keys that a query does not see -inf. behind: by how many positions the thread's first row is past
-// its first column.
+// its first column; left: how many keys the sequence has from that column on.
 template <int kScores>
-__device__ __forceinline__ void mask(float (&scores)[kScores], int behind, int window) {
+__device__ __forceinline__ void mask(float (&scores)[kScores], int behind, int left, int window) {
 #pragma unroll
     for (int i = 0; i < kScores; ++i) {
-        int distance = behind + i % 4 / 2 * 8 - (i / 4 * 8 + i % 2);
-        if (distance < 0 || (window > 0 && distance >= window)) scores[i] = __int_as_float(0xff800000);
+        int column = i / 4 * 8 + i % 2, distance = behind + i % 4 / 2 * 8 - column;
+        bool hidden = BOTH_WAYS ? column >= left : distance < 0;
+        if (BOTH_WAYS) distance = abs(distance);
+        if (hidden || (window > 0 && distance >= window)) scores[i] = __int_as_float(0xff800000);
     }
 }
 

@@ -10,6 +10,7 @@ import numpy as np
 from ..backends.base import Backend
 from ..core import Batch, Float32Array, PendingHead, Pooling, Progress, Segment, Vectors
 from ..errors import InputError
+from ..gguf import dequantize
 from ..models.family import Family
 
 # What is done to a vector at last: it is divided by its Euclidean length, or handed on as it is.
@@ -96,17 +97,19 @@ def vectors(
             with np.errstate(all="ignore"):
                 started, _ = backend.run(family, batch, None, "pooled", progress)
         if running is not None:
-            yield from _finished(running, normalise)
+            yield from _finished(running, family, normalise)
         running = started
         if running is not None and not backend.runs_ahead:
-            yield from _finished(running, normalise)
+            yield from _finished(running, family, normalise)
             running = None
     if running is not None:
-        yield from _finished(running, normalise)
+        yield from _finished(running, family, normalise)
 
 
-def _finished(pending: PendingHead, normalise: Normalise) -> Iterator[Float32Array]:
+def _finished(pending: PendingHead, family: Family, normalise: Normalise) -> Iterator[Float32Array]:
     for vector in cast(Vectors, pending()).values:
+        for weight in family.projections():
+            vector = dequantize(weight.tensor.data, weight.tensor.type) @ vector
         yield normalised(vector) if normalise == "l2" else vector
 
 

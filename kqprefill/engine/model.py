@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 import logging
 import os
 import sys
@@ -16,7 +15,7 @@ import numpy as np
 from ..backends import open_backend
 from ..backends.base import Backend, Cache
 from ..backends.budget import Budget
-from ..core import Batch, Float32Array, HeadResult, Int32Array, Logits, PendingHead, Progress, Ranks, no_progress
+from ..core import Batch, Float32Array, HeadResult, Int32Array, Logits, Progress, no_progress
 from ..errors import InputError
 from ..gguf import GGUFFile, ModelFile
 from ..gguf.vocabulary import token_text
@@ -30,14 +29,13 @@ from .prefill import Prefill
 from .scoring import (
     Group,
     Item,
-    Places,
     Record,
+    Running,
     Scored,
     item_of,
     no_ranks,
     packed,
     packs,
-    results,
 )
 
 if TYPE_CHECKING:
@@ -91,6 +89,7 @@ class Model:
         fails, or where the logits that are returned, or the greedy token's, are not finite: it names the position.
         """
         self._check_open()
+        self._check_causal()
         start_time = time.perf_counter()
         if logits not in _LOGITS:
             raise InputError(f"logits={logits!r} is unknown; choose None, 'last' or 'all'")
@@ -141,13 +140,14 @@ class Model:
         or template that a record needs; BackendError.
         """
         self._check_open()
+        self._check_causal()
         if (batch_tokens is not None and batch_tokens < 1) or not 0 <= top <= self.config.vocab_size:
             most = self.config.vocab_size
             raise InputError(f"batch_tokens {batch_tokens} and top {top}: at least 1, and 0 to the vocabulary's {most}")
         items = (r if r is None or isinstance(r, Item) else self.item(r, parse_special, chat_template) for r in records)
         size = self.backend.batch_size(self.family, batch_tokens, top, progress or no_progress)
         _LOG.info("%s", size.why or f"batches of {size.tokens} tokens")
-        running: _Running | None = None
+        running: Running | None = None
         partial: list[Scored] = []  # of a record whose last batch has not been read
         for group in packs(items, size.tokens, size.first):
             started = None if group is None else self._start(group, top, progress)
@@ -209,14 +209,14 @@ class Model:
         return item
 
     @np.errstate(all="ignore")
-    def _start(self, group: Group, top: int, progress: Progress | None) -> _Running:
+    def _start(self, group: Group, top: int, progress: Progress | None) -> Running:
         self._check_open()
         batch, places = packed([piece for piece, _ in group], top)
         if batch.targets is not None and len(batch.targets.rows):
             pending, _ = self.backend.run(self.family, batch, None, "ranks", progress or no_progress)
         else:
             pending = no_ranks(top)
-        return _Running(group, batch, places, pending)
+        return Running(group, batch, places, pending)
 
     def tokenize(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """A text's token ids, by the file's own tokenizer.
@@ -254,6 +254,7 @@ class Model:
     def new_cache(self, max_tokens: int) -> Cache:
         """A key/value cache with room for max_tokens, to cut one prompt into several calls. Raises InputError."""
         self._check_open()
+        self._check_causal()
         if not 0 < max_tokens <= self.config.context_length:
             raise InputError(
                 f"a cache of {max_tokens} tokens: 1 to the context length {self.config.context_length} are possible"
@@ -302,6 +303,10 @@ class Model:
     def _check_tokens(self, tokens: Any) -> Int32Array:
         return token_ids(tokens, self.config.vocab_size)
 
+    def _check_causal(self) -> None:
+        if self.family.both_ways:
+            raise InputError(f"{self.file.path}: tokens see those after them: it gives vectors (embed), no next token")
+
     def _check_open(self) -> None:
         if self._closed:
             raise InputError(f"the model {self.file.path} has been closed; open it again with kqprefill.load")
@@ -313,25 +318,6 @@ class Model:
             raise InputError(f"a prompt of {n} tokens{already} is past the model's context length of {limit}")
         if cache is not None and start + n > cache.capacity:
             raise InputError(f"the cache has room for {cache.capacity - start} more tokens, but the prompt has {n}")
-
-
-@dataclass(frozen=True)
-class _Running:
-    """A batch that has been started: pieces of items, and what waits for its ranks."""
-
-    group: Group
-    batch: Batch
-    places: Places
-    pending: PendingHead
-
-    def finish(self, partial: list[Scored]) -> Iterator[Scored | list[Scored]]:
-        """Wait, and give the results of the items that are complete; partial: of the one that is not, so far."""
-        ranks = cast(Ranks, self.pending())
-        for (piece, last), scored in zip(self.group, results(self.batch, self.places, ranks)):
-            partial += scored
-            if last:
-                yield list(partial) if piece.choices else partial[0]
-                partial.clear()
 
 
 def load(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 import math
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 
@@ -287,3 +287,22 @@ def no_ranks(top: int) -> PendingHead:
     """What waits for a batch without targets."""
     ranks = Ranks(np.empty(0, np.float32), np.empty((0, top), np.int32), np.empty((0, top), np.float32))
     return lambda: ranks
+
+
+@dataclass(frozen=True)
+class Running:
+    """A batch that has been started: pieces of items, and what waits for its ranks."""
+
+    group: Group
+    batch: Batch
+    places: Places
+    pending: PendingHead
+
+    def finish(self, partial: list[Scored]) -> Iterator[Scored | list[Scored]]:
+        """Wait, and give the results of the items that are complete; partial: of the one that is not, so far."""
+        ranks = cast(Ranks, self.pending())
+        for (piece, last), scored in zip(self.group, results(self.batch, self.places, ranks)):
+            partial += scored
+            if last:
+                yield list(partial) if piece.choices else partial[0]
+                partial.clear()

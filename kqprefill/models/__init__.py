@@ -14,6 +14,7 @@ from .gemma import Gemma
 from .gemma2 import Gemma2
 from .gemma3 import Gemma3
 from .gemma4 import Gemma4
+from .gemma_embedding import GemmaEmbedding
 from .glm4 import Glm4
 from .glm4moe import Glm4Moe
 from .gpt_oss import GptOss
@@ -42,6 +43,7 @@ _PAGES: tuple[type[Family], ...] = (
     Gemma2,
     Gemma3,
     Gemma4,
+    GemmaEmbedding,
     Mistral3,
     Phi3,
     Olmo2,

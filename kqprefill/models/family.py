@@ -48,6 +48,7 @@ class Family(ABC):
 
     architecture = ""  # general.architecture
     rope_interleaved = False  # which elements pair up; see Rope
+    both_ways = False  # whether tokens see those after them, too: such a model has vectors only, of whole sequences
 
     file: ModelFile
     shared: Weights
@@ -119,6 +120,10 @@ class Family(ABC):
 
     def other_matrices(self) -> list[Weight]:
         """The matrices outside the layers that something is multiplied by, but the output; there are few."""
+        return []
+
+    def projections(self) -> list[Weight]:
+        """The matrices that a pooled vector goes through, one after another."""
         return []
 
     def row_table(self) -> Weight | None:

@@ -116,13 +116,15 @@ class Ops(ABC):
         window: int | None = None,
         softcap: float | None = None,
         sinks: Weight | None = None,
+        both_ways: bool = False,
     ) -> Input:
         """Causal grouped-query attention, softmax(scale * q·kᵀ)·v, over the cache's tokens and the batch's own: [T, nq
         * D].
 
         window: a query sees that many tokens, itself the last (None: all). softcap: scores s become
         softcap * tanh(s / softcap) (arXiv 2408.00118). sinks: a vector [nq], a score of each head that takes a share of
-        the softmax and gives no value (arXiv 2309.17453).
+        the softmax and gives no value (arXiv 2309.17453). both_ways: a query also sees the tokens after it, with
+        a window as many as before it; then sequences are whole, and there is no cache.
         """
 
     @abstractmethod

@@ -119,6 +119,7 @@ class AttentionOps(Ops):
         window: int | None = None,
         softcap: float | None = None,
         sinks: Weight | None = None,
+        both_ways: bool = False,
     ) -> Float32Array:
         self.enter_attention(q.shape[2], v.shape[2], window)
         out = np.empty((*q.shape[:2], v.shape[2]), np.float32)
@@ -145,6 +146,7 @@ class AttentionOps(Ops):
                 softcap,
                 sink,
                 parts=1 if is_small else blas().threads,
+                both_ways=both_ways,
             )
             if is_small:
                 small += tasks

@@ -135,6 +135,7 @@ def attention_tasks(
     softcap: float | None,
     sinks: Float32Array | None,
     parts: int,
+    both_ways: bool = False,
 ) -> list[Callable[[], None]]:
     """Ops.attention of one segment's queries [T, nq, D], from position `start` on, over its sequence's keys [S, nkv, D]
     and values [S, nkv, Dv], to out [T, nq, Dv]; as about `parts` tasks, each of some heads."""
@@ -151,9 +152,13 @@ def attention_tasks(
         for at in range(0, n, step):
             end = min(at + step, n)
             first = 0 if window is None else max(0, start + at - window + 1)
-            seen = slice(first, start + end)
+            last = start + n if both_ways else start + end  # one beyond
+            if both_ways and window is not None:
+                last = min(last, start + end + window - 1)
+            seen = slice(first, last)
             scores = softcapped(q[kv, own, at:end] @ k[kv, ..., seen] * np.float32(scale), softcap)
-            behind = np.arange(start + at, start + end)[:, None] - np.arange(first, start + end)
+            behind = np.arange(start + at, start + end)[:, None] - np.arange(first, last)
+            behind = np.abs(behind) if both_ways else behind
             hidden = behind < 0 if window is None else (behind < 0) | (behind >= window)
             scores[..., hidden] = -np.inf
             out[kv, own, at:end] = softmax(scores, None if sink is None else sink[kv, own]) @ v[kv, :, seen]

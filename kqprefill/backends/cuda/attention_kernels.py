@@ -34,10 +34,9 @@ class AttentionConfig(ABC):
     def block_q(self) -> int:
         """Queries of a tile."""
 
-    @property
     @abstractmethod
-    def program(self) -> Program:
-        """What it is compiled to."""
+    def program(self, both_ways: bool = False) -> Program:
+        """What it is compiled to; both_ways: for queries that also see the keys after them."""
 
     @property
     def uses_tensor_maps(self) -> bool:
@@ -54,13 +53,14 @@ class AttentionConfig(ABC):
         """Blocks that share the work on one tile of queries of one head."""
         return -(-self.value_dim // _MOST_PART)
 
-    def _program(self, source: str, threads: int, shared_bytes: int, **constants: int) -> Program:
+    def _program(self, source: str, threads: int, shared_bytes: int, both_ways: bool, **constants: int) -> Program:
         """The kernel's program, with the constants that both sources have, and others."""
         every = {
             "HEAD_DIM": self.head_dim,
             "VALUE_DIM": self.value_dim,
             "PART_DIM": self.part_dim,
             "BLOCK_KV": self.block_kv,
+            "BOTH_WAYS": int(both_ways),
             **constants,
         }
         defines = tuple((name, str(value)) for name, value in every.items())
@@ -78,14 +78,13 @@ class PortableAttention(AttentionConfig):
     def block_q(self) -> int:
         return 16 * self.warps
 
-    @property
     @cache
-    def program(self) -> Program:
+    def program(self, both_ways: bool = False) -> Program:
         key_row, value_row = 2 * self.head_dim + 16, 2 * self.part_dim + 16
         query_rows = 0 if self.q_in_registers else self.block_q
         shared_bytes = 2 * self.block_kv * (key_row + value_row) + query_rows * key_row
         constants = {"WARPS": self.warps, "Q_IN_REGISTERS": self.q_in_registers}
-        return self._program("attention_sm80.cu", 32 * self.warps, shared_bytes, **constants)
+        return self._program("attention_sm80.cu", 32 * self.warps, shared_bytes, both_ways, **constants)
 
 
 @dataclass(frozen=True)
@@ -99,12 +98,11 @@ class HopperAttention(AttentionConfig):
     def block_q(self) -> int:
         return 128
 
-    @property
     @cache
-    def program(self) -> Program:
+    def program(self, both_ways: bool = False) -> Program:
         halves = self.block_q * self.head_dim + self.stages * self.block_kv * (self.head_dim + self.part_dim)
         barriers = 1 + 4 * self.stages
-        return self._program("attention_sm90.cu", 384, 2 * halves + 8 * barriers, STAGES=self.stages)
+        return self._program("attention_sm90.cu", 384, 2 * halves + 8 * barriers, both_ways, STAGES=self.stages)
 
     @property
     def uses_tensor_maps(self) -> bool:

@@ -86,7 +86,8 @@ class Portable(KernelSet):
             yield config.program()
             yield config.program(grouped=True)
         for sizes in _HEAD_DIMS:
-            yield self.attention(*sizes).program
+            yield self.attention(*sizes).program()
+        yield self.attention(256, 256).program(both_ways=True)  # EmbeddingGemma's
 
 
 class Hopper(Portable):

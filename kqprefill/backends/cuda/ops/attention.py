@@ -311,6 +311,7 @@ class AttentionOps(BatchOps):
         window: int | None = None,
         softcap: float | None = None,
         sinks: Weight | None = None,
+        both_ways: bool = False,
     ) -> Operand:
         self.enter_attention(q.head_dim, v.head_dim, window)
         attending = self.attending(q.head_dim, v.head_dim)
@@ -324,7 +325,7 @@ class AttentionOps(BatchOps):
                 for name, heads, box_rows in zip("qkv", (q, k, v), rows)
             }
         self.launcher.launch(
-            config.program,
+            config.program(both_ways),
             "attention",
             grid=(nq, attending.query_tiles.shape[0], config.parts),
             **inputs,

@@ -15,7 +15,7 @@ from ..kernel_set import KernelSet
 
 @dataclass(frozen=True)
 class AttentionLayout:
-    """tiles: of queries, int32 [tiles, 6], kernels/include/softmax.cuh's QueryTile, those with most keys first. rows:
+    """tiles: of queries, int32 [tiles, 7], kernels/include/softmax.cuh's QueryTile, those with most keys first. rows:
     of k and v; row_of: each token's, int32 [T]; copies: int32 [copies, 2], rows that are to be copied and where to."""
 
     tiles: Int32Array
@@ -68,7 +68,8 @@ def attention_layout(segments: Sequence[Segment], config: AttentionConfig) -> At
             kv_row = 0
         for at in range(0, segment.length, config.block_q):
             length = min(config.block_q, segment.length - at)
-            tiles.append((segment.first + at, length, segment.position + at, kv_row, shared, shared_row))
+            keys = segment.position + segment.length
+            tiles.append((segment.first + at, length, segment.position + at, kv_row, shared, shared_row, keys))
     tiles.sort(key=lambda tile: tile[2] + tile[1], reverse=True)
     return AttentionLayout(
         np.array(tiles, np.int32), rows, np.concatenate(row_of), np.array(copies, np.int32).reshape(-1, 2)

@@ -47,7 +47,7 @@ class Residual:
 class Attending:
     """How attention over a batch goes with heads of one size (attention_layout.py).
 
-    rows: of k and v. query_tiles: int32 [tiles, 6]. key_row_of: which rows of k and v are the tokens', int32 [T], where
+    rows: of k and v. query_tiles: int32 [tiles, 7]. key_row_of: which rows of k and v are the tokens', int32 [T], where
     these are not in order; key_copies: int32 [copies, 2], the rows that are then to be copied. Both are None elsewhere.
     """
 
