@@ -93,7 +93,11 @@ class LlamaCpp:
     """
 
     def __init__(self, path, n_ctx=1024, flash=True, type_k=F16, type_v=F16, swa_full=False, n_seq_max=1, n_ubatch=512):
-        lib, model, context = library(), library().llama_model_default_params(), library().llama_context_default_params()
+        lib, model, context = (
+            library(),
+            library().llama_model_default_params(),
+            library().llama_context_default_params(),
+        )
         self.model = lib.llama_model_load_from_file(os.fsencode(path), model)
         assert self.model, "".join(_said[-5:])
         values = {"n_ctx": n_ctx, "n_batch": 2048, "n_ubatch": n_ubatch, "n_seq_max": n_seq_max, "n_threads": 2}

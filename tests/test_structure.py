@@ -10,7 +10,7 @@ from conftest import ROOT
 PACKAGE = "terminal errors core timeline states gguf models synthetic text backends engine cli".split()
 CUDA = (
     "constants units device programs attention_kernels delta_kernels "
-    "weights gemm kv_cache kernel_set ops rehearsal bounds batch_size backend"
+    "weights gemm kv_cache kernel_set ops state_access rehearsal bounds batch_size backend"
 ).split()
 
 

@@ -58,9 +58,7 @@ def state_shape(family: Family) -> StateShape:
         elif isinstance(state, Recurrent):
             recurrent.append((index, state))
     layers, axes = len(family.layer_states), family.architecture in _AXES
-    return StateShape(
-        family.architecture, layers, tuple(full), tuple(sliding) or None, window, tuple(recurrent), axes
-    )
+    return StateShape(family.architecture, layers, tuple(full), tuple(sliding) or None, window, tuple(recurrent), axes)
 
 
 def joined_latent(family: Family) -> LatentAttention | None:
@@ -298,12 +296,10 @@ class HandsOver(ABC):
         """
         self._check_open()
         with open_state(self.family, os.fspath(path)) as file:
-            most, count = self.family.config.context_length, len(file.tokens) + room
-            if count > most:
-                raise InputError(
-                    f"{file.path}: {len(file.tokens)} tokens and {room} more are past the model's context length of {most}"
-                )
-            cache = self.new_cache(count)
+            most, held = self.family.config.context_length, len(file.tokens)
+            if held + room > most:
+                raise InputError(f"{file.path}: {held} tokens and {room} more are past the context length of {most}")
+            cache = self.new_cache(held + room)
             try:
                 load_rows(self.backend, self.family, cache, file)
             except BaseException:

@@ -57,8 +57,8 @@ def value_rotation(element: Element, head_dims: set[int]) -> int:
 
 
 def rotate(rows: Float32Array, size: int) -> Float32Array:
-    """Each `size` values of float32 [n, width] times the orthonormal Hadamard matrix in Sylvester's order, whose inverse
-    it is; as they are where size is 0."""
+    """Each `size` values of float32 [n, width] times the orthonormal Hadamard matrix in Sylvester's order, which is its
+    own inverse; as they are where size is 0."""
     if not size:
         return rows
     matrix = np.ones((1, 1), np.float32)

@@ -163,7 +163,8 @@ class LayerPlace:
 @dataclass
 class Layout:
     """A whole file: `fixed` has the bytes that do not depend on what was computed, by their offset; `attention` and
-    `recurrent` say by layer where the rest goes, of a recurrence (offset of the convolution's rows, of the matrices)."""
+    `recurrent` say by layer where the rest goes; of a recurrence the offsets of the convolution's rows, and of the
+    matrices."""
 
     fixed: list[tuple[int, bytes]]
     attention: dict[int, LayerPlace]
@@ -234,13 +235,12 @@ def _add_cache(
         for element, width in ((keys, layer.key_dim), (values, layer.value_dim)):
             if width % element.block:
                 raise InputError(
-                    f"a state of {shape.architecture}: layer {layer.layer}'s heads of {width} values cannot be stored as "
-                    f"{element.name}, which wants multiples of {element.block}; use f16"
+                    f"layer {layer.layer}'s heads of {width} values cannot be stored as {element.name}, which wants "
+                    f"multiples of {element.block}; use f16"
                 )
     turns = rotations(layers, keys, values)
     builder.add(struct.pack("<II", options.streams, cells))
     if cells:
-        ids = [0] if made.session else [0]
         builder.add(_cells(tokens, first, end, made.extra_bytes // 4 * shape.axes))
         builder.add(struct.pack("<II", int(options.transposed), len(layers)))
         if made.has_rotations:

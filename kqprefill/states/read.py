@@ -1,5 +1,5 @@
-"""Read a state file: llama.cpp's, or ours. It is not believed: whatever it says is held against its size and the model's
-shape."""
+"""Read a state file: llama.cpp's, or ours. It is not believed: whatever it says is held against its size and the
+model's shape."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class _Cached:
 class StateFile:
     """A state file of a model of that shape; a context manager.
 
-    tokens: the ids that it lists. cells: how many of them, from the first on, the state is of. Raises InputError, a line
-    that begins with the path: no state file, one cut short, of a version that is not known, of another model's shape, or
-    not of a sequence from its first token on; OSError where it cannot be read.
+    tokens: the ids that it lists. cells: how many of them, from the first on, the state is of. Raises InputError, a
+    line that begins with the path: no state file, one cut short, of a version that is not known, of another model's
+    shape, or not of a sequence from its first token on; OSError where it cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike[str], shape: StateShape) -> None:
@@ -251,8 +251,8 @@ class StateFile:
         """Where the next bytes are."""
         if nbytes > len(self._map) - self._at:
             raise self._error(
-                f"the file ends at byte {len(self._map)}, where {nbytes} more are wanted from byte {self._at} on: it is "
-                "cut short, or of a model of another shape"
+                f"it ends at byte {len(self._map)}, where {nbytes} more are wanted from byte {self._at} on: it is cut "
+                "short, or of a model of another shape"
             )
         self._at += nbytes
         return self._at - nbytes

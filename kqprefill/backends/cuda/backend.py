@@ -6,11 +6,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+
 from ...core import KEYS_PER_TOKEN, Batch, Logits, PendingHead, Progress, no_progress
 from ...errors import BackendError
 from ...models.family import Family
 from ...timeline import Stage, Timeline
-from ..base import Backend, BatchSize, Cache, Loaded
+from ..base import Backend, BatchSize, Cache, Loaded, StateAccess
 from ..budget import Budget
 from .batch_size import choose_batch, first_tokens, with_likeliest
 from .bounds import Speed, floors
@@ -29,6 +31,7 @@ from .ops.head import RANKED
 from .ops.latent import expanded_bytes
 from .programs import weight_program
 from .rehearsal import LIKELIEST, plan_model, rehearse
+from .state_access import DeviceStates
 from .weights.plan import Plan, budget_of
 from .weights.small_arrays import SmallArrays
 from .weights.store import WeightsOnDevice
@@ -147,6 +150,15 @@ class CudaBackend(Backend):
             cache = kind(self.gpu, states, capacity)
         self._caches.append(cache)
         return cache
+
+    def state_access(self, family: Family, cache: Cache, writing: bool = False) -> StateAccess:
+        assert isinstance(cache, DeviceCache), "a cache of another backend"
+        with cuda_errors("a cache's states"):
+            self.gpu.device.set_current()
+        if writing:  # a token of any kind has the scales made that values are kept times
+            pending, _ = self.run(family, Batch(np.zeros(1, np.int32)), cache, None, no_progress)
+            pending()
+        return DeviceStates(self.context, family, cache)
 
     def run(
         self,
