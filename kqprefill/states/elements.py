@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ..core import Float32Array
 from ..errors import InputError
+from . import TYPES
 
 Bytes = NDArray[np.uint8]
 
@@ -36,7 +37,8 @@ class Element:
         return self.block > 1
 
 
-ELEMENTS = {e.name: e for e in (Element("f16", 1, 1, 2), Element("f32", 0, 1, 4), Element("q8_0", 8, 32, 34))}
+_SIZES = {"f16": (1, 1, 2), "f32": (0, 1, 4), "q8_0": (8, 32, 34)}
+ELEMENTS = {name: Element(name, *_SIZES[name]) for name in TYPES}
 
 
 def key_rotation(element: Element, head_dims: set[int]) -> int:

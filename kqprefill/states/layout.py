@@ -15,6 +15,7 @@ import numpy as np
 
 from ..core import Recurrent
 from ..errors import InputError
+from . import FORMATS as NAMES
 from .elements import ELEMENTS, Element, key_rotation, value_rotation
 
 SEQUENCE, SESSION = 0x67677371, 0x6767736E  # "ggsq" and "ggsn", as numbers
@@ -45,14 +46,9 @@ class Format:
         return 12 if self.version >= (10 if self.session else 3) else 8
 
 
-FORMATS = {
-    f.name: f
-    for f in (
-        *(Format(f"ggsq-{version}", SEQUENCE, version) for version in (4, 3, 2)),
-        *(Format(f"ggsn-{version}", SESSION, version) for version in (11, 10)),
-    )
-}
-NEWEST = next(iter(FORMATS))
+_MAGIC = {"ggsq": SEQUENCE, "ggsn": SESSION}
+FORMATS = {name: Format(name, _MAGIC[name[:4]], int(name[5:])) for name in NAMES}
+NEWEST = NAMES[0]
 
 
 @dataclass(frozen=True)
