@@ -100,8 +100,8 @@ class LlamaCpp:
         )
         self.model = lib.llama_model_load_from_file(os.fsencode(path), model)
         assert self.model, "".join(_said[-5:])
-        values = {"n_ctx": n_ctx, "n_batch": 2048, "n_ubatch": n_ubatch, "n_seq_max": n_seq_max, "n_threads": 2}
-        values |= {"n_threads_batch": 2, "flash_attn_type": int(flash), "type_k": type_k, "type_v": type_v}
+        values = {"n_ctx": n_ctx, "n_batch": 2048, "n_ubatch": n_ubatch, "n_seq_max": n_seq_max, "n_threads": 1}
+        values |= {"n_threads_batch": 1, "flash_attn_type": int(flash), "type_k": type_k, "type_v": type_v}
         for name, value in values.items():
             struct.pack_into("<i", context.bytes, _CONTEXT[name], value)
         context.bytes[_SWA_FULL] = int(swa_full)

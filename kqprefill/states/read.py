@@ -155,7 +155,7 @@ class StateFile:
             first = max(0, end - self._shape.window + 1) if number else 0
             there = np.zeros(end, bool)
             there[positions] = True
-            if positions.min() < 0 or there.sum() != cells or not there[first:].all():
+            if there.sum() != cells or not there[first:].all():
                 raise self._error("its cells are not those of a sequence from its first token on")
             self._layers(layers, positions)
         return end
@@ -167,8 +167,9 @@ class StateFile:
         if (table[:, 1] != 1).any():
             raise self._error("its cells do not belong to one sequence each, or are of a model of another kind")
         positions: NDArray[np.int32] = table[:, 0].astype(np.int32)
-        if positions.max() >= len(self.tokens):
-            raise self._error(f"a cell is of position {positions.max()}, but {len(self.tokens)} tokens are listed")
+        low, high = int(positions.min()), int(positions.max())
+        if low < 0 or high >= len(self.tokens):
+            raise self._error(f"its cells have positions {low} to {high}, but {len(self.tokens)} tokens are listed")
         return positions
 
     def _layers(self, layers: Sequence[AttentionLayer], positions: NDArray[np.int32]) -> None:
