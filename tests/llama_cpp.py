@@ -8,7 +8,10 @@ import ctypes
 import os
 import struct
 
+import gguf
 import numpy as np
+
+from kqprefill.gguf import GGUFFile, dequantize
 
 _CONTEXT = {"n_ctx": 0, "n_batch": 4, "n_ubatch": 8, "n_seq_max": 12, "n_outputs_max": 20, "n_outputs_max_per_seq": 24}
 _CONTEXT |= {"n_threads": 28, "n_threads_batch": 32, "flash_attn_type": 52, "type_k": 104, "type_v": 108}
@@ -31,6 +34,25 @@ class _Batch(ctypes.Structure):
         ("seq_id", ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
         ("logits", ctypes.POINTER(ctypes.c_int8)),
     ]
+
+
+def as_f32(path, to):
+    """A GGUF's model with all its weights in F32, whose products llama.cpp does not round: what differs then is what it
+    was given. Returns `to`."""
+    source = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(to, source.fields["general.architecture"].contents())
+    for name, field in source.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            of = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), field.types[0], sub_type=of)
+    with GGUFFile(str(path)) as file:
+        for name, tensor in file.tensors.items():
+            writer.add_tensor(name, dequantize(tensor.data, tensor.type).reshape(tensor.shape).copy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return to
 
 
 _LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
