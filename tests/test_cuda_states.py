@@ -17,7 +17,7 @@ from kqprefill.backends.cuda.kv_cache import DeviceCache, HostCache
 from kqprefill.backends.cuda.ops.chunk_layout import chunk_layout
 from kqprefill.backends.cuda.state_access import _SLOT_BYTES, DeviceStates, operand_places
 from kqprefill.core import KeysValues, Latent, Recurrent, Segment
-from kqprefill.errors import InputError
+from kqprefill.errors import InputError, StateError
 from kqprefill.gguf import GGUFFile
 from kqprefill.models import read_model
 
@@ -217,7 +217,7 @@ def test_values_that_do_not_fit(gpu, rng):
         with pytest.raises(InputError, match="layer 0: the state has a value that f16 cannot hold; use f32"), taken[0]:
             pass
         assert relative_error(large, whole_rows(access, 0, 8)[0]) < 1e-3
-        with pytest.raises(InputError, match="layer 0: the state has values that this model cannot have made"):
+        with pytest.raises(StateError, match="layer 0: the state has values that this model cannot have made"):
             access.write(0, small, large)
 
 

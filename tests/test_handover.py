@@ -8,7 +8,7 @@ import pytest
 from conftest import CASES, ROOT, found, kl_divergence, relative_error
 import kqprefill
 from kqprefill.engine.handover import state_shape
-from kqprefill.errors import InputError
+from kqprefill.errors import InputError, StateError
 from kqprefill.states.elements import ELEMENTS
 from kqprefill.states.read import StateFile
 from test_golden import gemma  # noqa: F401  (a fixture)
@@ -239,11 +239,11 @@ def test_a_file_that_is_cut_short_or_another_model_s(name, rng, tmp_path):
         held = list(model._caches)
         for length in (0, 3, 11, 40, len(whole) // 2, len(whole) - 1):
             (tmp_path / "cut").write_bytes(whole[:length])
-            with pytest.raises(InputError, match=r"^\S+cut: [^\n]+$"):
+            with pytest.raises(StateError, match=r"^\S+cut: [^\n]+$"):
                 model.load_state(tmp_path / "cut")
         assert model._caches == held
     with kqprefill.load(CASES["gemma4-q4_k_m"], backend="cpu") as other:
-        with pytest.raises(InputError, match=r"^\S+state: [^\n]+$"):
+        with pytest.raises(StateError, match=r"^\S+state: [^\n]+$"):
             other.load_state(tmp_path / "state")
         assert not other._caches
 
@@ -259,5 +259,5 @@ def test_a_damaged_file_is_refused_or_read(rng, tmp_path):
             (tmp_path / "damaged").write_bytes(damaged.tobytes())
             try:
                 model.drop_cache(model.load_state(tmp_path / "damaged")[0])
-            except InputError as error:
+            except StateError as error:
                 assert "\n" not in str(error)

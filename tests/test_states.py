@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kqprefill.core import Recurrent
-from kqprefill.errors import InputError
+from kqprefill.errors import InputError, StateError
 from kqprefill.states import FORMATS, TYPES
 from kqprefill.states.elements import ELEMENTS, decode, encode, key_rotation, rotate, value_rotation
 from kqprefill.states.layout import AttentionLayer, StateOptions, StateShape
@@ -158,7 +158,7 @@ def test_a_server_s_list_of_tokens(rng, tmp_path):
             with StateFile(tmp_path / "server", FULL) as file:
                 assert file.tokens == [5, 6, 7] and np.abs(file.keys_values(0)[0] - rows[0][0]).max() < 2e-3
         else:
-            with pytest.raises(InputError, match="list of tokens"):
+            with pytest.raises(StateError, match="list of tokens"):
                 StateFile(tmp_path / "server", FULL)
 
 
@@ -177,12 +177,12 @@ def test_files_that_are_refused(rng, tmp_path):
         (whole[:36] + struct.pack("<I", 0), "state of no token"),
     ):
         path.write_bytes(data)
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(StateError, match=message):
             StateFile(path, FULL)
     path.write_bytes(whole)
     for other in SHAPES.values():
         if other is not FULL:
-            with pytest.raises(InputError):
+            with pytest.raises(StateError):
                 StateFile(path, other)
     sliding = SHAPES["sliding"]
     rows, _ = content(sliding, rng, 9)

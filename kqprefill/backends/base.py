@@ -65,7 +65,7 @@ class StateAccess(ABC):
 
     @abstractmethod
     def write(self, layer: int, first: Float32Array, second: Float32Array) -> None:
-        """Make these two arrays the layer's state, of tokens 0 to n - 1; between batches. Raises InputError for values
+        """Make these two arrays the layer's state, of tokens 0 to n - 1; between batches. Raises StateError for values
         that the model cannot have made."""
 
     def close(self) -> None:

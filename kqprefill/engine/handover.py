@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ..backends.base import Backend, Cache, StateAccess
 from ..core import Float32Array, Int32Array, KeysValues, Latent, Progress, Recurrent, no_progress
-from ..errors import InputError
+from ..errors import InputError, StateError
 from ..gguf import dequantize
 from ..models.deepseek2 import DeepSeek2
 from ..models.family import Family
@@ -164,7 +164,7 @@ class _Expanding:
 
 
 def load_rows(backend: Backend, family: Family, cache: Cache, file: StateFile) -> None:
-    """Make what a file holds an empty cache's content. Raises InputError for values that the model cannot have made."""
+    """Make what a file holds an empty cache's content. Raises StateError for values that the model cannot have made."""
     with backend.state_access(family, cache, writing=True) as access:
         for layer, state in enumerate(family.layer_states):
             if isinstance(state, Recurrent):
@@ -181,20 +181,21 @@ def load_rows(backend: Backend, family: Family, cache: Cache, file: StateFile) -
 
 
 def open_state(family: Family, path: str) -> StateFile:
-    """A state file of this model. Raises as StateFile does; InputError where the model's rows cannot be had of it."""
+    """A state file of this model. Raises StateError as StateFile does, and where the model's rows cannot be had of
+    it."""
     if joined_latent(family) is not None:
-        raise InputError(
+        raise StateError(
             f"{path}: states of a model with attn_kv_b hold keys and values, of which the latent rows that "
             "kqprefill keeps cannot be made; convert the model anew (attn_k_b, attn_v_b)"
         )
     try:
         file = StateFile(path, state_shape(family))
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from None
+        raise StateError(f"{path}: {error.strerror or error}") from None
     wrong = [token for token in file.tokens if not 0 <= token < family.config.vocab_size]
     if wrong:
         file.close()
-        raise InputError(f"{path}: token {wrong[0]} is not in the model's vocabulary: another model's state")
+        raise StateError(f"{path}: token {wrong[0]} is not in the model's vocabulary: another model's state")
     return file
 
 
@@ -291,8 +292,8 @@ class HandsOver(ABC):
         """A new cache with the state in a file of `save_state` or of llama.cpp, with room for so many tokens more; and
         the tokens that the file lists without having their state, which are to come first.
 
-        Raises InputError, a line that names the file: not a state, cut short, of an unknown version, or of a model of
-        another shape.
+        Raises StateError, a line that names the file: not a state, cut short, of an unknown version, or of a model of
+        another shape; InputError where there is no room for it in the model's context.
         """
         self._check_open()
         with open_state(self.family, os.fspath(path)) as file:

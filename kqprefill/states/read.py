@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core import Float32Array, Recurrent
-from ..errors import InputError
+from ..errors import StateError
 from .elements import ELEMENTS, Element, decode, rotate
 from .layout import FORMATS, AttentionLayer, Format, Rows, StateShape, rotations
 
@@ -34,7 +34,7 @@ class _Cached:
 class StateFile:
     """A state file of a model of that shape; a context manager.
 
-    tokens: the ids that it lists. cells: how many of them, from the first on, the state is of. Raises InputError, a
+    tokens: the ids that it lists. cells: how many of them, from the first on, the state is of. Raises StateError, a
     line that begins with the path: no state file, one cut short, of a version that is not known, of another model's
     shape, or not of a sequence from its first token on; OSError where it cannot be read.
     """
@@ -258,8 +258,8 @@ class StateFile:
         self._at += nbytes
         return self._at - nbytes
 
-    def _error(self, what: str) -> InputError:
-        return InputError(f"{self.path}: {what}")
+    def _error(self, what: str) -> StateError:
+        return StateError(f"{self.path}: {what}")
 
 
 def _matrix_values(state: Recurrent) -> int:

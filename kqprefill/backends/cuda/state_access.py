@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core import Float32Array, KeysValues, Latent, LayerState, Recurrent
-from ...errors import InputError
+from ...errors import InputError, StateError
 from ...models.delta_net import DeltaNet
 from ...models.family import Family
 from ...models.qwen35 import Qwen35
@@ -222,7 +222,7 @@ class DeviceStates(StateAccess):
                 with np.errstate(over="ignore"):
                     halves = (rows * self._scale(scale)).astype(np.float16)
                 if not np.isfinite(halves).all():
-                    raise InputError(f"layer {layer}: the state has values that this model cannot have made")
+                    raise StateError(f"layer {layer}: the state has values that this model cannot have made")
                 padded = _padded(halves, state, number)
                 self._cache.keep_bytes(layer, array.address, padded.view(np.uint8).reshape(-1))
 
