@@ -38,8 +38,8 @@ class Cache(ABC):
 
 
 # Hears of rows of a layer's state, of tokens from the number on: take(number, rows). Entering `rows` waits until they
-# are there and gives their two arrays [n, ...], float32 or float16, which are the caller's until it leaves. Any thread
-# may enter, and somebody must.
+# are there and gives their two arrays [n, ...], float32, or float16 and finite, which are the caller's until it leaves.
+# Any thread may enter, and somebody must.
 TakeRows: TypeAlias = Callable[[int, AbstractContextManager[tuple[NDArray[Any], NDArray[Any]]]], None]
 
 

@@ -31,7 +31,7 @@ from ..states.read import StateFile
 from ..states.write import StateWriter, whole_file
 from .prefill import Prefill
 
-_THREADS = 4  # that encode and write
+_THREADS = 8  # that encode and write, at most
 _AXES = {"qwen3vl", "qwen3vlmoe", "qwen35", "qwen35moe"}  # whose positions have several axes in llama.cpp (M-RoPE)
 _ONE_CACHE = {"phi3"}  # whose windows llama.cpp leaves out
 
@@ -86,7 +86,7 @@ class Saving:
         self._family, self._options, self._cells = family, options, cells
         self._writer = StateWriter(file, state_shape(family), options, tokens, cells)
         self._access: StateAccess = backend.state_access(family, cache)
-        self._pool = ThreadPoolExecutor(_THREADS)
+        self._pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
         self._written: list[Future[None]] = []
         self._started: set[int] = set()
 

@@ -71,10 +71,12 @@ def rotate(rows: Float32Array, size: int) -> Float32Array:
 
 
 def encode(rows: NDArray[Any], element: Element) -> Bytes:
-    """Rows float32 (or float16) [n, width] as bytes [n, element.row_bytes(width)].
+    """Rows float32 [n, width] as bytes [n, element.row_bytes(width)]; or float16 ones, which are known to be finite.
 
     Raises InputError for a value that the type cannot hold: one that is not finite, or is too large for f16.
     """
+    if rows.dtype == np.float16 and element.name == "f16":
+        return np.ascontiguousarray(rows, "<f2").view(np.uint8).reshape(len(rows), -1)
     if element.name == "f32":
         stored: NDArray[Any] = np.ascontiguousarray(rows, "<f4")
         finite = np.isfinite(stored).all()
