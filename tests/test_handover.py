@@ -18,7 +18,8 @@ SEQUENCE, SESSION = "ggsq-4", "ggsn-11"  # what the wheel's llama.cpp reads
 # Full attention, sliding windows, sinks, latent rows in both layouts, recurrences, keys and values that layers share.
 FAMILIES = (
     "qwen3-q8_0 llama-q4_k_m phi3-q4_k_m gemma2-q4_k gemma3-q4_k_m gpt-oss-mxfp4 deepseek2-moe-glm47-q3_k_m "
-    "deepseek2-moe-kv_b-q3_k_m qwen35-tied-nextn qwen35moe-q4_k_m qwen3next-moe-q3_k_m qwen3vl-q4_k_m gemma4-q4_k_m"
+    "deepseek2-moe-kv_b-q3_k_m qwen35-tied-nextn qwen35moe-q4_k_m qwen3next-moe-q3_k_m qwen3vl-q4_k_m gemma4-q4_k_m "
+    "gemma4-e2b-q3_k_m gemma-q4_k glm4-q4_k_m glm4moe-nextn-q3_k_m granite-q4_k olmo2-q4_k qwen2-q5_k smollm3-q4_k"
 )
 CASES_HERE = [pytest.param(path, id=path.stem) for path in found(FAMILIES)]
 

@@ -35,6 +35,7 @@ from .ops.context import Context
 from .programs import STATES
 
 _SLOTS, _SLOT_BYTES = 8, 16 << 20
+SLOTS_BYTES = _SLOTS * _SLOT_BYTES  # of device memory, which is planned for
 _NEVER = np.float32(-1e30)  # of a token that changes no recurrence: its beta is sigmoid(this), and its decay e^0
 _HOST_PIECE = 4096  # tokens
 
