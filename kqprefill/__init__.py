@@ -14,7 +14,7 @@ from collections.abc import Callable
 import os
 from typing import TYPE_CHECKING
 
-from .errors import BackendError, GGUFError, InputError, KqprefillError, ModelError
+from .errors import BackendError, GGUFError, InputError, KqprefillError, ModelError, StateError
 
 if TYPE_CHECKING:
     from .backends.base import Cache
@@ -40,6 +40,7 @@ __all__ = [
     "Prefill",
     "Scored",
     "Stage",
+    "StateError",
     "__version__",
     "load",
     "perplexity",

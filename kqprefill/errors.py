@@ -24,6 +24,10 @@ class ModelError(KqprefillError):
     """The GGUF is sound, but its model cannot be run: unsupported architecture, missing or misshapen tensor."""
 
 
+class StateError(KqprefillError):
+    """The file is not a state that the model can go on from: damaged, of an unknown version, or another model's."""
+
+
 class InputError(KqprefillError):
     """The caller's tokens or arguments are wrong: an id out of range, a prompt past the context length, ..."""
 

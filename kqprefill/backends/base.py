@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
-from ..core import BATCH_TOKENS, FIRST_TOKENS, Batch, Logits, PendingHead, Progress, no_progress
+import numpy as np
+from numpy.typing import NDArray
+
+from ..core import BATCH_TOKENS, FIRST_TOKENS, Batch, Float32Array, Logits, PendingHead, Progress, no_progress
 from ..models.family import Family
 from ..timeline import Stage
 from .budget import Budget
 
 
 class Cache(ABC):
-    """The layers' states of one sequence of `length` tokens, with room for `capacity`."""
+    """The layers' states of one sequence of `length` tokens, with room for `capacity`. tokens: their ids."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity, self.length = capacity, 0
+        self.tokens: list[int] = []
 
     def __repr__(self) -> str:
         return f"<Cache: {self.length} tokens, room for {self.capacity}>"
@@ -25,10 +30,64 @@ class Cache(ABC):
     def reset(self) -> None:
         """Forget all tokens."""
         self.length = 0
+        self.tokens.clear()
 
     @abstractmethod
     def close(self) -> None:
         """Free the storage."""
+
+
+# Hears of rows of a layer's state, of tokens from the number on: take(number, rows). Entering `rows` waits until they
+# are there and gives their two arrays [n, ...], float32, or float16 and finite, which are the caller's until it leaves.
+# Any thread may enter, and somebody must.
+TakeRows: TypeAlias = Callable[[int, AbstractContextManager[tuple[NDArray[Any], NDArray[Any]]]], None]
+
+
+class StateAccess(ABC):
+    """The layers' states in a cache as real values, whatever form a backend keeps them in.
+
+    Of a KeysValues layer: keys and values [n, heads, head_dim] each; of a Latent: [n, rank] and [n, rotary]; of a
+    Recurrent, after the last token: its matrices [heads, key_dim, value_dim] and the last rows [taps, channels] of the
+    convolution's inputs.
+    """
+
+    @abstractmethod
+    def rows(self, layer: int, end: int, wide: bool, take: TakeRows, live: bool = False) -> None:
+        """Have `take` hear of the rows of tokens 0 to end - 1, in pieces, as soon as they are on their way.
+
+        wide: float32, else perhaps float16, which entering the rows raises InputError for where it cannot hold one.
+        live: while a batch runs, just after the layer has been started; else between batches.
+        """
+
+    @abstractmethod
+    def recurrence(self, layer: int) -> tuple[Float32Array, Float32Array]:
+        """A recurrence's state, between batches."""
+
+    @abstractmethod
+    def write(self, layer: int, first: Float32Array, second: Float32Array) -> None:
+        """Make these two arrays the layer's state, of tokens 0 to n - 1; between batches. Raises StateError for values
+        that the model cannot have made."""
+
+    def close(self) -> None:
+        """Free what the access itself holds."""
+
+    def __enter__(self) -> StateAccess:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def whole_rows(access: StateAccess, layer: int, end: int) -> tuple[Float32Array, Float32Array]:
+    """A layer's rows of tokens 0 to end - 1, between batches, in one piece."""
+    pieces: list[tuple[NDArray[Any], NDArray[Any]]] = []
+
+    def take(first: int, rows: AbstractContextManager[tuple[NDArray[Any], NDArray[Any]]]) -> None:
+        with rows as (a, b):
+            pieces.append((a.astype(np.float32), b.astype(np.float32)))
+
+    access.rows(layer, end, True, take)
+    return np.concatenate([a for a, _ in pieces]), np.concatenate([b for _, b in pieces])
 
 
 @dataclass(frozen=True)
@@ -96,6 +155,10 @@ class Backend(ABC):
     @abstractmethod
     def new_cache(self, family: Family, capacity: int) -> Cache:
         """A Cache for `capacity` tokens."""
+
+    @abstractmethod
+    def state_access(self, family: Family, cache: Cache, writing: bool = False) -> StateAccess:
+        """The states in a cache of `new_cache`; writing: an empty one, which states will be written to."""
 
     @abstractmethod
     def run(

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 import json
 import math
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
@@ -35,8 +35,12 @@ from .common import (
 from .outputs import STDIO, Outputs, force_option
 from .progress import progress_bars
 from .sources import from_home, model_path
+from .states import States, state_options, states_of
 
 if TYPE_CHECKING:
+    from ..core import Progress
+    from ..engine.model import Model
+    from ..engine.prefill import Prefill
     from ..gguf import GGUFFile
 
 
@@ -66,6 +70,7 @@ if TYPE_CHECKING:
     "`-` is stdout.",
 )
 @click.option("--all-positions", is_flag=True, help="With --logits: every position's, float32 [T, V].")
+@state_options
 @force_option
 @device_options
 @memory_option
@@ -90,6 +95,7 @@ def run(
     vram: str | None,
     quiet: bool,
     verbose: bool,
+    **state: Any,
 ) -> None:
     """Print the greedy next token after a prompt.
 
@@ -109,17 +115,24 @@ def run(
         raise click.UsageError("--top and --text both say what to print; --top shows texts too")
     if as_json and as_text:
         raise click.UsageError("--json and --text both say what to print; --json has the text too")
+    states = states_of(**state)
+    goes_on = states.load is not None
     if tokens is None and prompt is None and file is None and has_piped_stdin():
         prompt = STDIO
-    if [tokens, prompt, file].count(None) != 2:
+    if goes_on and chat:
+        raise click.UsageError("--chat writes a conversation from its beginning; with --load-state give what follows")
+    if all_positions and states.save is not None:
+        raise click.UsageError("--all-positions and --save-state: ask for them in two runs")
+    if not (goes_on and tokens is prompt is file is None) and [tokens, prompt, file].count(None) != 2:
         raise click.UsageError("give the prompt once: --tokens IDS, --prompt TEXT, --file FILE, or piped into stdin")
     if tokens is not None and (chat or no_special):
         raise click.UsageError(f"{'--chat' if chat else '--no-special'} is for a text; --tokens are ids already")
     if chat_template is not None and not chat:
         raise click.UsageError("--chat-template says how --chat writes the prompt; give that too")
     outputs = Outputs(force)
-    if logits is not None:
-        check_arrays_path(logits, "--logits")
+    if logits is not None or states.save is not None:
+        if logits is not None:
+            check_arrays_path(logits, "--logits")
         outputs.reads(model_path(path), "the model")
         outputs.reads_text(tokens, "--tokens")
         outputs.reads_text(prompt, "--prompt")
@@ -127,9 +140,13 @@ def run(
             outputs.reads(from_home(file), "the file of --file")
         if chat_template is not None:
             outputs.reads(from_home(chat_template), "the file of --chat-template")
+        if states.load is not None:
+            outputs.reads(from_home(states.load), "the state of --load-state")
         outputs.writes_stdout()
-        if logits != STDIO:
+        if logits is not None and logits != STDIO:
             outputs.claim(logits, "--logits")
+        if states.save is not None:
+            outputs.claim(states.save, "--save-state")
     ids = None if tokens is None else read_tokens(tokens)
     words = None if prompt is None else read_text(prompt, "--prompt")
     if file is not None:
@@ -143,18 +160,18 @@ def run(
     with ExitStack() as stack:
         # The output is opened before the work, so that a path that can't be written costs no time.
         output = stack.enter_context(outputs.open(logits, "--logits")) if logits is not None else None
+        kept = stack.enter_context(outputs.open(states.save, "--save-state")) if states.save is not None else None
         progress = stack.enter_context(progress_bars(not quiet))
         source = stack.enter_context(GGUFFile(model_path(path)))
         if ids is None:
-            assert words is not None, "the prompt is given as ids or as text"
-            ids = _encoded(source, words, chat, template, not no_special)
-            if not ids:
+            ids = [] if words is None else _encoded(source, words, chat, template, not no_special, not goes_on)
+            if not ids and not goes_on:
                 raise InputError("the prompt is empty; give some text")
         model = stack.enter_context(open_on(source, backend, device, kernels, vram, quiet, progress, len(ids)))
         if top > model.config.vocab_size:
             raise InputError(f"--top {top}: the vocabulary has {model.config.vocab_size} tokens")
         wanted = "all" if all_positions else "last" if top or output is not None else None
-        result = model.prefill(ids, logits=wanted, progress=progress)
+        result = _prefill(model, states, kept, ids, wanted, progress)
         if output is not None:
             from .arrays import write_arrays
 
@@ -167,6 +184,8 @@ def run(
             f"load {timings['load']:.2f} s, {model.backend.name} ({model.backend.device_name})"
             + (f", {size(held)} of GPU memory" if held is not None else "")
         )
+        if states.save is not None:
+            summary += f", the state written in {timings['state']:.2f} s more"
         token = result.token
         assert token is not None, "the prompt has tokens"
         described: dict[str, Any] = {
@@ -213,13 +232,35 @@ def run(
         print_text(described["text"] if as_text and described["text"] is not None else token)
 
 
-def _encoded(source: GGUFFile, words: str, chat: bool, template: str | None, parse_special: bool) -> list[int]:
+def _prefill(
+    model: Model,
+    states: States,
+    kept: BinaryIO | None,
+    ids: list[int],
+    logits: str | None,
+    progress: Progress | None | None,
+) -> Prefill:
+    """Run the prompt, perhaps after a state that is loaded, and perhaps save the one that it leaves."""
+    cache = None
+    if states.load is not None:
+        cache, first = model.load_state(from_home(states.load), room=len(ids))
+        ids = first + ids
+        if not ids:
+            raise InputError(f"--load-state {states.load}: a state has no logits; give at least one token that follows")
+    if kept is None:
+        return model.prefill(ids, logits=logits, cache=cache, progress=progress)
+    return model.save_state(kept, ids, cache, logits, progress, states.hold_back, **states.options)
+
+
+def _encoded(
+    source: GGUFFile, words: str, chat: bool, template: str | None, parse_special: bool, add_special: bool
+) -> list[int]:
     """The prompt's ids: of a text, or of the beginning of an answer to a user's message."""
     from ..text import Tokenizer
 
     tokenizer = Tokenizer(source.metadata, source.path)
     if not chat:
-        return tokenizer.encode(words, parse_special=parse_special)
+        return tokenizer.encode(words, add_special, parse_special)
     from ..text.chat import Chat
 
     if not words:

@@ -25,6 +25,7 @@ from ..models.family import Family
 from ..terminal import shown
 from .checks import refuse_non_finite, token_ids
 from .embedding import Normalise, closing_token, pooling_of, vectors
+from .handover import HandsOver
 from .prefill import Prefill
 from .scoring import (
     Group,
@@ -46,7 +47,7 @@ _LOGITS = (None, "last", "all")
 _LOG = logging.getLogger("kqprefill")
 
 
-class Model:
+class Model(HandsOver):
     """A model ready to prefill; a context manager, freed by `close`. Made by `kqprefill.load`."""
 
     def __init__(self, file: ModelFile, family: Family, backend: Backend, timings: dict[str, float]) -> None:
@@ -109,6 +110,7 @@ class Model:
         refuse_non_finite(head.logits, head.logit, head.logprob, start, len(ids))
         if cache is not None:
             cache.length = start + len(ids)
+            cache.tokens[start:] = ids.tolist()
         timings = {"prefill": time.perf_counter() - start_time}
         result = Prefill(head.token, head.logit, head.logprob, head.logits, len(ids), timings, stages)
         _LOG.debug("%d tokens, %.0f tokens/s", len(ids), result.tokens_per_second)
@@ -262,6 +264,11 @@ class Model:
         cache = self.backend.new_cache(self.family, max_tokens)
         self._caches.append(cache)
         return cache
+
+    def drop_cache(self, cache: Cache) -> None:
+        """Free a cache of this model's."""
+        self._caches = [own for own in self._caches if own is not cache]
+        cache.close()
 
     def close(self) -> None:
         """Free the weights, the caches and the device's memory, and unmap the file. Twice is harmless."""

@@ -8,9 +8,10 @@ import time
 from ...core import Batch, Logits, PendingHead, Progress
 from ...models.family import Family
 from ...timeline import Stage, Timeline
-from ..base import Backend, Cache
+from ..base import Backend, Cache, StateAccess
 from ..budget import Budget
 from .ops import CpuCache, CpuOps
+from .states import CpuStates
 from .threads import blas
 from .weights import DecodedWeights
 
@@ -36,6 +37,10 @@ class CpuBackend(Backend):
 
     def new_cache(self, family: Family, capacity: int) -> Cache:
         return CpuCache(family.layer_states, capacity)
+
+    def state_access(self, family: Family, cache: Cache, writing: bool = False) -> StateAccess:
+        assert isinstance(cache, CpuCache), "a cache of another backend"
+        return CpuStates(cache)
 
     def run(
         self,

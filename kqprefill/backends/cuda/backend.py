@@ -6,11 +6,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+
 from ...core import KEYS_PER_TOKEN, Batch, Logits, PendingHead, Progress, no_progress
 from ...errors import BackendError
 from ...models.family import Family
 from ...timeline import Stage, Timeline
-from ..base import Backend, BatchSize, Cache, Loaded
+from ..base import Backend, BatchSize, Cache, Loaded, StateAccess
 from ..budget import Budget
 from .batch_size import choose_batch, first_tokens, with_likeliest
 from .bounds import Speed, floors
@@ -29,6 +31,7 @@ from .ops.head import RANKED
 from .ops.latent import expanded_bytes
 from .programs import weight_program
 from .rehearsal import LIKELIEST, plan_model, rehearse
+from .state_access import SLOTS_BYTES, DeviceStates
 from .weights.plan import Plan, budget_of
 from .weights.small_arrays import SmallArrays
 from .weights.store import WeightsOnDevice
@@ -42,6 +45,7 @@ class CudaBackend(Backend):
     name = "cuda"
     runs_ahead = True
     plan: Plan | None = None
+    _slots_bytes = 0  # of device memory that states are read through, once any have been
 
     def __init__(self, device: int, kernels: str = "auto") -> None:
         self.gpu = Gpu(device)
@@ -148,6 +152,20 @@ class CudaBackend(Backend):
         self._caches.append(cache)
         return cache
 
+    def state_access(self, family: Family, cache: Cache, writing: bool = False) -> StateAccess:
+        assert isinstance(cache, DeviceCache), "a cache of another backend"
+        assert self.plan is not None, "a model is loaded before it has a cache"
+        with cuda_errors("making room for states"):
+            self.gpu.device.set_current()
+            self._slots_bytes = SLOTS_BYTES
+            others = self.plan.nbytes - self.plan.parts.get("caches", 0)
+            if others + self._cache_bytes(family) > self._budget:
+                self._make_room(family, self.plan.tokens, 0, self._ranks, no_progress)
+        if writing:  # a token of any kind has the scales made that values are kept times
+            pending, _ = self.run(family, Batch(np.zeros(1, np.int32)), cache, None, no_progress)
+            pending()
+        return DeviceStates(self.context, family, cache)
+
     def run(
         self,
         family: Family,
@@ -197,8 +215,10 @@ class CudaBackend(Backend):
         return wait
 
     def _cache_bytes(self, family: Family) -> int:
-        """Of the caches that there are, and of what a layer's latent rows in the largest are expanded to."""
-        return sum(cache.device_bytes for cache in self._caches) + expanded_bytes(family, self._largest_cache())
+        """Of the caches that there are, of what a layer's latent rows in the largest are expanded to, and of the slots
+        through which states are read."""
+        held = sum(cache.device_bytes for cache in self._caches) + self._slots_bytes
+        return held + expanded_bytes(family, self._largest_cache())
 
     def _expanded_bytes(self, family: Family, capacity: int) -> int:
         """By how much a cache of so many tokens lets what latent rows are expanded to grow."""

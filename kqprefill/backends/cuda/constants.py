@@ -28,6 +28,7 @@ _THREADS = {
     "COPY_THREADS": (128, "copy_rows gather"),
     "SINGLE_THREAD": (1, "weight_scale divide_scale smaller_scale"),
     "LATENT_THREADS": (256, "latent_rows latent_queries latent_heads"),
+    "STATE_THREADS": (256, "real_rows"),
     "OUTPUT_SCALE_THREADS": (256, "output_scale"),
     "HEAD_THREADS": (1024, "finish_logits rank"),
     "EXPERT_THREADS": (256, "route route_biased combine"),

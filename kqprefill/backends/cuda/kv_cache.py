@@ -97,6 +97,7 @@ class DeviceCache(Cache):
         # Attention multiplies what lies past a sequence's end by zero, which must not be NaN.
         gpu.zero(int(self._buffer.handle), self._buffer.size)
         self._starts = self._layout()
+        self.scales: dict[int, tuple[DeviceArray, DeviceArray]] = {}  # by layer, of its two arrays of halves
 
     @staticmethod
     def bytes_needed(states: Sequence[LayerState], capacity: int) -> int:
@@ -133,6 +134,21 @@ class DeviceCache(Cache):
         state = self._states[layer]
         assert isinstance(state, Recurrent), "a layer with a recurrence"
         return RecurrentArrays.at(self._address(layer), state)
+
+    def note_scales(self, layer: int, first: DeviceArray, second: DeviceArray) -> None:
+        """Say what the halves in a layer's two arrays are times: float32 [1] each, the same for every batch."""
+        self.scales[layer] = first, second
+
+    def kept_bytes(self, layer: int) -> NDArray[np.uint8]:
+        """What is kept of a layer, for the host; between batches."""
+        raw = np.empty(state_bytes(self._states[layer], self.capacity), np.uint8)
+        self._gpu.download(raw, self._address(layer))
+        return raw
+
+    def keep_bytes(self, layer: int, offset: int, raw: NDArray[np.uint8]) -> None:
+        """Write to what is kept of a layer; between batches."""
+        self._gpu.upload(self._address(layer) + offset, raw)
+        self._gpu.stream.sync()
 
     def begin_layer(self, layer: int, start: int, n: int) -> None:
         """Launch what has the layer's state of `start` cached tokens ready; n more are to come."""
@@ -208,6 +224,12 @@ class HostCache(DeviceCache):
     def end_batch(self, start: int, n: int) -> None:
         self._copy_out(len(self._states) - 1, start, n)
         self._stream.sync()
+
+    def kept_bytes(self, layer: int) -> NDArray[np.uint8]:
+        return self._on_host[layer]
+
+    def keep_bytes(self, layer: int, offset: int, raw: NDArray[np.uint8]) -> None:
+        self._on_host[layer][offset : offset + len(raw)] = raw
 
     def _runs(self, layer: int, first: int, last: int) -> Iterator[tuple[NDArray[np.uint8], int]]:
         """(bytes on the host, their device address) of what a layer keeps of tokens first to last - 1: their rows in

@@ -159,6 +159,7 @@ class AttentionOps(BatchOps):
         if k is not None and v is not None:
             if attending.key_copies is not None:
                 self._copy_rows(k, v, attending.key_copies)
+            self.states.note_scales(self.layer, *scales[1:])
             self._keys_values[self.layer] = Heads(k, scales[1], p.head_dim), Heads(v, scales[2], p.head_dim)
         return Heads(q, scales[0], p.head_dim), gates
 

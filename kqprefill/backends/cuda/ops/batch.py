@@ -67,6 +67,9 @@ class LayerStates(Protocol):
     def latent(self, layer: int) -> tuple[DeviceArray, DeviceArray]:
         """A layer's latent rows: halves [rows, padded rank], an operand's, and [rows, rotary]."""
 
+    def note_scales(self, layer: int, first: DeviceArray, second: DeviceArray) -> None:
+        """Say what the halves in a layer's two arrays are times."""
+
     def begin_layer(self, layer: int, start: int, n: int) -> None:
         """Launch what has a layer's states of `start` tokens ready; n more are to be written."""
 
@@ -97,6 +100,9 @@ class _WorkStates:
             self._work.array(name, FLOAT16, self._rows, *shape) for name, shape in zip(names, token_shapes(state))
         )
         return first, second
+
+    def note_scales(self, layer: int, first: DeviceArray, second: DeviceArray) -> None:
+        pass
 
     def begin_layer(self, layer: int, start: int, n: int) -> None:
         pass

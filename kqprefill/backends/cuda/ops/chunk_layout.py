@@ -96,7 +96,8 @@ def chunk_layout(segments: Sequence[Segment], keep: bool = False) -> ChunkLayout
             row = segment.first + start - segment.position
             before_row = before.first + start - before.position if before is not None else row
             chunks.append((row, before_row, segment.position - start, min(DELTA_CHUNK, end - start), start))
-        begun = segment.position >= DELTA_CHUNK
+        # A state that was read from a file is kept as if it were that of the chunk's beginning (state_access.py).
+        begun = segment.position >= DELTA_CHUNK or (keep and segment.position > 0)
         source = -1 if not begun else 0 if segment.after is None else states[segment.after]
         leaves = states.get(number, 0 if keep else -1)
         depth = 0 if segment.after is None else depths[segment.after] + 1

@@ -119,6 +119,7 @@ class LatentOps(AttentionOps, DenseOps):
                 r_scale=scale,
             )
         end = first + self.n
+        self.states.note_scales(self.layer, c_scale, scale)
         return _LatentRows(Operand(c.rows(0, end), latent.rank, c_scale, norm, length), k_r.rows(0, end), scale)
 
     def _latent_queries(self, h: Operand, w: Weights, latent: LatentAttention, rope: Rope) -> Heads:

@@ -1,0 +1,32 @@
+"""The states in a CPU's cache, for whoever writes them to a file or reads them from one."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+from ...core import Float32Array
+from ..base import StateAccess, TakeRows
+from .ops import CpuCache
+
+_PIECE = 4096  # tokens
+
+
+class CpuStates(StateAccess):
+    """They are real values already, which no later layer changes."""
+
+    def __init__(self, cache: CpuCache) -> None:
+        self._states = cache.states
+
+    def rows(self, layer: int, end: int, wide: bool, take: TakeRows, live: bool = False) -> None:
+        first, second = self._states[layer]
+        for begin in range(0, end, _PIECE):
+            piece = slice(begin, min(end, begin + _PIECE))
+            take(begin, nullcontext((first[piece], second[piece])))
+
+    def recurrence(self, layer: int) -> tuple[Float32Array, Float32Array]:
+        matrices, rows = self._states[layer]
+        return matrices.copy(), rows.copy()
+
+    def write(self, layer: int, first: Float32Array, second: Float32Array) -> None:
+        for kept, new in zip(self._states[layer], (first, second)):
+            kept[: len(new)] = new

@@ -1,0 +1,292 @@
+"""The states in a GPU's cache as real values, for whoever writes them to a file or reads them from one.
+
+Rows are brought back to real values on the device (kernels/states.cu), in slots that are copied to page-locked memory
+on a stream of their own while the GPU computes on. What is read between batches of a cache in host memory, and all that
+is written, goes through NumPy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+import ctypes
+from dataclasses import dataclass
+import math
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...core import Float32Array, KeysValues, Latent, LayerState, Recurrent
+from ...errors import InputError, StateError
+from ...models.delta_net import DeltaNet
+from ...models.family import Family
+from ...models.qwen35 import Qwen35
+from ..base import StateAccess, TakeRows
+from ..cpu.delta_net import convolve, gates, recur
+from ..cpu.functions import vector_of
+from .constants import DELTA_CHUNK, OPERAND_GROUP
+from .device.arrays import FLOAT16, FLOAT32, INT32, DeviceArray
+from .device.gpu import check, cuda_errors
+from .device.workspace import ALIGNMENT
+from .kv_cache import DeviceCache, HostCache, RecurrentArrays, halo_rows, token_arrays, token_shapes
+from .ops.context import Context
+from .programs import STATES
+
+_SLOTS, _SLOT_BYTES = 8, 16 << 20
+SLOTS_BYTES = _SLOTS * _SLOT_BYTES  # of device memory, which is planned for
+_NEVER = np.float32(-1e30)  # of a token that changes no recurrence: its beta is sigmoid(this), and its decay e^0
+_HOST_PIECE = 4096  # tokens
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Device memory that rows become real values in, the page-locked memory that they are copied to, and the event
+    after which they are there. The first ALIGNMENT bytes say whether a value was beyond a half's range."""
+
+    buffer: Any
+    host: int
+    landed: Any
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One of the two arrays of a layer: a token's values, as heads of head_dim that are `padded` apart, or in operand
+    order."""
+
+    kept: DeviceArray
+    scale: DeviceArray
+    shape: tuple[int, ...]
+    head_dim: int
+    padded: int
+    operand: bool
+
+    @property
+    def columns(self) -> int:
+        """Values of a token."""
+        return math.prod(self.shape)
+
+
+class DeviceStates(StateAccess):
+    """Of a DeviceCache or a HostCache, with what the ops work with."""
+
+    def __init__(self, context: Context, family: Family, cache: DeviceCache) -> None:
+        self._context, self._family, self._cache = context, family, cache
+        self._gpu = context.gpu
+        self._slots: list[_Slot] = []
+        self._free: SimpleQueue[_Slot] = SimpleQueue()  # whose rows somebody has taken
+        self._stream: Any = None
+
+    def rows(self, layer: int, end: int, wide: bool, take: TakeRows, live: bool = False) -> None:
+        if not live and isinstance(self._cache, HostCache):
+            self._rows_on_host(layer, end, take)
+            return
+        with cuda_errors("reading a state"):
+            parts, dtype = self._parts(layer), FLOAT32 if wide else FLOAT16
+            if not self._slots:
+                self._make_slots()
+            token_bytes = dtype.itemsize * sum(part.columns for part in parts)
+            step = max(1, (_SLOT_BYTES - 3 * ALIGNMENT) // token_bytes)
+            for begin in range(0, end, step):
+                n = min(step, end - begin)
+                slot = self._free.get()
+                arrays = self._launch(slot, parts, begin, n, dtype)
+                take(begin, self._landed(slot, arrays, parts, layer))
+
+    def _parts(self, layer: int) -> tuple[_Part, _Part]:
+        state, (first_scale, second_scale) = self._family.layer_states[layer], self._cache.scales[layer]
+        if isinstance(state, Latent):
+            c, k_r = self._cache.latent(layer)
+            return (
+                _Part(c, first_scale, (state.rank,), state.rank, c.shape[1], True),
+                _Part(k_r, second_scale, (state.rotary,), state.rotary, state.rotary, False),
+            )
+        assert isinstance(state, KeysValues), "a layer with rows of its own"
+        k, v = self._cache.keys_values(layer)
+        shape = state.heads, state.head_dim
+        return (
+            _Part(k, first_scale, shape, state.head_dim, k.shape[2], False),
+            _Part(v, second_scale, shape, state.head_dim, v.shape[2], False),
+        )
+
+    def _make_slots(self) -> None:
+        self._stream = self._gpu.device.create_stream()
+        for _ in range(_SLOTS):
+            host = int(check(self._gpu.driver.cuMemHostAlloc(_SLOT_BYTES, 0)))
+            buffer = self._gpu.allocate(_SLOT_BYTES, "the rows of a state")
+            self._slots.append(_Slot(buffer, host, self._gpu.device.create_event()))
+            self._free.put(self._slots[-1])
+
+    def _launch(
+        self, slot: _Slot, parts: tuple[_Part, _Part], begin: int, n: int, dtype: np.dtype
+    ) -> tuple[DeviceArray, DeviceArray]:
+        """Have n rows of both parts come to the slot's page-locked memory. Returns where they are on the device."""
+        base = int(slot.buffer.handle)
+        first = DeviceArray(base + ALIGNMENT, dtype, (n, parts[0].columns))
+        second = DeviceArray(first.address + -(-first.nbytes // ALIGNMENT) * ALIGNMENT, dtype, (n, parts[1].columns))
+        beyond, launcher = DeviceArray(base, INT32, (1,)), self._context.launcher
+        self._gpu.zero(base, beyond.nbytes)
+        launcher.fence()
+        for part, out in zip(parts, (first, second)):
+            launcher.launch(
+                STATES,
+                "real_rows",
+                grid=n,
+                kept=part.kept.rows(begin, begin + n),
+                stride=part.kept.row_bytes // part.kept.dtype.itemsize,
+                padded=part.padded,
+                head_dim=part.head_dim,
+                columns=part.columns,
+                operand=int(part.operand),
+                scale=part.scale,
+                halves=out if dtype == FLOAT16 else None,
+                floats=out if dtype == FLOAT32 else None,
+                beyond=beyond,
+            )
+        self._stream.wait(self._gpu.stream)
+        nbytes = second.address + second.nbytes - base
+        check(self._gpu.driver.cuMemcpyDtoHAsync(slot.host, base, nbytes, self._stream.handle))
+        self._stream.record(slot.landed)
+        launcher.fence()
+        return first, second
+
+    @contextmanager
+    def _landed(
+        self, slot: _Slot, arrays: tuple[DeviceArray, DeviceArray], parts: tuple[_Part, _Part], layer: int
+    ) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+        try:
+            self._gpu.device.set_current()
+            slot.landed.sync()
+            held = memoryview((ctypes.c_uint8 * _SLOT_BYTES).from_address(slot.host))
+            if np.frombuffer(held, np.int32, 1)[0]:
+                raise InputError(f"layer {layer}: the state has a value that f16 cannot hold; use f32")
+            first, second = (
+                np.frombuffer(held, a.dtype, math.prod(a.shape), a.address - int(slot.buffer.handle)) for a in arrays
+            )
+            yield first.reshape(-1, *parts[0].shape), second.reshape(-1, *parts[1].shape)
+        finally:
+            self._free.put(slot)
+
+    def _rows_on_host(self, layer: int, end: int, take: TakeRows) -> None:
+        kept, state = self._halves(layer), self._family.layer_states[layer]
+        factors = [1 / self._scale(scale) for scale in self._cache.scales[layer]]
+        for begin in range(0, end, _HOST_PIECE):
+            rows = [a[begin : min(end, begin + _HOST_PIECE)].astype(np.float32) * f for a, f in zip(kept, factors)]
+            take(begin, _Ready(_cut(rows[0], state, 0), _cut(rows[1], state, 1)))
+
+    def _halves(self, layer: int) -> list[NDArray[np.float16]]:
+        """Both arrays of a layer as they are kept, of all the cache's capacity."""
+        state = self._family.layer_states[layer]
+        assert isinstance(state, (KeysValues, Latent)), "a layer with rows of its own"
+        raw, arrays = self._cache.kept_bytes(layer), token_arrays(0, state, self._cache.capacity)
+        return [raw[a.address : a.address + a.nbytes].view(np.float16).reshape(a.shape) for a in arrays]
+
+    def _scale(self, scale: DeviceArray) -> np.float32:
+        value = np.empty(1, np.float32)
+        self._gpu.download(value, scale.address)
+        scalar: np.float32 = value[0]
+        return scalar
+
+    def recurrence(self, layer: int) -> tuple[Float32Array, Float32Array]:
+        """What is kept is the state after the last whole chunk, and the rows since: they are gone through here."""
+        state, net = self._recurrent(layer)
+        with cuda_errors("reading a state"):
+            arrays = _recurrent_views(self._cache.kept_bytes(layer), state)
+        weights, length, halo = self._family.blocks[layer], self._cache.length, halo_rows(state)
+        matrices, sums, rates = arrays[0][0].copy(), arrays[1].copy(), arrays[2]
+        sums[: max(0, halo - length)] = 0  # before the sequence's first token
+        since = halo - length % DELTA_CHUNK
+        if since == halo:
+            return matrices, sums[halo - state.taps :]
+        rate, bias, taps = (vector_of(w.tensor) for w in (weights.ssm_a, weights.ssm_dt_bias, weights.ssm_conv1d))
+        own = rates[since:]
+        beta, decay = gates(own[:, : state.heads], own[:, state.heads :], rate, bias)
+        u, tail = convolve(sums[since:], sums[since - state.taps : since], taps)
+        _, matrices = recur(u, beta, decay, net, self._family.config.rms_epsilon, matrices)
+        return matrices, tail
+
+    def _recurrent(self, layer: int) -> tuple[Recurrent, DeltaNet]:
+        state = self._family.layer_states[layer]
+        assert isinstance(state, Recurrent) and isinstance(self._family, Qwen35), "a layer with a recurrence"
+        return state, self._family.net
+
+    def write(self, layer: int, first: Float32Array, second: Float32Array) -> None:
+        state, capacity = self._family.layer_states[layer], self._cache.capacity
+        with cuda_errors("writing a state"):
+            if isinstance(state, Recurrent):
+                self._cache.keep_bytes(layer, 0, _as_kept(state, first, second))
+                return
+            assert isinstance(state, (KeysValues, Latent)), "a layer with rows of its own"
+            arrays = token_arrays(0, state, capacity)
+            for number, (rows, scale, array) in enumerate(zip((first, second), self._cache.scales[layer], arrays)):
+                with np.errstate(over="ignore"):
+                    halves = (rows * self._scale(scale)).astype(np.float16)
+                if not np.isfinite(halves).all():
+                    raise StateError(f"layer {layer}: the state has values that this model cannot have made")
+                padded = _padded(halves, state, number)
+                self._cache.keep_bytes(layer, array.address, padded.view(np.uint8).reshape(-1))
+
+    def close(self) -> None:
+        for slot in self._slots:
+            slot.landed.sync()
+            self._gpu.driver.cuMemFreeHost(slot.host)
+            slot.buffer.close(self._gpu.stream)
+        if self._stream is not None:
+            self._stream.close()
+        self._slots.clear()
+
+
+class _Ready:
+    """Rows that are there."""
+
+    def __init__(self, first: Float32Array, second: Float32Array) -> None:
+        self._rows = first, second
+
+    def __enter__(self) -> tuple[Float32Array, Float32Array]:
+        return self._rows
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def operand_places(columns: int) -> NDArray[np.intp]:
+    """Where each of an operand's columns lies in its row (kernels/include/operand.cuh: operand_position)."""
+    c = np.arange(columns)
+    assert OPERAND_GROUP == 64, "the permutation is one of 64 columns"
+    return c & ~63 | (c >> 2 & 3) << 4 | (c >> 1 & 1) << 3 | (c >> 4 & 3) << 1 | c & 1
+
+
+def _cut(rows: Float32Array, state: LayerState, number: int) -> Float32Array:
+    """The values of rows as they are kept, without what pads them and in their own order."""
+    if isinstance(state, Latent):
+        return rows[:, operand_places(state.rank)] if number == 0 else rows
+    assert isinstance(state, KeysValues), "a layer with rows of its own"
+    return rows[..., : state.head_dim]
+
+
+def _padded(halves: NDArray[np.float16], state: KeysValues | Latent, number: int) -> NDArray[np.float16]:
+    """The reverse of _cut."""
+    out = np.zeros((len(halves), *token_shapes(state)[number]), np.float16)
+    if isinstance(state, Latent):
+        out[:, operand_places(state.rank) if number == 0 else slice(None)] = halves
+    else:
+        out[..., : state.head_dim] = halves
+    return out
+
+
+def _recurrent_views(raw: NDArray[np.uint8], state: Recurrent) -> list[Float32Array]:
+    """A recurrence's arrays (RecurrentArrays) in the bytes that a cache keeps."""
+    places = RecurrentArrays.at(0, state)
+    arrays = (places.state, places.sums, places.rates)
+    return [raw[a.address : a.address + a.nbytes].view(np.float32).reshape(a.shape) for a in arrays]
+
+
+def _as_kept(state: Recurrent, matrices: Float32Array, rows: Float32Array) -> NDArray[np.uint8]:
+    """The bytes that a cache keeps of a recurrence after any token: the state as if it were that after the last whole
+    chunk, and since then only tokens that change nothing."""
+    raw = np.zeros(RecurrentArrays.at(0, state).nbytes, np.uint8)
+    kept, sums, rates = _recurrent_views(raw, state)
+    kept[0], rates[...] = matrices, _NEVER
+    sums[len(sums) - state.taps :] = rows
+    return raw

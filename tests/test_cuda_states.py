@@ -1,0 +1,306 @@
+"""The states in a GPU's caches: with memory of the host in place of a GPU's, and (gpu) on one."""
+
+from concurrent.futures import ThreadPoolExecutor
+import ctypes
+from types import SimpleNamespace
+
+from cuda.bindings.driver import CUresult
+import numpy as np
+import pytest
+
+from conftest import CASES, kl_divergence, relative_error
+import kqprefill
+from kqprefill.backends.base import whole_rows
+from kqprefill.backends.cuda.device.arrays import FLOAT16, FLOAT32, DeviceArray
+from kqprefill.backends.cuda.device.signatures import signatures_of
+from kqprefill.backends.cuda.kv_cache import DeviceCache, HostCache
+from kqprefill.backends.cuda.ops.chunk_layout import chunk_layout
+from kqprefill.backends.cuda.state_access import _SLOT_BYTES, DeviceStates, operand_places
+from kqprefill.core import KeysValues, Latent, Recurrent, Segment
+from kqprefill.errors import InputError, StateError
+from kqprefill.gguf import GGUFFile
+from kqprefill.models import read_model
+
+FAMILIES = "qwen3-q8_0 phi3-q4_k_m gemma4-q4_k_m deepseek2-moe-glm47-q3_k_m qwen35-tied-nextn".split()
+
+OK = CUresult.CUDA_SUCCESS
+
+
+class Event:
+    def sync(self):
+        pass
+
+
+class Stream(Event):
+    handle = 0
+
+    def wait(self, other):
+        pass
+
+    def record(self, event=None):
+        return event
+
+    def close(self):
+        pass
+
+
+class Buffer:
+    def __init__(self, nbytes):
+        self.memory = np.full(nbytes, 0xFF, np.uint8)  # halves that are NaN
+        self.handle, self.size = self.memory.ctypes.data, nbytes
+
+    def close(self, stream):
+        self.memory[:] = 0xFF
+
+
+class HostGpu:
+    """In place of a Gpu: its memory is the host's, and all that is asked for is done at once."""
+
+    def __init__(self):
+        self.stream, self.blocks = Stream(), {}
+        self.device = SimpleNamespace(create_stream=Stream, create_event=Event, set_current=lambda: None)
+        self.driver = SimpleNamespace(
+            cuMemHostAlloc=self._host_alloc,
+            cuMemFreeHost=lambda host: self.blocks.pop(int(host)),
+            cuMemcpyDtoHAsync=lambda to, source, nbytes, stream: (ctypes.memmove(to, source, nbytes), (OK,))[1],
+            cuMemHostRegister=lambda *args: (OK,),
+            cuMemHostUnregister=lambda *args: (OK,),
+            cuStreamSynchronize=lambda *args: (OK,),
+        )
+
+    def _host_alloc(self, nbytes, flags):
+        memory = np.empty(nbytes, np.uint8)
+        self.blocks[memory.ctypes.data] = memory
+        return OK, memory.ctypes.data
+
+    def allocate(self, nbytes, what):
+        return Buffer(nbytes)
+
+    def zero(self, address, nbytes):
+        ctypes.memset(address, 0, nbytes)
+
+    def upload(self, address, array, stream=None):
+        ctypes.memmove(address, np.ascontiguousarray(array).ctypes.data, array.nbytes)
+
+    def download(self, array, address):
+        ctypes.memmove(array.ctypes.data, address, array.nbytes)
+
+
+def on_host(array):
+    memory = (ctypes.c_uint8 * array.nbytes).from_address(array.address)
+    return np.frombuffer(memory, array.dtype).reshape(array.shape)
+
+
+class HostLauncher:
+    """Does what real_rows does (kernels/states.cu)."""
+
+    def fence(self):
+        pass
+
+    def launch(self, program, kernel, grid, **given):
+        a = SimpleNamespace(**given)
+        signatures_of(program.source)[kernel].check(given)
+        rows = np.lib.stride_tricks.as_strided(
+            on_host(a.kept).reshape(-1), (grid, a.stride), (2 * a.stride, 2), writeable=False
+        ).astype(np.float32)
+        i = np.arange(a.columns)
+        places = operand_places(a.columns) if a.operand else i // a.head_dim * a.padded + i % a.head_dim
+        values = rows[:, places] / on_host(a.scale)[0]
+        assert (a.halves is None) != (a.floats is None)
+        with np.errstate(over="ignore"):
+            on_host(a.halves if a.floats is None else a.floats)[...] = values
+        if a.halves is not None and not (np.abs(values) <= 65504).all():
+            on_host(a.beyond)[0] = 1
+
+
+@pytest.fixture
+def gpu():
+    return HostGpu()
+
+
+def family_of(name):
+    return read_model(GGUFFile(str(CASES[name])))
+
+
+def cache_of(kind, gpu, family, capacity, scales=(64.0, 0.25)):
+    cache = kind(gpu, family.layer_states, capacity)
+    held = [Buffer(4) for _ in scales]
+    for buffer, scale in zip(held, scales):
+        buffer.memory.view(np.float32)[0] = scale
+    for layer in range(len(family.layer_states)):
+        cache.note_scales(layer, *(DeviceArray(buffer.handle, FLOAT32, (1,)) for buffer in held))
+    cache.held_scales = held
+    return cache
+
+
+def shapes_of(state, n):
+    if isinstance(state, KeysValues):
+        return ((n, state.heads, state.head_dim),) * 2
+    if isinstance(state, Latent):
+        return (n, state.rank), (n, state.rotary)
+    return (state.heads, state.key_dim, state.value_dim), (state.taps, state.channels)
+
+
+def numbers(rng, shape):
+    """Numbers that halves hold, times the scales of cache_of, too."""
+    return (rng.integers(-2000, 2000, shape) / 64).astype(np.float32)
+
+
+def taken(start):
+    """Both arrays of rows that start(take) has on their way, copied by several threads."""
+    pieces, futures = {}, []
+
+    def copy(first, rows):
+        with rows as held:
+            pieces[first] = [a.copy() for a in held]
+
+    with ThreadPoolExecutor(3) as pool:
+        start(lambda first, rows: futures.append(pool.submit(copy, first, rows)))
+    for future in futures:
+        future.result()
+    assert len(pieces) == len(futures)
+    return [np.concatenate([pieces[first][number] for first in sorted(pieces)]) for number in (0, 1)]
+
+
+@pytest.mark.parametrize("kind", [DeviceCache, HostCache])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_written_is_read(gpu, name, kind, rng, monkeypatch):
+    """Without a GPU: by halves, which the numbers written are, and floats; in pieces and in other threads."""
+    monkeypatch.setattr("kqprefill.backends.cuda.state_access._HOST_PIECE", 7)
+    family, n = family_of(name), 53
+    cache = cache_of(kind, gpu, family, 60)
+    launcher = HostLauncher()
+    with DeviceStates(SimpleNamespace(gpu=gpu, launcher=launcher), family, cache) as access:
+        for layer, state in enumerate(family.layer_states):
+            if not isinstance(state, (KeysValues, Latent, Recurrent)):
+                continue
+            given = [numbers(rng, shape) for shape in shapes_of(state, n)]
+            access.write(layer, *given)
+            cache.length = n
+            if isinstance(state, Recurrent):
+                got = access.recurrence(layer)
+                assert relative_error(given[0], got[0]) < 1e-5 and np.array_equal(given[1], got[1])
+                continue
+            for wide in (True, False):
+                whole = taken(lambda take, wide=wide, layer=layer: access.rows(layer, n, wide, take))
+                assert all(np.array_equal(a, b) for a, b in zip(whole, given))
+            assert all(np.array_equal(a, b) for a, b in zip(whole_rows(access, layer, n), given))
+        if kind is HostCache:  # as while a batch runs: of what is on the device
+            assert len(access._slots) == 0
+    cache.close()
+
+
+def test_more_rows_than_slots(gpu, rng):
+    """Slots go round as somebody takes their rows."""
+    family = family_of("qwen3-q8_0")
+    state = family.layer_states[0]
+    n = 10 * (_SLOT_BYTES // (2 * 2 * state.width))
+    cache = cache_of(DeviceCache, gpu, family, n)
+    rows = numbers(rng, (n, state.heads, state.head_dim))
+    with DeviceStates(SimpleNamespace(gpu=gpu, launcher=HostLauncher()), family, cache) as access:
+        access.write(0, rows, rows)
+        got = taken(lambda take: access.rows(0, n, False, take, live=True))
+        assert all(np.array_equal(rows, part) for part in got)
+    assert not gpu.blocks
+
+
+def test_values_that_do_not_fit(gpu, rng):
+    """Those that f16 cannot hold; and those that the scales say this model cannot have made."""
+    family = family_of("qwen3-q8_0")
+    cache = cache_of(DeviceCache, gpu, family, 8, scales=(2.0**-4, 64.0))
+    shape = shapes_of(family.layer_states[0], 8)[0]
+    large, small = np.full(shape, 1e5, np.float32), np.ones(shape, np.float32)
+    with DeviceStates(SimpleNamespace(gpu=gpu, launcher=HostLauncher()), family, cache) as access:
+        access.write(0, large, small)
+        taken = []
+        access.rows(0, 8, False, lambda first, rows: taken.append(rows))
+        with pytest.raises(InputError, match="layer 0: the state has a value that f16 cannot hold; use f32"), taken[0]:
+            pass
+        assert relative_error(large, whole_rows(access, 0, 8)[0]) < 1e-3
+        with pytest.raises(StateError, match="layer 0: the state has values that this model cannot have made"):
+            access.write(0, small, large)
+
+
+def test_operand_places():
+    """As include/operand.cuh writes them down."""
+    first = [0, 1, 16, 17, 32, 33, 48, 49, 2, 3, 18, 19, 34, 35, 50, 51, 4, 5, 20, 21]
+    assert np.argsort(operand_places(64))[:20].tolist() == first
+    assert sorted(operand_places(192).tolist()) == list(range(192)) and operand_places(70)[64:].min() == 64
+
+
+def test_a_sequence_of_fewer_tokens_than_a_chunk_goes_on_from_its_state():
+    """Zeros where it was computed here; what was loaded, else."""
+    for position, source in ((0, -1), (3, 0), (64, 0)):
+        layout = chunk_layout([Segment(0, 5, position)], keep=True)
+        assert layout.sequences[0].tolist() == [[0, 1, source, 0]] and layout.states == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernels", ["auto", "portable"])
+@pytest.mark.parametrize("kind", [DeviceCache, HostCache])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_states_of_both_backends(name, kind, kernels, rng, tmp_path, monkeypatch):
+    """What the GPU saves the CPU goes on with, and the reverse, at lengths within chunks and at their ends."""
+    monkeypatch.setattr("kqprefill.backends.cuda.backend.DeviceCache", kind)
+    path = CASES[name]
+    with kqprefill.load(path, backend="cpu") as cpu, kqprefill.load(path, backend="cuda", kernels=kernels) as cuda:
+        for n in (20, 64, 150):
+            prompt = rng.integers(3, cpu.config.vocab_size, n + 7).tolist()
+            exact = cpu.prefill(prompt, logits="last").logits
+            for maker, reader in ((cuda, cpu), (cpu, cuda), (cuda, cuda)):
+                for types in ("f16", "f32"):
+                    maker.save_state(tmp_path / "state", prompt[:n], keys=types, values=types)
+                    cache, _ = reader.load_state(tmp_path / "state", room=7)
+                    reader.prefill(prompt[n : n + 2], cache=cache)
+                    got = reader.prefill(prompt[n + 2 :], logits="last", cache=cache).logits
+                    assert kl_divergence(exact, got) < 1e-3, (n, maker.backend.name, reader.backend.name, types)
+                    reader.drop_cache(cache)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [DeviceCache, HostCache])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_saving_changes_no_bit(name, kind, rng, tmp_path, monkeypatch):
+    """Of what is computed; and what is written while a batch runs is what is written after it."""
+    monkeypatch.setattr("kqprefill.backends.cuda.backend.DeviceCache", kind)
+    with kqprefill.load(CASES[name], backend="cuda") as model:
+        prompt = rng.integers(3, model.config.vocab_size, 300).tolist()
+        cache = model.new_cache(300)
+        plain = model.prefill(prompt, logits="last", cache=cache).logits
+        model.save_state(tmp_path / "after", [], cache)
+        saved = model.save_state(tmp_path / "during", prompt, logits="last").logits
+        assert np.array_equal(plain, saved)
+        assert (tmp_path / "after").read_bytes() == (tmp_path / "during").read_bytes()
+
+
+@pytest.mark.gpu
+def test_real_rows_of_wide_heads(rng):
+    """The kernel by itself, against its definition in NumPy above."""
+    from kqprefill.backends.cuda.device.gpu import Gpu
+    from kqprefill.backends.cuda.device.launcher import Launcher
+    from kqprefill.backends.cuda.kernel_set import kernel_set_of
+    from kqprefill.backends.cuda.programs import STATES
+
+    gpu = Gpu(0)
+    try:
+        launcher = Launcher(gpu, kernel_set_of(gpu.capability, "auto").target)
+        for heads, head_dim, padded, operand in ((3, 80, 96, 0), (1, 100, 128, 1), (2, 512, 512, 0)):
+            n, columns = 9, heads * head_dim
+            kept = rng.normal(size=(n, heads * padded)).astype(np.float16)
+            arrays = {"kept": kept, "scale": np.float32([0.125]), "beyond": np.int32([0])}
+            arrays |= {"halves": np.empty((n, columns), np.float16)}
+            buffers = {key: gpu.allocate(a.nbytes, key) for key, a in arrays.items()}
+            for key, a in arrays.items():
+                gpu.upload(int(buffers[key].handle), a)
+            there = {k: DeviceArray(int(buffers[k].handle), a.dtype, a.shape) for k, a in arrays.items()}
+            sizes = {"stride": kept.shape[1], "padded": padded, "head_dim": head_dim, "columns": columns}
+            launcher.launch(STATES, "real_rows", grid=n, **there, floats=None, operand=operand, **sizes)
+            got = np.empty((n, columns), FLOAT16)
+            gpu.download(got, there["halves"].address)
+            i = np.arange(columns)
+            places = operand_places(columns) if operand else i // head_dim * padded + i % head_dim
+            assert np.array_equal(got, kept[:, places] * np.float16(8))
+            for buffer in buffers.values():
+                buffer.close(gpu.stream)
+    finally:
+        gpu.close()
