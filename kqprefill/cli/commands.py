@@ -11,6 +11,7 @@ from .bench import bench
 from .cache import cache
 from .completion import completion
 from .doctor import doctor
+from .imatrix import imatrix
 from .inspect import inspect
 from .perplexity import perplexity
 from .plan import plan
@@ -58,5 +59,5 @@ def cli() -> None:
     """
 
 
-for command in (run, score, perplexity, bench, plan, inspect, tokenize, synth, doctor, cache, completion):
+for command in (run, score, perplexity, imatrix, bench, plan, inspect, tokenize, synth, doctor, cache, completion):
     cli.add_command(command)
