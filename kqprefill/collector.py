@@ -55,7 +55,7 @@ class Collector(ABC):
         tensors: the names of what the input is multiplied by; of a part of a tensor, its name begins with the tensor's
         and a bracket.
         """
-        names = [name for name in (tensor.partition("[")[0] for tensor in tensors) if self._wants(name)]
+        names = [name for name in (tensor.partition("[")[0] for tensor in tensors) if self.wants(name)]
         if not names:
             return None
         _, known = self._heard.get(id(rows), (None, None))
@@ -64,7 +64,8 @@ class Collector(ABC):
         self._heard[id(rows)] = rows, name
         return name if known is None else None
 
-    def _wants(self, name: str) -> bool:
+    def wants(self, name: str) -> bool:
+        """Whether the inputs of a tensor of that name are summed."""
         return name.startswith("blk.") or (self._output and name == OUTPUT)
 
     @abstractmethod

@@ -28,8 +28,8 @@ class Bars:
 
 
 class Watch:
-    """A Progress (kqprefill.core) that shows how far it is, with tokens/s beside one of the stages; it remembers how far
-    that is."""
+    """A Progress (kqprefill.core) that shows how far it is, with tokens/s beside one of the stages, and remembers how
+    far that is."""
 
     def __init__(self, bars: Bars | None, stage: str) -> None:
         self._bars, self._stage, self._tokens, self._begun = bars, stage, 0, 0.0

@@ -23,13 +23,14 @@ _THREADS = {
     "ROTATE_THREADS": (256, "rotate_qkv"),
     "COPY_THREADS": (128, "copy_rows gather"),
     "SINGLE_THREAD": (1, "weight_scale divide_scale smaller_scale"),
-    "LATENT_THREADS": (256, "latent_rows latent_queries latent_heads"),
+    "LATENT_THREADS": (256, "latent_rows latent_queries latent_heads latent_values"),
     "OUTPUT_SCALE_THREADS": (256, "output_scale"),
     "HEAD_THREADS": (1024, "finish_logits rank"),
     "EXPERT_THREADS": (256, "route route_biased count combine add_gated"),
     "PLACE_THREADS": (1024, "place"),
     "MAKE_GROUPS_THREADS": (MOST_EXPERTS, "make_groups"),
     "WEIGHT_THREADS": (256, "repack dequantize embed decode_transposed measure"),
+    "SQUARES_THREADS": (512, "add_squares add_float_squares add_expert_squares"),
     "DELTA_INPUT_THREADS": (128, "delta_inputs delta_output"),
 }
 THREADS = {kernel: threads for threads, kernels in _THREADS.values() for kernel in kernels.split()}

@@ -8,8 +8,9 @@ from ...gguf.types import GGML
 from .device.compiler import Program
 from .units import repack_units
 
-NORM, ROPE, SCALES, HEAD, EXPERTS, GATES, PER_LAYER, LATENT = COMMON = tuple(
-    Program(f"{name}.cu") for name in ("norm", "rope", "scales", "head", "experts", "gates", "per_layer", "latent")
+NORM, ROPE, SCALES, HEAD, EXPERTS, GATES, PER_LAYER, LATENT, SQUARES = COMMON = tuple(
+    Program(f"{name}.cu")
+    for name in ("norm", "rope", "scales", "head", "experts", "gates", "per_layer", "latent", "squares")
 )
 
 

@@ -27,7 +27,9 @@ class ExpertOps(DenseOps):
         h = self.normalise(x.values, norm)
         scores = self.work.array("router scores", FLOAT32, self.n, router.shape[0])
         self.enter("linear", [router], self.n)
-        self.multiply(self.scaled(h, scale), [self.matrix(router)], scores)
+        h = self.scaled(h, scale)
+        self.hear([router], h)
+        self.multiply(h, [self.matrix(router)], scores)
         return scores
 
     def moe(
@@ -44,6 +46,7 @@ class ExpertOps(DenseOps):
         out = residual.values if residual is not None else self.work.array("combined", FLOAT32, self.n, hidden)
         if scores is None:
             self.enter("linear", [w.ffn_gate_inp], self.n)
+            self.hear([w.ffn_gate_inp], h)
         self.enter("linear", [w.ffn_gate_exps, w.ffn_up_exps, w.ffn_down_exps], self.n, share=used / count)
         gate, up, down = (self.matrix(stack) for stack in (w.ffn_gate_exps, w.ffn_up_exps, w.ffn_down_exps))
         g, u, d = (stack.one_of(count) for stack in (gate, up, down))
@@ -63,9 +66,11 @@ class ExpertOps(DenseOps):
                 own = scores.rows(t, end)
             places, shares, counts = self._route(own, experts, w)
             x = self._gather(tokens, places, used)
+            self.hear([w.ffn_gate_exps, w.ffn_up_exps], x, counts=counts)
             act = Operand(self._activated(rows, g.rows), g.rows, act_scale)
             groups = self._groups(counts, rows, gated.group_rows(rows, [g, u], True, count))
             gated.gated(x, g, u, act, weight_scale, biases, activation, groups)
+            self.hear([w.ffn_down_exps], act, counts=counts)
             sums = self.work.array("sums", FLOAT16, rows, hidden)
             groups = self._groups(counts, rows, linear.group_rows(rows, [d], False, count))
             down_scale = self.scales.of_weights([down], act.norm)  # which measures it, too
@@ -177,6 +182,7 @@ class ExpertOps(DenseOps):
 
     def add_gated(self, x: Residual, y: Sums, h: Operand, weight: Weight) -> Residual:
         self.enter("rest")
+        self.hear([weight], h)
         self.launcher.launch(
             EXPERTS,
             "add_gated",
