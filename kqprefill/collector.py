@@ -77,5 +77,5 @@ class Collector(ABC):
         """Free the sums."""
 
     def squares(self) -> dict[tuple[str, ...], Squares]:
-        """What has been summed so far, by the names of the tensors that share it."""
-        return {tuple(self._names[name]): squares for name, squares in self.sums().items()}
+        """What has been summed so far, by the names of the tensors that share it, which are in order."""
+        return {tuple(sorted(self._names[name])): squares for name, squares in self.sums().items()}
