@@ -141,7 +141,7 @@ def test_a_run_that_is_resumed(model, rng, tmp_path):
 
 def test_what_is_not_finite_is_an_error(model, rng, monkeypatch):
     monkeypatch.setattr(cpu_ops, "normalised", lambda x, epsilon: x * np.float32(np.inf))
-    with pytest.raises(BackendError, match=r"what goes into blk\.0\.attn_q\.weight is not finite"):
+    with pytest.raises(BackendError, match=r"what goes into blk\.0\.attn_k\.weight is not finite"):
         importance_matrix(model, tokens_of(model, rng, 1), CONTEXT)
 
 

@@ -162,7 +162,7 @@ def in_float32(source, path):
     ],
 )
 def test_sums_are_llama_cpps(case, library, tmp_path):
-    """To 1e-4 each. The tokens are the same in every run, so that no two experts are ever all but equal."""
+    """To 1e-4 each, but for sums of a few values near zero. The tokens are the same in every run, so that no two experts are ever all but equal."""
     path = in_float32(CASES[case], tmp_path / "model.gguf")
     with kqprefill.load(path, backend="cpu") as model:
         tokens = np.arange(CHUNKS * CONTEXT) * 7919 % model.config.vocab_size
@@ -173,4 +173,4 @@ def test_sums_are_llama_cpps(case, library, tmp_path):
     rounding = next((value for name, value in ROUNDING.items() if case.startswith(name)), 1e-4)
     for name, (sums, counts) in theirs.entries.items():
         assert made[name].counts.tolist() == counts.tolist(), name
-        np.testing.assert_allclose(made[name].sums, sums.ravel(), rtol=rounding, atol=1e-9, err_msg=name)
+        np.testing.assert_allclose(made[name].sums, sums.ravel(), rtol=rounding, atol=1e-6 * sums.mean(), err_msg=name)
