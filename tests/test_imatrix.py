@@ -314,6 +314,11 @@ def test_wrong_usage(tmp_path):
     assert "files to add up (--in-file)" in fails("-o", out)
     assert "has 9 tokens, but a chunk takes 512" in fails(EXAMPLE, "-f", text, "-o", out, "--backend", "cpu")
     assert "no importance matrix" in fails("--in-file", text, "-o", out)
+    other = written(
+        ImportanceMatrix({"blk.0.ffn_up.weight": Squares(np.ones(9), np.array([1]))}, 512), "dat", tmp_path / "x"
+    )
+    done = fails(EXAMPLE, "-f", text, "-o", out, "--backend", "cpu", "--in-file", other)
+    assert "x: 9 sums of blk.0.ffn_up.weight, which has inputs of 256 columns in" in done
     assert "No such file" in fails("--in-file", tmp_path / "none", "-o", out)
     assert not out.exists()
     out.write_bytes(b"GGUF")

@@ -162,7 +162,8 @@ def in_float32(source, path):
     ],
 )
 def test_sums_are_llama_cpps(case, library, tmp_path):
-    """To 1e-4 each, but for sums of a few values near zero. The tokens are the same in every run, so that no two experts are ever all but equal."""
+    """To 1e-4 each, but for sums of a few values near zero. The tokens are the same in every run, so that no two
+    experts are ever all but equal."""
     path = in_float32(CASES[case], tmp_path / "model.gguf")
     with kqprefill.load(path, backend="cpu") as model:
         tokens = np.arange(CHUNKS * CONTEXT) * 7919 % model.config.vocab_size

@@ -3,40 +3,40 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, suppress
-from dataclasses import asdict
+import math
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from ..backends.wake import wake_gpu
 from ..errors import InputError, KqprefillError
-from ..terminal import json_value
 from .common import (
     batch_option,
     device_options,
     memory_option,
     open_file,
     open_on,
-    print_object,
     read_text_file,
     read_tokens,
     say,
     say_batches,
     say_loaded,
     say_summary,
-    table,
     volume_options,
 )
+from .imatrix_report import report, say_gaps
+from .interrupts import Interrupted
 from .outputs import STDIO, Outputs, force_option
 from .progress import Watch, progress_bars
+from .sources import from_home, model_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from ..engine.imatrix import Progressed
-    from ..engine.imatrix_file import ImportanceMatrix, Statistics
+    from ..engine.imatrix_file import ImportanceMatrix
     from ..gguf import ModelFile
 
 _CHECKPOINT = ".checkpoint"  # what an output's name is followed by
@@ -130,12 +130,17 @@ def imatrix(
 
     \b
     kqprefill imatrix examples/tiny-qwen3.gguf --file README.md -c 256 -o tiny.imatrix
-    kqprefill imatrix --in-file a.gguf --in-file b.gguf -o both.gguf
+    kqprefill imatrix --in-file tiny.imatrix --show-statistics
     """
     _check_usage(name, text, tokens, out, in_files, show_statistics or as_json, save_frequency, resume)
     outputs = Outputs(force)
-    for path in (*in_files, *([text] if text is not None else [])):
-        outputs.reads(path, f"the input {path}")
+    in_files = tuple(map(from_home, in_files))
+    for path in in_files:
+        outputs.reads(path, "a file of --in-file")
+    if text is not None:
+        outputs.reads(from_home(text), "the file of --file")
+    if name is not None:
+        outputs.reads(model_path(name), "the model")
     outputs.reads_text(tokens, "--tokens")
     if out is not None:
         outputs.claim(out, "--output")
@@ -154,31 +159,39 @@ def imatrix(
             watch = Watch(bars, "chunks")
             file = open_file(name)
             stack.enter_context(file)
+            for path, matrix in zip(in_files, matrices):
+                _refuse_misfits(path, matrix, file)
             bos, encoded = _tokenized(file, name, words, parse_special)
             ids = encoded if ids is None else ids
             assert ids is not None, "the text is given as --file or as --tokens"
-            saver.claim_copies(min(len(ids) // context - first, chunks or len(ids)))
+            count = max(0, min(len(ids) // context - first, chunks or len(ids)))
+            saver.claim_copies(count)
             model = stack.enter_context(
                 open_on(file, backend, device, kernels, vram, quiet, bars, batch_tokens, ranks=True)
             )
             from ..engine.imatrix import importance_matrix
 
-            watch.begin(context * max(0, min(len(ids) // context - first, chunks or len(ids))))
+            watch.begin(context * count)
             begun = time.perf_counter()
-            made = importance_matrix(
-                model,
-                ids,
-                context,
-                first,
-                chunks,
-                bos,
-                process_output,
-                batch_tokens,
-                watch,
-                saver.resumed,
-                saver.hear,
-                save_frequency,
-            )
+            try:
+                made = importance_matrix(
+                    model,
+                    ids,
+                    context,
+                    first,
+                    chunks,
+                    bos,
+                    process_output,
+                    batch_tokens,
+                    watch,
+                    saver.resumed,
+                    saver.hear,
+                    save_frequency,
+                )
+            except Interrupted:
+                if not quiet:
+                    say(f"interrupted: {watch.done:.0%} of the chunks were read{saver.way_on()}")
+                raise
             took = time.perf_counter() - begun
             if verbose:
                 say_loaded(model)
@@ -189,7 +202,7 @@ def imatrix(
         summary = f"{done} chunks of {context} tokens, {done * context / took:.0f} tokens/s, {where}"
         say_summary(summary, quiet, verbose)
         if not quiet:
-            _say_gaps(matrix)
+            say_gaps(matrix)
     else:
         matrix = matrices[0]
         for other in matrices[1:]:
@@ -199,7 +212,7 @@ def imatrix(
             write_matrix(matrix, kind, opened)
         if name is not None:
             saver.end()
-    _report(matrix, name, show_statistics, as_json)
+    report(matrix, name, show_statistics, as_json)
 
 
 def _check_usage(
@@ -241,6 +254,16 @@ def _tokenized(
         return None, None
 
 
+def _refuse_misfits(path: str, matrix: ImportanceMatrix, file: ModelFile) -> None:
+    """Raises InputError for a matrix to be added that is of a model of another shape."""
+    for name, entry in matrix.entries.items():
+        tensor = file.tensors.get(name)
+        columns = 0 if tensor is None else math.prod((*tensor.shape[:-2], tensor.shape[-1]))
+        if len(entry.sums) != columns:
+            what = "is not there" if tensor is None else f"has inputs of {columns} columns"
+            raise InputError(f"{path}: {len(entry.sums)} sums of {name}, which {what} in {file.path}; leave it out")
+
+
 class _Saver:
     """What a run writes before its end: checkpoints that it can be resumed from, and copies of the matrix so far."""
 
@@ -279,6 +302,11 @@ class _Saver:
             if not quiet:
                 say(f"{self._path}: {self.resumed.chunks} chunks are done")
 
+    def way_on(self) -> str:
+        """What can be done after an interrupt, if anything."""
+        kept = self._out != STDIO and os.path.exists(self._path)
+        return f"; --resume goes on from {self._path}" if kept else ""
+
     def claim_copies(self, count: int) -> None:
         """Say which copies a run of so many chunks will write."""
         done = self.resumed.chunks if self.resumed is not None else 0
@@ -315,67 +343,3 @@ class _Saver:
         if self._out != STDIO:
             with suppress(FileNotFoundError):
                 os.unlink(self._path)
-
-
-def _say_gaps(matrix: ImportanceMatrix) -> None:
-    """Which experts no token went to, of which llama-quantize knows nothing."""
-    gaps = {n: int((e.counts == 0).sum()) for n, e in matrix.entries.items() if "_down_exps" in n}
-    unreached = sum(gaps.values())
-    if unreached:
-        most = max(gaps, key=lambda n: gaps[n])
-        say(
-            f"no token went to {unreached} of {sum(len(matrix.entries[n].counts) for n in gaps)} experts, to "
-            f"{gaps[most]} of {most}'s; a longer text reaches more"
-        )
-
-
-def _report(matrix: ImportanceMatrix, name: str | None, show_statistics: bool, as_json: bool) -> None:
-    from ..engine.imatrix_file import means_by_layer, statistics
-
-    if not (show_statistics or as_json):
-        return
-    stats = statistics(matrix) if show_statistics else []
-    layers = means_by_layer(stats)
-    if as_json:
-        described: dict[str, Any] = {
-            "model": name,
-            "chunks": matrix.chunks,
-            "context": matrix.chunk_size,
-            "datasets": list(matrix.datasets),
-            "tensors": len(matrix.entries),
-        }
-        if show_statistics:
-            described["statistics"] = [{**asdict(own), "normalised_entropy": own.normalised_entropy} for own in stats]
-            described["layers"] = [
-                {"layer": layer, "total": total, "above": above, "cosine": cosine}
-                for layer, (total, above, cosine) in layers.items()
-            ]
-        print_object(json_value(described))
-        return
-    click.echo(table(_HEAD, [_line(own) for own in stats]))
-    if layers:
-        click.echo()
-        rows = [
-            [str(n), f"{total:.2f}", f"{above:.2%}", f"{cosine:.4f}"] for n, (total, above, cosine) in layers.items()
-        ]
-        click.echo(table(["layer", "mean total", "mean ZD", "mean cosine"], rows))
-
-
-_HEAD = "tensor total min max mean deviation active columns entropy normalised ZD cosine".split()
-
-
-def _line(own: Statistics) -> list[str]:
-    return [
-        own.tensor,
-        f"{own.total:.2f}",
-        f"{own.smallest:.4f}",
-        f"{own.largest:.4f}",
-        f"{own.mean:.2f}",
-        f"{own.deviation:.2f}",
-        f"{own.active:.2%}",
-        str(own.columns),
-        f"{own.entropy:.4f}",
-        f"{own.normalised_entropy:.2%}",
-        f"{own.above:.2%}",
-        "" if own.cosine is None else f"{own.cosine:.4f}",
-    ]

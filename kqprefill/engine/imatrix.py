@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import hashlib
 import json
 import os
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..collector import Collector, Squares
 from ..core import Batch, Int32Array, PendingHead, Progress, Segment, no_progress
@@ -45,22 +44,21 @@ class Progressed:
         """Write a checkpoint, of which `read_checkpoint` makes the same again."""
         names = list(self.squares)
         about = json.dumps({"version": _VERSION, "chunks": self.chunks, "key": self.key, "names": names})
-        arrays: dict[str, NDArray[Any]] = {"about": np.frombuffer(about.encode(), np.uint8)}
-        for number, squares in enumerate(self.squares.values()):
-            arrays |= {f"sums {number}": squares.sums, f"counts {number}": squares.counts}
-        np.savez(file, allow_pickle=False, **arrays)
+        sums = (array for squares in self.squares.values() for array in (squares.sums, squares.counts))
+        np.savez(file, np.frombuffer(about.encode(), np.uint8), *sums)  # as arr_0, arr_1, …
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Progressed:
     """What `Progressed.write` has written. Raises InputError where the file is something else."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            about = json.loads(arrays["about"].tobytes())
+        with np.load(path) as arrays:
+            about = json.loads(arrays["arr_0"].tobytes())
             if about["version"] != _VERSION:
                 raise InputError(f"{os.fspath(path)}: a checkpoint of another version; --force begins anew")
             squares = {
                 tuple(map(str, names)): Squares(
-                    arrays[f"sums {number}"].astype(np.float64), arrays[f"counts {number}"].astype(np.int64)
+                    arrays[f"arr_{2 * number + 1}"].astype(np.float64),
+                    arrays[f"arr_{2 * number + 2}"].astype(np.int64),
                 )
                 for number, names in enumerate(about["names"])
             }
@@ -151,9 +149,9 @@ class _Run:
         """What all chunks from number `done` on add up to, with those before."""
         model, (count, context) = self.model, self.chunks.shape
         size = model.backend.batch_size(model.family, batch_tokens, 0, self.progress or no_progress)
-        limit, running = min(size.tokens, size.first), None
+        at_once, running = max(1, size.tokens // context), None
         while done < count:
-            end = min(count, done + max(1, limit // context))
+            end = min(count, done + at_once)
             if stops is not None:
                 end = min(end, done - done % stops + stops)
             started = self._start(done, end)
@@ -163,7 +161,7 @@ class _Run:
             if not model.backend.runs_ahead:
                 running()
                 running = None
-            done, limit = end, min(size.tokens, 2 * limit)
+            done = end
             if on_chunks is not None:
                 on_chunks(done, lambda done=done: self._so_far(done))  # type: ignore[misc]
         if running is not None:
