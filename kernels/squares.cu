@@ -9,32 +9,43 @@ constexpr int kColumns = 64;  // of a block
 constexpr int kPiece = 128;   // rows that are summed by themselves
 constexpr int kAhead = 16;    // rows that are read before the first of them is added
 
-__device__ __forceinline__ float2 pair_of(const half_t* at) {
-    uint32_t pair = *reinterpret_cast<const uint32_t*>(at);
+// Two neighbouring values as they are stored, and as numbers.
+__device__ __forceinline__ uint32_t load_pair(const half_t* at) {
+    return *reinterpret_cast<const uint32_t*>(at);
+}
+__device__ __forceinline__ float2 load_pair(const float* at) {
+    return *reinterpret_cast<const float2*>(at);
+}
+__device__ __forceinline__ float2 numbers(uint32_t pair) {
     return make_float2(half_to_float(static_cast<half_t>(pair)), half_to_float(static_cast<half_t>(pair >> 16)));
 }
-__device__ __forceinline__ float2 pair_of(const float* at) {
-    return *reinterpret_cast<const float2*>(at);
+__device__ __forceinline__ float2 numbers(float2 pair) {
+    return pair;
+}
+
+template <bool kScaled>
+__device__ __forceinline__ void add_pair(double2& sum, float2 pair, const float* row_scale, int row) {
+    double a = pair.x, b = pair.y;
+    if constexpr (kScaled) a *= row_scale[row], b *= row_scale[row];
+    sum.x = fma(a, a, sum.x);
+    sum.y = fma(b, b, sum.y);
 }
 
 // sum + the squares of the pairs of rows begin .. end - 1, one row after the other. x: the lane's pair of row 0.
-// row_scale: powers of two that the rows are multiplied by, or null.
-template <typename Value>
+// row_scale: where kScaled, powers of two that the rows are multiplied by.
+template <bool kScaled, typename Value>
 __device__ __forceinline__ double2 add_rows(double2 sum, const Value* x, int stride, int begin, int end,
                                             const float* row_scale) {
-    for (int row = begin; row < end; row += kAhead) {
-        float2 pairs[kAhead];
+    int row = begin;
+    x += static_cast<int64_t>(begin) * stride;
+    for (; row + kAhead <= end; row += kAhead, x += static_cast<int64_t>(kAhead) * stride) {
+        decltype(load_pair(x)) pairs[kAhead];
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i)
-            pairs[i] = row + i < end ? pair_of(x + static_cast<uint64_t>(row + i) * stride) : make_float2(0.0f, 0.0f);
+        for (int i = 0; i < kAhead; ++i) pairs[i] = load_pair(x + static_cast<int64_t>(i) * stride);
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-            double scale = row_scale != nullptr && row + i < end ? row_scale[row + i] : 1.0;
-            double a = pairs[i].x * scale, b = pairs[i].y * scale;
-            sum.x = fma(a, a, sum.x);
-            sum.y = fma(b, b, sum.y);
-        }
+        for (int i = 0; i < kAhead; ++i) add_pair<kScaled>(sum, numbers(pairs[i]), row_scale, row + i);
     }
+    for (; row < end; ++row, x += stride) add_pair<kScaled>(sum, numbers(load_pair(x)), row_scale, row);
     return sum;
 }
 
@@ -55,8 +66,11 @@ __device__ __forceinline__ void add_sequences(const Value* x, int stride, int co
         first += piece % in_sequence * kPiece;
         end = min(end, first + kPiece);
         double2 zero = make_double2(0.0, 0.0);
-        partial[warp][lane] =
-            has ? add_rows(zero, x + column, stride, max(first - offset, 0), end - offset, row_scale) : zero;
+        first = max(first - offset, 0), end -= offset;
+        if (!has) partial[warp][lane] = zero;
+        else if (row_scale == nullptr)
+            partial[warp][lane] = add_rows<false>(zero, x + column, stride, first, end, nullptr);
+        else partial[warp][lane] = add_rows<true>(zero, x + column, stride, first, end, row_scale);
         __syncthreads();
         if (warp == 0) {
             for (int w = 0; w < kWarps; ++w) total.x += partial[w][lane].x, total.y += partial[w][lane].y;
@@ -92,6 +106,6 @@ extern "C" __global__ void __launch_bounds__(SQUARES_THREADS)
     int first = __reduce_add_sync(0xffffffffu, before), count = counts[expert];
     int column = kColumns * blockIdx.x + 2 * lane;
     double2* own = reinterpret_cast<double2*>(sums + static_cast<uint64_t>(expert) * stride + column);
-    if (count > 0) *own = add_rows(*own, x + column, stride, first, first + count, nullptr);
+    if (count > 0) *own = add_rows<false>(*own, x + column, stride, first, first + count, nullptr);
     if (blockIdx.x == 0 && lane == 0) rows_of[expert] += count;
 }

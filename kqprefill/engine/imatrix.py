@@ -96,6 +96,7 @@ def importance_matrix(
     Raises InputError where a chunk does not fit the model, the text does not fill one, or `resumed` is of another text;
     BackendError where a sum is not finite.
     """
+    model._check_open()
     if not 1 <= context <= model.config.context_length:
         raise InputError(f"a context of {context} tokens: 1 to the model's {model.config.context_length} are possible")
     ids = token_ids(tokens, model.config.vocab_size)[first * context :]

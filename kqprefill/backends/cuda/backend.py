@@ -159,7 +159,7 @@ class CudaBackend(Backend):
             needed = collected_bytes(family, self.gpu, self.kernel_set, output)
             self._make_room(family, self.plan.tokens, 0, self._ranks, progress, needed)
             collector = DeviceCollector(output, self.gpu, self.launcher, needed)
-        self._collectors.append(collector)
+        self._collectors = [*(other for other in self._collectors if other.room), collector]
         return collector
 
     def run(
