@@ -294,7 +294,8 @@ def test_checkpoints_of_the_command(tmp_path):
     done = kq(*common, "--resume")
     assert done.returncode == 0 and "3 chunks are done" in done.stderr and not checkpoint.exists()
     whole = tmp_path / "whole.gguf"
-    assert kq(*common[:-1], whole).returncode == 0
+    done = kq(*common[:-1], whole, "--checkpoint", 1e-9, "--batch-tokens", CONTEXT)  # one after each chunk
+    assert done.returncode == 0 and not done.stderr and not (tmp_path / "whole.gguf.checkpoint").exists()
     a, b = read_matrix(out, CONTEXT), read_matrix(whole, CONTEXT)
     assert all(np.array_equal(a.entries[name].counts, e.counts) for name, e in b.entries.items())
     assert all(np.allclose(a.entries[name].sums, e.sums, rtol=1e-7) for name, e in b.entries.items())

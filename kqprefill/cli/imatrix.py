@@ -325,7 +325,7 @@ class _Saver:
             with self._outputs.open(self._copy_at(done), "--save-frequency") as file:
                 write_matrix(self.whole(so_far()), self._kind, file)
         if self._seconds and time.monotonic() - self._last >= self._seconds:
-            with self._outputs.open(self._path, "the checkpoint of --output") as file:
+            with self._outputs.open(self._path, "the checkpoint of --output", again=True) as file:
                 so_far().write(file)
             self._last = time.monotonic()
 
