@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from .backends.base import Cache
     from .backends.budget import Budget
     from .core import Progress
-    from .engine.imatrix import importance_matrix
     from .engine.model import Model
     from .engine.perplexity import Perplexity, perplexity
     from .engine.prefill import Prefill
@@ -42,7 +41,6 @@ __all__ = [
     "Scored",
     "Stage",
     "__version__",
-    "importance_matrix",
     "load",
     "perplexity",
 ]
@@ -56,13 +54,12 @@ _LATER = {
     "Prefill": "engine.prefill",
     "Scored": "engine.scoring",
     "Stage": "timeline",
-    "importance_matrix": "engine.imatrix",
     "perplexity": "engine.perplexity",
 }
 
 
 def __getattr__(name: str) -> object:
-    """The types of what `load` gives, `perplexity` and `importance_matrix`."""
+    """The types of what `load` gives, and `perplexity`."""
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

@@ -1,4 +1,4 @@
-"""Importance matrices at speed: tokens/s of kqprefill.importance_matrix beside those of one long prompt, and of the
+"""Importance matrices at speed: tokens/s of `kqprefill imatrix` beside those of one long prompt, and of the
 same batches without it.
 
 python tests/bench/imatrix.py [SHAPE:RECIPE [SIZE]]    512 chunks of 512 tokens; SIZE: --vram's
