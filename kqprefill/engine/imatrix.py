@@ -122,10 +122,14 @@ def importance_matrix(
 
 
 def _key(model: Model, chunks: Int32Array, output: bool) -> str:
-    """Tells runs apart: the model's tensors, the chunks' tokens, and what is summed."""
+    """Tells runs apart: the model's tensors (of the norms and other vectors the values, too), the chunks' tokens, and
+    what is summed."""
     digest = hashlib.sha256(chunks.tobytes())
     tensors = [(name, list(t.shape), t.type.name) for name, t in sorted(model.file.tensors.items())]
     digest.update(json.dumps([chunks.shape, output, tensors]).encode())
+    for weight in (model.family.output_norm, *(w for block in model.family.blocks for w in block)):
+        if not weight.is_matrix:
+            digest.update(weight.tensor.data.tobytes())
     return digest.hexdigest()
 
 
