@@ -90,6 +90,20 @@ extern "C" __global__ void __launch_bounds__(kThreads)
                [&](int i) { return i < value_dim ? values[i] * value_factor : 0.0f; });
 }
 
+// v[row, h, :] = columns first .. first + value_dim - 1 of latent row c, the same in all heads; zeros from rank on, and in
+// what is padded. c: an operand, rows `stride` apart. v: halves [rows, heads, value_padded] under the same scale. A warp
+// takes a head; blockIdx.x is the row.
+extern "C" __global__ void __launch_bounds__(kThreads)
+    latent_values(const half_t* c, int stride, int rank, int first, int value_dim, half_t* v, int heads,
+                  int value_padded) {
+    begin_kernel();
+    int row = blockIdx.x, head = blockIdx.y * kWarps + threadIdx.x / 32;
+    if (head >= heads) return;
+    c += static_cast<uint64_t>(row) * stride;
+    write_head(v + (static_cast<uint64_t>(row) * heads + head) * value_padded, value_padded,
+               [&](int i) { return i < value_dim && first + i < rank ? load_operand(c, first + i) : 0.0f; });
+}
+
 // *scale = the smaller of *a and *b: of values that two bounds hold for.
 extern "C" __global__ void smaller_scale(const float* a, const float* b, float* scale) {
     begin_kernel();

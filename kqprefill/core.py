@@ -168,6 +168,9 @@ class Vectors(Brief):
     values: Float32Array
 
 
+# Of a batch that no logits were computed of.
+NO_RESULT = HeadResult(-1, 0.0, 0.0, None)
+
 # Waits for what the head of a batch computes. It must be called before the next batch but one is run.
 PendingHead: TypeAlias = Callable[[], HeadResult | Ranks | Vectors]
 

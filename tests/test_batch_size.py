@@ -159,12 +159,15 @@ def test_the_caller_is_respected_and_nothing_changes():
 def cuda_backend_without_a_gpu(monkeypatch, name, gib, tokens):
     """A CudaBackend as after `load`, whose weights go nowhere; what it is of; and the plans that it has placed."""
     planned, placed = Planned(name, gib), []
-    monkeypatch.setattr(cuda_backend, "plan_model", lambda family, *more: plan_model(family, H100, HOPPER, *more[2:]))
+    monkeypatch.setattr(
+        cuda_backend, "plan_model", lambda family, *more, **named: plan_model(family, H100, HOPPER, *more[2:], **named)
+    )
     backend = object.__new__(CudaBackend)
     device = SimpleNamespace(set_current=lambda: None)
     backend.gpu, backend.kernel_set = SimpleNamespace(device=device, index=0), HOPPER
     backend._budget, backend._caches, backend._ranks, backend._size = int(gib * GIB), [], False, None
     backend._speed, backend.plan = planned.speed, planned.plan(tokens)
+    backend._collectors = []
     backend._graphs = SimpleNamespace(clear=lambda: None)
     backend._weights = SimpleNamespace(plan=backend.plan, place=lambda plan, progress: placed.append(plan))
     return backend, planned, placed

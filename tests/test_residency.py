@@ -202,8 +202,8 @@ def force(monkeypatch, resident):
     from kqprefill.backends.cuda.device.workspace import aligned
     from kqprefill.backends.cuda.weights.matrix import layer_matrices, tile_bytes
 
-    def plan(family, facts, kernel_set, budget, tokens, cache_bytes=0, ranks=False, device=0):
-        everything = plan_model(family, facts, kernel_set, 1 << 60, tokens, cache_bytes, ranks, device)
+    def plan(family, facts, kernel_set, budget, tokens, cache_bytes=0, ranks=False, device=0, **more):
+        everything = plan_model(family, facts, kernel_set, 1 << 60, tokens, cache_bytes, ranks, device, **more)
         layers = layer_matrices(family)
         streamed = tuple(i for i in range(len(layers)) if i not in resident)
         return replace(

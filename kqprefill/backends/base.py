@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ..collector import Collector
 from ..core import BATCH_TOKENS, FIRST_TOKENS, Batch, Float32Array, Logits, PendingHead, Progress, no_progress
 from ..models.family import Family
 from ..timeline import Stage
@@ -161,6 +162,13 @@ class Backend(ABC):
         """The states in a cache of `new_cache`; writing: an empty one, which states will be written to."""
 
     @abstractmethod
+    def new_collector(self, family: Family, output: bool, progress: Progress = no_progress) -> Collector:
+        """A Collector for batches of the loaded family; output: whether it wants the output matrix's inputs, too.
+
+        progress hears of what a backend does to make room for the sums. Raises BackendError where there is none.
+        """
+
+    @abstractmethod
     def run(
         self,
         family: Family,
@@ -169,8 +177,10 @@ class Backend(ABC):
         logits: Logits,
         progress: Progress,
         timed: bool = False,
+        collector: Collector | None = None,
     ) -> tuple[PendingHead, dict[str, Stage] | None]:
-        """Run one batch through the family's layers (`Family.forward`) and its head, asked for `logits`.
+        """Run one batch through the family's layers (`Family.forward`) and its head, asked for `logits`; or, where a
+        collector of this backend's is to hear the inputs of products, through the layers alone.
 
         Returns what the head gives, and {name: Stage} if timed, else None. progress hears of each layer, and of what a
         backend does before (compiling).

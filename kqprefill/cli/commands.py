@@ -12,6 +12,7 @@ from .cache import cache
 from .completion import completion
 from .doctor import doctor
 from .embed import embed
+from .imatrix import imatrix
 from .inspect import inspect
 from .perplexity import perplexity
 from .plan import plan
@@ -66,6 +67,7 @@ for command in (
     perplexity,
     embed,
     rerank,
+    imatrix,
     bench,
     plan,
     inspect,

@@ -95,12 +95,12 @@ class Outputs:
             self._written.update(dict.fromkeys(identities, option))
 
     @contextmanager
-    def open(self, path: str, option: str) -> Iterator[BinaryIO]:
+    def open(self, path: str, option: str, again: bool = False) -> Iterator[BinaryIO]:
         """A binary file to write `path` (`-`: stdout) through, which has been claimed: renamed into place at the end,
         or removed if the work fails.
 
-        A pipe or a device is written as it is, and a symbolic link leads to the file that is replaced. Raises
-        KqprefillError where it cannot be written.
+        A pipe or a device is written as it is, and a symbolic link leads to the file that is replaced. again:
+        a file that the run may have written before, or gone on from. Raises KqprefillError where it cannot be written.
         """
         if path == STDIO:
             yield sys.stdout.buffer
@@ -117,14 +117,14 @@ class Outputs:
             try:
                 with open(temporary, "wb") as file:  # by name, which whoever writes may need
                     yield file
-                self._place(temporary, target)
+                self._place(temporary, target, self._force or again)
             finally:
                 with suppress(FileNotFoundError):
                     os.unlink(temporary)
         except OSError as error:
             raise KqprefillError(f"{option} {path} cannot be written: {error.strerror or error}") from None
 
-    def _place(self, temporary: str, target: str) -> None:
+    def _place(self, temporary: str, target: str, replace: bool) -> None:
         """Give a file that is written its name, and the mode (where possible the owner) of what it replaces."""
         try:
             before = os.stat(target)
@@ -136,7 +136,7 @@ class Outputs:
             with suppress(PermissionError):
                 os.chown(temporary, before.st_uid, before.st_gid)
             os.chmod(temporary, stat.S_IMODE(before.st_mode))
-        if not self._force:  # what has come to be there since is nobody's to replace
+        if not replace:  # what has come to be there since is nobody's to replace
             try:
                 os.link(temporary, target)
                 return

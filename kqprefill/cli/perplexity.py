@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-import time
 
 import click
 
@@ -29,7 +28,7 @@ from .common import (
 )
 from .interrupts import Interrupted
 from .outputs import STDIO
-from .progress import Bars, progress_bars
+from .progress import Watch, progress_bars
 
 
 @click.command()
@@ -99,7 +98,7 @@ def perplexity(
     try:
         with ExitStack() as stack:
             bars = stack.enter_context(progress_bars(not quiet))
-            watch = _Watch(bars)
+            watch = Watch(bars, "windows")
             file = open_file(name)
             stack.enter_context(file)
             bos = None
@@ -139,23 +138,3 @@ def perplexity(
         print_object(json_value(described))
     else:
         click.echo(f"PPL = {measured.value:.4f} +/- {measured.error:.5f}")
-
-
-class _Watch:
-    """A Progress (kqprefill.core) that shows how far it is, with tokens/s, and remembers it."""
-
-    def __init__(self, bars: Bars | None) -> None:
-        self._bars, self._tokens, self._begun = bars, 0, 0.0
-        self.done = 0.0  # as a part of all
-
-    def begin(self, tokens: int) -> None:
-        """So many tokens are being measured from now on."""
-        self._tokens, self._begun = tokens, time.perf_counter()
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        note = ""
-        if stage == "windows":
-            self.done = done / total
-            note = f"{self.done * self._tokens / (time.perf_counter() - self._begun):.0f} tokens/s"
-        if self._bars is not None:
-            self._bars(stage, done, total, note)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 import sys
+import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,6 +25,27 @@ class Bars:
         if stage not in self._tasks:
             self._tasks[stage] = self._columns.add_task(stage, total=total, note=note)
         self._columns.update(self._tasks[stage], completed=done, total=total, note=note)
+
+
+class Watch:
+    """A Progress (kqprefill.core) that shows how far it is, with tokens/s beside one of the stages, and remembers how
+    far that is."""
+
+    def __init__(self, bars: Bars | None, stage: str) -> None:
+        self._bars, self._stage, self._tokens, self._begun = bars, stage, 0, 0.0
+        self.done = 0.0  # as a part of all
+
+    def begin(self, tokens: int) -> None:
+        """So many tokens are being gone through from now on."""
+        self._tokens, self._begun = tokens, time.perf_counter()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        note = ""
+        if stage == self._stage:
+            self.done = done / total
+            note = f"{self.done * self._tokens / (time.perf_counter() - self._begun):.0f} tokens/s"
+        if self._bars is not None:
+            self._bars(stage, done, total, note)
 
 
 @contextmanager

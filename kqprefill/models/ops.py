@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from ..collector import Collector
 from ..core import Batch, Logits, PendingHead
 from ..timeline import Timeline
 from .config import Config, Rope
@@ -32,17 +33,21 @@ class Ops(ABC):
     """The operations of one batch. What an op returns is good until the next layer.
 
     layer: the layer that is running; it chooses the cache's slice. timeline: a Timeline that hears which stage each op
-    belongs to, or None.
+    belongs to, or None. collector: a Collector that hears the inputs of all products, or None; where it listens, no
+    logits are computed.
     """
 
     config: Config
     batch: Batch
     layer: int = 0
     timeline: Timeline | None = None
+    collector: Collector | None = None
 
     def begin_layer(self, index: int) -> None:
         """The ops that follow are this layer's."""
         self.layer = index
+        if self.collector is not None:
+            self.collector.begin_layer()
 
     def enter(self, stage: str, matrices: Sequence[Weight] = (), rows: int = 0, share: float = 1.0) -> None:
         """What follows belongs to this stage: `rows` rows through that share of these matrices, if any."""
@@ -252,5 +257,6 @@ class Ops(ABC):
 
         Logits are multiplied by scale, and then y becomes softcap * tanh(y / softcap). Returns a function that waits
         for Ranks where logits are "ranks" and for a HeadResult otherwise, and raises BackendError if a logit that
-        decides the greedy token is NaN.
+        decides the greedy token is NaN. Where a collector listens, it hears the output matrix's input at all positions,
+        and the function gives a HeadResult of nothing.
         """

@@ -24,10 +24,14 @@ Parts: TypeAlias = dict[str, dict[str, int | NDArray[np.intp]]]
 @dataclass(frozen=True)
 class Weight:
     """A matrix [rows, columns] (y = x · Wᵀ + b) and its bias [rows], where the file has one; or the matrices of all
-    experts [experts, rows, columns] and their biases [experts, rows]; or a vector [n]."""
+    experts [experts, rows, columns] and their biases [experts, rows]; or a vector [n].
+
+    of_stack: for one matrix of a stack, its number there and how many the stack has.
+    """
 
     tensor: ModelTensor
     bias: ModelTensor | None = None
+    of_stack: tuple[int, int] | None = None
 
     @property
     def name(self) -> str:
@@ -47,7 +51,7 @@ class Weight:
 
     def expert(self, index: int) -> Weight:
         """The matrix, and the bias, of one of the experts."""
-        return Weight(self.tensor.item(index), self.bias and self.bias.item(index))
+        return Weight(self.tensor.item(index), self.bias and self.bias.item(index), (index, self.shape[0]))
 
 
 class Weights:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import platform
 import time
 
-from ...core import Batch, Logits, PendingHead, Progress
+from ...collector import Collector
+from ...core import Batch, Logits, PendingHead, Progress, no_progress
 from ...models.family import Family
 from ...timeline import Stage, Timeline
 from ..base import Backend, Cache, StateAccess
 from ..budget import Budget
+from .collector import CpuCollector
 from .ops import CpuCache, CpuOps
 from .states import CpuStates
 from .threads import blas
@@ -42,6 +44,9 @@ class CpuBackend(Backend):
         assert isinstance(cache, CpuCache), "a cache of another backend"
         return CpuStates(cache)
 
+    def new_collector(self, family: Family, output: bool, progress: Progress = no_progress) -> Collector:
+        return CpuCollector(output)
+
     def run(
         self,
         family: Family,
@@ -50,9 +55,11 @@ class CpuBackend(Backend):
         logits: Logits,
         progress: Progress,
         timed: bool = False,
+        collector: Collector | None = None,
     ) -> tuple[PendingHead, dict[str, Stage] | None]:
         assert cache is None or isinstance(cache, CpuCache), "a cache of another backend"
         ops = CpuOps(family, batch, cache, self._weights)
+        ops.collector = collector
         if timed:
             ops.timeline = Timeline(time.perf_counter, lambda start, end: end - start)
         with blas().one_thread():

@@ -12,14 +12,14 @@ import numpy as np
 from ...core import Float32Array
 from ...models.config import Rope
 from ...models.latent import LatentAttention
-from ...models.ops import Ops
 from ...models.weights import Weights
+from .collector import HearingOps
 from .functions import attention_tasks, multiply
 from .threads import blas, in_parallel
 from .weights import DecodedWeights
 
 
-class LatentOps(Ops):
+class LatentOps(HearingOps):
     """Latent attention, of the other ops of a batch."""
 
     cache: Any  # CpuCache | None
@@ -41,6 +41,8 @@ class LatentOps(Ops):
             self.enter("linear", latent.decompressing(w), len(h))
             bounds = [*(segment.first for segment in self.batch.segments), len(h)]
             k, v = _decompressed(c, k_r, matrix, latent, bounds)
+            if self.collector is not None:
+                self._tell_decompression(w, latent, rope, (q, k, c), scale)
             attended: Float32Array = self.attention(q, k, v, scale=scale)
             return attended
         (segment,) = self.batch.segments  # a cache is one sequence's
@@ -53,6 +55,28 @@ class LatentOps(Ops):
         out = np.empty((len(h), latent.heads, latent.value_dim), np.float32)
         in_parallel(attention_tasks(q, k, v, out, segment.position, scale, None, None, None, parts=blas().threads))
         return out.reshape(len(h), -1)
+
+    def _tell_decompression(
+        self,
+        w: Weights,
+        latent: LatentAttention,
+        rope: Rope,
+        qkc: tuple[Float32Array, Float32Array, Float32Array],
+        scale: float,
+    ) -> None:
+        """Let the collector hear what is multiplied by the matrices that make keys and values, as llama.cpp multiplies
+        (llama.cpp, src/models/deepseek2.cpp): where there are two, queries by attn_k_b, and by attn_v_b what attention
+        makes of the latent rows."""
+        q, k, c = qkc
+        if latent.joined:
+            self.hear(w.attn_kv_b_weight, c)
+            return
+        still = q[..., : latent.key_dim]
+        if rope.beta:
+            still = still / rope.temperature(self.batch.positions).astype(np.float32)[:, None, None]
+        self.hear(w.attn_k_b_weight, np.ascontiguousarray(still).reshape(len(q), -1))
+        values = np.broadcast_to(c[:, None], (len(c), latent.heads, latent.rank))
+        self.hear(w.attn_v_b_weight, self.attention(q, k, values, scale=scale))
 
     def _latent_queries(self, h: Float32Array, w: Weights, latent: LatentAttention, rope: Rope) -> Float32Array:
         """[T, heads, head_dim]: of each head what is not rotated, then what is."""

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core import (
+    NO_RESULT,
     Batch,
     Float32Array,
     HeadResult,
@@ -160,6 +161,18 @@ class CpuOps(AttentionOps, LatentOps, PerLayerOps):
         batch_rows: NDArray[np.intp] | None = None,
     ) -> Float32Array:
         """As Ops.linear; batch_rows: which rows of the batch a's are, ascending, where they are not all of them."""
+        self.hear(weight, a)
+        return self._linear(a, weight, residual, scale, batch_rows)
+
+    def _linear(
+        self,
+        a: Float32Array,
+        weight: Weight,
+        residual: Float32Array | None,
+        scale: float,
+        batch_rows: NDArray[np.intp] | None,
+    ) -> Float32Array:
+        """As `linear`, of an input that the collector hears of elsewhere."""
         self.enter("linear", [weight], len(a))
         out = np.empty((len(a), weight.shape[0]), np.float32)
         for piece in _pieces(weight):
@@ -199,7 +212,10 @@ class CpuOps(AttentionOps, LatentOps, PerLayerOps):
         return self.linear(GATES[activation](gates, ups), down, residual, scale, batch_rows)
 
     def router_scores(self, x: Float32Array, norm: Weight, router: Weight, scale: float) -> Float32Array:
-        return self.linear(self.rms_norm(x, norm), router, scale=scale)
+        normed = self.rms_norm(x, norm)
+        if self.collector is not None:
+            self.hear(router, normed * np.float32(scale))
+        return self._linear(normed, router, None, scale, None)
 
     def moe(
         self,
@@ -214,6 +230,7 @@ class CpuOps(AttentionOps, LatentOps, PerLayerOps):
     ) -> Float32Array:
         out = np.zeros_like(h) if residual is None else residual.copy()
         if shared is not None:
+            self.hear(shared[1], h)
             out += shared[0] * sigmoid((h * vector_of(shared[1].tensor)).sum(axis=-1))[:, None]
         if scores is None:
             scores = self.linear(h, w.ffn_gate_inp)
@@ -256,6 +273,9 @@ class CpuOps(AttentionOps, LatentOps, PerLayerOps):
         scale: float = 1.0,
         softcap: float | None = None,
     ) -> PendingHead:
+        if self.collector is not None:
+            self.hear(output, self.rms_norm(x, norm))
+            return lambda: NO_RESULT
         targets = self.batch.targets if logits == "ranks" else None
         if targets is not None:
             rows: NDArray[Any] = targets.rows

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ...collector import Collector
 from ...core import KEYS_PER_TOKEN, Batch, Logits, PendingHead, Progress, no_progress
 from ...errors import BackendError
 from ...models.family import Family
@@ -25,12 +26,13 @@ from .kernel_set import kernel_set_of
 from .kv_cache import DeviceCache, HostCache
 from .ops.attention_layout import key_rows
 from .ops.batch import Residual
+from .ops.collector import DeviceCollector
 from .ops.context import Context
 from .ops.cuda_ops import CudaOps
 from .ops.head import RANKED
 from .ops.latent import expanded_bytes
-from .programs import weight_program
-from .rehearsal import LIKELIEST, plan_model, rehearse
+from .programs import SQUARES, weight_program
+from .rehearsal import LIKELIEST, collected_bytes, plan_model, rehearse
 from .state_access import SLOTS_BYTES, DeviceStates
 from .weights.plan import Plan, budget_of
 from .weights.small_arrays import SmallArrays
@@ -56,6 +58,7 @@ class CudaBackend(Backend):
         self.work, self.downloads, self.maps = Workspace(self.gpu), Downloads(self.gpu), TensorMaps(self.gpu)
         self._graphs = Graphs(self.gpu, lambda: (self.work.generation, self.maps.generation))
         self._caches: list[DeviceCache] = []
+        self._collectors: list[DeviceCollector] = []
         self._small: SmallArrays | None = None
         self._weights: WeightsOnDevice | None = None
         self._context: Context | None = None
@@ -166,6 +169,17 @@ class CudaBackend(Backend):
             pending()
         return DeviceStates(self.context, family, cache)
 
+    def new_collector(self, family: Family, output: bool, progress: Progress = no_progress) -> Collector:
+        assert self.plan is not None, "a model is loaded before it is given a collector"
+        with cuda_errors("making room for sums of squares"):
+            self.gpu.device.set_current()
+            self.launcher.prepare([SQUARES], progress)
+            needed = collected_bytes(family, self.gpu, self.kernel_set, output)
+            self._make_room(family, self.plan.tokens, 0, self._ranks, progress, needed)
+            collector = DeviceCollector(output, self.gpu, self.launcher, needed)
+        self._collectors = [*(other for other in self._collectors if other.room), collector]
+        return collector
+
     def run(
         self,
         family: Family,
@@ -174,8 +188,10 @@ class CudaBackend(Backend):
         logits: Logits,
         progress: Progress,
         timed: bool = False,
+        collector: Collector | None = None,
     ) -> tuple[PendingHead, dict[str, Stage] | None]:
         assert cache is None or isinstance(cache, DeviceCache), "a cache of another backend"
+        assert collector is None or isinstance(collector, DeviceCollector), "a collector of another backend"
         with cuda_errors("prefill"):
             self.gpu.device.set_current()
             if self._ran:
@@ -188,6 +204,7 @@ class CudaBackend(Backend):
 
             with self.launcher.expecting(upcoming, progress):
                 ops = CudaOps(self.context, family, batch, cache)
+                ops.collector = collector
                 if timed:
                     ops.timeline = self._timeline()
 
@@ -195,14 +212,27 @@ class CudaBackend(Backend):
                     residual: Residual = family.forward(ops, progress)
                     return residual
 
-                one_by_one = timed or cache is not None or self.weights.streaming or len(batch.segments) > 1
+                kept = cache is not None or collector is not None
+                one_by_one = timed or kept or self.weights.streaming or len(batch.segments) > 1
                 x = forward() if one_by_one else self._graphs.run(ops.n, forward)
                 pending = family.finish(ops, x, logits)
+                if collector is not None:
+                    pending = self._after(pending)
             self._ran = True
             if ops.timeline is None:
                 return self._reporting(pending), None
             result = pending()
             return lambda: result, ops.timeline.stages()
+
+    def _after(self, pending: PendingHead) -> PendingHead:
+        """The same, once all that was launched so far has run."""
+        landed = self.gpu.stream.record()
+
+        def wait() -> Any:
+            landed.sync()
+            return pending()
+
+        return wait
 
     @staticmethod
     def _reporting(pending: PendingHead) -> PendingHead:
@@ -238,9 +268,12 @@ class CudaBackend(Backend):
         if needed > plan.tokens or self.weights.plan is None or ranks != self._ranks:
             self._make_room(family, max(needed, plan.tokens), 0, ranks, progress)
 
-    def _make_room(self, family: Family, tokens: int, more: int, ranks: bool, progress: Progress) -> None:
-        """Let layers leave the device where a batch of so many tokens, or `more` bytes for a cache, need their room."""
-        self._place(self._make_plan(family, tokens, self._cache_bytes(family) + more, ranks), ranks, progress)
+    def _make_room(
+        self, family: Family, tokens: int, more: int, ranks: bool, progress: Progress, sums: int = 0
+    ) -> None:
+        """Let layers leave the device where a batch of so many tokens, or `more` bytes for a cache, or `sums` for a
+        collector's sums, need their room."""
+        self._place(self._make_plan(family, tokens, self._cache_bytes(family) + more, ranks, sums), ranks, progress)
 
     def _place(self, plan: Plan, ranks: bool, progress: Progress) -> None:
         """Have the weights lie as another plan says; ranks: whether it is for batches with targets."""
@@ -250,8 +283,13 @@ class CudaBackend(Backend):
             self.weights.place(plan, progress)
         self.plan, self._ranks = plan, ranks
 
-    def _make_plan(self, family: Family, tokens: int, cache_bytes: int, ranks: bool) -> Plan:
-        return plan_model(family, self.gpu, self.kernel_set, self._budget, tokens, cache_bytes, ranks, self.gpu.index)
+    def _make_plan(self, family: Family, tokens: int, cache_bytes: int, ranks: bool, sums: int = 0) -> Plan:
+        """sums: bytes of a collector's sums that is yet to be made."""
+        sums += sum(collector.room for collector in self._collectors)
+        facts, device = self.gpu, self.gpu.index
+        return plan_model(
+            family, facts, self.kernel_set, self._budget, tokens, cache_bytes, ranks, device, sums_bytes=sums
+        )
 
     def _timeline(self) -> Timeline:
         """Marks are events on the stream: what happens between two of them is the GPU's time."""

@@ -27,7 +27,7 @@ _THREADS = {
     "ROTATE_THREADS": (256, "rotate_qkv"),
     "COPY_THREADS": (128, "copy_rows gather"),
     "SINGLE_THREAD": (1, "weight_scale divide_scale smaller_scale"),
-    "LATENT_THREADS": (256, "latent_rows latent_queries latent_heads"),
+    "LATENT_THREADS": (256, "latent_rows latent_queries latent_heads latent_values"),
     "STATE_THREADS": (256, "real_rows"),
     "OUTPUT_SCALE_THREADS": (256, "output_scale"),
     "HEAD_THREADS": (1024, "finish_logits rank"),
@@ -35,6 +35,7 @@ _THREADS = {
     "COUNT_THREADS": (32, "count place"),
     "ARRANGE_THREADS": (MOST_EXPERTS, "arrange"),
     "WEIGHT_THREADS": (256, "repack dequantize embed decode_transposed measure"),
+    "SQUARES_THREADS": (512, "add_squares add_float_squares add_expert_squares"),
     "DELTA_INPUT_THREADS": (128, "delta_inputs delta_output"),
 }
 THREADS = {kernel: threads for threads, kernels in _THREADS.values() for kernel in kernels.split()}

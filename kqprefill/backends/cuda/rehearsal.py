@@ -24,6 +24,7 @@ from .device.workspace import Downloads, Workspace, aligned
 from .gemm.operand import HALVES, OperandFormat
 from .gemm.tensor_maps import TensorMaps
 from .kernel_set import KernelSet
+from .ops.collector import DeviceCollector
 from .ops.context import Context
 from .ops.cuda_ops import CudaOps
 from .weights.matrix import Matrix, matrix_of
@@ -188,6 +189,16 @@ def rehearse(
     return BatchNeeds(work.nbytes, tuple(launcher.programs), ops.timeline.stages()["linear"].flops)
 
 
+def collected_bytes(family: Family, facts: GpuFacts, kernel_set: KernelSet, output: bool) -> int:
+    """Device memory that a DeviceCollector's sums take."""
+    launcher = LaunchRecorder()
+    context = stand_in(facts, kernel_set, launcher, _MeasuredWorkspace(NoGpu(facts)))
+    ops = CudaOps(context, family, planned_batch(1, False), None)
+    ops.collector = DeviceCollector(output, context.gpu, launcher)
+    family.head(ops, family.forward(ops), None)
+    return ops.collector.taken
+
+
 def plan_model(
     family: Family,
     facts: GpuFacts,
@@ -197,11 +208,12 @@ def plan_model(
     cache_bytes: int = 0,
     ranks: bool = False,
     device: int = 0,
+    sums_bytes: int = 0,
 ) -> Plan:
     """The Plan (weights/plan.py) for a model on a GPU with these facts that may take `budget` bytes.
 
-    tokens: of the longest prompt, or (ranks) of the largest batch with targets. cache_bytes: device memory that caches
-    hold. Raises BackendError where the model does not run there.
+    tokens: of the longest prompt, or (ranks) of the largest batch with targets. cache_bytes, sums_bytes: device
+    memory that caches, and a collector's sums, hold. Raises BackendError where the model does not run there.
     """
     refuse_unsupported(family)
     batch = planned_batch(tokens, ranks)
@@ -210,4 +222,4 @@ def plan_model(
     def needs(host_embedding: bool) -> BatchNeeds:
         return rehearse(family, facts, kernel_set, batch, logits, host_embedding)
 
-    return make_plan(family, budget, tokens, needs, cache_bytes, device)
+    return make_plan(family, budget, tokens, needs, cache_bytes, device, sums_bytes)

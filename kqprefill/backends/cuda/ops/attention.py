@@ -140,6 +140,7 @@ class AttentionOps(BatchOps):
         if any(w.bias is not None for w in weights):
             bias, _ = self.context.small.vector(*(w.bias or m.rows for w, m in zip(weights, matrices)))
         attending = self.attending(p.head_dim, p.head_dim)
+        self.hear(weights, h)
         sums = self.work.array("qkv", FLOAT32, min(self.n, TOKENS_AT_ONCE), width)
         q = self.work.array("q", FLOAT16, self.n, p.nq, attending.config.head_dim)
         gates = self.work.array("gates", HALVES.dtype, self.n, HALVES.padded(p.q_width)) if p.gated else None

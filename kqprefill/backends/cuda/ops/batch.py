@@ -17,6 +17,7 @@ from ..gemm.operand import Operand
 from ..kv_cache import DeviceCache, token_shapes
 from ..weights.matrix import Matrix
 from .attention_layout import attention_configs, attention_layout
+from .collector import DeviceCollector
 from .context import Context
 
 # Tokens. Blocks that start early gather on the first multiprocessors that have room: no matter where there are many
@@ -118,6 +119,8 @@ class BatchOps(Ops):
     key_rows: rows of keys and values to have room for, where they are more than the batch's own.
     """
 
+    collector: DeviceCollector | None
+
     def __init__(
         self, context: Context, family: Family, batch: Batch, cache: DeviceCache | None, key_rows: int = 0
     ) -> None:
@@ -175,6 +178,27 @@ class BatchOps(Ops):
     def bias(self, weight: Weight) -> DeviceArray | None:
         """A matrix's bias, or biases [experts, rows], where the file has one."""
         return self.context.small.vector(weight.bias)[0] if weight.bias is not None else None
+
+    def hear(
+        self,
+        weights: Sequence[Weight],
+        a: Operand,
+        first: int = 0,
+        firsts: DeviceArray | None = None,
+        row_scale: DeviceArray | None = None,
+    ) -> None:
+        """An operand, the batch's rows from number `first` on, is about to be multiplied by these weights; firsts,
+        row_scale: as for DeviceCollector.add."""
+        if self.collector is not None:
+            names = [weight.name for weight in weights]
+            self.collector.add(names, a, self.sequence_length, first, firsts, row_scale)
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of each of the batch's sequences; all of the batch's where they differ."""
+        segments = self.batch.segments
+        length = segments[0].length
+        return length if all(s.first == i * length for i, s in enumerate(segments)) else self.n
 
     def multiply(
         self,

@@ -72,6 +72,7 @@ class DeltaOps(DenseOps):
 
     def delta_net(self, h: Operand, w: Weights, net: DeltaNet) -> Operand:
         weights = (w.attn_qkv, w.attn_gate, w.ssm_beta, w.ssm_alpha)
+        self.hear(weights, h)
         qkv, gate, beta, alpha = (self.matrix(weight) for weight in weights)
         d, heads, halo = net.head_dim, net.value_heads, halo_rows(net.state)
         norm, host_norm = self.context.small.vector(w.ssm_norm.tensor)

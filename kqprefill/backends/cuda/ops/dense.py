@@ -193,6 +193,13 @@ class DenseOps(BatchOps):
     def linear(
         self, a: Operand, weight: Weight, residual: Residual | None = None, scale: float = 1.0
     ) -> DeviceArray | Residual:
+        self.hear([weight], a)
+        return self.linear_unheard(a, weight, residual, scale)
+
+    def linear_unheard(
+        self, a: Operand, weight: Weight, residual: Residual | None = None, scale: float = 1.0
+    ) -> DeviceArray | Residual:
+        """As `linear`, of an input that the collector hears of elsewhere."""
         self.enter("linear", [weight], self.n)
         matrix = self.matrix(weight)
         out = self._sums(residual, matrix)
@@ -211,6 +218,7 @@ class DenseOps(BatchOps):
         scale: float = 1.0,
     ) -> DeviceArray | Residual:
         self.enter("linear", [gate, up, down], self.n)
+        self.hear([gate, up], h)
         g, u, d = (self.matrix(weight) for weight in (gate, up, down))
         biases = self.bias(gate), self.bias(up)
         out = self._sums(residual, d)
@@ -222,6 +230,7 @@ class DenseOps(BatchOps):
             values = self.work.array("activated", HALVES.dtype, end - t, HALVES.padded(g.rows))
             act = Operand(values, g.rows, act_scale)
             gemm.gated(h.part(t, end), g, u, act, weight_scale, biases, activation)
+            self.hear([down], act, t)
             self.multiply(self.scaled(act, scale), [d], out.rows(t, end), self.bias(down), add=residual is not None)
         return out if residual is None else Residual(out)
 

@@ -27,7 +27,9 @@ class ExpertOps(DenseOps):
         h = self.normalise(x.values, norm)
         scores = self.work.array("router scores", FLOAT32, self.n, router.shape[0])
         self.enter("linear", [router], self.n)
-        self.multiply(self.scaled(h, scale), [self.matrix(router)], scores)
+        h = self.scaled(h, scale)
+        self.hear([router], h)
+        self.multiply(h, [self.matrix(router)], scores)
         return scores
 
     def moe(
@@ -42,9 +44,12 @@ class ExpertOps(DenseOps):
         shared: tuple[Sums, Weight] | None = None,
     ) -> Residual | Sums:
         count, used, hidden = experts.count, experts.used, h.columns
+        if shared is not None:
+            self.hear([shared[1]], h)
         out = residual.values if residual is not None else self.work.array("combined", FLOAT32, self.n, hidden)
         if scores is None:
             self.enter("linear", [w.ffn_gate_inp], self.n)
+            self.hear([w.ffn_gate_inp], h)
         self.enter("linear", [w.ffn_gate_exps, w.ffn_up_exps, w.ffn_down_exps], self.n, share=used / count)
         gate, up, down = (self.matrix(stack) for stack in (w.ffn_gate_exps, w.ffn_up_exps, w.ffn_down_exps))
         g, u, d = (stack.one_of(count) for stack in (gate, up, down))
@@ -65,10 +70,12 @@ class ExpertOps(DenseOps):
             chosen, shares = self._route(own, experts, w)
             gated_rows = gated.group_rows(rows, [g, u], True, count)
             linear_rows = linear.group_rows(rows, [d], False, count)
-            places, gated_groups, linear_groups = self._arrange(chosen, count, gated_rows, linear_rows)
+            firsts, places, gated_groups, linear_groups = self._arrange(chosen, count, gated_rows, linear_rows)
             x = self._gather(tokens, places, used)
+            self.hear([w.ffn_gate_exps, w.ffn_up_exps], x, firsts=firsts)
             act = Operand(self._activated(rows, g.rows), g.rows, act_scale)
             gated.gated(x, g, u, act, weight_scale, biases, activation, gated_groups)
+            self.hear([w.ffn_down_exps], act, firsts=firsts)
             sums = self.work.array("sums", FLOAT16, rows, hidden)
             down_scale = self.scales.of_weights([down], act.norm)  # which measures it, too
             sum_scale = self.scales.of_outputs(down, math.sqrt(g.rows), down_bias, input_scale=act.scale)
@@ -145,9 +152,9 @@ class ExpertOps(DenseOps):
 
     def _arrange(
         self, chosen: DeviceArray, experts: int, gated_rows: int, linear_rows: int
-    ) -> tuple[DeviceArray, Groups, Groups]:
-        """Where the tokens' copies go when they are ordered by expert; their groups of at most so many rows each, for
-        gate and up, and for down."""
+    ) -> tuple[DeviceArray, DeviceArray, Groups, Groups]:
+        """Of the tokens' copies, ordered by expert: each expert's first row, [experts]; which row each has, [copies];
+        their groups of at most so many rows each, for gate and up, and for down."""
         (rows,) = chosen.shape
         blocks = -(-rows // ENTRIES_AT_ONCE)
         counts = self.work.array("counts", INT32, blocks, experts)
@@ -187,7 +194,8 @@ class ExpertOps(DenseOps):
             starts=counts,
             place_of=places,
         )
-        return places, gated, linear
+        firsts = DeviceArray(counts.address, INT32, (experts,))  # of the first block's rows: of all
+        return firsts, places, gated, linear
 
     def _gather(self, tokens: Operand, places: DeviceArray, used: int) -> Operand:
         """Copies of tokens' rows, in the experts' order."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ....core import Float32Array, HeadResult, Logits, PendingHead, Ranks, Vectors
+from ....core import NO_RESULT, Float32Array, HeadResult, Logits, PendingHead, Ranks, Vectors
 from ....errors import BackendError
 from ....models.weights import Weight
 from ..constants import THREADS
@@ -33,6 +33,11 @@ class HeadOps(DenseOps):
         scale: float = 1.0,
         softcap: float | None = None,
     ) -> PendingHead:
+        if self.collector is not None:
+            if self.collector.wants(output.name):
+                self.hear([output], self.normalise(x.values, norm))
+            self._prefetch()
+            return lambda: NO_RESULT
         count, targets = self.batch.count(logits), self.batch.targets
         self.enter("head", [output], count)
         matrix, first = self.matrix(output), self.n - count
@@ -58,8 +63,7 @@ class HeadOps(DenseOps):
                 self._rank(rows.rows(end - at - 1), None, top, on_device)
             if kept is not None:
                 self.context.gpu.download(kept[at:end], rows.address)
-        if self.context.weights.streaming:
-            self.context.weights.prefetch()  # the next batch's first layers
+        self._prefetch()
         if asked is not None:
             wait = self.context.downloads.start(ranked, on_device)
             return lambda: _ranks(wait, ranked, asked.top)
@@ -101,6 +105,11 @@ class HeadOps(DenseOps):
             return Vectors(values)
 
         return vectors
+
+    def _prefetch(self) -> None:
+        """Launch the copies of the next batch's first layers."""
+        if self.context.weights.streaming:
+            self.context.weights.prefetch()
 
     def _finish(self, rows: DeviceArray, scale: float, softcap: float | None) -> None:
         """Scale and cap logits, where the family does."""

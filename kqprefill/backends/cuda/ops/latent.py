@@ -81,6 +81,8 @@ class LatentOps(AttentionOps, DenseOps):
     def latent_attention(self, h: Operand, w: Weights, latent: LatentAttention, *, rope: Rope, scale: float) -> Operand:
         rows = self._latent_rows(h, w, latent, rope)
         q = self._latent_queries(h, w, latent, rope)  # normalises: h is overwritten
+        if self.collector is not None and not latent.joined:
+            self._hear_values(q, rows, w, latent, scale)
         k, v = self._expanded(rows, w, latent)
         return self.attention(q, k, v, scale=scale)
 
@@ -94,6 +96,7 @@ class LatentOps(AttentionOps, DenseOps):
         c_scale = self.scales.of_bound(length * float(np.abs(host_norm).max()))
         c, k_r = self.states.latent(self.layer)
         first = self.batch.start * (self.cache is not None)
+        self.hear([weight], h)
         for t, end in _pieces(self.n, matrix.rows):
             self.enter("linear", [weight], end - t)
             both = self.work.array("latent sums", FLOAT32, end - t, matrix.rows)
@@ -125,12 +128,14 @@ class LatentOps(AttentionOps, DenseOps):
     def _latent_queries(self, h: Operand, w: Weights, latent: LatentAttention, rope: Rope) -> Heads:
         if latent.query_rank:
             self.enter("linear", [w.attn_q_a], self.n)
+            self.hear([w.attn_q_a], h)
             matrix = self.matrix(w.attn_q_a)
             made = self.work.array("latent query rows", FLOAT32, self.n, matrix.rows)
             self.multiply(h, [matrix], made, self.bias(w.attn_q_a))
             h = self.normalise(made, w.attn_q_a_norm)
         assert h.length is not None, "what queries are made of comes from a norm"
         weight = w.attn_q_b if latent.query_rank else w.attn_q
+        self.hear([weight], h)
         matrix, bias = self.matrix(weight), self.bias(weight)
         padded = self.attending(latent.head_dim, latent.value_dim).config.head_dim
         q = self.work.array("q", FLOAT16, self.n, latent.heads, padded)
@@ -140,6 +145,9 @@ class LatentOps(AttentionOps, DenseOps):
             self.enter("linear", [weight], end - t)
             sums = self.work.array("latent sums", FLOAT32, end - t, matrix.rows)
             self.multiply(h.part(t, end), [matrix], sums, bias)
+            if self.collector is not None and not latent.joined:
+                still, length = w.attn_k_b_weight.name, self.sequence_length
+                self.collector.add_heads(still, sums, latent.heads, latent.key_dim, length, t)
             self.enter("rest")
             scale = self.scales.of_outputs(matrix, growth * h.length, bias)
             self.launcher.launch(
@@ -172,6 +180,8 @@ class LatentOps(AttentionOps, DenseOps):
         v = self.work.array("v", FLOAT16, room, heads, config.value_dim)
         self.enter("rest")
         matrices = self._decompressors(w, latent)
+        if latent.joined:
+            self.hear([w.attn_kv_b_weight], rows.c)
         width = heads * (latent.key_dim + latent.value_dim)
         most = min(room, _rows_at_once(width))
         for t, end in _pieces(rows.c.rows, width):
@@ -204,6 +214,33 @@ class LatentOps(AttentionOps, DenseOps):
         if attending.key_copies is not None:
             self._copy_rows(k, v, attending.key_copies)
         return Heads(k, k_scale, latent.head_dim), Heads(v, values.scale, latent.value_dim)
+
+    def _hear_values(self, q: Heads, rows: _LatentRows, w: Weights, latent: LatentAttention, scale: float) -> None:
+        """Let the collector hear what llama.cpp multiplies by attn_v_b: what attention makes of the latent rows.
+
+        They are attended to as values, as many columns at a time as a value has, in the place of the layer's own
+        values, which are to be made again.
+        """
+        assert self.collector is not None and self.attending(latent.head_dim, latent.value_dim).key_copies is None
+        k, v = self._expanded(rows, w, latent)
+        parts = -(-latent.rank // latent.value_dim)
+        for part in range(parts):
+            self.launcher.launch(
+                LATENT,
+                "latent_values",
+                grid=(rows.c.rows, -(-latent.heads // _HEADS_A_BLOCK)),
+                c=rows.c.values,
+                stride=rows.c.values.shape[1],
+                rank=latent.rank,
+                first=part * latent.value_dim,
+                value_dim=latent.value_dim,
+                v=v.values,
+                heads=latent.heads,
+                value_padded=v.values.shape[2],
+            )
+            made = self.attention(q, k, replace(v, scale=rows.c.scale), scale=scale)
+            name, length = w.attn_v_b_weight.name, self.sequence_length
+            self.collector.add_part(name, made, length, part, parts, latent.rank, latent.heads)
 
     def _latent_part(self, c: Operand, t: int, end: int, most: int) -> Operand:
         """Rows t to end - 1, at most `most`. Those of a cache are copied to where every layer's are, so that a batch

@@ -60,6 +60,7 @@ class PerLayerOps(DenseOps):
         h, width = self.cast(x), gate.shape[0]
         gates = self.work.array("embedding gates", FLOAT32, self.n, width)
         self.enter("linear", [gate], self.n)
+        self.hear([gate], h)
         self.multiply(h, [self.matrix(gate)], gates)
         values = self.work.array("gated embedding", HALVES.dtype, self.n, HALVES.padded(width))
         row_scale = self.work.array("row scales", FLOAT32, self.n)
@@ -76,5 +77,7 @@ class PerLayerOps(DenseOps):
             stride=values.shape[1],
             row_scale=row_scale,
         )
-        sums = self.linear(Operand(values, width, self.scales.unit()), matrix)
+        gated = Operand(values, width, self.scales.unit())
+        self.hear([matrix], gated, row_scale=row_scale)
+        sums = self.linear_unheard(gated, matrix)
         return self.add_rms_norm(x, sums, norm, factor, row_scale)

@@ -130,12 +130,13 @@ def make_plan(
     needs: Callable[[bool], BatchNeeds],
     cache_bytes: int = 0,
     device: int = 0,
+    sums_bytes: int = 0,
 ) -> Plan:
     """A Plan for a model on a GPU that may take `budget` bytes.
 
     tokens: of the longest prompt. needs(host_embedding): what such a batch takes where the embedding is on the device,
-    or on the host. cache_bytes: device memory that caches hold. device: the GPU's number. Raises BackendError where
-    even streaming every layer takes more.
+    or on the host. cache_bytes, sums_bytes: device memory that caches, and a collector's sums, hold. device: the GPU's
+    number. Raises BackendError where even streaming every layer takes more.
     """
     layers = layer_matrices(family)
     placement = Placement.on_one(device, len(layers))
@@ -147,6 +148,8 @@ def make_plan(
     parts = {"CUDA context": CONTEXT_BYTES, "output": output}
     if cache_bytes:
         parts["caches"] = cache_bytes
+    if sums_bytes:
+        parts["sums of squares"] = sums_bytes
 
     def plan(resident: Sequence[int], batch: BatchNeeds) -> Plan:
         streamed = tuple(i for i in placement.layers_of(device) if i not in resident)
