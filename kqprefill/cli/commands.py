@@ -12,6 +12,7 @@ from .cache import cache
 from .completion import completion
 from .doctor import doctor
 from .inspect import inspect
+from .kld import kld
 from .perplexity import perplexity
 from .plan import plan
 from .run import run
@@ -58,5 +59,5 @@ def cli() -> None:
     """
 
 
-for command in (run, score, perplexity, bench, plan, inspect, tokenize, synth, doctor, cache, completion):
+for command in (run, score, perplexity, kld, bench, plan, inspect, tokenize, synth, doctor, cache, completion):
     cli.add_command(command)
