@@ -13,6 +13,7 @@ from .completion import completion
 from .doctor import doctor
 from .inspect import inspect
 from .kld import kld
+from .lm_eval import lm_eval
 from .perplexity import perplexity
 from .plan import plan
 from .run import run
@@ -59,5 +60,5 @@ def cli() -> None:
     """
 
 
-for command in (run, score, perplexity, kld, bench, plan, inspect, tokenize, synth, doctor, cache, completion):
+for command in (run, score, perplexity, kld, lm_eval, bench, plan, inspect, tokenize, synth, doctor, cache, completion):
     cli.add_command(command)
