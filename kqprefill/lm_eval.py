@@ -213,10 +213,14 @@ class KqprefillLM(TemplateLM):  # type: ignore[misc]  # the harness need not be 
 
 
 def _device_of(device: str | int | None, backend: str) -> tuple[int, str]:
-    """The CUDA device's number and the backend that the harness' device asks for. Raises InputError."""
+    """The CUDA device's number, and the backend where the harness' device is `cpu`.
+
+    The harness says `cuda:0` where its user has said nothing, so `cuda` demands no GPU; a backend of "cuda" does. Raises
+    InputError.
+    """
     kind, _, number = ("cuda", "", str(device)) if isinstance(device, int) else (device or "").partition(":")
     if kind.isdecimal() and not number:
         kind, number = "cuda", kind
     if kind not in ("", "cpu", "cuda") or not (number or "0").isdecimal():
         raise InputError(f"device {device!r} is unknown; give cpu, cuda or cuda:N")
-    return int(number or 0), kind if backend == "auto" and kind else backend
+    return int(number or 0), kind if backend == "auto" and kind == "cpu" else backend
