@@ -215,8 +215,8 @@ class KqprefillLM(TemplateLM):  # type: ignore[misc]  # the harness need not be 
 def _device_of(device: str | int | None, backend: str) -> tuple[int, str]:
     """The CUDA device's number, and the backend where the harness' device is `cpu`.
 
-    The harness says `cuda:0` where its user has said nothing, so `cuda` demands no GPU; a backend of "cuda" does. Raises
-    InputError.
+    The harness says `cuda:0` where its user has said nothing, so `cuda` demands no GPU; a backend of "cuda" does.
+    Raises InputError.
     """
     kind, _, number = ("cuda", "", str(device)) if isinstance(device, int) else (device or "").partition(":")
     if kind.isdecimal() and not number:

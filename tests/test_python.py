@@ -129,6 +129,7 @@ OUTPUTS = [
     ("run --top", ["run", EXAMPLE, "-p", "Hi", "--top", "2", *CPU], None),
     ("score", ["score", EXAMPLE, "--per-token", "--greedy", "--top", "2", "--on-error", "skip", *CPU], RECORDS),
     ("perplexity --json", ["perplexity", EXAMPLE, "-c", "8", "--json", *CPU], b"1234567890" * 3),
+    ("kld --json", ["kld", EXAMPLE, "--against", EXAMPLE, "-c", "8", "--json", *CPU], b"1234567890" * 3),
     ("bench -o json", ["bench", EXAMPLE, "-p", "4", "-r", "1", "--detail", "-o", "json", *CPU], None),
     ("bench -o json", ["bench", EXAMPLE, "-p", "4", "-r", "1", "-o", "json", *CPU], None),
     ("plan --json", ["plan", EXAMPLE, "--backend", "cpu", "--json"], None),

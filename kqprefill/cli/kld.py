@@ -88,9 +88,7 @@ def kld(
     the same likeliest token. A file leaves out what is 16 nats below the likeliest token; --against leaves nothing out.
 
     \b
-    kqprefill perplexity F16.gguf -f wiki.test.raw --save-logits base
-    kqprefill kld Q4.gguf --base base
-    kqprefill kld Q4.gguf --against F16.gguf -f wiki.test.raw
+    kqprefill kld examples/tiny-qwen3.gguf --against examples/tiny-qwen3.gguf -f README.md -c 256
     """
     if (base is None) == (against is None):
         raise click.UsageError("give what to compare with either as --base FILE or as --against MODEL")

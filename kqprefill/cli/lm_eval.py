@@ -23,12 +23,16 @@ _NAME = "kqprefill"
 def lm_eval(context: click.Context, arguments: tuple[str, ...]) -> None:
     """Run lm-evaluation-harness with a GGUF model.
 
-    ARGUMENTS are the harness' own (`kqprefill lm-eval run --help`); --model is kqprefill. Of --model_args, path is the
-    model; backend, kernels, vram, batch_tokens, max_length, add_bos_token and prefix_token_id may follow. Tasks that
-    have text written (generate_until) are refused.
+    ARGUMENTS are the harness' own; its model is kqprefill:
 
     \b
-    kqprefill lm-eval --model_args path=model.gguf,vram=8G --tasks hellaswag,wikitext
+    --model_args path=model.gguf,vram=8G --tasks hellaswag,wikitext
+
+    After path may follow backend, kernels, vram, batch_tokens, max_length, add_bos_token and prefix_token_id. Tasks
+    that have text written (generate_until) are refused.
+
+    \b
+    kqprefill lm-eval run --help                                # the harness' options
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         click.echo(context.get_help())

@@ -74,7 +74,8 @@ def perplexity(
     """Print the perplexity of a text, and its standard error.
 
     As llama-perplexity does: windows of --context tokens, of which the second half is scored, each beginning with BOS
-    where the file asks for it.
+    where the file asks for it. What --save-logits writes is 2 bytes for each token of the vocabulary at each scored
+    place: 78 MB a window of 512 with a vocabulary of 152,000.
 
     \b
     kqprefill perplexity examples/tiny-qwen3.gguf --file README.md -c 256
