@@ -175,6 +175,21 @@ def test_logits_of_rows(backend, rng):
         assert found.shape == (4, vocab) and np.allclose(found, expected, atol=0 if backend == "cuda" else 1e-4)
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_logits_of_rows_are_rehearsed(capability):
+    """Without a GPU: what a batch launches whose targets' logits are wanted."""
+    from kqprefill.backends.cuda.bounds import H100
+    from kqprefill.backends.cuda.kernel_set import kernel_set_of
+    from kqprefill.backends.cuda.rehearsal import rehearse
+    from kqprefill.models import read_model
+
+    ids, rows = np.zeros(128, np.int32), np.arange(32, 63, dtype=np.int32)
+    batch = Batch(ids, segments=(Segment(0, 64), Segment(64, 64)), targets=Targets(rows, rows))
+    family, kernels = read_model(files()[0]), kernel_set_of(capability)
+    of_rows, of_all = (rehearse(family, H100, kernels, batch, logits) for logits in ("rows", "all"))
+    assert set(of_rows.programs) == set(of_all.programs) and 0 < of_rows.work_bytes < of_all.work_bytes
+
+
 def test_logits_that_are_not_finite(models, monkeypatch):
     base = models[0]
     windows = cut(models, most=2)

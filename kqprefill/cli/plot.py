@@ -89,5 +89,5 @@ def draw_divergence(found: Divergence, title: str, file: BinaryIO, kind: str) ->
     for axes in (spread, changed):
         axes.grid(True, which="major", color="0.9")
         axes.set_axisbelow(True)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title.replace("$", r"\$"), fontsize=10)  # which would begin a formula
     figure.savefig(file, format=kind)
