@@ -18,9 +18,10 @@ Float32Array: TypeAlias = NDArray[np.float32]
 # Hears how far something is: progress(stage, done, total).
 Progress: TypeAlias = Callable[[str, int, int], None]
 
-# Which logits are asked for: none, the last position's, every position's, or those that a batch's targets need
-# ("ranks"); or, in their place, a vector of each of the batch's segments ("pooled").
-Logits: TypeAlias = Literal["last", "all", "ranks", "pooled"] | None
+# Which logits are asked for: none, the last position's, every position's, those that a batch's targets are ranked by
+# ("ranks"), or those after the targets' rows, as they are ("rows"); or, in their place, a vector of each of the batch's
+# segments ("pooled").
+Logits: TypeAlias = Literal["last", "all", "ranks", "rows", "pooled"] | None
 
 # How the final norm's outputs at a sequence's positions become one vector: the last one's, their mean, the first's.
 Pooling: TypeAlias = Literal["last", "mean", "cls"]
@@ -132,15 +133,15 @@ class Batch(Brief):
         """How many of the positions have their logits computed."""
         if logits == "all":
             return len(self.tokens)
-        if logits == "ranks":
+        if logits in ("ranks", "rows"):
             return len(self.targets.rows) if self.targets is not None else 0
         return 1
 
 
 @dataclass(frozen=True, repr=False)
 class HeadResult(Brief):
-    """The last position's greedy token, its logit and natural log-probability; and the logits that were asked for,
-    float32 [V] or [T, V], or None."""
+    """The last position's greedy token, its logit and natural log-probability (of "rows" the last of them); and the
+    logits that were asked for, float32 [V], [T, V] or (rows) [S, V], or None."""
 
     token: int
     logit: float

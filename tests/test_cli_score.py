@@ -341,7 +341,7 @@ def test_windows_begin_with_bos(tmp_path):
 
     class Model:
         class config:
-            context_length = 100
+            context_length, vocab_size = 100, 50
 
         def score(self, records, batch_tokens, progress):
             self.records = list(records)

@@ -134,6 +134,7 @@ OUTPUTS = [
         ["imatrix", EXAMPLE, "--tokens", "1,2,3,4", "-c", "2", "-o", "/dev/null", "--json", "--show-statistics", *CPU],
         None,
     ),
+    ("kld --json", ["kld", EXAMPLE, "--against", EXAMPLE, "-c", "8", "--json", *CPU], b"1234567890" * 3),
     ("bench -o json", ["bench", EXAMPLE, "-p", "4", "-r", "1", "--detail", "-o", "json", *CPU], None),
     ("bench -o json", ["bench", EXAMPLE, "-p", "4", "-r", "1", "-o", "json", *CPU], None),
     ("plan --json", ["plan", EXAMPLE, "--backend", "cpu", "--json"], None),

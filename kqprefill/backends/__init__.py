@@ -9,6 +9,7 @@ from ..errors import BackendError, InputError
 
 if TYPE_CHECKING:
     from .base import Backend
+    from .budget import Budget
 
 NAMES = ("auto", "cpu", "cuda")
 KERNELS = ("auto", "portable")
@@ -36,3 +37,22 @@ def open_backend(name: str, device: int, kernels: str, warn: Callable[[str], Non
     from .cpu.backend import CpuBackend
 
     return CpuBackend()
+
+
+def device_room(name: str, device: int, vram: Budget | None) -> int | None:
+    """Bytes of device memory that models may take together: a Budget's, None for all that is free; and None where the
+    backend called `name` is the CPU, or no GPU can be used (`open_backend` says why)."""
+    if name == "cpu":
+        return None
+    try:
+        from .cuda.device.gpu import Gpu, cuda_errors
+        from .cuda.weights.plan import budget_of
+
+        gpu = Gpu(device)
+        try:
+            with cuda_errors("asking for the free memory"):
+                return budget_of(gpu, vram)
+        finally:
+            gpu.close()
+    except BackendError:
+        return None

@@ -14,6 +14,8 @@ from .doctor import doctor
 from .embed import embed
 from .imatrix import imatrix
 from .inspect import inspect
+from .kld import kld
+from .lm_eval import lm_eval
 from .perplexity import perplexity
 from .plan import plan
 from .rerank import rerank
@@ -65,6 +67,8 @@ for command in (
     run,
     score,
     perplexity,
+    kld,
+    lm_eval,
     embed,
     rerank,
     imatrix,

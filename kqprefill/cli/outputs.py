@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 import errno
 import os
+import shutil
 import stat
 import sys
 import tempfile
@@ -154,6 +155,14 @@ class Outputs:
             status = os.fstat(number)
             if stat.S_ISREG(status.st_mode) or (number == 1 and stat.S_ISFIFO(status.st_mode)):
                 into.setdefault(_identity(status), what)
+
+
+def free_room(path: str) -> int | None:
+    """Bytes free where a file will be; None where that means nothing: a pipe, a device, a folder that is not there."""
+    folder = os.path.dirname(os.path.realpath(path))
+    if not os.path.isdir(folder) or (os.path.exists(path) and not os.path.isfile(path)):
+        return None
+    return shutil.disk_usage(folder).free
 
 
 def _identity(status: os.stat_result) -> _Identity:

@@ -3,56 +3,51 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 import click
 
 from ..backends.wake import wake_gpu
-from ..errors import KqprefillError
+from ..errors import InputError
 from ..terminal import json_value
 from .common import (
     batch_option,
     device_options,
-    has_piped_stdin,
     memory_option,
     open_file,
     open_on,
     print_object,
-    read_text_file,
-    read_tokens,
     say,
     say_batches,
     say_loaded,
     say_summary,
+    size,
     special_option,
     volume_options,
 )
 from .interrupts import Interrupted
-from .outputs import STDIO
+from .outputs import STDIO, Outputs, force_option, free_room
 from .progress import Watch, progress_bars
+from .sources import model_path
+from .texts import LongText, text_options
+
+if TYPE_CHECKING:
+    from ..engine.model import Model
+    from ..engine.perplexity import Perplexity
 
 
 @click.command()
 @click.argument("name", metavar="MODEL", type=click.Path())
-@click.option(
-    "-f",
-    "--file",
-    "text",
-    metavar="FILE",
-    help="The text, for the model's own tokenizer; `-` is stdin, which is read where it is piped and nothing is named.",
-)
-@click.option("--tokens", metavar="IDS", help="Token ids instead: `1,2,3`, `-` for stdin, `@FILE`.")
-@click.option(
-    "-c",
-    "--context",
-    default=512,
-    show_default=True,
-    metavar="T",
-    envvar="KQPREFILL_CONTEXT",
-    show_envvar=True,
-    help="Tokens of a window.",
-)
-@click.option("--chunks", default=None, metavar="N", type=click.IntRange(1), help="Windows at most.  [default: all]")
+@text_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.option(
+    "--save-logits",
+    "saved",
+    metavar="FILE",
+    help="Also write the log-probabilities of every token of the vocabulary, as llama-perplexity --kl-divergence-base "
+    "does: for `kqprefill kld --base FILE`, or llama-perplexity.",
+)
+@force_option
 @special_option
 @batch_option
 @device_options
@@ -65,6 +60,8 @@ def perplexity(
     context: int,
     chunks: int | None,
     as_json: bool,
+    saved: str | None,
+    force: bool,
     no_special: bool,
     batch_tokens: int | None,
     backend: str,
@@ -77,22 +74,22 @@ def perplexity(
     """Print the perplexity of a text, and its standard error.
 
     As llama-perplexity does: windows of --context tokens, of which the second half is scored, each beginning with BOS
-    where the file asks for it.
+    where the file asks for it. What --save-logits writes is 2 bytes for each token of the vocabulary at each scored
+    place: 78 MB a window of 512 with a vocabulary of 152,000.
 
     \b
     kqprefill perplexity examples/tiny-qwen3.gguf --file README.md -c 256
     """
-    if text is None and tokens is None and has_piped_stdin():
-        text = STDIO
-    if (text is None) == (tokens is None):
-        raise click.UsageError("give the text either as --file FILE or as --tokens IDS")
-    if tokens is not None and no_special:
-        raise click.UsageError("--no-special is for a text; --tokens are ids already")
-    ids = None if tokens is None else read_tokens(tokens)
-    words = None if text is None else read_text_file(text, "--file")
+    outputs = Outputs(force)
+    given = LongText(text, tokens, no_special, outputs)
+    if saved is not None:
+        if saved == STDIO:
+            raise click.UsageError("--save-logits writes a file; give its name")
+        outputs.reads(model_path(name), "the model")
+        outputs.writes_stdout()
+        outputs.claim(saved, "--save-logits")
     wake_gpu(backend, device)
     from ..engine.perplexity import perplexity as measure
-    from ..text import Tokenizer
 
     watch = None
     try:
@@ -101,21 +98,15 @@ def perplexity(
             watch = Watch(bars, "windows")
             file = open_file(name)
             stack.enter_context(file)
-            bos = None
-            try:
-                tokenizer = Tokenizer(file.metadata, name)
-                bos = tokenizer.bos
-                if words is not None:
-                    ids = tokenizer.encode(words, parse_special=not no_special)
-            except KqprefillError:
-                if words is not None:
-                    raise
-            assert ids is not None, "the text is given as --file or as --tokens"
+            ids, bos = given.ids(file.metadata, name)
             model = stack.enter_context(
                 open_on(file, backend, device, kernels, vram, quiet, bars, batch_tokens, ranks=True)
             )
             watch.begin(context * min(len(ids) // max(context, 1), chunks or len(ids)))
-            measured = measure(model, ids, context, chunks, bos, batch_tokens, watch)
+            if saved is None:
+                measured = measure(model, ids, context, chunks, bos, batch_tokens, watch)
+            else:
+                measured = _save(model, ids, context, chunks, bos, batch_tokens, watch, outputs, saved)
             if verbose:
                 say_loaded(model)
                 say_batches(model, batch_tokens)
@@ -138,3 +129,29 @@ def perplexity(
         print_object(json_value(described))
     else:
         click.echo(f"PPL = {measured.value:.4f} +/- {measured.error:.5f}")
+
+
+def _save(
+    model: Model,
+    ids: list[int],
+    context: int,
+    chunks: int | None,
+    bos: int | None,
+    batch_tokens: int | None,
+    watch: Watch,
+    outputs: Outputs,
+    path: str,
+) -> Perplexity:
+    """The Perplexity, of the log-probabilities that --save-logits writes."""
+    from ..engine.logits_file import file_size, save_logits
+    from ..engine.windows import Windows
+
+    windows = Windows.of(ids, context, chunks, bos, [model])
+    needed, room = file_size(windows, model.config.vocab_size), free_room(path)
+    if room is not None and needed > room:
+        raise InputError(
+            f"--save-logits {path}: it takes {size(needed)}, and {size(room)} are free there: give fewer --chunks, or "
+            "compare with `kqprefill kld --against`, which writes nothing"
+        )
+    with outputs.open(path, "--save-logits") as file:
+        return save_logits(model, windows, file, batch_tokens, watch)

@@ -1,11 +1,14 @@
-"""kqprefill bench's figures as a picture."""
+"""Figures as pictures: those of bench and of kld."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import InputError
+
+if TYPE_CHECKING:
+    from ..engine.divergence import Divergence
 
 
 def check_plot(path: str) -> str:
@@ -58,4 +61,33 @@ def draw(
     axes.set_title(f"{rows[0]['model']}, {rows[0]['device']}", fontsize=10)
     axes.grid(True, which="major", color="0.9")
     axes.legend(fontsize=8, frameon=False, loc="lower right")
+    figure.savefig(file, format=kind)
+
+
+def draw_divergence(found: Divergence, title: str, file: BinaryIO, kind: str) -> None:
+    """How the divergences of places are spread, and the changes of the probability of the tokens that came."""
+    from matplotlib.figure import Figure
+    import numpy as np
+
+    figure = Figure(figsize=(10, 4.5), dpi=150, layout="constrained")
+    spread, changed = figure.subplots(1, 2)
+    ordered = np.sort(found.klds)[::-1]
+    shares = np.arange(1, len(ordered) + 1) / len(ordered)
+    above = ordered > 0  # rounding leaves some of equal distributions at or below nothing
+    if above.any():
+        spread.plot(ordered[above], 100 * shares[above], color="C0")
+        spread.set_xscale("log")
+        spread.set_yscale("log")
+    spread.axvline(found.kld.value, color="0.45", linestyle="--", label=f"mean {found.kld.value:.3g}")
+    spread.axvline(found.kld_at[0.5], color="0.45", linestyle=":", label=f"median {found.kld_at[0.5]:.3g}")
+    spread.set_xlabel("KL divergence, nats")
+    spread.set_ylabel("tokens with more, %")
+    spread.legend(fontsize=8, frameon=False, loc="lower left")
+    changed.hist(100 * found.changes, bins=81, color="C0", log=True)
+    changed.set_xlabel("change of the probability of the token that came, points of %")
+    changed.set_ylabel("tokens")
+    for axes in (spread, changed):
+        axes.grid(True, which="major", color="0.9")
+        axes.set_axisbelow(True)
+    figure.suptitle(title.replace("$", r"\$"), fontsize=10)  # which would begin a formula
     figure.savefig(file, format=kind)

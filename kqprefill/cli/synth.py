@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 from typing import TYPE_CHECKING
 
 import click
 
 from .common import layers_option, refuse_too_large
-from .outputs import STDIO, Outputs, force_option
+from .outputs import STDIO, Outputs, force_option, free_room
 
 if TYPE_CHECKING:
     from ..synthetic import SyntheticFile
@@ -42,9 +41,9 @@ def synth(name: str, out: str, layers: int | None, force: bool) -> None:
 
 def _check_room(model: SyntheticFile, out: str) -> None:
     """Whether the disk has room for the file, before any of it is made."""
-    folder = os.path.dirname(os.path.realpath(out))
-    if os.path.isdir(folder) and (os.path.isfile(out) or not os.path.exists(out)):
-        free = shutil.disk_usage(folder).free
+    free = free_room(out)
+    if free is not None:
+        folder = os.path.dirname(os.path.realpath(out))
         words = f"{out}: {model.path} takes {{needed}}, and {{room}} are free in {folder}"
         refuse_too_large(model, _file_size, free, words)
 

@@ -59,7 +59,7 @@ def refuse_non_finite(logits: Float32Array | None, logit: float, logprob: float,
     last = start + count - 1
     if logits is not None:
         rows = logits if logits.ndim == 2 else logits[None]
-        bad = _first_non_finite_row(rows)
+        bad = first_non_finite_row(rows)
         if bad is not None:
             what = "NaN" if np.isnan(rows[bad]).any() else "infinities"
             raise BackendError(f"the logits of position {last - len(rows) + 1 + bad} hold {what}: {_DAMAGED}")
@@ -68,7 +68,7 @@ def refuse_non_finite(logits: Float32Array | None, logit: float, logprob: float,
         raise BackendError(f"the logits of position {last} hold {what}: {_DAMAGED}")
 
 
-def _first_non_finite_row(rows: Float32Array) -> int | None:
+def first_non_finite_row(rows: Float32Array) -> int | None:
     """The first row [V] of rows [T, V] that is not finite throughout.
 
     A row's sum is read at the rate of memory, and is finite only where the row is; where it overflowed, each is looked

@@ -276,8 +276,8 @@ class CpuOps(AttentionOps, LatentOps, PerLayerOps):
         if self.collector is not None:
             self.hear(output, self.rms_norm(x, norm))
             return lambda: NO_RESULT
-        targets = self.batch.targets if logits == "ranks" else None
-        if targets is not None:
+        targets = self.batch.targets
+        if targets is not None and logits in ("ranks", "rows"):
             rows: NDArray[Any] = targets.rows
         else:
             rows = np.arange(len(x) - self.batch.count(logits), len(x))
@@ -288,7 +288,7 @@ class CpuOps(AttentionOps, LatentOps, PerLayerOps):
             self._product(normed, output, piece, scale, rows, out)
             return softcapped(out, softcap)
 
-        if targets is not None:
+        if targets is not None and logits == "ranks":
             pieces = _pieces(output)
             parts = ((p.start, logits_of(p, np.empty((len(rows), p.stop - p.start), np.float32))) for p in pieces)
             ranks = ranks_of(parts, targets)
@@ -301,7 +301,7 @@ class CpuOps(AttentionOps, LatentOps, PerLayerOps):
             raise BackendError("the last position's logits hold NaN: the file's weights are damaged or out of range")
         token = int(np.argmax(last))  # the lowest of equals
         shifted = last.astype(np.float64) - float(last[token])
-        kept = None if logits is None else scores if logits == "all" else last
+        kept = None if logits is None else last if logits == "last" else scores
         result = HeadResult(token, float(last[token]), -math.log(np.exp(shifted).sum()), kept)
         return lambda: result
 

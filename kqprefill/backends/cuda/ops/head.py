@@ -47,10 +47,10 @@ class HeadOps(DenseOps):
         top = max(1, min(matrix.rows, asked.top)) if asked is not None else 1
         ranked = np.empty((count if asked is not None else 1, top + 1), RANKED)
         on_device = self.work.array("ranked", RANKED, *ranked.shape)
-        kept = np.empty((count, matrix.rows), np.float32) if logits in ("all", "last") else None
+        kept = np.empty((count, matrix.rows), np.float32) if logits in ("all", "last", "rows") else None
         for at in range(0, count, most):
             end = min(at + most, count)
-            if asked is not None:
+            if logits in ("ranks", "rows"):
                 h = self.normalise(x.values, norm, picked=self.target_rows.rows(at, end))
             else:
                 h = self.normalise(x.values.rows(first + at, first + end), norm)
@@ -67,7 +67,7 @@ class HeadOps(DenseOps):
         if asked is not None:
             wait = self.context.downloads.start(ranked, on_device)
             return lambda: _ranks(wait, ranked, asked.top)
-        return lambda: self._last(ranked, on_device, kept if logits == "all" or kept is None else kept[0])
+        return lambda: self._last(ranked, on_device, kept[0] if logits == "last" and kept is not None else kept)
 
     def pool(self, x: Residual, norm: Weight) -> PendingHead:
         self.enter("head")
