@@ -74,7 +74,7 @@ def test_embedding_gemmas_vectors_are_llama_cpps(tmp_path, projected, rng):
     with kqprefill.load(path, backend="cpu") as model:
         for own, their in zip(model.embed(asked), theirs):
             assert abs(1 - float(np.dot(own.astype(np.float64), their["embedding"]))) <= 1e-5
-        with pytest.raises(kqprefill.InputError, match=r"it gives vectors \(embed\), no next token"):
+        with pytest.raises(kqprefill.ModelError, match=r"it gives vectors \(embed\), no next token"):
             model.prefill([1])
 
 

@@ -16,7 +16,7 @@ from ..backends import open_backend
 from ..backends.base import Backend, Cache
 from ..backends.budget import Budget
 from ..core import Batch, Float32Array, HeadResult, Int32Array, Logits, Progress, no_progress
-from ..errors import InputError
+from ..errors import InputError, ModelError
 from ..gguf import GGUFFile, ModelFile
 from ..gguf.vocabulary import token_text
 from ..models import read_model
@@ -312,7 +312,7 @@ class Model(HandsOver):
 
     def _check_causal(self) -> None:
         if self.family.both_ways:
-            raise InputError(f"{self.file.path}: tokens see those after them: it gives vectors (embed), no next token")
+            raise ModelError(f"{self.file.path}: tokens see those after them: it gives vectors (embed), no next token")
 
     def _check_open(self) -> None:
         if self._closed:
