@@ -57,15 +57,15 @@ def saved(model, windows, path):
     return found
 
 
-def assert_printed(lines, printed, steps=2):
-    """That lines have the words of others, and their numbers to so many steps of the last digit."""
+def assert_printed(lines, printed, steps=2, relative=3e-8):
+    """That lines have the words of others, and their numbers to so many steps of the last digit, or so far."""
     printed = [line for line in printed if line]
     lines = [line for line in lines if line]
     assert [NUMBER.sub("", line).split() for line in lines] == [NUMBER.sub("", line).split() for line in printed]
     for line, other in zip(lines, printed):
         for mine, theirs in zip(NUMBER.findall(line), NUMBER.findall(other)):
             step = 10.0 ** -len(theirs.partition(".")[2])
-            assert abs(float(mine) - float(theirs)) <= max(steps * step, 3e-8 * abs(float(theirs))) * 1.01, (
+            assert abs(float(mine) - float(theirs)) <= max(steps * step, relative * abs(float(theirs))) * 1.01, (
                 line,
                 other,
             )
@@ -75,13 +75,14 @@ def assert_printed(lines, printed, steps=2):
 def test_the_statistics_are_llama_cpps(backend, tmp_path):
     """From a file and from the other model beside this one: where no token is 16 nats below another, they are alike."""
     base, model = (open_model(file, backend) for file in files())
-    printed, steps = PRINTED.read_text(encoding="utf-8").splitlines(), 2 if backend == "cpu" else 300
+    printed = PRINTED.read_text(encoding="utf-8").splitlines()
+    steps, relative = (2, 3e-8) if backend == "cpu" else (300, 1e-4)  # a GPU multiplies halves
     with base, model:
         windows = Windows.of(base.tokenize(TEXT), 512, None, None, [base, model])
         found = saved(base, windows, tmp_path / "base")
         assert found.value == pytest.approx(276.7518, rel=1e-6 if backend == "cpu" else 1e-4)
-        assert_printed(_lines(divergence(model, LogitsFile(str(tmp_path / "base")), windows)), printed, steps)
-        assert_printed(_lines(divergence(model, base, windows)), printed, max(steps, 8))
+        assert_printed(_lines(divergence(model, LogitsFile(str(tmp_path / "base")), windows)), printed, steps, relative)
+        assert_printed(_lines(divergence(model, base, windows)), printed, max(steps, 8), relative)
 
 
 def test_the_file_has_llama_cpps_layout(models, tmp_path):
