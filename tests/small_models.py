@@ -1,7 +1,8 @@
 """What small models of each family need beside what all have."""
 
 EXPERTS = (
-    "qwen2moe qwen3moe olmoe gpt-oss glm4moe qwen3vlmoe qwen35moe qwen3next deepseek2".split()
+    "qwen2moe qwen3moe olmoe gpt-oss glm4moe qwen3vlmoe qwen35moe qwen3next deepseek2 mistral4 minimax-m2 "
+    "ernie4_5-moe granitemoe".split()
 )  # whose layers have experts
 
 
@@ -16,7 +17,9 @@ def more_metadata(architecture):
             sizes = {"conv_kernel": 4, "state_size": 32, "group_count": 2, "time_step_rank": 4, "inner_size": 128}
             more |= {f"ssm.{key}": size for key, size in sizes.items()}
         return more
-    if architecture == "deepseek2":
+    if architecture == "qwen2vl":
+        return {"rope.dimension_sections": [3, 3, 2, 0]}
+    if architecture in ("deepseek2", "mistral4"):
         latent = {"attention.kv_lora_rank": 32, "attention.q_lora_rank": 32, "rope.dimension_count": 8}
         heads = {"attention.key_length_mla": 40, "attention.value_length_mla": 16}
         experts = {"leading_dense_block_count": 1, "expert_shared_count": 1, "expert_gating_func": 2}

@@ -36,6 +36,8 @@ def test_every_family_and_format_has_a_case():
     formats = [f"qwen3-{kind.name.lower()}" for kind in SUPPORTED if kind.name not in ("F32", "F16", "BF16")]
     models += "qwen3vl-q4_k_m qwen3vlmoe-q4_k_m glm4-q4_k_m glm4moe-nextn-q3_k_m qwen35-tied-nextn".split()
     models += "qwen35moe-q4_k_m qwen3next-moe-q3_k_m deepseek2-moe-glm47-q3_k_m gemma4-q4_k_m".split()
+    models += "seed_oss-q3_k ernie4_5-q3_k ernie4_5-moe-q3_k internlm2-q3_k minicpm-q3_k granitemoe-q3_k".split()
+    models += "minimax-m2-moe-q3_k exaone4-swa qwen2vl-q3_k mistral4-moe-q3_k".split()
     assert released == {*models, *formats}
 
 

@@ -9,6 +9,8 @@ from ..errors import ModelError
 from ..gguf import ModelFile
 from ..gguf.keys import read_key
 from .deepseek2 import DeepSeek2
+from .ernie4_5 import Ernie45, Ernie45Moe
+from .exaone4 import Exaone4
 from .family import Family
 from .gemma import Gemma
 from .gemma2 import Gemma2
@@ -19,18 +21,25 @@ from .glm4 import Glm4
 from .glm4moe import Glm4Moe
 from .gpt_oss import GptOss
 from .granite import Granite
+from .granitemoe import GraniteMoe
+from .internlm2 import InternLm2
 from .llama import Llama
+from .minicpm import MiniCpm
+from .minimax_m2 import MiniMaxM2
 from .mistral3 import Mistral3
+from .mistral4 import Mistral4
 from .olmo2 import Olmo2
 from .olmoe import Olmoe
 from .phi3 import Phi3
 from .qwen2 import Qwen2
 from .qwen2moe import Qwen2Moe
+from .qwen2vl import Qwen2Vl
 from .qwen3 import Qwen3
 from .qwen3moe import Qwen3Moe
 from .qwen3next import Qwen3Next
 from .qwen3vl import Qwen3Vl, Qwen3VlMoe
 from .qwen35 import Qwen35, Qwen35Moe
+from .seed_oss import SeedOss
 from .smollm3 import SmolLM3
 
 _PAGES: tuple[type[Family], ...] = (
@@ -59,6 +68,16 @@ _PAGES: tuple[type[Family], ...] = (
     Qwen35Moe,
     Qwen3Next,
     DeepSeek2,
+    Mistral4,
+    MiniMaxM2,
+    SeedOss,
+    Ernie45,
+    Ernie45Moe,
+    Exaone4,
+    GraniteMoe,
+    Qwen2Vl,
+    InternLm2,
+    MiniCpm,
 )
 FAMILIES = {family.architecture: family for family in _PAGES}
 

@@ -108,7 +108,10 @@ class Experts:
 
 
 def shared_expert(width: int, hidden: int) -> Shapes:
-    """The shapes of the network that every token goes through, beside the experts that it is routed to."""
+    """The shapes of the network that every token goes through, beside the experts that it is routed to; none where its
+    width is 0."""
+    if not width:
+        return {}
     return {
         "ffn_gate_shexp": (width, hidden),
         "ffn_up_shexp": (width, hidden),

@@ -16,22 +16,32 @@ class Granite(Family):
     def read_hyper_parameters(self) -> None:
         super().read_hyper_parameters()
         self.attention_scale = self.meta.number("attention.scale", self.attention_scale)
-        self.embedding_scale = self.meta.number("embedding_scale", 1.0)
-        self.residual_scale = self.meta.number("residual_scale", 1.0)
-        self.logit_scale = 1 / self.meta.number("logit_scale", 1.0)
-        if any(w.bias is not None for block in self.blocks for w in (block.attn_output, block.ffn_down)):
+        embedding, residual, logits = self.default_scales()
+        self.embedding_scale = self.meta.number("embedding_scale", embedding)
+        self.residual_scale = self.meta.number("residual_scale", residual)
+        self.logit_scale = 1 / self.meta.number("logit_scale", logits)
+        added = "attn_output.weight", "ffn_down.weight"
+        if any(w.bias is not None and w.name.endswith(added) for block in self.blocks for w in block):
             raise self.meta.error(
                 "biases on what is added to the residual stream are not supported beside residual_scale"
             )
 
+    def default_scales(self) -> tuple[float, float, float]:
+        """Of the embedding, of what is added, and by what logits are divided, where the file does not say."""
+        return 1.0, 1.0, 1.0
+
     def embed(self, ops: Ops) -> Residual:
         return ops.embed(self.token_embd, scale=self.embedding_scale)
 
-    def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
+    def attended(self, ops: Ops, w: Weights, x: Residual) -> Residual:
+        """A layer's first half."""
         h = ops.rms_norm(x, w.attn_norm)
         q, k, v = ops.qkv(h, w.attn_q, w.attn_k, w.attn_v, rope=self.rope)
         a = ops.attention(q, k, v, scale=self.attention_scale)
-        x = ops.linear(a, w.attn_output, residual=x, scale=self.residual_scale)
+        return ops.linear(a, w.attn_output, residual=x, scale=self.residual_scale)
+
+    def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
+        x = self.attended(ops, w, x)
         h = ops.rms_norm(x, w.ffn_norm)
         return ops.mlp(h, w.ffn_gate, w.ffn_up, w.ffn_down, activation="silu", residual=x, scale=self.residual_scale)
 

@@ -1,0 +1,9 @@
+"""InternLM 2 and 2.5 (arXiv 2403.17297): Llama's layers."""
+
+from __future__ import annotations
+
+from .llama import Llama
+
+
+class InternLm2(Llama):
+    architecture = "internlm2"
