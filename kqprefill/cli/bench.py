@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     from ..gguf import ModelFile
     from ..timeline import Stage
 
-_WARM_UP = 2  # runs; on a GPU the first compiles, and the second makes the CUDA graph of a short prompt
+# Runs; on a GPU the first compiles and work arrays grow, the second finds them where they stay, and the third makes the
+# CUDA graph of a short prompt.
+_WARM_UP = 3
 
 
 @click.command()
