@@ -13,9 +13,10 @@ import kqprefill
 from kqprefill.backends.base import whole_rows
 from kqprefill.backends.cuda.device.arrays import FLOAT16, FLOAT32, DeviceArray
 from kqprefill.backends.cuda.device.signatures import signatures_of
+from kqprefill.backends.cuda.gemm.operand import operand_positions
 from kqprefill.backends.cuda.kv_cache import DeviceCache, HostCache
 from kqprefill.backends.cuda.ops.chunk_layout import chunk_layout
-from kqprefill.backends.cuda.state_access import _SLOT_BYTES, DeviceStates, operand_places
+from kqprefill.backends.cuda.state_access import _SLOT_BYTES, DeviceStates
 from kqprefill.core import KeysValues, Latent, Recurrent, Segment
 from kqprefill.errors import InputError, StateError
 from kqprefill.gguf import GGUFFile
@@ -104,7 +105,7 @@ class HostLauncher:
             on_host(a.kept).reshape(-1), (grid, a.stride), (2 * a.stride, 2), writeable=False
         ).astype(np.float32)
         i = np.arange(a.columns)
-        places = operand_places(a.columns) if a.operand else i // a.head_dim * a.padded + i % a.head_dim
+        places = operand_positions(a.columns) if a.operand else i // a.head_dim * a.padded + i % a.head_dim
         values = rows[:, places] / on_host(a.scale)[0]
         assert (a.halves is None) != (a.floats is None)
         with np.errstate(over="ignore"):
@@ -221,11 +222,11 @@ def test_values_that_do_not_fit(gpu, rng):
             access.write(0, small, large)
 
 
-def test_operand_places():
+def test_operand_positions():
     """As include/operand.cuh writes them down."""
     first = [0, 1, 16, 17, 32, 33, 48, 49, 2, 3, 18, 19, 34, 35, 50, 51, 4, 5, 20, 21]
-    assert np.argsort(operand_places(64))[:20].tolist() == first
-    assert sorted(operand_places(192).tolist()) == list(range(192)) and operand_places(70)[64:].min() == 64
+    assert np.argsort(operand_positions(64))[:20].tolist() == first
+    assert sorted(operand_positions(192).tolist()) == list(range(192)) and operand_positions(70)[64:].min() == 64
 
 
 def test_a_sequence_of_fewer_tokens_than_a_chunk_goes_on_from_its_state():
@@ -298,7 +299,7 @@ def test_real_rows_of_wide_heads(rng):
             got = np.empty((n, columns), FLOAT16)
             gpu.download(got, there["halves"].address)
             i = np.arange(columns)
-            places = operand_places(columns) if operand else i // head_dim * padded + i % head_dim
+            places = operand_positions(columns) if operand else i // head_dim * padded + i % head_dim
             assert np.array_equal(got, kept[:, places] * np.float16(8))
             for buffer in buffers.values():
                 buffer.close(gpu.stream)
