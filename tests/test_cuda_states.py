@@ -14,15 +14,16 @@ from kqprefill.backends.base import whole_rows
 from kqprefill.backends.cuda.device.arrays import FLOAT16, FLOAT32, DeviceArray
 from kqprefill.backends.cuda.device.signatures import signatures_of
 from kqprefill.backends.cuda.gemm.operand import operand_positions
-from kqprefill.backends.cuda.kv_cache import DeviceCache, HostCache
+from kqprefill.backends.cuda.kv_cache import DeviceCache, HostCache, state_bytes
 from kqprefill.backends.cuda.ops.chunk_layout import chunk_layout
 from kqprefill.backends.cuda.state_access import _SLOT_BYTES, DeviceStates
 from kqprefill.core import KeysValues, Latent, Recurrent, Segment
 from kqprefill.errors import InputError, StateError
 from kqprefill.gguf import GGUFFile
 from kqprefill.models import read_model
+from kqprefill.synthetic import SyntheticFile
 
-FAMILIES = "qwen3-q8_0 phi3-q4_k_m gemma4-q4_k_m deepseek2-moe-glm47-q3_k_m qwen35-tied-nextn".split()
+FAMILIES = "qwen3-q8_0 phi3-q4_k_m gemma4-q4_k_m deepseek2-moe-glm47-q3_k_m qwen35-tied-nextn qwen35-q4_k_m".split()
 
 OK = CUresult.CUDA_SUCCESS
 
@@ -189,6 +190,25 @@ def test_what_is_written_is_read(gpu, name, kind, rng, monkeypatch):
         if kind is HostCache:  # as while a batch runs: of what is on the device
             assert len(access._slots) == 0
     cache.close()
+
+
+@pytest.mark.parametrize("name", ["qwen3.6-27b:Q4_K_M", "gemma4-e4b:Q4_K_M", "deepseek-v2-lite:Q4_K_M"])
+def test_layers_that_share_rooms_on_the_device(name):
+    """A layer's room is neither its neighbours' nor, where it holds floats, one in which attention reads halves: those
+    that it multiplies by zero must not be NaN."""
+    states = read_model(SyntheticFile.named(name)).layer_states
+    nbytes, starts = HostCache._places(states, 1000)
+    ranges = [range(start, start + state_bytes(state, 1000)) for start, state in zip(starts, states)]
+    assert nbytes == max(own.stop for own in ranges) == HostCache.bytes_needed(states, 1000)
+    assert nbytes < DeviceCache.bytes_needed(states, 1000)
+
+    def apart(a, b):
+        return a.stop <= b.start or b.stop <= a.start
+
+    assert all(map(apart, ranges, ranges[1:]))
+    floats = [own for own, state in zip(ranges, states) if isinstance(state, Recurrent)]
+    halves = [own for own, state in zip(ranges, states) if not isinstance(state, Recurrent)]
+    assert all(apart(a, b) for a in floats for b in halves)
 
 
 def test_more_rows_than_slots(gpu, rng):
