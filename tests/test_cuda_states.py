@@ -18,7 +18,7 @@ from kqprefill.backends.cuda.kv_cache import DeviceCache, HostCache, state_bytes
 from kqprefill.backends.cuda.ops.chunk_layout import chunk_layout
 from kqprefill.backends.cuda.state_access import _SLOT_BYTES, DeviceStates
 from kqprefill.core import KeysValues, Latent, Recurrent, Segment
-from kqprefill.errors import InputError, StateError
+from kqprefill.errors import BackendError, InputError, StateError
 from kqprefill.gguf import GGUFFile
 from kqprefill.models import read_model
 from kqprefill.synthetic import SyntheticFile
@@ -240,6 +240,23 @@ def test_values_that_do_not_fit(gpu, rng):
         assert relative_error(large, whole_rows(access, 0, 8)[0]) < 1e-3
         with pytest.raises(StateError, match="layer 0: the state has values that this model cannot have made"):
             access.write(0, small, large)
+
+
+def test_a_device_that_fails_meanwhile_is_one_line(gpu, monkeypatch):
+    """Whoever waits for rows is told as any other: in a thread that writes them, or at the end."""
+    family, taken_rows = family_of("qwen3-q8_0"), []
+    cache = cache_of(DeviceCache, gpu, family, 9)
+    access = DeviceStates(SimpleNamespace(gpu=gpu, launcher=HostLauncher()), family, cache)
+    access.rows(0, 9, True, lambda first, rows: taken_rows.append(rows))
+
+    def failing(event):
+        raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS:\nan illegal memory access")
+
+    monkeypatch.setattr(Event, "sync", failing)
+    with pytest.raises(BackendError, match=r"^reading a state: CUDA_ERROR_ILLEGAL_ADDRESS: an"), taken_rows[0]:
+        pass
+    with pytest.raises(BackendError, match=r"^reading a state: "):
+        access.close()
 
 
 def test_operand_positions():

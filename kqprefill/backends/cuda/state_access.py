@@ -157,8 +157,9 @@ class DeviceStates(StateAccess):
         self, slot: _Slot, arrays: tuple[DeviceArray, DeviceArray], parts: tuple[_Part, _Part], layer: int
     ) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
         try:
-            self._gpu.device.set_current()
-            slot.landed.sync()
+            with cuda_errors("reading a state"):
+                self._gpu.device.set_current()
+                slot.landed.sync()
             held = memoryview((ctypes.c_uint8 * _SLOT_BYTES).from_address(slot.host))
             if np.frombuffer(held, np.int32, 1)[0]:
                 raise InputError(f"layer {layer}: the state has a value that f16 cannot hold; use f32")
@@ -230,7 +231,8 @@ class DeviceStates(StateAccess):
 
     def close(self) -> None:
         for slot in self._slots:
-            slot.landed.sync()
+            with cuda_errors("reading a state"):
+                slot.landed.sync()
             self._gpu.driver.cuMemFreeHost(slot.host)
             slot.buffer.close(self._gpu.stream)
         if self._stream is not None:

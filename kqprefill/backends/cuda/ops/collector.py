@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ....collector import Collector, Float64Array, Squares
 from ..constants import THREADS
 from ..device.arrays import FLOAT64, DeviceArray
-from ..device.gpu import Gpu
+from ..device.gpu import Gpu, cuda_errors
 from ..device.launcher import Launches
 from ..device.workspace import aligned
 from ..gemm.operand import Operand, operand_positions
@@ -155,7 +155,8 @@ class DeviceCollector(Collector):
         return array
 
     def sums(self) -> Mapping[str, Squares]:
-        return {name: self._squares(name, sums) for name, sums in self._sums.items()}
+        with cuda_errors("reading sums of squares"):
+            return {name: self._squares(name, sums) for name, sums in self._sums.items()}
 
     def _squares(self, name: str, sums: _Sums) -> Squares:
         whole = self._download(sums.array)[:, sums.picks].ravel()
