@@ -40,8 +40,8 @@ __device__ __forceinline__ void load_rows(uint32_t destination, const half_t* so
 
 // q [T, nq, HEAD_DIM], k [tokens, nkv, HEAD_DIM], v [tokens, nkv, VALUE_DIM]: halves, scaled by *q_scale, *k_scale and
 // any scale for v. out: an operand in v's scale, rows `out_stride` apart, head h at columns h * value_dim. scale:
-// softmax's, for unscaled q and k. window: how many keys a query sees, itself included; 0 for all. softcap: 0 for none. sinks: a score of each
-// head, or null.
+// softmax's, for unscaled q and k. window: how many keys a query sees, itself included; 0 for all. softcap: 0 for none.
+// sinks: a score of each head, or null.
 extern "C" __global__ void __launch_bounds__(kThreads)
     attention(const half_t* q, const half_t* k, const half_t* v, half_t* out, const QueryTile* tiles, int nq, int nkv,
               int value_dim, int out_stride, float scale, const float* q_scale, const float* k_scale, int window,

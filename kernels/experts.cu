@@ -15,7 +15,8 @@ static_assert(ARRANGE_THREADS == MOST_EXPERTS, "arrange: a thread an expert");
 constexpr int kNoExpert = 0x7fffffff;
 
 // Of the values that a warp's lanes have, each with its expert, the largest, and of equals the one with the lowest
-// number: to all lanes. A lane without any has kNoExpert.
+// number: to all lanes. A lane without any has kNoExpert. Of NaNs lanes would each find another, and take more than one
+// expert at a time, until there were none left: all take what the first found.
 __device__ __forceinline__ void best_of_warp(float& best, int& expert) {
 #pragma unroll
     for (int offset = 16; offset; offset >>= 1) {
@@ -24,6 +25,7 @@ __device__ __forceinline__ void best_of_warp(float& best, int& expert) {
         if (other > best || (other == best && other_expert < expert) || expert == kNoExpert)
             best = other, expert = other_expert;
     }
+    expert = __shfl_sync(0xffffffffu, expert, 0);
 }
 
 // Finds the `used` largest of each of n tokens' scores, of equals the ones with the lowest numbers, and their shares. A

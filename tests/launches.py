@@ -43,18 +43,34 @@ class Facts:
         return 5e10
 
 
-class CheckedLaunches(LaunchRecorder):
-    """Holds every launch against its kernel's signature and the GPU's limits."""
+class CheckedGpu(NoGpu):
+    """Knows which memory has been given back."""
 
-    def __init__(self, shared_memory):
+    def __init__(self, facts):
+        super().__init__(facts)
+        self.freed = set()
+
+    def allocate(self, nbytes, what):
+        buffer = super().allocate(nbytes, what)
+        buffer.close = lambda stream: self.freed.add(buffer.handle)
+        return buffer
+
+
+class CheckedLaunches(LaunchRecorder):
+    """Holds every launch against its kernel's signature, the GPU's limits, and the memory that is still there."""
+
+    def __init__(self, shared_memory, freed=frozenset()):
         super().__init__()
-        self.shared_memory, self.launched = shared_memory, []
+        self.shared_memory, self._freed, self.launched = shared_memory, freed, []
 
     def launch(self, program, kernel, grid, **arguments):
         super().launch(program, kernel, grid, **arguments)
         signatures_of(program.source)[kernel].check(arguments)
         assert (np.atleast_1d(grid) > 0).all() and 0 < program.threads_of(kernel) <= 1024
         assert program.shared_bytes <= self.shared_memory
+        for name, value in arguments.items():
+            gone = isinstance(value, DeviceArray) and value.address >> 40 << 40 in self._freed
+            assert not gone, f"{kernel}: {name} lies in memory that was given back when an array grew"
         self.launched.append((program, kernel, grid, arguments))
 
 
@@ -121,8 +137,8 @@ class NamedWeights(NoWeights):
 
 def launches_of(family, facts, kernel_set, batch, logits, host_embedding=False):
     """(the launches of a batch, their Names)"""
-    gpu, names = NoGpu(facts), Names()
-    launcher = CheckedLaunches(facts.shared_memory)
+    gpu, names = CheckedGpu(facts), Names()
+    launcher = CheckedLaunches(facts.shared_memory, gpu.freed)
     context = Context.of(
         gpu,
         kernel_set,

@@ -8,9 +8,10 @@ import pytest
 from conftest import CASES, EXAMPLE
 import kqprefill
 from kqprefill.backends.cuda.device.arrays import FLOAT64, DeviceArray
+from kqprefill.backends.cuda.gemm.operand import operand_positions
 from kqprefill.backends.cuda.kernel_set import kernel_set_of
 from kqprefill.backends.cuda.ops import collector as device_collector
-from kqprefill.backends.cuda.ops.collector import DeviceCollector, operand_positions
+from kqprefill.backends.cuda.ops.collector import DeviceCollector
 from kqprefill.backends.cuda.rehearsal import (
     CudaOps,
     LaunchRecorder,
@@ -66,15 +67,6 @@ def test_every_row_is_summed_once_and_in_the_same_order(length, rng):
     cut = int(rng.integers(1, 4 * length)) if length > 1 else 2
     parts = emulated(x[cut:], length, cut % length, emulated(x[:cut], length, 0, np.zeros(3)))
     np.testing.assert_allclose(parts, whole, rtol=1e-12)
-
-
-def test_columns_lie_as_operands_have_them():
-    """kernels/include/operand.cuh's table: position 2 of a group is column 16, position 8 is column 2."""
-    positions = operand_positions(128)
-    assert sorted(positions) == list(range(128))
-    columns = np.argsort(positions)
-    assert columns[:16].tolist() == [0, 1, 16, 17, 32, 33, 48, 49, 2, 3, 18, 19, 34, 35, 50, 51]
-    assert columns[62:66].tolist() == [62, 63, 64, 65]
 
 
 def rehearsed(family, kernels="hopper", batch=None):

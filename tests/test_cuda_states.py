@@ -13,15 +13,17 @@ import kqprefill
 from kqprefill.backends.base import whole_rows
 from kqprefill.backends.cuda.device.arrays import FLOAT16, FLOAT32, DeviceArray
 from kqprefill.backends.cuda.device.signatures import signatures_of
-from kqprefill.backends.cuda.kv_cache import DeviceCache, HostCache
+from kqprefill.backends.cuda.gemm.operand import operand_positions
+from kqprefill.backends.cuda.kv_cache import DeviceCache, HostCache, state_bytes
 from kqprefill.backends.cuda.ops.chunk_layout import chunk_layout
-from kqprefill.backends.cuda.state_access import _SLOT_BYTES, DeviceStates, operand_places
+from kqprefill.backends.cuda.state_access import _SLOT_BYTES, DeviceStates
 from kqprefill.core import KeysValues, Latent, Recurrent, Segment
-from kqprefill.errors import InputError, StateError
+from kqprefill.errors import BackendError, InputError, StateError
 from kqprefill.gguf import GGUFFile
 from kqprefill.models import read_model
+from kqprefill.synthetic import SyntheticFile
 
-FAMILIES = "qwen3-q8_0 phi3-q4_k_m gemma4-q4_k_m deepseek2-moe-glm47-q3_k_m qwen35-tied-nextn".split()
+FAMILIES = "qwen3-q8_0 phi3-q4_k_m gemma4-q4_k_m deepseek2-moe-glm47-q3_k_m qwen35-tied-nextn qwen35-q4_k_m".split()
 
 OK = CUresult.CUDA_SUCCESS
 
@@ -104,7 +106,7 @@ class HostLauncher:
             on_host(a.kept).reshape(-1), (grid, a.stride), (2 * a.stride, 2), writeable=False
         ).astype(np.float32)
         i = np.arange(a.columns)
-        places = operand_places(a.columns) if a.operand else i // a.head_dim * a.padded + i % a.head_dim
+        places = operand_positions(a.columns) if a.operand else i // a.head_dim * a.padded + i % a.head_dim
         values = rows[:, places] / on_host(a.scale)[0]
         assert (a.halves is None) != (a.floats is None)
         with np.errstate(over="ignore"):
@@ -190,6 +192,25 @@ def test_what_is_written_is_read(gpu, name, kind, rng, monkeypatch):
     cache.close()
 
 
+@pytest.mark.parametrize("name", ["qwen3.6-27b:Q4_K_M", "gemma4-e4b:Q4_K_M", "deepseek-v2-lite:Q4_K_M"])
+def test_layers_that_share_rooms_on_the_device(name):
+    """A layer's room is neither its neighbours' nor, where it holds floats, one in which attention reads halves: those
+    that it multiplies by zero must not be NaN."""
+    states = read_model(SyntheticFile.named(name)).layer_states
+    nbytes, starts = HostCache._places(states, 1000)
+    ranges = [range(start, start + state_bytes(state, 1000)) for start, state in zip(starts, states)]
+    assert nbytes == max(own.stop for own in ranges) == HostCache.bytes_needed(states, 1000)
+    assert nbytes < DeviceCache.bytes_needed(states, 1000)
+
+    def apart(a, b):
+        return a.stop <= b.start or b.stop <= a.start
+
+    assert all(map(apart, ranges, ranges[1:]))
+    floats = [own for own, state in zip(ranges, states) if isinstance(state, Recurrent)]
+    halves = [own for own, state in zip(ranges, states) if not isinstance(state, Recurrent)]
+    assert all(apart(a, b) for a in floats for b in halves)
+
+
 def test_more_rows_than_slots(gpu, rng):
     """Slots go round as somebody takes their rows."""
     family = family_of("qwen3-q8_0")
@@ -221,11 +242,28 @@ def test_values_that_do_not_fit(gpu, rng):
             access.write(0, small, large)
 
 
-def test_operand_places():
+def test_a_device_that_fails_meanwhile_is_one_line(gpu, monkeypatch):
+    """Whoever waits for rows is told as any other: in a thread that writes them, or at the end."""
+    family, taken_rows = family_of("qwen3-q8_0"), []
+    cache = cache_of(DeviceCache, gpu, family, 9)
+    access = DeviceStates(SimpleNamespace(gpu=gpu, launcher=HostLauncher()), family, cache)
+    access.rows(0, 9, True, lambda first, rows: taken_rows.append(rows))
+
+    def failing(event):
+        raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS:\nan illegal memory access")
+
+    monkeypatch.setattr(Event, "sync", failing)
+    with pytest.raises(BackendError, match=r"^reading a state: CUDA_ERROR_ILLEGAL_ADDRESS: an"), taken_rows[0]:
+        pass
+    with pytest.raises(BackendError, match=r"^reading a state: "):
+        access.close()
+
+
+def test_operand_positions():
     """As include/operand.cuh writes them down."""
     first = [0, 1, 16, 17, 32, 33, 48, 49, 2, 3, 18, 19, 34, 35, 50, 51, 4, 5, 20, 21]
-    assert np.argsort(operand_places(64))[:20].tolist() == first
-    assert sorted(operand_places(192).tolist()) == list(range(192)) and operand_places(70)[64:].min() == 64
+    assert np.argsort(operand_positions(64))[:20].tolist() == first
+    assert sorted(operand_positions(192).tolist()) == list(range(192)) and operand_positions(70)[64:].min() == 64
 
 
 def test_a_sequence_of_fewer_tokens_than_a_chunk_goes_on_from_its_state():
@@ -298,7 +336,7 @@ def test_real_rows_of_wide_heads(rng):
             got = np.empty((n, columns), FLOAT16)
             gpu.download(got, there["halves"].address)
             i = np.arange(columns)
-            places = operand_places(columns) if operand else i // head_dim * padded + i % head_dim
+            places = operand_positions(columns) if operand else i // head_dim * padded + i % head_dim
             assert np.array_equal(got, kept[:, places] * np.float16(8))
             for buffer in buffers.values():
                 buffer.close(gpu.stream)

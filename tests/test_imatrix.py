@@ -1,5 +1,7 @@
 """Importance matrices: sums held against what goes into products, the files byte by byte, and runs that are cut."""
 
+from contextlib import suppress
+import io
 import json
 import struct
 import subprocess
@@ -14,7 +16,7 @@ import kqprefill
 from kqprefill.backends.cpu import ops as cpu_ops
 from kqprefill.backends.cpu.functions import normalised
 from kqprefill.collector import Squares
-from kqprefill.engine.imatrix import importance_matrix, read_checkpoint
+from kqprefill.engine.imatrix import Progressed, importance_matrix, read_checkpoint
 from kqprefill.engine.imatrix_file import ImportanceMatrix, read_matrix, statistics, write_matrix
 from kqprefill.errors import BackendError, GGUFError, InputError
 from kqprefill.gguf import dequantize
@@ -134,9 +136,28 @@ def test_a_run_that_is_resumed(model, rng, tmp_path):
         assert np.array_equal(again.squares[names].counts, squares.counts)
     with pytest.raises(InputError, match="the checkpoint is of another"):
         importance_matrix(model, tokens[::-1], CONTEXT, resumed=resumed)
-    (tmp_path / "no").write_bytes(b"no checkpoint")
-    with pytest.raises(InputError, match="not a checkpoint"):
-        read_checkpoint(tmp_path / "no")
+
+
+def test_a_checkpoint_that_is_none(rng, tmp_path):
+    """Another file, one that was cut short, and one of which any byte has changed: one line."""
+    path, kept = tmp_path / "checkpoint", io.BytesIO()
+    Progressed(3, {("blk.0.ffn_up.weight",): Squares(np.ones(64), np.array([3]))}, "key").write(kept)
+    whole, array = kept.getvalue(), io.BytesIO()
+    np.save(array, np.ones(3))
+    path.write_bytes(whole)
+    assert read_checkpoint(path).chunks == 3
+    damaged = [bytearray(whole) for _ in range(300)]
+    for data in damaged:
+        for at in rng.integers(0, len(data), 3):
+            data[at] = rng.integers(256)
+    for data in (b"", b"no checkpoint", array.getvalue(), whole[:300], whole[:-1]):
+        path.write_bytes(data)
+        with pytest.raises(InputError, match="not a checkpoint"):
+            read_checkpoint(path)
+    for data in damaged:
+        path.write_bytes(data)
+        with suppress(InputError):  # a byte that nobody reads may be anything
+            read_checkpoint(path)
 
 
 def test_what_is_not_finite_is_an_error(model, rng, monkeypatch):
@@ -320,6 +341,13 @@ def test_wrong_usage(tmp_path):
     )
     done = fails(EXAMPLE, "-f", text, "-o", out, "--backend", "cpu", "--in-file", other)
     assert "x: 9 sums of blk.0.ffn_up.weight, which has inputs of 256 columns in" in done
+    odd = {"blk.²": Squares(np.ones(9), np.array([1])), "blk.².x": Squares(np.ones(9), np.array([1]))}
+    assert [row.cosine for row in statistics(ImportanceMatrix(odd, 512))] == [None, None]
+    empty = struct.pack("<ii4sii", 1, 4, b"name", 1, 0)
+    (tmp_path / "empty").write_bytes(empty)
+    assert "empty: the sums of name are not sums of squares" in fails(
+        "--in-file", tmp_path / "empty", "-o", out, status=1
+    )
     assert "No such file" in fails("--in-file", tmp_path / "none", "-o", out)
     assert not out.exists()
     out.write_bytes(b"GGUF")

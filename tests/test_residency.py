@@ -23,7 +23,7 @@ from kqprefill.synthetic import Shape, SyntheticFile
 
 GIB = 1 << 30
 HOPPER = kernel_set_of(H100.capability)
-WANTED = "gemma3-q4_k_m qwen35-tied-nextn qwen3next-moe-q3_k_m gemma4-e2b-q3_k_m gemma4-moe-q4_k_m "
+WANTED = "gemma3-q4_k_m qwen35-tied-nextn qwen35-q4_k_m qwen3next-moe-q3_k_m gemma4-e2b-q3_k_m gemma4-moe-q4_k_m "
 MODELS = [EXAMPLE, *found(WANTED + "deepseek2-moe-glm47-q3_k_m")]
 
 

@@ -7,7 +7,11 @@ from dataclasses import dataclass
 import hashlib
 import json
 import os
+import struct
+import tokenize
 from typing import TYPE_CHECKING, BinaryIO
+from zipfile import BadZipFile
+import zlib
 
 import numpy as np
 
@@ -22,6 +26,11 @@ if TYPE_CHECKING:
 
 CONTEXT = 512  # llama-imatrix's
 _VERSION = 1  # of checkpoints
+# What np.load and json raise for bytes that are none of theirs: a file of another kind, cut short, or damaged.
+_DAMAGED: tuple[type[Exception], ...] = (
+    *(ValueError, KeyError, TypeError, EOFError, MemoryError, RuntimeError, SyntaxError),
+    *(BadZipFile, struct.error, tokenize.TokenError, zlib.error),
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Progressed:
             return Progressed(int(about["chunks"]), squares, str(about["key"]))
     except OSError as error:
         raise InputError(f"{os.fspath(path)}: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError, EOFError):
+    except _DAMAGED:
         raise InputError(f"{os.fspath(path)}: not a checkpoint of an importance matrix; --force begins anew") from None
 
 

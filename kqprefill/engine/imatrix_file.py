@@ -94,7 +94,7 @@ def _read_gguf(path: str, chunk_size: int) -> ImportanceMatrix:
 
 def _checked(path: str, name: str, sums: Float64Array, counts: Float64Array) -> Squares:
     sound = np.isfinite(sums).all() and (sums >= 0).all() and ((counts >= 0) & (counts < 2.0**62)).all()
-    if not sound or not len(counts) or len(sums) % len(counts):
+    if not sound or not len(counts) or not len(sums) or len(sums) % len(counts):
         raise GGUFError(f"{path}: the sums of {name} are not sums of squares; the file is damaged")
     return Squares(sums, np.rint(counts).astype(np.int64))
 
@@ -257,7 +257,7 @@ def _statistics(matrix: ImportanceMatrix, name: str, squares: Squares) -> Statis
 def _layer_before(name: str) -> str:
     prefix, _, rest = name.partition(".")
     number, _, own = rest.partition(".")
-    return f"blk.{int(number) - 1}.{own}" if prefix == "blk" and number.isdigit() else ""
+    return f"blk.{int(number) - 1}.{own}" if prefix == "blk" and number.isdecimal() else ""
 
 
 def _cosine(a: Squares, b: Squares | None) -> float | None:
@@ -272,7 +272,7 @@ def means_by_layer(stats: Iterable[Statistics]) -> dict[int, tuple[float, float,
     layers: dict[int, list[Statistics]] = {}
     for own in stats:
         prefix, number, *_ = *own.tensor.split("."), ""
-        if prefix == "blk" and number.isdigit():
+        if prefix == "blk" and number.isdecimal():
             layers.setdefault(int(number), []).append(own)
     result = {}
     for layer, tensors in sorted(layers.items()):

@@ -157,7 +157,7 @@ class Family(ABC):
             return True
         block = name.split(".")[1] if name.startswith("blk.") else ""
         extra = range(self.config.block_count, self.config.block_count + self.config.nextn_predict_layers)
-        return block.isdigit() and int(block) in extra
+        return block.isdecimal() and int(block) in extra
 
     def window(self, index: int) -> int | None:
         """How many tokens a query of that layer sees, itself the last; None where it sees all."""

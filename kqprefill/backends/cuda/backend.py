@@ -152,7 +152,7 @@ class CudaBackend(Backend):
                 more = kind.bytes_needed(states, capacity) + expanded
                 self._make_room(family, plan.tokens, more, self._ranks, no_progress)
             cache = kind(self.gpu, states, capacity)
-        self._caches.append(cache)
+        self._caches = [*(other for other in self._caches if other.device_bytes), cache]
         return cache
 
     def state_access(self, family: Family, cache: Cache, writing: bool = False) -> StateAccess:

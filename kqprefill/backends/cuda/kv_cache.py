@@ -163,8 +163,8 @@ class DeviceCache(Cache):
 
 
 class HostCache(DeviceCache):
-    """All layers' states in page-locked host memory, of which two are on the device: while one is computed, the one
-    before is copied out and the next comes in. States that later layers see, too, stay for the whole batch."""
+    """All layers' states in page-locked host memory, of which two of a kind are on the device: while one is computed,
+    the one before is copied out and the next comes in. States that later layers see, too, stay for the whole batch."""
 
     def __init__(self, gpu: Gpu, states: Sequence[LayerState], capacity: int) -> None:
         nbytes, most = DeviceCache.bytes_needed(states, capacity), host_memory() * 3 // 4
@@ -192,25 +192,33 @@ class HostCache(DeviceCache):
 
     @staticmethod
     def bytes_needed(states: Sequence[LayerState], capacity: int) -> int:
-        room, starts = HostCache._rooms(states, capacity)
-        return 2 * room + sum(state_bytes(states[layer], capacity) for layer in starts)
+        nbytes, _ = HostCache._places(states, capacity)
+        return nbytes
 
     @staticmethod
-    def _rooms(states: Sequence[LayerState], capacity: int) -> tuple[int, dict[int, int]]:
-        """(the bytes of each of the two rooms that layers take in turn, where beyond these the states begin that stay
-        on the device throughout a batch, by layer: those that later layers see, too)."""
+    def _places(states: Sequence[LayerState], capacity: int) -> tuple[int, list[int]]:
+        """(bytes on the device, where each layer's state begins there).
+
+        Layers of a kind take two rooms in turn; those that later layers see, too, have one each. Recurrences are a kind
+        of their own: attention multiplies what lies past a sequence's end by zero, and a float's halves may be NaN.
+        """
         sizes = [state_bytes(state, capacity) for state in states]
-        staying = sorted({state.layer for state in states if isinstance(state, SharedKeysValues)})
-        room = max((size for layer, size in enumerate(sizes) if layer not in staying), default=0)
-        starts, end = {}, 2 * room
-        for layer in staying:
+        staying = {state.layer for state in states if isinstance(state, SharedKeysValues)}
+        starts, end = [0] * len(sizes), 0
+        for recurrent in (False, True):
+            own = [i for i, s in enumerate(states) if isinstance(s, Recurrent) == recurrent and i not in staying]
+            room = max((sizes[layer] for layer in own), default=0)
+            for layer in own:
+                starts[layer] = end + layer % 2 * room
+            end += 2 * room
+        for layer in sorted(staying):
             starts[layer] = end
             end += sizes[layer]
-        return room, starts
+        return end, starts
 
     def _layout(self) -> list[int]:
-        room, starts = self._rooms(self._states, self.capacity)
-        return [starts.get(layer, layer % 2 * room) for layer in range(len(self._states))]
+        _, starts = self._places(self._states, self.capacity)
+        return starts
 
     def begin_layer(self, layer: int, start: int, n: int) -> None:
         if layer == 0:

@@ -26,10 +26,11 @@ from ...models.qwen35 import Qwen35
 from ..base import StateAccess, TakeRows
 from ..cpu.delta_net import convolve, gates, recur
 from ..cpu.functions import vector_of
-from .constants import DELTA_CHUNK, OPERAND_GROUP
+from .constants import DELTA_CHUNK
 from .device.arrays import FLOAT16, FLOAT32, INT32, DeviceArray
 from .device.gpu import check, cuda_errors
 from .device.workspace import ALIGNMENT
+from .gemm.operand import operand_positions
 from .kv_cache import DeviceCache, HostCache, RecurrentArrays, halo_rows, token_arrays, token_shapes
 from .ops.context import Context
 from .programs import STATES
@@ -156,8 +157,9 @@ class DeviceStates(StateAccess):
         self, slot: _Slot, arrays: tuple[DeviceArray, DeviceArray], parts: tuple[_Part, _Part], layer: int
     ) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
         try:
-            self._gpu.device.set_current()
-            slot.landed.sync()
+            with cuda_errors("reading a state"):
+                self._gpu.device.set_current()
+                slot.landed.sync()
             held = memoryview((ctypes.c_uint8 * _SLOT_BYTES).from_address(slot.host))
             if np.frombuffer(held, np.int32, 1)[0]:
                 raise InputError(f"layer {layer}: the state has a value that f16 cannot hold; use f32")
@@ -229,7 +231,8 @@ class DeviceStates(StateAccess):
 
     def close(self) -> None:
         for slot in self._slots:
-            slot.landed.sync()
+            with cuda_errors("reading a state"):
+                slot.landed.sync()
             self._gpu.driver.cuMemFreeHost(slot.host)
             slot.buffer.close(self._gpu.stream)
         if self._stream is not None:
@@ -250,17 +253,10 @@ class _Ready:
         pass
 
 
-def operand_places(columns: int) -> NDArray[np.intp]:
-    """Where each of an operand's columns lies in its row (kernels/include/operand.cuh: operand_position)."""
-    c = np.arange(columns)
-    assert OPERAND_GROUP == 64, "the permutation is one of 64 columns"
-    return c & ~63 | (c >> 2 & 3) << 4 | (c >> 1 & 1) << 3 | (c >> 4 & 3) << 1 | c & 1
-
-
 def _cut(rows: Float32Array, state: LayerState, number: int) -> Float32Array:
     """The values of rows as they are kept, without what pads them and in their own order."""
     if isinstance(state, Latent):
-        return rows[:, operand_places(state.rank)] if number == 0 else rows
+        return rows[:, operand_positions(state.rank)] if number == 0 else rows
     assert isinstance(state, KeysValues), "a layer with rows of its own"
     return rows[..., : state.head_dim]
 
@@ -269,7 +265,7 @@ def _padded(halves: NDArray[np.float16], state: KeysValues | Latent, number: int
     """The reverse of _cut."""
     out = np.zeros((len(halves), *token_shapes(state)[number]), np.float16)
     if isinstance(state, Latent):
-        out[:, operand_places(state.rank) if number == 0 else slice(None)] = halves
+        out[:, operand_positions(state.rank) if number == 0 else slice(None)] = halves
     else:
         out[..., : state.head_dim] = halves
     return out

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..constants import OPERAND_GROUP
 from ..device.arrays import FLOAT16, DeviceArray
@@ -34,6 +35,13 @@ class OperandFormat:
 
 
 HALVES = OperandFormat("f16", FLOAT16, OPERAND_GROUP, None, "CU_TENSOR_MAP_DATA_TYPE_FLOAT16")
+
+
+def operand_positions(columns: int) -> NDArray[np.intp]:
+    """Where each of so many columns lies in an operand's row (kernels/include/operand.cuh: operand_position)."""
+    c = np.arange(columns)
+    assert OPERAND_GROUP == 64, "the permutation is one of 64 columns"
+    return c & ~63 | (c >> 2 & 3) << 4 | (c >> 1 & 1) << 3 | (c >> 4 & 3) << 1 | c & 1
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ....collector import Collector, Float64Array, Squares
-from ..constants import OPERAND_GROUP, THREADS
+from ..constants import THREADS
 from ..device.arrays import FLOAT64, DeviceArray
-from ..device.gpu import Gpu
+from ..device.gpu import Gpu, cuda_errors
 from ..device.launcher import Launches
 from ..device.workspace import aligned
-from ..gemm.operand import Operand
+from ..gemm.operand import Operand, operand_positions
 from ..programs import SQUARES
 
 _COLUMNS = 64  # of a block (squares.cu: kColumns)
@@ -34,13 +34,6 @@ class _Sums:
     picks: NDArray[np.intp]
     scale: DeviceArray | None
     rows: DeviceArray | None
-
-
-def operand_positions(columns: int) -> NDArray[np.intp]:
-    """Where each column of an operand's row lies (kernels/include/operand.cuh: operand_position)."""
-    c = np.arange(columns)
-    low = (c >> 2 & 3) << 4 | (c >> 1 & 1) << 3 | (c >> 4 & 3) << 1 | (c & 1)
-    return c // OPERAND_GROUP * OPERAND_GROUP | low
 
 
 class DeviceCollector(Collector):
@@ -162,7 +155,8 @@ class DeviceCollector(Collector):
         return array
 
     def sums(self) -> Mapping[str, Squares]:
-        return {name: self._squares(name, sums) for name, sums in self._sums.items()}
+        with cuda_errors("reading sums of squares"):
+            return {name: self._squares(name, sums) for name, sums in self._sums.items()}
 
     def _squares(self, name: str, sums: _Sums) -> Squares:
         whole = self._download(sums.array)[:, sums.picks].ravel()

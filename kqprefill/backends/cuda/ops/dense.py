@@ -30,17 +30,17 @@ class DenseOps(BatchOps):
         if not weights.on_host(weight):
             self._embed(weights.matrix(weight), self.tokens, scale, x)
             return residual
-        most = min(self.n, TOKENS_AT_ONCE)
-        numbers = self.row_numbers(most)
-        for t in range(0, self.n, most):
-            m = min(most, self.n - t)
+        numbers = self.row_numbers()
+        for t in range(0, self.n, TOKENS_AT_ONCE):
+            m = min(TOKENS_AT_ONCE, self.n - t)
             raw = weights.host_rows(weight, self.batch.tokens[t : t + m])
             self.embed_rows(weight, self.work.upload("embedding rows", raw), numbers, scale, x.rows(t, t + m))
         return residual
 
-    def row_numbers(self, most: int) -> DeviceArray:
-        """0, 1, …, most - 1: what `embed_rows` calls the rows that it is given."""
-        return self.work.upload("row numbers", np.arange(most, dtype=np.int32))
+    def row_numbers(self) -> DeviceArray:
+        """0, 1, 2, …: what `embed_rows` calls the rows that it is given. As many each time, so that the array stays
+        where it is however many rows a caller has."""
+        return self.work.upload("row numbers", np.arange(TOKENS_AT_ONCE, dtype=np.int32))
 
     def embed_rows(
         self, weight: Weight, raw: DeviceArray, numbers: DeviceArray, scale: float, out: DeviceArray

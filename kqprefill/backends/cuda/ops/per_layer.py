@@ -27,7 +27,7 @@ class PerLayerOps(DenseOps):
         if table is not None:  # far too large for the device: the rows of the batch's tokens come from the file
             raw = self.context.weights.host_rows(table, self.batch.tokens)
             self._table_rows = self.work.upload("rows for the layers", raw)
-            self._row_numbers = self.row_numbers(min(self.n, _TOKENS))
+            self._row_numbers = self.row_numbers()
 
     def embed_for_layers(self, x: Residual, table: Weight, matrix: Weight, norm: Weight) -> None:
         assert self._table_rows is not None, "the family's row_table is this table"
