@@ -8,7 +8,7 @@ from cuda.bindings.driver import CUresult
 import numpy as np
 import pytest
 
-from conftest import CASES, kl_divergence, relative_error
+from conftest import CASES, found, kl_divergence, relative_error
 import kqprefill
 from kqprefill.backends.base import whole_rows
 from kqprefill.backends.cuda.device.arrays import FLOAT16, FLOAT32, DeviceArray
@@ -23,7 +23,8 @@ from kqprefill.gguf import GGUFFile
 from kqprefill.models import read_model
 from kqprefill.synthetic import SyntheticFile
 
-FAMILIES = "qwen3-q8_0 phi3-q4_k_m gemma4-q4_k_m deepseek2-moe-glm47-q3_k_m qwen35-tied-nextn qwen35-q4_k_m".split()
+WANTED = "qwen3-q8_0 phi3-q4_k_m gemma4-q4_k_m deepseek2-moe-glm47-q3_k_m qwen35-tied-nextn qwen35-q4_k_m"
+FAMILIES = [path.stem for path in found(WANTED)]
 
 OK = CUresult.CUDA_SUCCESS
 
