@@ -160,6 +160,31 @@ def test_context_and_cache_room_are_kept(model):
     assert model.prefill([1] * 8, cache=cache).token == model.prefill([1] * 8).token
 
 
+@pytest.mark.parametrize("path", found("qwen35-tied-nextn gemma3-q4_k_m"), ids=lambda p: p.stem)
+def test_a_prompt_that_fails_leaves_no_wrong_state(path, backend, prompt, monkeypatch):
+    """Keys and values are written again; recurrent states cannot be, so their cache must be reset."""
+    from kqprefill.engine import model as module
+
+    with kqprefill.load(path, backend=backend) as model:
+        tokens, cache = prompt(model, 60), model.new_cache(60)
+        whole = model.prefill(tokens, logits="all").logits
+        model.prefill(tokens[:20], cache=cache)
+
+        def fail(*_):
+            raise kqprefill.BackendError("as if a logit were not finite")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "refuse_non_finite", fail)
+            with pytest.raises(kqprefill.BackendError, match="as if"):
+                model.prefill(tokens[20:40], cache=cache)
+        if path.stem.startswith("qwen35"):
+            with pytest.raises(kqprefill.InputError, match="recurrent states cannot be taken back: reset it"):
+                model.prefill(tokens[20:40], cache=cache)
+            cache.reset()
+            model.prefill(tokens[:20], cache=cache)
+        assert relative_error(whole[20:], model.prefill(tokens[20:], "all", cache).logits) < 1e-5
+
+
 def test_bad_arguments_are_refused(backend):
     with pytest.raises(kqprefill.InputError, match="backend"):
         kqprefill.load(EXAMPLE, backend="tpu")

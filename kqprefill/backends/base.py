@@ -19,7 +19,10 @@ from .budget import Budget
 
 
 class Cache(ABC):
-    """The layers' states of one sequence of `length` tokens, with room for `capacity`. tokens: their ids."""
+    """The layers' states of one sequence of `length` tokens, with room for `capacity`. tokens: their ids. broken:
+    whether a prompt has failed that had gone through recurrences, whose states cannot be taken back."""
+
+    broken = False
 
     def __init__(self, capacity: int) -> None:
         self.capacity, self.length = capacity, 0
@@ -32,6 +35,7 @@ class Cache(ABC):
         """Forget all tokens."""
         self.length = 0
         self.tokens.clear()
+        self.broken = False
 
     @abstractmethod
     def close(self) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from ..backends import open_backend
 from ..backends.base import Backend, Cache
 from ..backends.budget import Budget
-from ..core import Batch, Float32Array, HeadResult, Int32Array, Logits, Progress, no_progress
+from ..core import Batch, Float32Array, HeadResult, Int32Array, Logits, Progress, Recurrent, no_progress
 from ..errors import InputError, ModelError
 from ..gguf import GGUFFile, ModelFile
 from ..gguf.vocabulary import token_text
@@ -102,6 +102,8 @@ class Model(HandsOver):
             empty = np.empty((0, self.config.vocab_size), np.float32) if logits == "all" else None
             return Prefill(None, None, None, empty, 0, {"prefill": 0.0})
         self._check_room(start, len(ids), cache)
+        if cache is not None:
+            cache.broken = any(isinstance(state, Recurrent) for state in self.family.layer_states)  # until it is done
         wanted = cast(Logits, logits)
         pending, stages = self.backend.run(
             self.family, Batch(ids, start), cache, wanted, progress or no_progress, timed
@@ -109,7 +111,7 @@ class Model(HandsOver):
         head = cast(HeadResult, pending())
         refuse_non_finite(head.logits, head.logit, head.logprob, start, len(ids))
         if cache is not None:
-            cache.length = start + len(ids)
+            cache.length, cache.broken = start + len(ids), False
             cache.tokens[start:] = ids.tolist()
         timings = {"prefill": time.perf_counter() - start_time}
         result = Prefill(head.token, head.logit, head.logprob, head.logits, len(ids), timings, stages)
@@ -323,6 +325,8 @@ class Model(HandsOver):
         if start + n > limit:
             already = f" after {start} cached" if start else ""
             raise InputError(f"a prompt of {n} tokens{already} is past the model's context length of {limit}")
+        if cache is not None and cache.broken:
+            raise InputError("the cache's last prompt failed, and its recurrent states cannot be taken back: reset it")
         if cache is not None and start + n > cache.capacity:
             raise InputError(f"the cache has room for {cache.capacity - start} more tokens, but the prompt has {n}")
 
