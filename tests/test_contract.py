@@ -1,5 +1,6 @@
 """What a caller of the library relies on (the seed's contract): continuation, edges, determinism, errors."""
 
+import io
 import subprocess
 import sys
 
@@ -180,6 +181,8 @@ def test_a_prompt_that_fails_leaves_no_wrong_state(path, backend, prompt, monkey
         if path.stem.startswith("qwen35"):
             with pytest.raises(kqprefill.InputError, match="recurrent states cannot be taken back: reset it"):
                 model.prefill(tokens[20:40], cache=cache)
+            with pytest.raises(kqprefill.InputError, match="reset it"):
+                model.save_state(io.BytesIO(), cache=cache)
             cache.reset()
             model.prefill(tokens[:20], cache=cache)
         assert relative_error(whole[20:], model.prefill(tokens[20:], "all", cache).logits) < 1e-5

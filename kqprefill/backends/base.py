@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..collector import Collector
 from ..core import BATCH_TOKENS, FIRST_TOKENS, Batch, Float32Array, Logits, PendingHead, Progress, no_progress
+from ..errors import InputError
 from ..models.family import Family
 from ..timeline import Stage
 from .budget import Budget
@@ -36,6 +37,11 @@ class Cache(ABC):
         self.length = 0
         self.tokens.clear()
         self.broken = False
+
+    def check(self) -> None:
+        """Raise InputError for a broken cache."""
+        if self.broken:
+            raise InputError("the cache's last prompt failed, and its recurrent states cannot be taken back: reset it")
 
     @abstractmethod
     def close(self) -> None:

@@ -260,6 +260,8 @@ class HandsOver(ABC):
     ) -> Prefill:
         held = 0 if cache is None else cache.length
         count = held + len(tokens)
+        if cache is not None:
+            cache.check()
         if not count:
             raise InputError("there are no tokens whose state could be saved; give a prompt")
         if cache is not None and len(cache.tokens) < held:

@@ -325,9 +325,10 @@ class Model(HandsOver):
         if start + n > limit:
             already = f" after {start} cached" if start else ""
             raise InputError(f"a prompt of {n} tokens{already} is past the model's context length of {limit}")
-        if cache is not None and cache.broken:
-            raise InputError("the cache's last prompt failed, and its recurrent states cannot be taken back: reset it")
-        if cache is not None and start + n > cache.capacity:
+        if cache is None:
+            return
+        cache.check()
+        if start + n > cache.capacity:
             raise InputError(f"the cache has room for {cache.capacity - start} more tokens, but the prompt has {n}")
 
 
