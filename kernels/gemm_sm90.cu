@@ -139,6 +139,11 @@ __device__ __forceinline__ int row_of_thread() {
     return Config::kGated ? slot / 2 % 2 * 16 + warp * 4 + slot / 4 * 2 + slot % 2 : warp * 8 + slot;
 }
 
+template <class Format>
+constexpr bool kIsQ6K = false;
+template <>
+constexpr bool kIsQ6K<Q6_K> = true;
+
 // A thread of a consumer warpgroup.
 struct Consumer {
     static constexpr int kUnitSteps = Config::kUnitSteps, kStageSteps = Config::kStageSteps;
@@ -157,7 +162,9 @@ struct Consumer {
         constexpr int kTokens = Config::kTokens;
         // gemm_linear's largest token tile leaves no register for more loops.
         constexpr bool kFewer = Config::kGrouped && (Config::kGated || kTokens < 256);
-        if constexpr (kFewer && kTokens >= 64)
+        // Q6_K, whose decoding takes the most registers, leaves none for a third loop in these.
+        constexpr bool kFull = kIsQ6K<Format> && (Config::kGated || kTokens == 64);
+        if constexpr (kFewer && kTokens >= 64 && !kFull)
             if (tokens <= kTokens / 4) return multiply_tokens<Format, kTokens / 4>(acc);
         if constexpr (kFewer && kTokens >= 32)
             if (tokens <= kTokens / 2) return multiply_tokens<Format, kTokens / 2>(acc);
