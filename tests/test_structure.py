@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 # From the first, which imports nothing of the package, to the last.
-PACKAGE = "terminal errors core timeline states gguf models synthetic text backends engine cli".split()
+PACKAGE = "terminal errors core timeline states gguf models synthetic text backends engine serve cli".split()
 CUDA = (
     "constants units device programs attention_kernels delta_kernels "
     "weights gemm kv_cache kernel_set ops state_access rehearsal bounds batch_size backend"

@@ -18,6 +18,7 @@ from .plan import plan
 from .rerank import rerank
 from .run import run
 from .score import score
+from .serve import serve
 from .synth import synth
 from .tokenize import tokenize
 
@@ -66,6 +67,7 @@ for command in (
     perplexity,
     embed,
     rerank,
+    serve,
     bench,
     plan,
     inspect,
