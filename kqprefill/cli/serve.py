@@ -109,7 +109,7 @@ def serve(
     """
     try:
         from ..serve.app import App, Gate
-        from ..serve.server import Serving, address_of, listen
+        from ..serve.server import Serving, address_of, bind
     except ImportError as error:
         raise InputError(f"serve needs {error.name}: pip install 'kqprefill[serve]'") from None
     from ..serve.openai import Server
@@ -120,7 +120,7 @@ def serve(
         raise InputError("--api-key: the key is empty")
     wake_gpu(backend, device)
     with ExitStack() as stack:
-        listening = stack.enter_context(listen(host, port))
+        listening = stack.enter_context(bind(host, port))
         with progress_bars(not quiet) as bars:
             model = open_on(open_file(name), backend, device, kernels, vram, quiet, bars, batch_tokens, ranks=True)
         stack.enter_context(model)

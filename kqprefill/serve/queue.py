@@ -88,6 +88,14 @@ class _Job:
         return self.work.items[self.index]
 
 
+def _computed_tokens(job: _Job) -> int:
+    """Tokens that a job takes of its batch: what would come after a last one is not asked of scores."""
+    item = job.item
+    if job.work.kind.pooling is not None:
+        return len(item.prompt)
+    return item.tokens - (1 if item.continuations is None else len(item.continuations))
+
+
 class Engine:
     """The model and what waits for it. `run` computes, in the thread that has opened the model; all else may be called
     from any thread.
@@ -167,7 +175,7 @@ class Engine:
     def _finish(self, job: _Job, result: Any) -> None:
         self.failed = None
         self.prompts += 1
-        self.tokens += job.item.tokens
+        self.tokens += _computed_tokens(job)
         scores = result if isinstance(result, list) else [result]
         sound = all(r.finite if isinstance(r, Scored) else bool(np.isfinite(r).all()) for r in scores)
         if sound:

@@ -15,25 +15,26 @@ import uvicorn
 from ..errors import InputError, KqprefillError
 from .queue import Engine
 
+_BACKLOG = 2048  # connections that the system keeps while none of them is accepted
 _SWITCH_SECONDS = 1e-4  # after which a thread that computes in Python lets the engine's go on with its launches
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there; port 0: any that is free. Raises InputError, KqprefillError."""
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at that address, which does not listen yet; port 0: any that is free. Raises InputError,
+    KqprefillError."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
         raise InputError(f"--host {host}: {error.strerror or error}") from None
     family, kind, protocol, _, address = found[0]
-    listening = socket.socket(family, kind, protocol)
+    bound = socket.socket(family, kind, protocol)
     try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen(2048)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
     except OSError as error:
-        listening.close()
+        bound.close()
         raise KqprefillError(f"--host {host} --port {port}: {error.strerror or error}") from None
-    return listening
+    return bound
 
 
 def address_of(listening: socket.socket) -> str:
@@ -51,9 +52,10 @@ class Serving:
     def __init__(self, app: Any, engine: Engine, listening: socket.socket, warn: Callable[[str], None]) -> None:
         self._engine, self._listening = engine, listening
         self._error: BaseException | None = None
+        listening.listen(_BACKLOG)
         _hear("uvicorn", warn)
         self._uvicorn = uvicorn.Server(
-            uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", server_header=False)
+            uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", server_header=False, backlog=_BACKLOG)
         )
         self._thread = Thread(target=self._serve, name="kqprefill-http", daemon=True)
 
