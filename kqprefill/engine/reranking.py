@@ -81,5 +81,5 @@ def answer_token(model: Model, word: str) -> list[int]:
 
 
 def share(yes: float, no: float) -> float:
-    """The probability of "yes", from both answers' logits or log-probabilities, by a softmax over both; NaN stays NaN."""
+    """The probability of "yes", by a softmax over both answers' logits or log-probabilities; NaN stays NaN."""
     return 1 / (1 + math.exp(min(no - yes, 700.0)))

@@ -18,7 +18,6 @@ from ..engine.embedding import Normalise, pooling_of
 from ..engine.model import Model
 from ..engine.reranking import ANSWERS, answer_token, classifier_of, question_of, share
 from ..engine.scoring import Item, Scored
-
 from ..gguf.keys import described
 from .fields import ApiError, Fields
 from .queue import SCORES, Kind
@@ -74,7 +73,9 @@ class Completion(Asked):
         self._as_ids = fields.flag("return_tokens_as_token_ids", False)
         temperature = fields.number("temperature", 0)
         if temperature and self._more:
-            raise ApiError(400, f'"temperature" is {temperature}, but the token is the greedy one; give 0', "temperature")
+            raise ApiError(
+                400, f'"temperature" is {temperature}, but the token is the greedy one; give 0', "temperature"
+            )
         for name in ("n", "best_of"):
             fields.refuse(name, 1, why="there is one completion of a prompt")
         fields.refuse("stream", False, why="answers are given whole")
@@ -167,7 +168,9 @@ class Embeddings(Asked):
         self._base64 = fields.text("encoding_format", "float") == "base64"
         norm = fields.count("embd_normalize", 2, 2, -1)
         if norm not in (-1, 2):
-            raise ApiError(400, f'"embd_normalize" is {norm}; 2 (Euclidean) and -1 (none) are possible', "embd_normalize")
+            raise ApiError(
+                400, f'"embd_normalize" is {norm}; 2 (Euclidean) and -1 (none) are possible', "embd_normalize"
+            )
         normalise: Normalise = "l2" if norm == 2 else "none"
         fields.refuse("dimensions", server.model.config.embedding_length, why="vectors are given whole")
         fields.ignore("model", "user")

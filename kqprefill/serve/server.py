@@ -55,7 +55,9 @@ class Serving:
         listening.listen(_BACKLOG)
         _hear("uvicorn", warn)
         self._uvicorn = uvicorn.Server(
-            uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", server_header=False, backlog=_BACKLOG)
+            uvicorn.Config(
+                app, log_config=None, access_log=False, lifespan="off", server_header=False, backlog=_BACKLOG
+            )
         )
         self._thread = Thread(target=self._serve, name="kqprefill-http", daemon=True)
 
