@@ -21,6 +21,7 @@ from .plan import plan
 from .rerank import rerank
 from .run import run
 from .score import score
+from .serve import serve
 from .synth import synth
 from .tokenize import tokenize
 
@@ -72,6 +73,7 @@ for command in (
     embed,
     rerank,
     imatrix,
+    serve,
     bench,
     plan,
     inspect,

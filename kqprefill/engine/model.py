@@ -231,7 +231,7 @@ class Model(HandsOver):
         Unicode.
         """
         self._check_open()
-        return self._own_tokenizer().encode(text, add_special, parse_special)
+        return self.tokenizer().encode(text, add_special, parse_special)
 
     def tokenize_chat(
         self,
@@ -249,6 +249,14 @@ class Model(HandsOver):
         """
         self._check_open()
         return self._chat(chat_template).encoder(list(messages), add_generation_prompt, parse_special)("")
+
+    def tokenizer(self) -> Tokenizer:
+        """The file's own tokenizer. Raises as `tokenize` does."""
+        if self._tokenizer is None:
+            from ..text import Tokenizer
+
+            self._tokenizer = Tokenizer(self.file.metadata, self.file.path)
+        return self._tokenizer
 
     def token_text(self, token: int) -> str | None:
         """What a token stands for, from the file's vocabulary; None where it has none."""
@@ -291,13 +299,6 @@ class Model(HandsOver):
     ) -> None:
         self.close()
 
-    def _own_tokenizer(self) -> Tokenizer:
-        if self._tokenizer is None:
-            from ..text import Tokenizer
-
-            self._tokenizer = Tokenizer(self.file.metadata, self.file.path)
-        return self._tokenizer
-
     def _chat(self, template: str | None) -> Chat:
         """The Chat of a template, None: the file's own; the last one is kept."""
         if self._last_chat is None or self._last_template != template:
@@ -305,7 +306,7 @@ class Model(HandsOver):
 
             if self._last_chat is not None:
                 self._last_chat.close()
-            self._last_chat = Chat(self._own_tokenizer(), self.file.metadata, self.file.path, template)
+            self._last_chat = Chat(self.tokenizer(), self.file.metadata, self.file.path, template)
             self._last_template = template
         return self._last_chat
 

@@ -8,6 +8,7 @@ import math
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import InputError, ModelError
 from ..gguf import dequantize
@@ -54,25 +55,31 @@ def relevances_of(
     else the two answers' log-probabilities are compared. Raises InputError where a question is too long, or the
     vocabulary does not have the two as tokens; BackendError.
     """
-    classifier = model.family.shared.get("cls_output")
-    if classifier is not None:
-        matrix = dequantize(classifier.tensor.data, classifier.tensor.type).astype(np.float64)
+    matrix = classifier_of(model)
+    if matrix is not None:
         for vector in model.embed(questions, "last", "none"):
-            yield _share(*(matrix @ vector))
+            yield share(*(matrix @ vector))
         return
-    choices_of_all = [_token(model, word) for word in answers]
+    choices_of_all = [answer_token(model, word) for word in answers]
     records = (None if ids is None else {"tokens": ids, "choices": choices_of_all} for ids in questions)
     for choices in model.score(records):
-        yield _share(*(scored.logprob for scored in choices))
+        yield share(*(scored.logprob for scored in choices))
 
 
-def _token(model: Model, word: str) -> list[int]:
+def classifier_of(model: Model) -> NDArray[np.float64] | None:
+    """The file's classifier, float64 [2, H], whose rows are "yes" and "no"; None where it has none."""
+    weight = model.family.shared.get("cls_output")
+    return None if weight is None else dequantize(weight.tensor.data, weight.tensor.type).astype(np.float64)
+
+
+def answer_token(model: Model, word: str) -> list[int]:
+    """An answer's token, in a list. Raises InputError where the vocabulary does not have it as one."""
     ids = model.tokenize(word, add_special=False)
     if len(ids) != 1:
         raise InputError(f"{model.file.path}: no reranker: {word!r} is not one token of its vocabulary")
     return ids
 
 
-def _share(yes: float, no: float) -> float:
-    """Of "yes", by a softmax over both; NaN stays NaN."""
+def share(yes: float, no: float) -> float:
+    """The probability of "yes", by a softmax over both answers' logits or log-probabilities; NaN stays NaN."""
     return 1 / (1 + math.exp(min(no - yes, 700.0)))

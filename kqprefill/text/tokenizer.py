@@ -72,6 +72,7 @@ class Tokenizer:
             types = [_NORMAL if piece == "</s>" else t for piece, t in zip(pieces, types, strict=True)]
         marked = [i for i, t in enumerate(types) if t in (_UNKNOWN, _CONTROL, _USER_DEFINED) or pieces[i] in unmarked]
         self._specials = sorted(((pieces[i], i) for i in marked if pieces[i]), key=lambda piece: -len(piece[0]))
+        self._special_ids = frozenset(token for _, token in self._specials)
         # What the texts of the others say is only text to whoever asks for that; these are part of how a text is read.
         self._always = [(text, i) for text, i in self._specials if types[i] == _USER_DEFINED and text not in _UNMARKED]
         self._control = [special for special in self._specials if special not in set(self._always)]
@@ -121,21 +122,27 @@ class Tokenizer:
         add_special: a BOS before and an EOS after, which the file asks for, are left out. Raises InputError for what is
         no token.
         """
-        pieces, first, end = [], 0, len(ids)
+        return b"".join(self.pieces(ids, add_special))
+
+    def pieces(self, ids: Sequence[int], add_special: bool = True) -> list[bytes]:
+        """What each of the ids stands for in the text that `decode` gives; empty for what it leaves out."""
+        first, end = 0, len(ids)
         if add_special and self.bos is not None and end and ids[0] == self.bos:
             first = 1
         if add_special and self._eos is not None and end > first and ids[-1] == self._eos:
             end -= 1
-        specials, after_special = {token for _, token in self._specials}, True
-        for token in ids[first:end]:
+        specials, after_special = self._special_ids, True
+        pieces = [b""] * len(ids)
+        for at in range(first, end):
+            token = ids[at]
             piece = token_bytes(self._metadata, token)
             if piece is None:
                 raise InputError(f"token {token} is not in the vocabulary of {len(self._pieces)} tokens")
             if token not in specials and after_special and self._space_prefix:
                 piece = piece.removeprefix(b" ")
             after_special = token in specials
-            pieces.append(piece)
-        return b"".join(pieces)
+            pieces[at] = piece
+        return pieces
 
     def named(self, name: str) -> str:
         """The text of the token that the file calls "bos" or "eos"; empty where it names none."""
