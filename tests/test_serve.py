@@ -172,3 +172,27 @@ def test_the_key_is_asked_for():
         assert ask(address + "/v1/completions", body, Authorization="Bearer wrong")[0] == 401
         assert ask(address + "/v1/completions", body, Authorization="Bearer secret")[0] == 200
         assert ask(address + "/health")[0] == 200
+
+
+def test_the_queue_is_bounded_cancelled_and_drained(model):
+    """In this thread, so that what waits is known."""
+    from kqprefill.serve.queue import SCORES, Engine, Full, Work
+
+    def work(tokens):
+        return Work(SCORES, [model.item([1] * tokens)], lambda: done.append(tokens))
+
+    done, engine = [], Engine(model, 1, None, 10)
+    first, other = work(8), work(3)
+    engine.submit(first)
+    with pytest.raises(Full, match="8 tokens wait already; try again in 1 s"):
+        engine.submit(other)
+    engine.cancel(first)
+    assert (engine.waiting_prompts, engine.waiting_tokens, engine.cancelled) == (0, 0, 1)
+    engine.submit(other)
+    engine.submit(last := work(7))
+    engine.close()
+    with pytest.raises(kqprefill.BackendError, match="the server is ending"):
+        engine.submit(work(1))
+    engine.run()
+    assert done == [3, 7] and first.results == [None]
+    assert np.allclose(last.results[0].logprobs, next(iter(model.score([[1] * 7]))).logprobs, rtol=0, atol=1e-5)
