@@ -22,6 +22,8 @@ def test_inspect():
         "F32": 9
     }
     text = kq("inspect", EXAMPLE).stdout.decode()
+    assert "architecture qwen3, 1.31 M parameters in" in text
+    assert " 671.03 B parameters in" in kq("inspect", "deepseek-v3:Q4_K_M").stdout.decode()
     assert name in text and "kqprefill runs it (cpu, cuda)" in text and "feed-forward" in text
     assert len(json.loads(kq("inspect", EXAMPLE, "--tensors", "--json").stdout)) == len(tensors)
     assert kq("inspect", EXAMPLE, "--tensors").stdout.count(b"\n") == len(tensors) + 2

@@ -289,6 +289,12 @@ def test_examples_end_with_what_failed(tree, line):  # noqa: F811
     assert done.returncode == 1 and done.stdout == b"" and b"no.gguf" in done.stderr
 
 
+@pytest.mark.parametrize("line", ["choose.sh", "filter.sh examples/tiny-qwen3.gguf"])
+def test_examples_say_how_they_are_used(tree, line):  # noqa: F811
+    done = shell(tree, f"examples/{line}")
+    assert done.returncode == 2 and done.stdout == b"" and done.stderr.startswith(b"usage: examples/")
+
+
 @needs_jq
 def test_the_filter_says_that_lines_were_left_out(tree):  # noqa: F811
     texts = (ROOT / "examples/texts.jsonl").read_text().splitlines()

@@ -261,8 +261,11 @@ def test_what_kld_refuses(pair, tmp_path):
     (tmp_path / "nan").write_bytes(data[: -(2 * 260 - 2)] + b"\xff\xff" * 259)
     # Of another vocabulary.
     (tmp_path / "other").write_bytes(struct.pack("<8s3i", b"_logits_", 4, 10, 1) + bytes(4 * 4 + 2 * 14))
+    wider = (struct.pack("<8s3i", b"_logits_", 4, 900, 1), struct.pack("<4i", 1, 899, 2, 3), bytes(2 * 904))
+    (tmp_path / "wider").write_bytes(b"".join(wider))  # and of ids that the model has not
     cases = [
         ([], 2, "--base FILE or as --against MODEL"),
+        (["--base", tmp_path / "wider"], 2, "has a vocabulary of 900 tokens"),
         (["--base", "a", "--against", "b"], 2, "--base FILE or as --against MODEL"),
         (["--base", logits, "-f", text, "-c", 64], 2, "--file and --context: the file of --base has its text"),
         (["--against", base], 2, "--file FILE or as --tokens IDS"),

@@ -80,3 +80,14 @@ def test_commands_and_options_of_the_readme_exist():
         if span.startswith("--"):
             assert re.match(r"--[a-z-]+", span)[0] in known, span
     assert seen >= 15
+
+
+def test_the_list_of_commands_is_not_cut():
+    context = click.Context(cli, info_name="kqprefill", terminal_width=80)
+    assert "..." not in cli.get_help(context).partition("Commands:")[2]
+
+
+def test_headings_stand_alone():
+    """A heading right under a table's row is taken for another row by some readers."""
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        assert not re.search(r"^\|.*\n#", page.read_text(encoding="utf-8"), re.MULTILINE), page

@@ -123,7 +123,7 @@ def test_vectors_are_what_the_output_matrix_would_be_given(backend, rng):
 
 def test_what_is_asked_for_is_checked():
     with kqprefill.load(EXAMPLE, backend="cpu") as model:
-        for pooling, words in ((None, "does not say how"), ("max", "'max' is unknown")):
+        for pooling, words in ((None, "pooled; give a pooling, one of last"), ("max", "'max' is unknown")):
             with pytest.raises(kqprefill.InputError, match=words):
                 next(model.embed([[1]], pooling))
         with pytest.raises(kqprefill.InputError, match="the prompt is empty"):

@@ -327,6 +327,15 @@ def _leave(file, chunks):
     return lambda done, so_far: so_far().write(file) if done == chunks else None
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_the_model_runs(tmp_path):
+    text = tmp_path / "text"
+    text.write_bytes(b"too short a text for one chunk, which is found out once the model's file is read")
+    for out, why in ((tmp_path, "Is a directory"), (tmp_path / "none" / "x", "No such file or directory")):
+        done = fails(EXAMPLE, "-f", text, "-o", out, "--backend", "cpu", status=1)
+        assert f"--output {out} cannot be written: {why}" in done
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+
+
 def test_wrong_usage(tmp_path):
     text, out = tmp_path / "text", tmp_path / "out.gguf"
     text.write_bytes(b"some text")

@@ -23,6 +23,7 @@ from .common import (
     memory_option,
     open_file,
     open_on,
+    parameters,
     read_lengths,
     refuse_too_large,
     say_loaded,
@@ -241,7 +242,7 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
     same = {
         "model": rows[0]["model"],
         "size": size(rows[0]["size_bytes"]),
-        "params": f"{rows[0]['parameters'] / 1e9:.2f} B",
+        "params": parameters(rows[0]["parameters"]),
         "backend": rows[0]["backend"],
         "device": rows[0]["device"],
     }

@@ -361,6 +361,11 @@ def print_object(described: dict[str, Any]) -> None:
     print_json({"version": JSON_VERSION, **described})
 
 
+def parameters(count: int) -> str:
+    """A number of parameters for people, in millions below a thousand of them, as llama-bench says it."""
+    return f"{count / 1e6:.2f} M" if count < 1e9 else f"{count / 1e9:.2f} B"
+
+
 def size(nbytes: float) -> str:
     """Bytes for people."""
     for unit in ("B", "KiB", "MiB"):

@@ -122,7 +122,9 @@ def imatrix(
     quiet: bool,
     verbose: bool,
 ) -> None:
-    """Make an importance matrix of a text, which llama-quantize weighs columns by; or add up those that there are.
+    """Make an importance matrix, or add up several.
+
+    Of a text, for llama-quantize, which weighs columns by it; or of the matrices that there are.
 
     As llama-imatrix does: of what goes into each product, the squares of each column are summed over chunks of
     --context tokens, by expert where there are experts, each chunk beginning with BOS where the file asks for it. No
@@ -144,6 +146,7 @@ def imatrix(
     outputs.reads_text(tokens, "--tokens")
     if out is not None:
         outputs.claim(out, "--output")
+        outputs.try_folder(out, "--output")
     ids = None if tokens is None else read_tokens(tokens)
     words = None if text is None else read_text_file(text, "--file")
     if name is not None:

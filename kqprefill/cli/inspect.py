@@ -10,7 +10,7 @@ import click
 
 from ..errors import InputError, KqprefillError
 from ..terminal import json_value, print_json, print_text, shown
-from .common import open_file, print_object, size, table
+from .common import open_file, parameters, print_object, size, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -138,7 +138,7 @@ def _for_people(d: dict[str, Any]) -> str:
     bits = 8 * d["bytes"] / d["parameters"] if d["parameters"] else 0
     lines = [
         f"{known(d['model'])}: {known(d['name'])}",
-        f"architecture {known(d['architecture'])}, {d['parameters'] / 1e9:.2f} B parameters in {size(d['bytes'])}, "
+        f"architecture {known(d['architecture'])}, {parameters(d['parameters'])} parameters in {size(d['bytes'])}, "
         f"{bits:.2f} bits each",
         f"{known(d['layers'])} layers, context {known(d['context'])}, vocabulary {known(d['vocabulary'])} "
         f"({known(d['tokenizer'])})",

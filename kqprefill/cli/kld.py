@@ -81,11 +81,12 @@ def kld(
     quiet: bool,
     verbose: bool,
 ) -> None:
-    """Print how far MODEL's distributions are from another model's, over a text.
+    """Compare MODEL's distributions with another's.
 
-    The figures of llama-perplexity --kl-divergence, of the second half of each window: the Kullback-Leibler divergence
-    from the other model, the base, in nats; the change of the probability of the tokens that came; how often both have
-    the same likeliest token. A file leaves out what is 16 nats below the likeliest token; --against leaves nothing out.
+    How far they are from another model's, over a text: the figures of llama-perplexity --kl-divergence, of the second
+    half of each window. They are the Kullback-Leibler divergence from the other model, the base, in nats; the change of
+    the probability of the tokens that came; how often both have the same likeliest token. A file leaves out what is 16
+    nats below the likeliest token; --against leaves nothing out.
 
     \b
     kqprefill kld examples/tiny-qwen3.gguf --against examples/tiny-qwen3.gguf -f README.md -c 256
@@ -108,7 +109,7 @@ def kld(
         outputs.writes_stdout()
         outputs.claim(picture, "--plot")
     wake_gpu(backend, device)
-    from ..engine.divergence import divergence
+    from ..engine.divergence import check_vocabularies, divergence
     from ..engine.logits_file import LogitsFile
     from ..engine.windows import Windows
 
@@ -141,6 +142,7 @@ def kld(
                 other = models[1]
                 if not quiet:
                     _say_other_words(models)
+            check_vocabularies(models[0], other)  # before its ids are held against the smaller one's
             windows = Windows.of(ids, context, chunks, bos, models)
             watch.begin(windows.tokens.size)
             found = divergence(models[0], other, windows, batch_tokens, watch)

@@ -95,6 +95,19 @@ class Outputs:
         if status is None or not stat.S_ISCHR(status.st_mode):  # the likes of /dev/null take anything
             self._written.update(dict.fromkeys(identities, option))
 
+    @staticmethod
+    def try_folder(path: str, option: str) -> None:
+        """Raise KqprefillError where `path`, which is opened only after long work, could not be written now."""
+        if path == STDIO or (os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)):
+            return
+        try:
+            if os.path.isdir(path):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            with tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))):
+                pass
+        except OSError as error:
+            raise _unwritable(option, path, error) from None
+
     @contextmanager
     def open(self, path: str, option: str, again: bool = False) -> Iterator[BinaryIO]:
         """A binary file to write `path` (`-`: stdout) through, which has been claimed: renamed into place at the end,
@@ -123,7 +136,7 @@ class Outputs:
                 with suppress(FileNotFoundError):
                     os.unlink(temporary)
         except OSError as error:
-            raise KqprefillError(f"{option} {path} cannot be written: {error.strerror or error}") from None
+            raise _unwritable(option, path, error) from None
 
     def _place(self, temporary: str, target: str, replace: bool) -> None:
         """Give a file that is written its name, and the mode (where possible the owner) of what it replaces."""
@@ -163,6 +176,10 @@ def free_room(path: str) -> int | None:
     if not os.path.isdir(folder) or (os.path.exists(path) and not os.path.isfile(path)):
         return None
     return shutil.disk_usage(folder).free
+
+
+def _unwritable(option: str, path: str, error: OSError) -> KqprefillError:
+    return KqprefillError(f"{option} {path} cannot be written: {error.strerror or error}")
 
 
 def _identity(status: os.stat_result) -> _Identity:

@@ -77,6 +77,17 @@ class _Places:
     same: NDArray[np.bool_]
 
 
+def check_vocabularies(model: Model, base: Model | LogitsFile) -> None:
+    """Raise InputError where the vocabularies of both are not as large as each other."""
+    vocab_size = base.vocab_size if isinstance(base, LogitsFile) else base.config.vocab_size
+    name = base.path if isinstance(base, LogitsFile) else base.file.path
+    if vocab_size != model.config.vocab_size:
+        raise InputError(
+            f"{name} has a vocabulary of {vocab_size} tokens, and {model.file.path} one of {model.config.vocab_size}: "
+            "their distributions cannot be compared"
+        )
+
+
 def divergence(
     model: Model,
     base: Model | LogitsFile,
@@ -92,13 +103,7 @@ def divergence(
     BackendError where the device fails, or where a logit is not finite.
     """
     others = [] if isinstance(base, LogitsFile) else [base]
-    vocab_size = base.vocab_size if isinstance(base, LogitsFile) else base.config.vocab_size
-    name = base.path if isinstance(base, LogitsFile) else base.file.path
-    if vocab_size != model.config.vocab_size:
-        raise InputError(
-            f"{name} has a vocabulary of {vocab_size} tokens, and {model.file.path} one of {model.config.vocab_size}: "
-            "their distributions cannot be compared"
-        )
+    check_vocabularies(model, base)
     parts: list[_Places] = []
     for batch in batches_of(windows, [model, *others], batch_tokens):
         n, targets = batch.stop - batch.start, windows.targets(batch)

@@ -30,7 +30,8 @@ def pooling_of(family: Family, wanted: str | None) -> Pooling:
         number = family.meta.count("pooling_type")
         if number not in _BY_NUMBER:
             raise InputError(
-                f"{family.file.path}: the file does not say how its outputs are pooled; give {', '.join(POOLINGS)}"
+                f"{family.file.path}: the file does not say how its outputs are pooled; give a pooling, "
+                f"one of {', '.join(POOLINGS)}"
             )
         return _BY_NUMBER[number]
     if wanted not in POOLINGS:
