@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from .terminal import shown
 
+# What is said of results that are not finite.
+DAMAGED_WEIGHTS = "the file's weights are damaged or out of range"
+
 
 class KqprefillError(Exception):
     """Base of every error that kqprefill raises on purpose.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 from ..backends.wake import wake_gpu
-from ..errors import InputError, KqprefillError
+from ..errors import DAMAGED_WEIGHTS, InputError, KqprefillError
 from .common import (
     batch_option,
     device_options,
@@ -151,9 +151,7 @@ class _Run:
         for vector in self._model.embed(self._ids(), pooling, normalise, batch_tokens):
             record = self._waiting.popleft()
             if not np.isfinite(vector).all():
-                raise KqprefillError(
-                    f"{record.where}: its vector is not finite: the file's weights are damaged or out of range"
-                )
+                raise KqprefillError(f"{record.where}: its vector is not finite: {DAMAGED_WEIGHTS}")
             assert record.item is not None
             self.written += 1
             self.tokens += record.item.tokens

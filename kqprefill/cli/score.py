@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..backends.wake import wake_gpu
-from ..errors import InputError, KqprefillError
+from ..errors import DAMAGED_WEIGHTS, InputError, KqprefillError
 from .common import (
     batch_option,
     device_options,
@@ -327,7 +327,7 @@ class _Run:
         self._waiting_tokens -= record.item.tokens
         several = result if isinstance(result, list) else [result]
         if not all(scored.finite for scored in several):
-            self._fail(record, "its logits hold NaN or infinities: the file's weights are damaged or out of range")
+            self._fail(record, f"its logits hold NaN or infinities: {DAMAGED_WEIGHTS}")
             return
         described = [self._describe(scored) for scored in several]
         line: dict[str, Any] = {"index": record.index}

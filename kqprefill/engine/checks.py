@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 
 from ..core import Float32Array, Int32Array
-from ..errors import BackendError, InputError
+from ..errors import DAMAGED_WEIGHTS, BackendError, InputError
 from ..gguf.keys import described
 
 _SUMMED_AT_ONCE = 1 << 24  # logits that one thread looks at before another could
-_DAMAGED = "the file's weights are damaged or out of range"
 
 
 def token_ids(tokens: Any, vocab_size: int) -> Int32Array:
@@ -62,10 +61,10 @@ def refuse_non_finite(logits: Float32Array | None, logit: float, logprob: float,
         bad = first_non_finite_row(rows)
         if bad is not None:
             what = "NaN" if np.isnan(rows[bad]).any() else "infinities"
-            raise BackendError(f"the logits of position {last - len(rows) + 1 + bad} hold {what}: {_DAMAGED}")
+            raise BackendError(f"the logits of position {last - len(rows) + 1 + bad} hold {what}: {DAMAGED_WEIGHTS}")
     if not (np.isfinite(logit) and np.isfinite(logprob)):
         what = "NaN" if np.isnan(logit) else "infinities"
-        raise BackendError(f"the logits of position {last} hold {what}: {_DAMAGED}")
+        raise BackendError(f"the logits of position {last} hold {what}: {DAMAGED_WEIGHTS}")
 
 
 def first_non_finite_row(rows: Float32Array) -> int | None:

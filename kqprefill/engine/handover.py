@@ -271,7 +271,7 @@ class HandsOver(ABC):
         cells = count - int(hold_back or session)  # llama-completion replays the last token of a session
         if not cells:
             raise InputError("a state that leaves out the last token wants two tokens at least")
-        recurrent = any(isinstance(state, Recurrent) for state in self.family.layer_states)
+        recurrent = self.family.has_recurrence
         if recurrent and cells < held:
             raise InputError("a recurrence cannot go back to before the cache's last token; give one token more")
         # A recurrence's state must be that after the cells' tokens: the others come in a batch of their own.

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..collector import Collector, Squares
 from ..core import Batch, Int32Array, PendingHead, Progress, Segment, no_progress
-from ..errors import BackendError, InputError
+from ..errors import DAMAGED_WEIGHTS, BackendError, InputError
 from .checks import token_ids
 from .imatrix_file import ImportanceMatrix
 
@@ -205,9 +205,7 @@ class _Run:
         }
         for names, own in squares.items():
             if not np.isfinite(own.sums).all():
-                raise BackendError(
-                    f"what goes into {names[0]} is not finite: the file's weights are damaged or out of range"
-                )
+                raise BackendError(f"what goes into {names[0]} is not finite: {DAMAGED_WEIGHTS}")
         for names, before in (self.resumed.squares if self.resumed is not None else {}).items():
             squares[names] = before + squares[names] if names in squares else before
         return Progressed(done, squares, self.key)

@@ -15,7 +15,7 @@ import numpy as np
 from ..backends import open_backend
 from ..backends.base import Backend, Cache
 from ..backends.budget import Budget
-from ..core import Batch, Float32Array, HeadResult, Int32Array, Logits, Progress, Recurrent, no_progress
+from ..core import Batch, Float32Array, HeadResult, Int32Array, Logits, Progress, no_progress
 from ..errors import InputError, ModelError
 from ..gguf import GGUFFile, ModelFile
 from ..gguf.vocabulary import token_text
@@ -103,7 +103,7 @@ class Model(HandsOver):
             return Prefill(None, None, None, empty, 0, {"prefill": 0.0})
         self._check_room(start, len(ids), cache)
         if cache is not None:
-            cache.broken = any(isinstance(state, Recurrent) for state in self.family.layer_states)  # until it is done
+            cache.broken = self.family.has_recurrence  # until it is done
         wanted = cast(Logits, logits)
         pending, stages = self.backend.run(
             self.family, Batch(ids, start), cache, wanted, progress or no_progress, timed

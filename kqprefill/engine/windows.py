@@ -10,7 +10,7 @@ import numpy as np
 
 from ..backends.budget import free_host_memory
 from ..core import Batch, Brief, Float32Array, HeadResult, Int32Array, Progress, Segment, Targets, no_progress
-from ..errors import BackendError, InputError
+from ..errors import DAMAGED_WEIGHTS, BackendError, InputError
 from .checks import first_non_finite_row, token_ids
 
 if TYPE_CHECKING:
@@ -126,9 +126,7 @@ def not_finite(windows: Windows, number: int) -> BackendError:
     not finite."""
     window, place = divmod(number, windows.scored)
     at = window * windows.context + windows.first + place
-    return BackendError(
-        f"the log-probability of token {at} of the text is not finite: the file's weights are damaged or out of range"
-    )
+    return BackendError(f"the log-probability of token {at} of the text is not finite: {DAMAGED_WEIGHTS}")
 
 
 def heard(progress: Progress | None, total: int, taken: int, n: int, run: int = 0, runs: int = 1) -> Progress:

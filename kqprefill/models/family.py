@@ -18,6 +18,7 @@ from ..core import (
     Logits,
     PendingHead,
     Progress,
+    Recurrent,
     SharedKeysValues,
     no_progress,
 )
@@ -201,6 +202,11 @@ class Family(ABC):
     def layer_states(self) -> tuple[LayerState, ...]:
         """What each layer of an opened family keeps of a sequence, so that the sequence can be continued."""
         return tuple(self.state(index) for index in range(self.config.block_count))
+
+    @property
+    def has_recurrence(self) -> bool:
+        """Whether any of its layers keeps the state of a recurrence."""
+        return any(isinstance(state, Recurrent) for state in self.layer_states)
 
     def state(self, index: int) -> LayerState:
         """What one layer keeps of a sequence; here, keys and values."""

@@ -86,8 +86,9 @@ class Completion(Asked):
         fields.refuse("repetition_penalty", 1, 1.0)
         fields.ignore("model", "seed", "user", "top_p", "top_k", "min_p", "stream_options", "metadata")
         fields.end()
-        self._texts = [isinstance(own, str) for own in prompts_of(prompt, "prompt")]
-        self._prompts = [_ids(server.model, own, special) for own in prompts_of(prompt, "prompt")]
+        prompts = prompts_of(prompt, "prompt")
+        self._texts = [isinstance(own, str) for own in prompts]
+        self._prompts = [_ids(server.model, own, special) for own in prompts]
         self._scores_prompt = self._echo and self._top is not None
         if self._more and self._scores_prompt:
             # What comes after the last token is ranked with the others; the token that stands there is any.

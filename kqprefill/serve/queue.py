@@ -15,12 +15,10 @@ import numpy as np
 from ..core import BATCH_TOKENS, Pooling
 from ..engine.embedding import Normalise
 from ..engine.scoring import Item, Scored
-from ..errors import BackendError, KqprefillError
+from ..errors import DAMAGED_WEIGHTS, BackendError, KqprefillError
 
 if TYPE_CHECKING:
     from ..engine.model import Model
-
-_DAMAGED = "what came out is not finite: the file's weights are damaged or out of range"
 
 
 @dataclass(frozen=True)
@@ -181,7 +179,7 @@ class Engine:
         if sound:
             job.work.finish(job.index, result)
         else:
-            job.work.fail(BackendError(_DAMAGED))
+            job.work.fail(BackendError(f"what came out is not finite: {DAMAGED_WEIGHTS}"))
 
     def _next_kind(self) -> Kind | None:
         """The kind of what has waited longest; None where nothing does and nothing more will come."""

@@ -23,7 +23,7 @@ from ...core import (
     SharedKeysValues,
     Vectors,
 )
-from ...errors import BackendError
+from ...errors import DAMAGED_WEIGHTS, BackendError
 from ...gguf import dequantize
 from ...models.delta_net import DeltaNet
 from ...models.experts import Experts
@@ -298,7 +298,7 @@ class CpuOps(AttentionOps, LatentOps, PerLayerOps):
             scores[:, piece] = logits_of(piece, scores[:, piece])
         last = scores[-1]
         if np.isnan(last).any():
-            raise BackendError("the last position's logits hold NaN: the file's weights are damaged or out of range")
+            raise BackendError(f"the last position's logits hold NaN: {DAMAGED_WEIGHTS}")
         token = int(np.argmax(last))  # the lowest of equals
         shifted = last.astype(np.float64) - float(last[token])
         kept = None if logits is None else last if logits == "last" else scores

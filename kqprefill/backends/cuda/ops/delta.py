@@ -8,7 +8,6 @@ import math
 
 import numpy as np
 
-from ....core import Recurrent
 from ....models.delta_net import DeltaNet
 from ....models.family import Family
 from ....models.weights import Weights
@@ -54,7 +53,7 @@ class DeltaOps(DenseOps):
     def begin_batch(self, family: Family) -> None:
         super().begin_batch(family)
         self._pieces: list[_Piece] = []
-        if any(isinstance(state, Recurrent) for state in family.layer_states):
+        if family.has_recurrence:
             self._pieces = [
                 self._upload_piece(*piece) for piece in enumerate(parts_of(self.batch.segments, CHUNKS_AT_ONCE))
             ]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ....core import NO_RESULT, Float32Array, HeadResult, Logits, PendingHead, Ranks, Vectors
-from ....errors import BackendError
+from ....errors import DAMAGED_WEIGHTS, BackendError
 from ....models.weights import Weight
 from ..constants import THREADS
 from ..device.arrays import FLOAT32, DeviceArray
@@ -133,7 +133,7 @@ class HeadOps(DenseOps):
         self.states.end_batch(self.batch.start, self.n)
         token, logit, logprob = ranked[0, 1].item()
         if token < 0:
-            raise BackendError("the last position's logits hold NaN: the file's weights are damaged or out of range")
+            raise BackendError(f"the last position's logits hold NaN: {DAMAGED_WEIGHTS}")
         return HeadResult(token, logit, logprob, logits)
 
     @staticmethod
