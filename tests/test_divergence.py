@@ -301,6 +301,7 @@ def test_a_disk_without_room(pair, tmp_path, monkeypatch):
 def test_memory_of_a_device_is_shared_out(monkeypatch):
     """By the size of the weights, the larger model first; what it does not take is the other's."""
     from kqprefill.cli.kld import _open_both
+    from kqprefill.cli.run_options import RunOptions
 
     class Fake:
         def __init__(self, nbytes):
@@ -308,15 +309,18 @@ def test_memory_of_a_device_is_shared_out(monkeypatch):
 
     asked = []
 
-    def open_fake(file, vram, backend="cuda", quiet=False):
+    def on(vram):
+        return RunOptions("cuda", 0, "auto", vram, quiet=False, verbose=False)
+
+    def open_fake(file, on):
         nbytes = file.tensors["x"].nbytes
-        asked.append((nbytes, vram))
-        plan = type("P", (), {"nbytes": min(int(vram), nbytes + 5)})
+        asked.append((nbytes, on.vram))
+        plan = type("P", (), {"nbytes": min(int(on.vram), nbytes + 5)})
         return type("M", (), {"file": file, "backend": type("B", (), {"name": "cuda", "plan": plan})})
 
     small, large = Fake(30), Fake(90)
-    assert [m.file for m in _open_both(small, large, None, 200, open_fake)] == [small, large]
-    assert [m.file for m in _open_both(large, small, "1", 100, open_fake)] == [large, small]
+    assert [m.file for m in _open_both(small, large, on(None), 200, open_fake)] == [small, large]
+    assert [m.file for m in _open_both(large, small, on("1"), 100, open_fake)] == [large, small]
     assert asked == [(90, "150"), (30, "105"), (90, "75"), (30, "25")]
 
 

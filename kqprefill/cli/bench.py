@@ -14,26 +14,22 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
-from ..backends.wake import wake_gpu
 from ..errors import InputError
 from ..terminal import print_json, print_text, shown
 from .common import (
-    device_options,
     layers_option,
-    memory_option,
     open_file,
-    open_on,
     parameters,
     read_lengths,
     refuse_too_large,
     say_loaded,
     size,
     table,
-    volume_options,
 )
 from .outputs import Outputs, force_option
 from .plot import check_plot, draw
 from .progress import Bars, progress_bars
+from .run_options import RunOptions, run_options
 from .sources import model_path
 
 if TYPE_CHECKING:
@@ -76,9 +72,7 @@ _WARM_UP = 3
 )
 @layers_option
 @force_option
-@device_options
-@memory_option
-@volume_options
+@run_options
 def bench(
     name: str,
     lengths: tuple[str, ...],
@@ -89,12 +83,7 @@ def bench(
     picture: str | None,
     layers: int | None,
     force: bool,
-    backend: str,
-    device: int,
-    kernels: str,
-    vram: str | None,
-    quiet: bool,
-    verbose: bool,
+    on: RunOptions,
 ) -> None:
     """Measure prefill speed by prompt length.
 
@@ -116,22 +105,22 @@ def bench(
         outputs.reads(model_path(name), "the model")
         outputs.writes_stdout()
         outputs.claim(picture, "--plot")
-    wake_gpu(backend, device)
+    on.wake()
     import numpy as np
 
     rows: list[dict[str, Any]] = []
     opened: AbstractContextManager[BinaryIO | None] = outputs.open(picture, "--plot") if picture else nullcontext()
     with (
         opened as picture_file,
-        progress_bars(not quiet) as bars,
-        open_on(_open(name, layers), backend, device, kernels, vram, quiet, bars, max(prompt_lengths)) as model,
+        progress_bars(not on.quiet) as bars,
+        on.open(_open(name, layers), bars, max(prompt_lengths)) as model,
     ):
         config = model.config
         for length in prompt_lengths:
             if not 0 < length <= config.context_length:
                 raise InputError(f"-p {length}: the model's context is 1 to {config.context_length} tokens")
         matrices = model.family.matrices()
-        if verbose:
+        if on.verbose:
             say_loaded(model)
         watch = _Watch(bars, (_WARM_UP + repetitions) * len(prompt_lengths), model.backend.name == "cpu")
         for length in prompt_lengths:

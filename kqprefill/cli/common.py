@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..backends import KERNELS, NAMES
 from ..errors import InputError, KqprefillError
 from ..terminal import print_json, print_text, shown
 from .interrupts import reason
@@ -22,27 +21,13 @@ from .sources import from_home, model_path
 
 if TYPE_CHECKING:
     from ..backends.cuda.weights.plan import Plan
-    from ..core import Progress
     from ..engine.model import Model
-    from ..gguf import GGUFFile, ModelFile
+    from ..gguf import GGUFFile
     from ..models.family import Family
     from ..synthetic import SyntheticFile
 
 # A command's function, which an option is added to.
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-def kernels_option(command: Command) -> Command:
-    """--kernels."""
-    return click.option(
-        "--kernels",
-        type=click.Choice(KERNELS),
-        default="auto",
-        show_default=True,
-        envvar="KQPREFILL_KERNELS",
-        show_envvar=True,
-        help="portable: those of every GPU, where this one has its own.",
-    )(command)
 
 
 def special_option(command: Command) -> Command:
@@ -66,35 +51,6 @@ def read_template(path: str | None) -> str | None:
     return None if path is None else read_text_file(path, "--chat-template")
 
 
-def device_options(command: Command) -> Command:
-    """--backend, --device, --kernels."""
-    command = kernels_option(command)
-    command = click.option(
-        "--device", default=0, metavar="N", envvar="KQPREFILL_DEVICE", show_envvar=True, help="CUDA device number."
-    )(command)
-    return click.option(
-        "--backend",
-        type=click.Choice(NAMES),
-        default="auto",
-        show_default=True,
-        envvar="KQPREFILL_BACKEND",
-        show_envvar=True,
-        help="auto takes the GPU where it can be used.",
-    )(command)
-
-
-def memory_option(command: Command) -> Command:
-    """--vram."""
-    return click.option(
-        "--vram",
-        metavar="SIZE",
-        envvar="KQPREFILL_VRAM",
-        show_envvar=True,
-        help="GPU memory to take at most, such as 8G or 75%; layers beyond it are streamed.  "
-        "[default: all that is free]",
-    )(command)
-
-
 def layers_option(command: Command) -> Command:
     """--layers."""
     return click.option(
@@ -113,14 +69,6 @@ def batch_option(command: Command) -> Command:
         show_envvar=True,
         help="Tokens that are packed into one batch, at most.  [default: 8192; where layers are streamed, up to 32768 "
         "that hide the copies]",
-    )(command)
-
-
-def volume_options(command: Command) -> Command:
-    """--quiet, --verbose."""
-    command = click.option("-v", "--verbose", is_flag=True, help="Say what is done, and show tracebacks.")(command)
-    return click.option(
-        "-q", "--quiet", is_flag=True, envvar="KQPREFILL_QUIET", show_envvar=True, help="Nothing on stderr but errors."
     )(command)
 
 
@@ -149,40 +97,6 @@ def refuse_too_large(file: SyntheticFile, size_of: Callable[[SyntheticFile], int
         raise InputError(f"{words.format(needed=size(needed), room=size(room))}: {advice}")
 
 
-def open_on(
-    file: ModelFile,
-    backend: str,
-    device: int,
-    kernels: str,
-    vram: str | None,
-    quiet: bool,
-    progress: Progress | None,
-    max_tokens: int | None,
-    ranks: bool = False,
-) -> Model:
-    """A Model of an open file, on what the options of `device_options` and `memory_option` say; closes it on failure.
-
-    max_tokens, ranks: as for kqprefill.engine.model.open_model.
-    On the CPU those that mean nothing there are said to be ignored.
-    """
-    from ..engine.model import open_model
-
-    model = open_model(file, backend, device, kernels, progress, warner(quiet), vram, max_tokens, ranks)
-    if model.backend.name == "cpu" and not quiet:
-        say_ignored()
-    return model
-
-
-def say_ignored() -> None:
-    """Which of the options that were given mean nothing on the CPU."""
-    context = click.get_current_context()
-    default = click.core.ParameterSource.DEFAULT
-    names = ("device", "kernels", "vram")
-    given = [f"--{n}" for n in names if n in context.params and context.get_parameter_source(n) is not default]
-    if given:
-        say(f"{' and '.join(given)}: ignored on the CPU")
-
-
 def plan_lines(plan: Plan, family: Family) -> Iterator[str]:
     """A residency Plan for people."""
     yield f"GPU memory: {size(plan.nbytes)} of {size(plan.budget)} that may be taken"
@@ -209,12 +123,6 @@ def say_batches(model: Model, batch_tokens: int | None, top: int = 0) -> None:
     """How large the batches were that an open Model scored, and why, on stderr: where the backend has chosen it."""
     if why := model.backend.batch_size(model.family, batch_tokens, top).why:
         say_plain(why)
-
-
-def say_summary(line: str, quiet: bool, verbose: bool) -> None:
-    """What was done, on stderr: for a person who looks on, or where it is asked for."""
-    if verbose or (sys.stderr.isatty() and not quiet):
-        say_plain(line)
 
 
 def read_text(text: str, option: str) -> str:
@@ -290,11 +198,6 @@ def wrapped(line: str) -> str:
 
     width = shutil.get_terminal_size().columns
     return textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-
-
-def warner(quiet: bool) -> Callable[[str], None]:
-    """warn(line) to stderr, or to nowhere."""
-    return (lambda line: None) if quiet else say
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -11,22 +11,17 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
-from ..backends.wake import wake_gpu
 from ..errors import DAMAGED_WEIGHTS, InputError, KqprefillError
 from .common import (
     batch_option,
-    device_options,
-    memory_option,
     open_file,
-    open_on,
     say_batches,
     say_loaded,
-    say_summary,
-    volume_options,
 )
 from .outputs import STDIO, Outputs, force_option
 from .progress import Bars, progress_bars
 from .records import Record, Records, check_inputs
+from .run_options import RunOptions, run_options
 from .sources import model_path
 
 if TYPE_CHECKING:
@@ -62,9 +57,7 @@ _OURS = frozenset(("index", "n_tokens", "embedding"))  # keys of a result
 )
 @force_option
 @batch_option
-@device_options
-@memory_option
-@volume_options
+@run_options
 def embed(
     name: str,
     files: tuple[str, ...],
@@ -74,12 +67,7 @@ def embed(
     normalise: str,
     force: bool,
     batch_tokens: int | None,
-    backend: str,
-    device: int,
-    kernels: str,
-    vram: str | None,
-    quiet: bool,
-    verbose: bool,
+    on: RunOptions,
 ) -> None:
     """Write the vectors of many texts.
 
@@ -98,11 +86,11 @@ def embed(
         outputs.reads(path, "stdin" if path == STDIO else "the input")
     outputs.claim(output, "-o")
     write = _writer(output)
-    wake_gpu(backend, device)
+    on.wake()
     with ExitStack() as stack:
-        bars = stack.enter_context(progress_bars(not quiet))
+        bars = stack.enter_context(progress_bars(not on.quiet))
         to = stack.enter_context(outputs.open(output, "-o"))
-        model = open_on(open_file(name), backend, device, kernels, vram, quiet, bars, batch_tokens, ranks=True)
+        model = on.open(open_file(name), bars, batch_tokens, ranks=True)
         stack.enter_context(model)
         if pooling is None:
             from ..engine.embedding import pooling_of
@@ -114,11 +102,11 @@ def embed(
         begin = time.perf_counter()
         write(to, run.results(pooling, normalise, batch_tokens))
         seconds = time.perf_counter() - begin
-        if verbose:
+        if on.verbose:
             say_loaded(model)
             say_batches(model, batch_tokens)
     rate, where = run.tokens / seconds, f"{model.backend.name} ({model.backend.device_name})"
-    say_summary(f"{run.written} texts, {run.tokens} tokens, {rate:.0f} tokens/s, {where}", quiet, verbose)
+    on.say_summary(f"{run.written} texts, {run.tokens} tokens, {rate:.0f} tokens/s, {where}")
 
 
 def _item(model: Model, content: Any) -> Any:

@@ -10,26 +10,21 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..backends.wake import wake_gpu
 from ..errors import InputError, KqprefillError
 from .common import (
     batch_option,
-    device_options,
-    memory_option,
     open_file,
-    open_on,
     read_text_file,
     read_tokens,
     say,
     say_batches,
     say_loaded,
-    say_summary,
-    volume_options,
 )
 from .imatrix_report import report, say_gaps
 from .interrupts import Interrupted
 from .outputs import STDIO, Outputs, force_option
 from .progress import Watch, progress_bars
+from .run_options import RunOptions, run_options
 from .sources import from_home, model_path
 
 if TYPE_CHECKING:
@@ -93,9 +88,7 @@ _CHECKPOINT = ".checkpoint"  # what an output's name is followed by
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @force_option
 @batch_option
-@device_options
-@memory_option
-@volume_options
+@run_options
 def imatrix(
     name: str | None,
     text: str | None,
@@ -115,12 +108,7 @@ def imatrix(
     as_json: bool,
     force: bool,
     batch_tokens: int | None,
-    backend: str,
-    device: int,
-    kernels: str,
-    vram: str | None,
-    quiet: bool,
-    verbose: bool,
+    on: RunOptions,
 ) -> None:
     """Make an importance matrix, or add up several.
 
@@ -150,15 +138,15 @@ def imatrix(
     ids = None if tokens is None else read_tokens(tokens)
     words = None if text is None else read_text_file(text, "--file")
     if name is not None:
-        wake_gpu(backend, device)
+        on.wake()
     from ..engine.imatrix_file import read_matrix, write_matrix
 
     matrices = [read_matrix(path, context) for path in in_files]
     if name is not None:
         saver = _Saver(outputs, out, kind, context, text or "", matrices, save_frequency, seconds)
-        saver.begin(resume, force, quiet)
+        saver.begin(resume, force, on.quiet)
         with ExitStack() as stack:
-            bars = stack.enter_context(progress_bars(not quiet))
+            bars = stack.enter_context(progress_bars(not on.quiet))
             watch = Watch(bars, "chunks")
             file = open_file(name)
             stack.enter_context(file)
@@ -169,9 +157,7 @@ def imatrix(
             assert ids is not None, "the text is given as --file or as --tokens"
             count = max(0, min(len(ids) // context - first, chunks or len(ids)))
             saver.claim_copies(count)
-            model = stack.enter_context(
-                open_on(file, backend, device, kernels, vram, quiet, bars, batch_tokens, ranks=True)
-            )
+            model = stack.enter_context(on.open(file, bars, batch_tokens, ranks=True))
             from ..engine.imatrix import importance_matrix
 
             watch.begin(context * count)
@@ -192,19 +178,19 @@ def imatrix(
                     save_frequency,
                 )
             except Interrupted:
-                if not quiet:
+                if not on.quiet:
                     say(f"interrupted: {watch.done:.0%} of the chunks were read{saver.way_on()}")
                 raise
             took = time.perf_counter() - begun
-            if verbose:
+            if on.verbose:
                 say_loaded(model)
                 say_batches(model, batch_tokens)
         matrix = saver.whole(made)
         done = made.chunks - (saver.resumed.chunks if saver.resumed is not None else 0)
         where = f"{model.backend.name} ({model.backend.device_name})"
         summary = f"{done} chunks of {context} tokens, {done * context / took:.0f} tokens/s, {where}"
-        say_summary(summary, quiet, verbose)
-        if not quiet:
+        on.say_summary(summary)
+        if not on.quiet:
             say_gaps(matrix)
     else:
         matrix = matrices[0]

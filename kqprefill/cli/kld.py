@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
@@ -11,25 +12,20 @@ from click.core import ParameterSource
 
 from ..backends import device_room
 from ..backends.budget import Budget
-from ..backends.wake import wake_gpu
 from ..terminal import json_value
 from .common import (
     batch_option,
-    device_options,
-    memory_option,
     open_file,
-    open_on,
     print_object,
     say,
     say_loaded,
-    say_summary,
     special_option,
-    volume_options,
 )
 from .interrupts import Interrupted
 from .outputs import Outputs, force_option
 from .plot import check_plot, draw_divergence
 from .progress import Watch, progress_bars
+from .run_options import RunOptions, run_options
 from .sources import from_home, model_path
 from .texts import LongText, bos_of, text_options
 
@@ -58,9 +54,7 @@ if TYPE_CHECKING:
 @force_option
 @special_option
 @batch_option
-@device_options
-@memory_option
-@volume_options
+@run_options
 def kld(
     name: str,
     base: str | None,
@@ -74,12 +68,7 @@ def kld(
     force: bool,
     no_special: bool,
     batch_tokens: int | None,
-    backend: str,
-    device: int,
-    kernels: str,
-    vram: str | None,
-    quiet: bool,
-    verbose: bool,
+    on: RunOptions,
 ) -> None:
     """Compare MODEL's distributions with another's.
 
@@ -108,7 +97,7 @@ def kld(
             outputs.reads(model_path(path), "the model")
         outputs.writes_stdout()
         outputs.claim(picture, "--plot")
-    wake_gpu(backend, device)
+    on.wake()
     from ..engine.divergence import check_vocabularies, divergence
     from ..engine.logits_file import LogitsFile
     from ..engine.windows import Windows
@@ -117,50 +106,44 @@ def kld(
     watch = None
     try:
         with opened as picture_file, ExitStack() as stack:
-            bars = stack.enter_context(progress_bars(not quiet))
+            bars = stack.enter_context(progress_bars(not on.quiet))
             watch = Watch(bars, "windows")
             file = open_file(name)
             stack.enter_context(file)
 
-            def open_model(file: ModelFile, vram: str | None, backend: str = backend, quiet: bool = quiet) -> Model:
-                return stack.enter_context(
-                    open_on(file, backend, device, kernels, vram, quiet, bars, batch_tokens, ranks=True)
-                )
+            def open_model(file: ModelFile, on: RunOptions) -> Model:
+                return stack.enter_context(on.open(file, bars, batch_tokens, ranks=True))
 
             if base is not None:
                 saved = LogitsFile(base)
                 ids, bos, context = saved.tokens.reshape(-1).tolist(), bos_of(file.metadata, name), saved.context
-                models = [open_model(file, vram)]
+                models = [open_model(file, on)]
                 other: Model | LogitsFile = saved
             else:
                 assert given is not None and against is not None, "what is compared, and over what text"
                 ids, bos = given.ids(file.metadata, name)
                 other_file = open_file(against)
                 stack.enter_context(other_file)
-                room = device_room(backend, device, None if vram is None else Budget.parse(vram))
-                models = _open_both(file, other_file, vram, room, open_model)
+                room = device_room(on.backend, on.device, None if on.vram is None else Budget.parse(on.vram))
+                models = _open_both(file, other_file, on, room, open_model)
                 other = models[1]
-                if not quiet:
+                if not on.quiet:
                     _say_other_words(models)
             check_vocabularies(models[0], other)  # before its ids are held against the smaller one's
             windows = Windows.of(ids, context, chunks, bos, models)
             watch.begin(windows.tokens.size)
             found = divergence(models[0], other, windows, batch_tokens, watch)
-            if verbose:
+            if on.verbose:
                 for model in models:
                     say_loaded(model)
             if picture_file is not None:
                 draw_divergence(found, f"{name} against {base or against}", picture_file, kind)
     except Interrupted:
-        if watch is not None and watch.done and not quiet:
+        if watch is not None and watch.done and not on.quiet:
             say(f"interrupted: {watch.done:.0%} of the text was run; the figures need all of it (--chunks N: less)")
         raise
     ran = models[0].backend
-    say_summary(
-        f"{found.n_tokens} tokens of {found.windows} windows of {context}, {ran.name} ({ran.device_name})",
-        quiet,
-        verbose,
-    )
+    on.say_summary(f"{found.n_tokens} tokens of {found.windows} windows of {context}, {ran.name} ({ran.device_name})")
     if as_json:
         about = {"context": context, "model": name, "base": base or against, "backend": ran.name}
         print_object(json_value({**_described(found), **about}))
@@ -179,7 +162,11 @@ def _refuse_text_options() -> None:
 
 
 def _open_both(
-    file: ModelFile, other: ModelFile, vram: str | None, room: int | None, open_model: Callable[..., Model]
+    file: ModelFile,
+    other: ModelFile,
+    on: RunOptions,
+    room: int | None,
+    open_model: Callable[[ModelFile, RunOptions], Model],
 ) -> list[Model]:
     """Both files' Models.
 
@@ -189,10 +176,11 @@ def _open_both(
     sizes = [sum(tensor.nbytes for tensor in each.tensors.values()) for each in (file, other)]
     swapped = sizes[1] > sizes[0]
     larger, smaller = (other, file) if swapped else (file, other)
-    first = open_model(larger, vram if room is None else str(room * max(sizes) // sum(sizes)))
+    first = open_model(larger, on if room is None else replace(on, vram=str(room * max(sizes) // sum(sizes))))
+    on = replace(on, backend=first.backend.name, quiet=True)  # what there is to say has been said
     if room is not None and first.backend.plan is not None:
-        vram = str(room - first.backend.plan.nbytes)
-    second = open_model(smaller, vram, first.backend.name, True)  # what there is to say has been said
+        on = replace(on, vram=str(room - first.backend.plan.nbytes))
+    second = open_model(smaller, on)
     return [second, first] if swapped else [first, second]
 
 

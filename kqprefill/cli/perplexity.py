@@ -7,27 +7,22 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..backends.wake import wake_gpu
 from ..errors import InputError
 from ..terminal import json_value
 from .common import (
     batch_option,
-    device_options,
-    memory_option,
     open_file,
-    open_on,
     print_object,
     say,
     say_batches,
     say_loaded,
-    say_summary,
     size,
     special_option,
-    volume_options,
 )
 from .interrupts import Interrupted
 from .outputs import STDIO, Outputs, force_option, free_room
 from .progress import Watch, progress_bars
+from .run_options import RunOptions, run_options
 from .sources import model_path
 from .texts import LongText, text_options
 
@@ -50,9 +45,7 @@ if TYPE_CHECKING:
 @force_option
 @special_option
 @batch_option
-@device_options
-@memory_option
-@volume_options
+@run_options
 def perplexity(
     name: str,
     text: str | None,
@@ -64,12 +57,7 @@ def perplexity(
     force: bool,
     no_special: bool,
     batch_tokens: int | None,
-    backend: str,
-    device: int,
-    kernels: str,
-    vram: str | None,
-    quiet: bool,
-    verbose: bool,
+    on: RunOptions,
 ) -> None:
     """Print the perplexity of a text, and its standard error.
 
@@ -88,34 +76,32 @@ def perplexity(
         outputs.reads(model_path(name), "the model")
         outputs.writes_stdout()
         outputs.claim(saved, "--save-logits")
-    wake_gpu(backend, device)
+    on.wake()
     from ..engine.perplexity import perplexity as measure
 
     watch = None
     try:
         with ExitStack() as stack:
-            bars = stack.enter_context(progress_bars(not quiet))
+            bars = stack.enter_context(progress_bars(not on.quiet))
             watch = Watch(bars, "windows")
             file = open_file(name)
             stack.enter_context(file)
             ids, bos = given.ids(file.metadata, name)
-            model = stack.enter_context(
-                open_on(file, backend, device, kernels, vram, quiet, bars, batch_tokens, ranks=True)
-            )
+            model = stack.enter_context(on.open(file, bars, batch_tokens, ranks=True))
             watch.begin(context * min(len(ids) // max(context, 1), chunks or len(ids)))
             if saved is None:
                 measured = measure(model, ids, context, chunks, bos, batch_tokens, watch)
             else:
                 measured = _save(model, ids, context, chunks, bos, batch_tokens, watch, outputs, saved)
-            if verbose:
+            if on.verbose:
                 say_loaded(model)
                 say_batches(model, batch_tokens)
     except Interrupted:
-        if watch is not None and watch.done and not quiet:
+        if watch is not None and watch.done and not on.quiet:
             say(f"interrupted: {watch.done:.0%} of the text was scored; the figure needs all of it (--chunks N: less)")
         raise
     where = f"{model.backend.name} ({model.backend.device_name})"
-    say_summary(f"{measured.n_tokens} tokens of {measured.windows} windows of {context}, {where}", quiet, verbose)
+    on.say_summary(f"{measured.n_tokens} tokens of {measured.windows} windows of {context}, {where}")
     if as_json:
         described = {
             "perplexity": measured.value,

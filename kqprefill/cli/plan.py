@@ -10,17 +10,15 @@ import click
 from ..errors import InputError
 from ..terminal import print_text
 from .common import (
-    device_options,
     layers_option,
-    memory_option,
     open_file,
     plan_lines,
     print_object,
     read_lengths,
-    say_ignored,
     size,
     wrapped,
 )
+from .run_options import device_options, memory_option, say_ignored
 
 if TYPE_CHECKING:
     from ..models.family import Family

@@ -14,22 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..backends.wake import wake_gpu
 from ..errors import InputError, KqprefillError
 from .common import (
     batch_option,
-    device_options,
-    memory_option,
     open_file,
-    open_on,
     read_text,
     say_loaded,
-    say_summary,
-    volume_options,
 )
 from .outputs import STDIO, Outputs, force_option
 from .progress import progress_bars
 from .records import Record, Records, check_inputs
+from .run_options import RunOptions, run_options
 from .sources import model_path
 
 if TYPE_CHECKING:
@@ -54,9 +49,7 @@ _OURS = frozenset(("index", "score", "rank"))  # keys of a result
 @click.option("--top", metavar="N", type=click.IntRange(1), help="Only the best N, the best first.")
 @force_option
 @batch_option
-@device_options
-@memory_option
-@volume_options
+@run_options
 def rerank(
     name: str,
     files: tuple[str, ...],
@@ -67,12 +60,7 @@ def rerank(
     top: int | None,
     force: bool,
     batch_tokens: int | None,
-    backend: str,
-    device: int,
-    kernels: str,
-    vram: str | None,
-    quiet: bool,
-    verbose: bool,
+    on: RunOptions,
 ) -> None:
     """Say how well documents answer a query.
 
@@ -93,11 +81,11 @@ def rerank(
         outputs.reads(path, "stdin" if path == STDIO else "the input")
     outputs.claim(output, "-o")
     asked = read_text(query, "--query").rstrip("\r\n")
-    wake_gpu(backend, device)
+    on.wake()
     with ExitStack() as stack:
-        bars = stack.enter_context(progress_bars(not quiet and not sys.stdout.isatty()))
+        bars = stack.enter_context(progress_bars(not on.quiet and not sys.stdout.isatty()))
         to = stack.enter_context(outputs.open(output, "-o"))
-        model = open_on(open_file(name), backend, device, kernels, vram, quiet, bars, batch_tokens, ranks=True)
+        model = on.open(open_file(name), bars, batch_tokens, ranks=True)
         stack.enter_context(model)
         records = Records(paths, partial(_item, model, asked), asked=("text",), ours=_OURS, plain=plain)
         begin = time.perf_counter()
@@ -111,10 +99,10 @@ def rerank(
             to.write(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
             to.flush()
             count += 1
-        if verbose:
+        if on.verbose:
             say_loaded(model)
     seconds = time.perf_counter() - begin
-    say_summary(f"{count} documents, {seconds:.2f} s, {model.backend.name}", quiet, verbose)
+    on.say_summary(f"{count} documents, {seconds:.2f} s, {model.backend.name}")
 
 
 def _item(model: Model, query: str, content: Any) -> Any:

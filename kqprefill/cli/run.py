@@ -10,30 +10,25 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
-from ..backends.wake import wake_gpu
 from ..errors import InputError
 from ..terminal import print_json, print_text
 from .arrays import check_arrays_path
 from .common import (
-    device_options,
     has_piped_stdin,
-    memory_option,
-    open_on,
     print_object,
     read_template,
     read_text,
     read_text_file,
     read_tokens,
     say_loaded,
-    say_summary,
     size,
     special_option,
     table,
     template_option,
-    volume_options,
 )
 from .outputs import STDIO, Outputs, force_option
 from .progress import progress_bars
+from .run_options import RunOptions, run_options
 from .sources import from_home, model_path
 from .states import States, state_options, states_of
 
@@ -72,9 +67,7 @@ if TYPE_CHECKING:
 @click.option("--all-positions", is_flag=True, help="With --logits: every position's, float32 [T, V].")
 @state_options
 @force_option
-@device_options
-@memory_option
-@volume_options
+@run_options
 def run(
     path: str,
     tokens: str | None,
@@ -89,12 +82,7 @@ def run(
     logits: str | None,
     all_positions: bool,
     force: bool,
-    backend: str,
-    device: int,
-    kernels: str,
-    vram: str | None,
-    quiet: bool,
-    verbose: bool,
+    on: RunOptions,
     **state: Any,
 ) -> None:
     """Print the greedy next token after a prompt.
@@ -152,7 +140,7 @@ def run(
     if file is not None:
         words = read_text_file(file, "--file")
     template = read_template(chat_template)
-    wake_gpu(backend, device)
+    on.wake()
     import numpy as np
 
     from ..gguf import GGUFFile
@@ -161,13 +149,13 @@ def run(
         # The output is opened before the work, so that a path that can't be written costs no time.
         output = stack.enter_context(outputs.open(logits, "--logits")) if logits is not None else None
         kept = stack.enter_context(outputs.open(states.save, "--save-state")) if states.save is not None else None
-        progress = stack.enter_context(progress_bars(not quiet))
+        progress = stack.enter_context(progress_bars(not on.quiet))
         source = stack.enter_context(GGUFFile(model_path(path)))
         if ids is None:
             ids = [] if words is None else _encoded(source, words, chat, template, not no_special, not goes_on)
             if not ids and not goes_on:
                 raise InputError("the prompt is empty; give some text")
-        model = stack.enter_context(open_on(source, backend, device, kernels, vram, quiet, progress, len(ids)))
+        model = stack.enter_context(on.open(source, progress, len(ids)))
         if top > model.config.vocab_size:
             raise InputError(f"--top {top}: the vocabulary has {model.config.vocab_size} tokens")
         wanted = "all" if all_positions else "last" if top or output is not None else None
@@ -208,9 +196,9 @@ def run(
             }
             for next_token, logprob in (result.likeliest(top) if top else ())
         ]
-        if verbose:
+        if on.verbose:
             say_loaded(model)
-    say_summary(summary, quiet, verbose)
+    on.say_summary(summary)
     if top:
         described["top"] = likeliest
     if as_json:

@@ -13,28 +13,23 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..backends.wake import wake_gpu
 from ..errors import DAMAGED_WEIGHTS, InputError, KqprefillError
 from .common import (
     batch_option,
-    device_options,
-    memory_option,
     open_file,
-    open_on,
     read_template,
     say,
     say_batches,
     say_loaded,
-    say_summary,
     special_option,
     template_option,
-    volume_options,
 )
 from .interrupts import Interrupted
 from .lines import Lines
 from .outputs import STDIO, Outputs, force_option
 from .progress import Bars, progress_bars
 from .records import OURS, Record, Records, check_inputs
+from .run_options import RunOptions, run_options
 from .sources import from_home, model_path
 
 if TYPE_CHECKING:
@@ -85,9 +80,7 @@ _SOME_BAD = 3  # the exit status where some records could not be scored
 @special_option
 @force_option
 @batch_option
-@device_options
-@memory_option
-@volume_options
+@run_options
 @click.pass_context
 def score(
     context: click.Context,
@@ -105,12 +98,7 @@ def score(
     no_special: bool,
     force: bool,
     batch_tokens: int | None,
-    backend: str,
-    device: int,
-    kernels: str,
-    vram: str | None,
-    quiet: bool,
-    verbose: bool,
+    on: RunOptions,
 ) -> None:
     """Write the log-probabilities of many prompts.
 
@@ -139,7 +127,7 @@ def score(
         outputs.reads(from_home(chat_template), "the file of --chat-template")
     _claim(outputs, model_path(name), paths, output, html)
     template = read_template(chat_template)
-    wake_gpu(backend, device)
+    on.wake()
 
     wanted = {"per_token": per_token, "greedy": greedy, "top": top}
     run: _Run | None = None
@@ -148,10 +136,10 @@ def score(
         with ExitStack() as stack:
             lines = stack.enter_context(Lines(output, resume))
             # Bars and lines would mix on a terminal.
-            bars = stack.enter_context(progress_bars(not quiet and not (output == STDIO and sys.stdout.isatty())))
+            bars = stack.enter_context(progress_bars(not on.quiet and not (output == STDIO and sys.stdout.isatty())))
             page_file = stack.enter_context(outputs.open(html, "--html")) if html else None
             file = open_file(name)
-            model = open_on(file, backend, device, kernels, vram, quiet, bars, batch_tokens, ranks=True)
+            model = on.open(file, bars, batch_tokens, ranks=True)
             stack.enter_context(model)
             if top > model.config.vocab_size:
                 raise InputError(f"--top {top}: the vocabulary has {model.config.vocab_size} tokens")
@@ -170,20 +158,20 @@ def score(
             bad = run.check_scored()
             if page:
                 page.end()
-            if verbose:
+            if on.verbose:
                 say_loaded(model)
                 say_batches(model, batch_tokens, top)
     except Interrupted:
-        if lines is not None and run is not None and not quiet:
+        if lines is not None and run is not None and not on.quiet:
             how = f" in {output}; --resume goes on from there" if output != STDIO and lines.is_file else ""
             say(
                 f"interrupted: {run.written} records are done{how}" if run.written else "interrupted: no record is done"
             )
         raise
     rate, where = run.tokens / seconds, f"{model.backend.name} ({model.backend.device_name})"
-    say_summary(f"{run.scored} records, {run.tokens} tokens, {rate:.0f} tokens/s, {where}", quiet, verbose)
+    on.say_summary(f"{run.scored} records, {run.tokens} tokens, {rate:.0f} tokens/s, {where}")
     if bad:
-        if not quiet:
+        if not on.quiet:
             say(f"{bad} of {run.written} records could not be scored and were skipped; their lines say why")
         context.exit(_SOME_BAD)
 

@@ -10,21 +10,17 @@ from types import FrameType
 
 import click
 
-from ..backends.wake import wake_gpu
 from ..errors import InputError
 from .common import (
     batch_option,
-    device_options,
-    memory_option,
     open_file,
-    open_on,
     read_text,
     say,
     say_loaded,
-    volume_options,
 )
 from .interrupts import on_signals, raise_signal
 from .progress import progress_bars
+from .run_options import RunOptions, run_options
 
 _LOCAL = "127.0.0.1", "::1", "localhost"
 
@@ -75,9 +71,7 @@ _LOCAL = "127.0.0.1", "::1", "localhost"
     help="Tokens that wait, all told; a request that has no room is a 429.",
 )
 @batch_option
-@device_options
-@memory_option
-@volume_options
+@run_options
 def serve(
     name: str,
     host: str,
@@ -90,12 +84,7 @@ def serve(
     max_request_tokens: int,
     max_queue_tokens: int,
     batch_tokens: int | None,
-    backend: str,
-    device: int,
-    kernels: str,
-    vram: str | None,
-    quiet: bool,
-    verbose: bool,
+    on: RunOptions,
 ) -> None:
     """Answer requests over HTTP, in OpenAI's shapes.
 
@@ -118,21 +107,21 @@ def serve(
     key = None if api_key is None else read_text(api_key, "--api-key").strip()
     if key == "":
         raise InputError("--api-key: the key is empty")
-    wake_gpu(backend, device)
+    on.wake()
     with ExitStack() as stack:
         listening = stack.enter_context(bind(host, port))
-        with progress_bars(not quiet) as bars:
-            model = open_on(open_file(name), backend, device, kernels, vram, quiet, bars, batch_tokens, ranks=True)
+        with progress_bars(not on.quiet) as bars:
+            model = on.open(open_file(name), bars, batch_tokens, ranks=True)
         stack.enter_context(model)
         if pooling is not None or model.family.both_ways:
             from ..engine.embedding import pooling_of
 
             pooling_of(model.family, pooling)
-        if verbose:
+        if on.verbose:
             say_loaded(model)
 
         def warn(error: BaseException | str) -> None:
-            if verbose and isinstance(error, BaseException):
+            if on.verbose and isinstance(error, BaseException):
                 traceback.print_exception(error)
             else:
                 say(error if isinstance(error, str) else f"{type(error).__name__}: {error}")
@@ -153,7 +142,7 @@ def serve(
             serving.drain()
 
         on_signals(end)
-        if not quiet:
+        if not on.quiet:
             where = f"{model.backend.name}, {model.backend.device_name}"
             say(f"{server.name} is served at {address_of(listening)} ({where})")
             if key is None and host not in _LOCAL:
