@@ -29,22 +29,25 @@ def embed(*options, text="", status=0):
     return done.stdout.decode() if status == 0 else done.stderr.decode().splitlines()[-1]
 
 
-@pytest.mark.parametrize("pooling,number", [("mean", 1), ("cls", 2), ("last", 3)])
-def test_vectors_are_llama_cpps(tmp_path, pooling, number, rng):
-    """By the pooling that the file says; cosine distances of float32 models."""
+def assert_vectors_are_llama_cpps(model, asked):
+    """Cosine distances of a float32 model."""
     llama_cpp = pytest.importorskip("xllamacpp")
-    path = tmp_path / "model.gguf"
-    write_gguf(SyntheticFile(replace(SHAPE, more={"pooling_type": number}), lambda *_: GGML.F32, "vectors"), path)
-    asked = prompts(rng, 5)
     params = llama_cpp.CommonParams()
-    params.model.path = str(path)
+    params.model.path = model.file.path
     params.embedding, params.warmup = True, False
     params.n_ctx = params.n_batch = params.n_ubatch = 512
     theirs = llama_cpp.Server(params).handle_embeddings({"input": asked})["data"]
+    for own, their in zip(model.embed(asked), theirs, strict=True):
+        assert abs(1 - float(np.dot(own.astype(np.float64), their["embedding"]))) <= 1e-5
+
+
+@pytest.mark.parametrize("pooling,number", [("mean", 1), ("cls", 2), ("last", 3)])
+def test_vectors_are_llama_cpps(tmp_path, pooling, number, rng):
+    """By the pooling that the file says."""
+    path = tmp_path / "model.gguf"
+    write_gguf(SyntheticFile(replace(SHAPE, more={"pooling_type": number}), lambda *_: GGML.F32, "vectors"), path)
     with kqprefill.load(path, backend="cpu") as model:
-        for own, their in zip(model.embed(asked), theirs):
-            cosine = float(np.dot(own.astype(np.float64), their["embedding"]))
-            assert abs(1 - cosine) <= 1e-5
+        assert_vectors_are_llama_cpps(model, prompts(rng, 5))
 
 
 GEMMA = Shape(
@@ -61,19 +64,11 @@ GEMMA = Shape(
 @pytest.mark.parametrize("projected", [False, True])
 def test_embedding_gemmas_vectors_are_llama_cpps(tmp_path, projected, rng):
     """Whose tokens see both ways; with and without the matrices that the mean goes through."""
-    llama_cpp = pytest.importorskip("xllamacpp")
     path = tmp_path / "model.gguf"
     shape = GEMMA if projected else replace(GEMMA, optional="")
     write_gguf(SyntheticFile(shape, lambda *_: GGML.F32, "vectors"), path)
-    asked = prompts(rng, 5)
-    params = llama_cpp.CommonParams()
-    params.model.path = str(path)
-    params.embedding, params.warmup = True, False
-    params.n_ctx = params.n_batch = params.n_ubatch = 512
-    theirs = llama_cpp.Server(params).handle_embeddings({"input": asked})["data"]
     with kqprefill.load(path, backend="cpu") as model:
-        for own, their in zip(model.embed(asked), theirs):
-            assert abs(1 - float(np.dot(own.astype(np.float64), their["embedding"]))) <= 1e-5
+        assert_vectors_are_llama_cpps(model, prompts(rng, 5))
         with pytest.raises(kqprefill.ModelError, match=r"it gives vectors \(embed\), no next token"):
             model.prefill([1])
 
