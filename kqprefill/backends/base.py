@@ -20,8 +20,11 @@ from .budget import Budget
 
 
 class Cache(ABC):
-    """The layers' states of one sequence of `length` tokens, with room for `capacity`. tokens: their ids. broken:
-    whether a prompt has failed that had gone through recurrences, whose states cannot be taken back."""
+    """The layers' states of one sequence of `length` tokens, with room for `capacity`.
+
+    tokens: their ids. broken: whether a prompt has failed after it had changed the states of recurrent layers, which
+    cannot be taken back.
+    """
 
     broken = False
 

@@ -113,7 +113,7 @@ def _item(model: Model, content: Any) -> Any:
     """The tokens of a line, as an Item. Raises InputError."""
     from ..engine.scoring import Item
 
-    given = [key for key in ("text", "prompt", "tokens") if key in content]
+    given = [key for key in _ASKED if key in content]
     if len(given) != 1:
         raise InputError('give either "text" or "tokens"')
     prompt = content[given[0]]
