@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,8 @@ from ..errors import InputError
 from ..models.family import Family
 from ..timeline import Stage
 from .budget import Budget
+
+Started = TypeVar("Started")  # a batch that runs, as whoever has started it knows it
 
 
 class Cache(ABC):
@@ -165,6 +167,23 @@ class Backend(ABC):
         hears of what a backend does to make room for them. Raises BackendError.
         """
         return BatchSize() if tokens is None else BatchSize(tokens)
+
+    def in_turn(self, started: Iterable[Started | None]) -> Iterator[Started]:
+        """Batches in the order in which an iterable starts them, each to be waited for when it comes out.
+
+        Where `run` returns before a batch is done, one comes out once the next has been started, else at once. None
+        among them has what was started before come out without waiting for another.
+        """
+        running: Started | None = None
+        for batch in started:
+            if running is not None:
+                yield running
+            running = batch
+            if running is not None and not self.runs_ahead:
+                yield running
+                running = None
+        if running is not None:
+            yield running
 
     @abstractmethod
     def new_cache(self, family: Family, capacity: int) -> Cache:

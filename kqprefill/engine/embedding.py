@@ -91,27 +91,19 @@ def vectors(
 ) -> Iterator[Float32Array]:
     """What `Model.embed` gives, of prompts' ids: each batch is started before the one before is waited for."""
     size = backend.batch_size(family, batch_tokens, 0, progress)
-    running: PendingHead | None = None
-    for batch in batches(prompts, pooling, size.tokens, size.first):
-        started: PendingHead | None = None
-        if batch is not None:
-            with np.errstate(all="ignore"):
-                started, _ = backend.run(family, batch, None, "pooled", progress)
-        if running is not None:
-            yield from _finished(running, family, normalise)
-        running = started
-        if running is not None and not backend.runs_ahead:
-            yield from _finished(running, family, normalise)
-            running = None
-    if running is not None:
-        yield from _finished(running, family, normalise)
+    projections = [dequantize(weight.tensor.data, weight.tensor.type) for weight in family.projections()]
 
+    @np.errstate(all="ignore")
+    def start(batch: Batch) -> PendingHead:
+        return backend.run(family, batch, None, "pooled", progress)[0]
 
-def _finished(pending: PendingHead, family: Family, normalise: Normalise) -> Iterator[Float32Array]:
-    for vector in cast(Vectors, pending()).values:
-        for weight in family.projections():
-            vector = dequantize(weight.tensor.data, weight.tensor.type) @ vector
-        yield normalised(vector) if normalise == "l2" else vector
+    all_batches = batches(prompts, pooling, size.tokens, size.first)
+    started = (None if batch is None else start(batch) for batch in all_batches)
+    for pending in backend.in_turn(started):
+        for vector in cast(Vectors, pending()).values:
+            for matrix in projections:
+                vector = matrix @ vector
+            yield normalised(vector) if normalise == "l2" else vector
 
 
 def normalised(vector: Float32Array) -> Float32Array:

@@ -151,17 +151,10 @@ class Model(HandsOver):
         items = (r if r is None or isinstance(r, Item) else self.item(r, parse_special, chat_template) for r in records)
         size = self.backend.batch_size(self.family, batch_tokens, top, progress or no_progress)
         _LOG.info("%s", size.why or f"batches of {size.tokens} tokens")
-        running: Running | None = None
+        groups = packs(items, size.tokens, size.first)
+        started = (None if group is None else self._start(group, top, progress) for group in groups)
         partial: list[Scored] = []  # of a record whose last batch has not been read
-        for group in packs(items, size.tokens, size.first):
-            started = None if group is None else self._start(group, top, progress)
-            if running is not None:  # while the next batch runs
-                yield from running.finish(partial)
-            running = started
-            if running is not None and not self.backend.runs_ahead:
-                yield from running.finish(partial)
-                running = None
-        if running is not None:
+        for running in self.backend.in_turn(started):
             yield from running.finish(partial)
 
     def embed(
