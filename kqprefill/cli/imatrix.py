@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..errors import InputError, KqprefillError
+from ..errors import InputError
 from .common import (
     batch_option,
     open_file,
@@ -26,6 +26,7 @@ from .outputs import STDIO, Outputs, force_option
 from .progress import Watch, progress_bars
 from .run_options import RunOptions, run_options
 from .sources import from_home, model_path
+from .texts import ids_and_bos
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -152,9 +153,7 @@ def imatrix(
             stack.enter_context(file)
             for path, matrix in zip(in_files, matrices):
                 _refuse_misfits(path, matrix, file)
-            bos, encoded = _tokenized(file, name, words, parse_special)
-            ids = encoded if ids is None else ids
-            assert ids is not None, "the text is given as --file or as --tokens"
+            ids, bos = ids_and_bos(words, ids, parse_special, file.metadata, name)
             count = max(0, min(len(ids) // context - first, chunks or len(ids)))
             saver.claim_copies(count)
             model = stack.enter_context(on.open(file, bars, batch_tokens, ranks=True))
@@ -225,22 +224,6 @@ def _check_usage(
         raise click.UsageError("name the file to write: --output FILE")
     if out == STDIO and (save_frequency is not None or resume or tells):
         raise click.UsageError("--save-frequency, --resume, --show-statistics and --json need a file as --output")
-
-
-def _tokenized(
-    file: ModelFile, name: str, words: str | None, parse_special: bool
-) -> tuple[int | None, list[int] | None]:
-    """The BOS that each chunk is to begin with, if any, and the text's ids. Raises KqprefillError where the file has no
-    tokenizer for a text; one for ids it may lack."""
-    from ..text import Tokenizer
-
-    try:
-        tokenizer = Tokenizer(file.metadata, name)
-        return tokenizer.bos, None if words is None else tokenizer.encode(words, parse_special=parse_special)
-    except KqprefillError:
-        if words is not None:
-            raise
-        return None, None
 
 
 def _refuse_misfits(path: str, matrix: ImportanceMatrix, file: ModelFile) -> None:

@@ -58,17 +58,22 @@ class LongText:
         self._words = None if text is None else read_text_file(text, "--file")
 
     def ids(self, metadata: Mapping[str, Any], name: str) -> tuple[list[int], int | None]:
-        """Its token ids by the tokenizer of a file called `name`, and the BOS that the file asks for (`bos_of`).
+        """Its token ids, and the BOS (`ids_and_bos`)."""
+        return ids_and_bos(self._words, self._ids, self._parse_special, metadata, name)
 
-        Raises as `Tokenizer` does where a text is given.
-        """
-        from ..text import Tokenizer
 
-        if self._words is not None:
-            tokenizer = Tokenizer(metadata, name)
-            return tokenizer.encode(self._words, parse_special=self._parse_special), tokenizer.bos
-        assert self._ids is not None, "the text is given as --file or as --tokens"
-        return self._ids, bos_of(metadata, name)
+def ids_and_bos(
+    words: str | None, ids: list[int] | None, parse_special: bool, metadata: Mapping[str, Any], name: str
+) -> tuple[list[int], int | None]:
+    """A text's token ids by the tokenizer of a file called `name`, or the ids that are given in its place; and the BOS
+    that the file asks for (`bos_of`). Raises as `Tokenizer` does where a text is given."""
+    from ..text import Tokenizer
+
+    if words is not None:
+        tokenizer = Tokenizer(metadata, name)
+        return tokenizer.encode(words, parse_special=parse_special), tokenizer.bos
+    assert ids is not None, "the text is given as --file or as --tokens"
+    return ids, bos_of(metadata, name)
 
 
 def bos_of(metadata: Mapping[str, Any], name: str) -> int | None:
