@@ -227,3 +227,8 @@ class Recurrent(LayerState):
     value_dim: int
     channels: int
     taps: int
+
+    @property
+    def matrix_values(self) -> int:
+        """Values of all its matrices."""
+        return self.heads * self.key_dim * self.value_dim

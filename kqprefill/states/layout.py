@@ -286,6 +286,6 @@ def _add_recurrent(builder: _Builder, shape: StateShape, made: Format, cells: in
         builder.add(struct.pack("<iQ", number, nbytes))
         at[layer] = builder.skip(nbytes)
     for layer, state in shape.recurrent:
-        nbytes = 4 * state.heads * state.key_dim * state.value_dim
+        nbytes = 4 * state.matrix_values
         builder.add(struct.pack("<iQ", number, nbytes))
         builder.recurrent[layer] = at[layer], builder.skip(nbytes)

@@ -14,7 +14,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core import Float32Array, Recurrent
+from ..core import Float32Array
 from ..errors import StateError
 from .elements import ELEMENTS, Element, decode, rotate
 from .layout import FORMATS, AttentionLayer, Format, Rows, StateShape, rotations
@@ -234,7 +234,7 @@ class StateFile:
             raise self._error(f"recurrent states of {layers} layers, where the model has {self._shape.layers}")
         at = {layer: self._state(layer, state.taps * state.channels) for layer, state in self._shape.recurrent}
         for layer, state in self._shape.recurrent:
-            self._recurrent[layer] = at[layer], self._state(layer, _matrix_values(state))
+            self._recurrent[layer] = at[layer], self._state(layer, state.matrix_values)
         return position + 1
 
     def _state(self, layer: int, count: int) -> int:
@@ -260,7 +260,3 @@ class StateFile:
 
     def _error(self, what: str) -> StateError:
         return StateError(f"{self.path}: {what}")
-
-
-def _matrix_values(state: Recurrent) -> int:
-    return state.heads * state.key_dim * state.value_dim

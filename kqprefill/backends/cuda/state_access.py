@@ -8,7 +8,7 @@ is written, goes through NumPy.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 import ctypes
 from dataclasses import dataclass
 import math
@@ -175,7 +175,7 @@ class DeviceStates(StateAccess):
         factors = [1 / self._scale(scale) for scale in self._cache.scales[layer]]
         for begin in range(0, end, _HOST_PIECE):
             rows = [a[begin : min(end, begin + _HOST_PIECE)].astype(np.float32) * f for a, f in zip(kept, factors)]
-            take(begin, _Ready(_cut(rows[0], state, 0), _cut(rows[1], state, 1)))
+            take(begin, nullcontext((_cut(rows[0], state, 0), _cut(rows[1], state, 1))))
 
     def _halves(self, layer: int) -> list[NDArray[np.float16]]:
         """Both arrays of a layer as they are kept, of all the cache's capacity."""
@@ -238,19 +238,6 @@ class DeviceStates(StateAccess):
         if self._stream is not None:
             self._stream.close()
         self._slots.clear()
-
-
-class _Ready:
-    """Rows that are there."""
-
-    def __init__(self, first: Float32Array, second: Float32Array) -> None:
-        self._rows = first, second
-
-    def __enter__(self) -> tuple[Float32Array, Float32Array]:
-        return self._rows
-
-    def __exit__(self, *error: object) -> None:
-        pass
 
 
 def _cut(rows: Float32Array, state: LayerState, number: int) -> Float32Array:
