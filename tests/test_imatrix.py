@@ -245,6 +245,7 @@ def test_matrices_that_do_not_fit(rng):
         matrix + other
 
 
+@pytest.mark.filterwarnings("error")
 def test_damaged_files(rng, tmp_path):
     """None is believed: each is an error of one line."""
     matrix = some_matrix(rng)

@@ -58,6 +58,7 @@ def _joined(name: str, a: Squares, b: Squares) -> Squares:
     return Squares(a.sums + b.sums, sum(both, np.zeros(count, np.int64)))
 
 
+@np.errstate(invalid="ignore")  # a NaN in a damaged file is told in a line, not by a warning of NumPy's as well
 def read_matrix(path: str | os.PathLike[str], chunk_size: int) -> ImportanceMatrix:
     """The ImportanceMatrix in a file of either kind.
 
