@@ -183,12 +183,28 @@ class LayerState:
     A family declares its layers' (`Family.layer_states`); a backend stores them, in a cache or for a batch only.
     """
 
+    @property
+    def parts(self) -> tuple[LayerState, ...]:
+        """The states of one kind each that this is made of."""
+        return (self,)
+
+
+@dataclass(frozen=True)
+class Several(LayerState):
+    """States of several kinds, of a layer that mixes tokens in several ways at once; or none, of one that mixes none."""
+
+    states: tuple[LayerState, ...] = ()
+
+    @property
+    def parts(self) -> tuple[LayerState, ...]:
+        return self.states
+
 
 @dataclass(frozen=True)
 class KeysValues(LayerState):
     """A row of keys and a row of values for each token, `heads` x `head_dim` values each.
 
-    window: a query sees that many tokens, itself the last; None where it sees all.
+    window: a query sees that many tokens at most, itself the last; None where it sees all.
     """
 
     heads: int
@@ -220,7 +236,8 @@ class SharedKeysValues(LayerState):
 @dataclass(frozen=True)
 class Recurrent(LayerState):
     """The state of a linear recurrence: a matrix [key_dim, value_dim] for each of `heads`, whatever the sequence's
-    length; and of the convolution before it the last `taps` rows of `channels` values."""
+    length; and of the convolution before it the last `taps` rows of `channels` values. There are no matrices where a
+    layer is a convolution only."""
 
     heads: int
     key_dim: int

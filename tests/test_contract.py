@@ -11,10 +11,13 @@ from conftest import BACKENDS, EXAMPLE, found, relative_error
 import kqprefill
 
 # Sliding windows of 32 and two rotary bases; recurrent layers, in both of their layouts; experts chosen by sigmoids;
-# heads of two sizes, keys and values that layers share, embeddings by layer; latent attention, in both layouts.
+# heads of two sizes, keys and values that layers share, embeddings by layer; latent attention, in both layouts;
+# convolutions; Mamba-2 among other layers, and beside attention; chunks of the sequence; Kimi Delta Attention.
 NAMES = "gemma3-q4_k_m qwen35-tied-nextn qwen3next-moe-q3_k_m glm4moe-nextn-q3_k_m "
 NAMES += "gemma4-q4_k_m gemma4-hd512 gemma4-moe-q4_k_m gemma4-e2b-q3_k_m "
-NAMES += "deepseek2-moe-glm47-q3_k_m deepseek2-moe-kv_b-q3_k_m deepseek2-moe-v3-q3_k_m"
+NAMES += "deepseek2-moe-glm47-q3_k_m deepseek2-moe-kv_b-q3_k_m deepseek2-moe-v3-q3_k_m "
+NAMES += "lfm2-q2_k lfm2moe-q3_k nemotron_h-q2_k nemotron_h_moe-latent granitehybrid-q2_k falcon-h1-q2_k "
+NAMES += "llama4-moe-q2_k cohere2-q2_k hunyuan-moe-q3_k command-r-q3_k starcoder2-q3_k kimi-linear-moe-q2_k"
 FAMILIES = [EXAMPLE, *found(NAMES)]
 
 

@@ -253,7 +253,7 @@ def test_a_page_that_casts_what_nothing_bounds_is_refused():
     family = read_model(SyntheticFile.named("tiny:Q4_K_M"))
 
     def layer(ops, w, x, index):
-        q, k, v = ops.qkv(ops.rms_norm(x, w.attn_norm), w.attn_q, w.attn_k, w.attn_v, rope=family.rope)
+        q, k, v = ops.qkv(ops.norm(x, w.attn_norm), w.attn_q, w.attn_k, w.attn_v, rope=family.rope)
         x = ops.linear(ops.attention(q, k, v, scale=1.0), w.attn_output, residual=x)  # no norm's output
         return ops.add_rms_norm(
             x, ops.mlp(ops.cast(x), w.ffn_gate, w.ffn_up, w.ffn_down, activation="silu"), w.ffn_norm

@@ -164,7 +164,7 @@ def test_attention_with(cuda, name, window, more, rng):
     try:
         batch, w = Batch(rng.integers(0, description.vocab, 300).astype(np.int32)), family.blocks[0]
         both = BothOps(CpuOps(family, batch, None), CudaOps(cuda.context, family, batch, None))
-        h = both.rms_norm(both.embed(family.token_embd), w.attn_norm)
+        h = both.norm(both.embed(family.token_embd), w.attn_norm)
         q, k, v = both.qkv(h, w.attn_q, w.attn_k, w.attn_v, rope=family.rope)
         scale = 1.0 if more == "soft-cap" else 0.01  # scores that are capped, or that leave a sink its share
         free = both.cpu.attention(q[0], k[0], v[0], scale=scale, window=window)

@@ -49,7 +49,17 @@ WINDOWS = {
     "gemma-embedding": [21, 21, 21, 21, 21, None, 21],
     "olmo2": [40, 40, 40, None, 40, 40, 40],
     "phi3": [40] * 7,
+    "llama4": [8192, 8192, 8192, None, 8192, 8192, 8192],
+    "cohere2": [40, 40, 40, None, 40, 40, 40],
 }
+BETWEEN = [0, 2, 3, 4, 6]  # of the small hybrids' layers, those without attention
+RECURRENT = {
+    **dict.fromkeys(("qwen35", "qwen35moe", "qwen3next"), [0, 1, 2, 4, 5, 6]),
+    **dict.fromkeys(("nemotron_h", "nemotron_h_moe"), [0, 3, 6]),  # others are feed-forward networks
+    **dict.fromkeys(("lfm2", "lfm2moe", "granitehybrid", "kimi-linear"), BETWEEN),
+    "falcon-h1": list(range(7)),
+}
+LATENT = ("deepseek2", "mistral4", "kimi-linear")
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
@@ -61,12 +71,12 @@ def test_layers_run_in_order_with_the_windows_that_they_declare(architecture: st
     heard: list[tuple[str, int, int]] = []
     family.forward(ops, lambda *progress: heard.append(progress))
     assert ops.layers == list(range(7)) and heard == [("prefill", i + 1, 7) for i in range(7)]
-    kept = [state for state in family.layer_states if isinstance(state, KeysValues)]
+    parts = [(i, part) for i, state in enumerate(family.layer_states) for part in state.parts]
+    kept = [part for _, part in parts if isinstance(part, KeysValues)]
     assert ops.windows == [state.window for state in kept] == WINDOWS.get(architecture, [None] * len(kept))
     assert {(state.heads, state.head_dim) for state in kept} <= {(2, 16)}
-    assert bool(kept) == (architecture not in ("deepseek2", "mistral4"))  # all of whose layers keep latent rows
-    recurrent = [i for i, state in enumerate(family.layer_states) if isinstance(state, Recurrent)]
-    assert recurrent == ([0, 1, 2, 4, 5, 6] if architecture.startswith(("qwen35", "qwen3next")) else [])
+    assert bool(kept) == (architecture not in LATENT)  # whose layers keep latent rows
+    assert [i for i, part in parts if isinstance(part, Recurrent)] == RECURRENT.get(architecture, [])
 
 
 def fused(file: SyntheticFile) -> SyntheticFile:
@@ -105,7 +115,7 @@ def test_k_and_v_that_a_layer_has_in_one_tensor_with_q_and_does_not_use(
     assert np.array_equal(*logits)
 
 
-FUSED = [name for name in FAMILIES if name not in ("phi3", "deepseek2", "mistral4")]  # phi3's files have no other
+FUSED = [name for name in FAMILIES if name not in ("phi3", *LATENT)]  # phi3's files have no other
 
 
 @pytest.mark.parametrize("architecture", FUSED)

@@ -54,7 +54,7 @@ def test_sums_of_the_first_layer(model, rng):
     chunks[:, 0] = 7
     w, family = model.family.blocks[0], model.family
     x = dequantize(family.token_embd.tensor.data[chunks.ravel()], family.token_embd.tensor.type)
-    h = normalised(x, model.config.rms_epsilon) * dequantize(w.attn_norm.tensor.data, w.attn_norm.tensor.type)
+    h = normalised(x, model.config.norm_epsilon) * dequantize(w.attn_norm.tensor.data, w.attn_norm.tensor.type)
     expected = np.square(h.astype(np.float64)).sum(axis=0)
     for name in ("attn_q", "attn_k", "attn_v"):
         entry = made.entries[f"blk.0.{name}.weight"]

@@ -58,7 +58,7 @@ def test_caches_keep_latent_rows():
     with kqprefill.load(CASE, backend="cpu") as model:
         assert model.family.layer_states == (Latent(64, 32),) * len(model.family.blocks)
         cache = model.new_cache(10)
-        assert [[kept.shape for kept in state] for state in cache.states] == [[(10, 64), (10, 32)]] * 2
+        assert [[kept.shape for kept in state] for state in cache.rows.values()] == [[(10, 64), (10, 32)]] * 2
 
 
 def test_what_latent_rows_take_on_cuda():

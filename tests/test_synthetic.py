@@ -228,7 +228,7 @@ def test_shapes_are_as_published(name: str) -> None:
     *stream, parameters = STREAM[name]
     rotated = family.latent.rotary if name in LATENT else 2 * family.rotary_pairs
     base = family.meta.number("rope.freq_base")
-    assert [c.embedding_length, c.vocab_size, c.context_length, base, rotated, c.rms_epsilon] == stream
+    assert [c.embedding_length, c.vocab_size, c.context_length, base, rotated, c.norm_epsilon] == stream
     assert round(sum(math.prod(t.shape) for t in file.tensors.values()) / 1e9, 2) == parameters
     states = Counter((s.heads, s.head_dim, s.window) for s in family.layer_states if type(s) is KeysValues)
     assert states == {(kv, head, window): n for n, _, kv, head, window in ATTENTION.get(name, [])}

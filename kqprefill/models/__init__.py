@@ -8,9 +8,12 @@ from typing import Any
 from ..errors import ModelError
 from ..gguf import ModelFile
 from ..gguf.keys import read_key
+from .cohere2 import Cohere2
+from .command_r import CommandR
 from .deepseek2 import DeepSeek2
 from .ernie4_5 import Ernie45, Ernie45Moe
 from .exaone4 import Exaone4
+from .falcon_h1 import FalconH1
 from .family import Family
 from .gemma import Gemma
 from .gemma2 import Gemma2
@@ -21,16 +24,23 @@ from .glm4 import Glm4
 from .glm4moe import Glm4Moe
 from .gpt_oss import GptOss
 from .granite import Granite
+from .granitehybrid import GraniteHybrid
 from .granitemoe import GraniteMoe
+from .hunyuan import HunyuanDense, HunyuanMoe
 from .internlm2 import InternLm2
+from .kimi_linear import KimiLinear
+from .lfm2 import Lfm2, Lfm2Moe
 from .llama import Llama
+from .llama4 import Llama4
 from .minicpm import MiniCpm
 from .minimax_m2 import MiniMaxM2
 from .mistral3 import Mistral3
 from .mistral4 import Mistral4
+from .nemotron_h import NemotronH, NemotronHMoe
 from .olmo2 import Olmo2
 from .olmoe import Olmoe
 from .phi3 import Phi3
+from .phimoe import PhiMoe
 from .qwen2 import Qwen2
 from .qwen2moe import Qwen2Moe
 from .qwen2vl import Qwen2Vl
@@ -41,6 +51,7 @@ from .qwen3vl import Qwen3Vl, Qwen3VlMoe
 from .qwen35 import Qwen35, Qwen35Moe
 from .seed_oss import SeedOss
 from .smollm3 import SmolLM3
+from .starcoder2 import StarCoder2
 
 _PAGES: tuple[type[Family], ...] = (
     Qwen3,
@@ -78,6 +89,20 @@ _PAGES: tuple[type[Family], ...] = (
     Qwen2Vl,
     InternLm2,
     MiniCpm,
+    Lfm2,
+    Lfm2Moe,
+    NemotronH,
+    NemotronHMoe,
+    GraniteHybrid,
+    Llama4,
+    Cohere2,
+    HunyuanDense,
+    HunyuanMoe,
+    PhiMoe,
+    CommandR,
+    StarCoder2,
+    FalconH1,
+    KimiLinear,
 )
 FAMILIES = {family.architecture: family for family in _PAGES}
 

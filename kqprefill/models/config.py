@@ -26,7 +26,8 @@ class Rope:
     inv_freq: float64 [width/2], radians per position, scaling (linear, YaRN, rope_freqs) already in it.
     magnitude: what cos and sin are multiplied by (YaRN's attention temperature; 1 otherwise).
     interleaved: pairs are (2i, 2i+1), as in ggml's GGML_ROPE_TYPE_NORMAL; else (i, i + width/2), its NEOX type.
-    beta, beta_length: queries at position p are multiplied by `temperature(p)` (Llama 4's and Mistral 3's).
+    beta, beta_length, beta_offset: queries at position p are multiplied by `temperature(p)` (Llama 4's and Mistral
+    3's). There may be no frequencies, but a temperature.
     """
 
     inv_freq: Float64Array
@@ -34,10 +35,13 @@ class Rope:
     interleaved: bool = False
     beta: float = 0.0
     beta_length: int = 1
+    beta_offset: int = 0
 
     def temperature(self, positions: NDArray[np.integer[Any]]) -> Float64Array:
-        """1 + beta ln(1 + floor(position / beta_length)) (llama.cpp: llm_graph_input_attn_temp), float64."""
-        temperature: Float64Array = 1 + self.beta * np.log1p(np.floor_divide(positions, self.beta_length))
+        """1 + beta ln(1 + floor((position + beta_offset) / beta_length)) (llama.cpp: llm_graph_input_attn_temp),
+        float64."""
+        periods = np.floor_divide(positions + self.beta_offset, self.beta_length)
+        temperature: Float64Array = 1 + self.beta * np.log1p(periods)
         return temperature
 
     @property
@@ -51,7 +55,8 @@ class Config:
     """Sizes and constants of a decoder-only transformer, named as GGUF names them.
 
     block_count: the layers that are computed. nextn_predict_layers: blocks after them that predict further tokens,
-    which GGUF counts among its blocks.
+    which GGUF counts among its blocks. layer_norm: whether norms subtract the mean (LayerNorm, arXiv 1607.06450)
+    before they divide (RMSNorm). norm_epsilon: what they add to the mean square.
     """
 
     architecture: str
@@ -62,9 +67,10 @@ class Config:
     head_count: int
     head_count_kv: int
     head_dim: int
-    rms_epsilon: float
+    norm_epsilon: float
     vocab_size: int
     nextn_predict_layers: int = 0
+    layer_norm: bool = False
 
     @property
     def q_width(self) -> int:
@@ -77,9 +83,11 @@ class Config:
         return self.head_count_kv * self.head_dim
 
     @classmethod
-    def from_gguf(cls, meta: ArchMetadata, vocab_size: int, *, head_dim: int | None = None) -> Config:
+    def from_gguf(
+        cls, meta: ArchMetadata, vocab_size: int, *, head_dim: int | None = None, layer_norm: bool = False
+    ) -> Config:
         """vocab_size: rows of token_embd.weight. head_dim: where a family's files do not say it in attention.key_length
-        and value_length. Raises ModelError for impossible values."""
+        and value_length. layer_norm: which norm the family has. Raises ModelError for impossible values."""
         embedding = meta.integer("embedding_length")
         heads = meta.integer("attention.head_count")
         kv_heads = meta.integer("attention.head_count_kv", heads)
@@ -108,9 +116,10 @@ class Config:
             head_count=heads,
             head_count_kv=kv_heads,
             head_dim=head_dim,
-            rms_epsilon=meta.number("attention.layer_norm_rms_epsilon"),
+            norm_epsilon=meta.number(f"attention.layer_norm{'' if layer_norm else '_rms'}_epsilon"),
             vocab_size=vocab_size,
             nextn_predict_layers=nextn,
+            layer_norm=layer_norm,
         )
 
 
@@ -171,13 +180,13 @@ class ArchMetadata:
             raise self.error(f"metadata {key} is not an array of {length} integers from 0 on")
         return [int(number) for number in value]
 
-    def of_layers(self, key: str, layers: int, default: int | None = None) -> list[int]:
-        """A positive integer for each layer: an array of so many at least, or one for all."""
+    def of_layers(self, key: str, layers: int, default: int | None = None, least: int = 1) -> list[int]:
+        """An integer for each layer, `least` (1 or 0) or more: an array of so many at least, or one for all."""
         value = self._get(key, default)
         value = np.asarray(value) if isinstance(value, list) else value
         if not isinstance(value, np.ndarray):
-            return [self.integer(key, default)] * layers
-        if value.dtype.kind not in "iu" or len(value) < layers or not ((value > 0) & (value < 1 << 31)).all():
+            return [self.integer(key, default) if least else self.count(key)] * layers
+        if value.dtype.kind not in "iu" or len(value) < layers or not ((value >= least) & (value < 1 << 31)).all():
             raise self.error(f"metadata {key} is {described(value)}, not an integer or an array of {layers}")
         return [int(number) for number in value[:layers]]
 

@@ -37,12 +37,16 @@ class DeepSeek2(Family):
     def block_shapes(self, index: int) -> Shapes:
         c, width = self.config, (self.config.embedding_length,)
         dense = {n: s for n, s in super().block_shapes(index).items() if n in ("ffn_gate", "ffn_up", "ffn_down")}
-        shapes = {"attn_norm": width, **self.latent.shapes(c.embedding_length), "ffn_norm": width, **dense}
+        shapes = {"attn_norm": width, **self.mixer_shapes(index), "ffn_norm": width, **dense}
         if index < self.dense_layers:
             return shapes
         shared = self.experts.width * self.meta.integer("expert_shared_count")
         shapes = self.experts.instead_of_dense(shapes, c, fused=True)
         return {**shapes, "exp_probs_b.bias=?": (self.experts.count,), **shared_expert(shared, c.embedding_length)}
+
+    def mixer_shapes(self, index: int) -> Shapes:
+        """The tensors of a layer's first half, but its norm."""
+        return self.latent.shapes(self.config.embedding_length)
 
     def block_parts(self, index: int) -> Parts:
         return {} if index < self.dense_layers else self.experts.fused_parts
@@ -77,11 +81,15 @@ class DeepSeek2(Family):
         if not SMALLEST <= self.attention_scale <= LARGEST:
             raise meta.error("rope.scaling's factors contradict: the scale of attention's scores is not finite")
 
-    def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
-        h = ops.rms_norm(x, w.attn_norm)
+    def mixer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
+        """A layer's first half."""
+        h = ops.norm(x, w.attn_norm)
         a = ops.latent_attention(h, w, self.latent, rope=self.rope, scale=self.attention_scale)
-        x = ops.linear(a, w.attn_output, residual=x)
-        h = ops.rms_norm(x, w.ffn_norm)
+        return ops.linear(a, w.attn_output, residual=x)
+
+    def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
+        x = self.mixer(ops, w, x, index)
+        h = ops.norm(x, w.ffn_norm)
         if index < self.dense_layers:
             return ops.mlp(h, w.ffn_gate, w.ffn_up, w.ffn_down, activation="silu", residual=x)
         x = ops.mlp(h, w.ffn_gate_shexp, w.ffn_up_shexp, w.ffn_down_shexp, activation="silu", residual=x)

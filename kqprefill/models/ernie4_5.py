@@ -8,7 +8,7 @@ from dataclasses import replace
 from .experts import Experts, shared_expert
 from .llama import Llama
 from .ops import Ops, Residual
-from .weights import Shapes, Weights
+from .weights import Parts, Shapes, Weights
 
 
 class Ernie45(Llama):
@@ -36,11 +36,14 @@ class Ernie45Moe(Llama):
         shapes["exp_probs_b.bias=?"] = (self.experts.count,)
         return {**shapes, **shared_expert(self.shared_width, self.config.embedding_length)}
 
+    def block_parts(self, index: int) -> Parts:
+        return self.experts.fused_parts if self.has_experts(index) else {}
+
     def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
-        h = ops.rms_norm(x, w.attn_norm)
+        h = ops.norm(x, w.attn_norm)
         q, k, v = ops.qkv(h, w.attn_q, w.attn_k, w.attn_v, rope=self.rope)
         x = ops.linear(ops.attention(q, k, v, scale=self.attention_scale), w.attn_output, residual=x)
-        h = ops.rms_norm(x, w.ffn_norm)
+        h = ops.norm(x, w.ffn_norm)
         if not self.has_experts(index):
             return ops.mlp(h, w.ffn_gate, w.ffn_up, w.ffn_down, activation="silu", residual=x)
         if self.shared_width:

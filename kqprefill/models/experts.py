@@ -19,7 +19,9 @@ class Experts:
     softmax over all. normalise: whether the shares of a token's used experts are divided by their sum. routed_after:
     whether the softmax that gives the shares is over the used experts' scores alone. scale: what the shares are
     multiplied by at last. groups, groups_used: experts are in so many groups, of which a token's are those of the best
-    so many; a group is as good as its two best experts together.
+    so many; a group is as good as its two best experts together. gated: whether an expert's network has a gate.
+    weighs_input: whether a share multiplies what goes into an expert, rather than what comes out of it; experts are
+    chosen by their scores then, before those become probabilities.
     """
 
     count: int
@@ -31,6 +33,8 @@ class Experts:
     scale: float = 1.0
     groups: int = 1
     groups_used: int = 1
+    gated: bool = True
+    weighs_input: bool = False
 
     @classmethod
     def from_gguf(
@@ -94,6 +98,8 @@ class Experts:
             "ffn_up_exps": (self.count, self.width, hidden),
             "ffn_down_exps": (self.count, hidden, self.width),
         }
+        if not self.gated:
+            del experts["ffn_gate_exps"]
         if fused:
             for name in ("ffn_gate_exps", "ffn_up_exps"):
                 experts[f"{name}?"] = experts.pop(name)

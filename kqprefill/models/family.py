@@ -27,7 +27,7 @@ from ..gguf import ModelFile, dequantize
 from .config import ArchMetadata, Config, Rope, read_rope
 from .experts import Experts
 from .ops import Ops, Residual
-from .weights import Parts, Shapes, Weight, Weights, tensor_names
+from .weights import Parts, Shapes, Weight, Weights, bias_shape, tensor_names
 
 _Page = TypeVar("_Page", bound="Family")
 TOWERS = ("v.", "a.", "mm.")  # what tensors of vision, audio and projector are called (llama.cpp's clip.cpp)
@@ -49,6 +49,8 @@ class Family(ABC):
 
     architecture = ""  # general.architecture
     rope_interleaved = False  # which elements pair up; see Rope
+    layer_norm = False  # see Config
+    last_norm = "output_norm"  # what files call the norm before the output matrix
     both_ways = False  # whether tokens see those after them, too: such a model has vectors only, of whole sequences
 
     file: ModelFile
@@ -92,7 +94,7 @@ class Family(ABC):
 
     def read_config(self, vocab_size: int) -> Config:
         """The model's sizes; part of the description."""
-        return Config.from_gguf(self.meta, vocab_size)
+        return Config.from_gguf(self.meta, vocab_size, layer_norm=self.layer_norm)
 
     def block_shapes(self, index: int) -> Shapes:
         """The shapes of a layer's tensors, by their names within its block."""
@@ -114,7 +116,7 @@ class Family(ABC):
         c = self.config
         return {
             "token_embd": (c.vocab_size, c.embedding_length),
-            "output_norm": (c.embedding_length,),
+            self.last_norm: (c.embedding_length,),
             "output?": (c.vocab_size, c.embedding_length),
             "rope_freqs?": (self.rotary_pairs,),
         }
@@ -206,7 +208,7 @@ class Family(ABC):
     @property
     def has_recurrence(self) -> bool:
         """Whether any of its layers keeps the state of a recurrence."""
-        return any(isinstance(state, Recurrent) for state in self.layer_states)
+        return any(isinstance(part, Recurrent) for state in self.layer_states for part in state.parts)
 
     def state(self, index: int) -> LayerState:
         """What one layer keeps of a sequence; here, keys and values."""
@@ -246,7 +248,7 @@ class Family(ABC):
         self.file = file
         self.shared = Weights(file, "", self.shared_shapes())
         self.token_embd = Weight(self.shared.token_embd.tensor)  # without a bias: see tensor_shapes
-        self.output_norm = self.shared.output_norm
+        self.output_norm: Weight = getattr(self.shared, self.last_norm.rstrip("+"))
         self.output = self.shared.get("output") or self.token_embd
         blocks = [self._block_in_file(index) for index in range(self.config.block_count)]
         self.blocks = [Weights(file, f"blk.{i}.", shapes, parts) for i, (shapes, parts) in enumerate(blocks)]
@@ -295,5 +297,5 @@ def _file_shapes(prefix: str, shapes: Shapes) -> Shapes:
         name, bias, optional = tensor_names(declared, shape)
         named[f"{prefix}{name}{'?' * optional}"] = shape
         if bias is not None:
-            named[f"{prefix}{bias}?"] = shape[:-1]
+            named[f"{prefix}{bias}?"] = bias_shape(shape)
     return named

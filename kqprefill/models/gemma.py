@@ -28,8 +28,8 @@ class Gemma(Family):
         return ops.embed(self.token_embd, scale=math.sqrt(self.config.embedding_length))
 
     def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
-        h = ops.rms_norm(x, w.attn_norm)
+        h = ops.norm(x, w.attn_norm)
         q, k, v = ops.qkv(h, w.attn_q, w.attn_k, w.attn_v, rope=self.rope)
         x = ops.linear(ops.attention(q, k, v, scale=self.attention_scale), w.attn_output, residual=x)
-        h = ops.rms_norm(x, w.ffn_norm)
+        h = ops.norm(x, w.ffn_norm)
         return ops.mlp(h, w.ffn_gate, w.ffn_up, w.ffn_down, activation="gelu_tanh", residual=x)

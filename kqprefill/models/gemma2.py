@@ -27,11 +27,11 @@ class Gemma2(Gemma):
         return self.sliding_window if index % 2 == 0 else None
 
     def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
-        h = ops.rms_norm(x, w.attn_norm)
+        h = ops.norm(x, w.attn_norm)
         q, k, v = ops.qkv(h, w.attn_q, w.attn_k, w.attn_v, rope=self.rope)
         a = ops.attention(q, k, v, scale=self.attention_scale, window=self.window(index), softcap=self.softcap)
         x = ops.add_rms_norm(x, ops.linear(a, w.attn_output), w.post_attention_norm)
-        h = ops.rms_norm(x, w.ffn_norm)
+        h = ops.norm(x, w.ffn_norm)
         m = ops.mlp(h, w.ffn_gate, w.ffn_up, w.ffn_down, activation="gelu_tanh")
         return ops.add_rms_norm(x, m, w.post_ffw_norm)
 

@@ -29,11 +29,11 @@ class Gemma3(Gemma):
     def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
         window = self.window(index)
         rope = self.rope_global if window is None else self.rope_local
-        h = ops.rms_norm(x, w.attn_norm)
+        h = ops.norm(x, w.attn_norm)
         q, k, v = ops.qkv(h, w.attn_q, w.attn_k, w.attn_v, q_norm=w.attn_q_norm, k_norm=w.attn_k_norm, rope=rope)
         seen = ops.attention(q, k, v, scale=self.attention_scale, window=window, both_ways=self.both_ways)
         a = ops.linear(seen, w.attn_output)
         x = ops.add_rms_norm(x, a, w.post_attention_norm)
-        h = ops.rms_norm(x, w.ffn_norm)
+        h = ops.norm(x, w.ffn_norm)
         m = ops.mlp(h, w.ffn_gate, w.ffn_up, w.ffn_down, activation="gelu_tanh")
         return ops.add_rms_norm(x, m, w.post_ffw_norm)

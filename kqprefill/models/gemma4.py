@@ -176,16 +176,16 @@ class Gemma4(Gemma):
 
     def add_networks(self, ops: Ops, w: Weights, x: Residual, factor: Weight | None) -> Residual:
         """factor * (x + what a layer's networks make of x)."""
-        m = ops.mlp(ops.rms_norm(x, w.ffn_norm), w.ffn_gate, w.ffn_up, w.ffn_down, activation="gelu_tanh")
+        m = ops.mlp(ops.norm(x, w.ffn_norm), w.ffn_gate, w.ffn_up, w.ffn_down, activation="gelu_tanh")
         if self.experts is None:
             return ops.add_rms_norm(x, m, w.post_ffw_norm, factor)
         scale = 1 / math.sqrt(self.config.embedding_length)
         scores = ops.router_scores(x, w.ffn_gate_inp_scale, w.ffn_gate_inp, scale)
-        e = ops.moe(ops.rms_norm(x, w.pre_ffw_norm_2), w, self.experts, activation="gelu_tanh", scores=scores)
+        e = ops.moe(ops.norm(x, w.pre_ffw_norm_2), w, self.experts, activation="gelu_tanh", scores=scores)
         return ops.add_norm_of_norms(x, m, w.post_ffw_norm_1, e, w.post_ffw_norm_2, w.post_ffw_norm, factor)
 
     def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
-        a = self.attention(ops, w, ops.rms_norm(x, w.attn_norm), index)
+        a = self.attention(ops, w, ops.norm(x, w.attn_norm), index)
         x = ops.add_rms_norm(x, ops.linear(a, w.attn_output), w.post_attention_norm)
         factor = w.get("layer_output_scale")
         if not self.input_width:

@@ -30,10 +30,10 @@ class Glm4(Family):
             raise self.meta.error("rope.dimension_sections (GLM-4V's rotation by several axes) are not supported")
 
     def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
-        h = ops.rms_norm(x, w.attn_norm)
+        h = ops.norm(x, w.attn_norm)
         q, k, v = ops.qkv(h, w.attn_q, w.attn_k, w.attn_v, rope=self.rope)
         a = ops.linear(ops.attention(q, k, v, scale=self.attention_scale), w.attn_output)
         x = ops.add_rms_norm(x, a, w.post_attention_norm)
-        h = ops.rms_norm(x, w.ffn_norm)
+        h = ops.norm(x, w.ffn_norm)
         m = ops.mlp(h, w.ffn_gate, w.ffn_up, w.ffn_down, activation="silu")
         return ops.add_rms_norm(x, m, w.post_ffw_norm)

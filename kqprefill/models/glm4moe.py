@@ -33,11 +33,11 @@ class Glm4Moe(Family):
             raise self.meta.error("rope.dimension_sections (GLM-4.5V's rotation by several axes) are not supported")
 
     def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
-        h = ops.rms_norm(x, w.attn_norm)
+        h = ops.norm(x, w.attn_norm)
         q_norm, k_norm = w.get("attn_q_norm"), w.get("attn_k_norm")
         q, k, v = ops.qkv(h, w.attn_q, w.attn_k, w.attn_v, rope=self.rope, q_norm=q_norm, k_norm=k_norm)
         x = ops.linear(ops.attention(q, k, v, scale=self.attention_scale), w.attn_output, residual=x)
-        h = ops.rms_norm(x, w.post_attention_norm)
+        h = ops.norm(x, w.post_attention_norm)
         if index < self.dense_layers:
             return ops.mlp(h, w.ffn_gate, w.ffn_up, w.ffn_down, activation="silu", residual=x)
         x = ops.mlp(h, w.ffn_gate_shexp, w.ffn_up_shexp, w.ffn_down_shexp, activation="silu", residual=x)

@@ -29,8 +29,8 @@ class GptOss(Family):
         return self.sliding_window if index % 2 == 0 else None
 
     def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
-        h = ops.rms_norm(x, w.attn_norm)
+        h = ops.norm(x, w.attn_norm)
         q, k, v = ops.qkv(h, w.attn_q, w.attn_k, w.attn_v, rope=self.rope)
         a = ops.attention(q, k, v, scale=self.attention_scale, window=self.window(index), sinks=w.attn_sinks)
         x = ops.linear(a, w.attn_output, residual=x)
-        return ops.moe(ops.rms_norm(x, w.post_attention_norm), w, self.experts, activation="swiglu_oai", residual=x)
+        return ops.moe(ops.norm(x, w.post_attention_norm), w, self.experts, activation="swiglu_oai", residual=x)

@@ -8,25 +8,31 @@ from dataclasses import replace
 from .experts import Experts, shared_expert
 from .granite import Granite
 from .ops import Ops, Residual
-from .weights import Shapes, Weights
+from .weights import Parts, Shapes, Weights
 
 
 class GraniteMoe(Granite):
     architecture = "granitemoe"
-    experts: Experts
 
-    def read_experts(self) -> Experts:
+    def read_experts(self) -> Experts | None:
         self.shared_width = self.meta.count("expert_shared_feed_forward_length")
         experts = Experts.from_gguf(self.meta, self.config, normalise=True)
         return replace(experts, width=self.config.feed_forward_length)
 
     def block_shapes(self, index: int) -> Shapes:
-        shapes = self.experts.instead_of_dense(super().block_shapes(index), self.config, fused=True)
+        shapes = super().block_shapes(index)
+        if self.experts is None:
+            return shapes
+        shapes = self.experts.instead_of_dense(shapes, self.config, fused=True)
         return {**shapes, **shared_expert(self.shared_width, self.config.embedding_length)}
 
-    def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
-        x = self.attended(ops, w, x)
-        h = ops.rms_norm(x, w.ffn_norm)
+    def block_parts(self, index: int) -> Parts:
+        return {} if self.experts is None else self.experts.fused_parts
+
+    def feed_forward(self, ops: Ops, w: Weights, x: Residual) -> Residual:
+        if self.experts is None:
+            return super().feed_forward(ops, w, x)
+        h = ops.norm(x, w.ffn_norm)
         if self.shared_width:
             gate, up, down = w.ffn_gate_shexp, w.ffn_up_shexp, w.ffn_down_shexp
             x = ops.mlp(h, gate, up, down, activation="silu", residual=x, scale=self.residual_scale)

@@ -22,10 +22,10 @@ class Llama(Family):
         return Experts.from_gguf(self.meta, self.config, normalise=True)
 
     def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
-        h = ops.rms_norm(x, w.attn_norm)
+        h = ops.norm(x, w.attn_norm)
         q, k, v = ops.qkv(h, w.attn_q, w.attn_k, w.attn_v, rope=self.rope)
         x = ops.linear(ops.attention(q, k, v, scale=self.attention_scale), w.attn_output, residual=x)
-        h = ops.rms_norm(x, w.ffn_norm)
+        h = ops.norm(x, w.ffn_norm)
         if self.experts is not None:
             return ops.moe(h, w, self.experts, activation="silu", residual=x)
         return ops.mlp(h, w.ffn_gate, w.ffn_up, w.ffn_down, activation="silu", residual=x)

@@ -21,7 +21,7 @@ class Olmoe(Family):
         return Experts.from_gguf(self.meta, self.config)
 
     def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
-        h = ops.rms_norm(x, w.attn_norm)
+        h = ops.norm(x, w.attn_norm)
         q, k, v = ops.qkv(h, w.attn_q, w.attn_k, w.attn_v, q_norm=w.attn_q_norm, k_norm=w.attn_k_norm, rope=self.rope)
         x = ops.linear(ops.attention(q, k, v, scale=self.attention_scale), w.attn_output, residual=x)
-        return ops.moe(ops.rms_norm(x, w.ffn_norm), w, self.experts, activation="silu", residual=x)
+        return ops.moe(ops.norm(x, w.ffn_norm), w, self.experts, activation="silu", residual=x)

@@ -19,7 +19,9 @@ from ..timeline import Timeline
 from .config import Config, Rope
 from .delta_net import DeltaNet
 from .experts import Experts
+from .kda import KimiDelta
 from .latent import LatentAttention
+from .mamba2 import Mamba2
 from .weights import Weight, Weights
 
 # What ops hand to one another. Each backend has types of its own for them, and a family only hands them on.
@@ -67,8 +69,9 @@ class Ops(ABC):
         """x[t] = scale * weight[the batch's token t]: [T, H]."""
 
     @abstractmethod
-    def rms_norm(self, x: Residual, weight: Weight) -> Input:
-        """x / sqrt(mean(x²) + eps) * weight over each row (arXiv 1910.07467): [T, H]."""
+    def norm(self, x: Residual, weight: Weight) -> Input:
+        """x / sqrt(mean(x²) + eps) * weight + its bias over each row (RMSNorm, arXiv 1910.07467); where
+        config.layer_norm says so, of x less its mean (LayerNorm, arXiv 1607.06450): [T, H]."""
 
     @abstractmethod
     def cast(self, x: Residual) -> Input:
@@ -100,12 +103,14 @@ class Ops(ABC):
         q_norm: Weight | None = None,
         k_norm: Weight | None = None,
         v_normed: bool = False,
+        normed_last: bool = False,
     ) -> tuple[HeadRows, HeadRows, HeadRows]:
         """h through three matrices and their biases: q [T, nq, D], k and v [T, nkv, D], of which wq and wk say D and
         nkv.
 
-        q and k are RMS-normalised where a norm is given (head by head, or over all heads: its length says which), then
-        rotated unless rope is None (arXiv 2104.09864). v_normed: v is normalised head by head, too, without a weight.
+        q and k are normalised (as `norm`) where a weight is given: [D], head by head; [nq, D], with a row for each
+        head; or [nq * D], over all heads. Then they are rotated unless rope is None (arXiv 2104.09864). normed_last:
+        they are normalised after that, head by head; without a weight where none is given. v_normed: v is normalised head by head, too, without a weight.
         wv None, where v is normalised: v is made of what wk gives. wk None, too: k and v are those of the layer that
         this one's state names (core.SharedKeysValues).
         """
@@ -119,6 +124,7 @@ class Ops(ABC):
         *,
         scale: float,
         window: int | None = None,
+        chunked: bool = False,
         softcap: float | None = None,
         sinks: Weight | None = None,
         both_ways: bool = False,
@@ -126,7 +132,8 @@ class Ops(ABC):
         """Causal grouped-query attention, softmax(scale * q·kᵀ)·v, over the cache's tokens and the batch's own: [T, nq
         * D].
 
-        window: a query sees that many tokens, itself the last (None: all). softcap: scores s become
+        window: a query sees that many tokens, itself the last (None: all). chunked: it sees those of its own chunk of
+        `window` instead, which begins at a multiple of that. softcap: scores s become
         softcap * tanh(s / softcap) (arXiv 2408.00118). sinks: a vector [nq], a score of each head that takes a share of
         the softmax and gives no value (arXiv 2309.17453). both_ways: a query also sees the tokens after it, with
         a window as many as before it; then sequences are whole, and there is no cache.
@@ -162,6 +169,34 @@ class Ops(ABC):
         """
 
     @abstractmethod
+    def kda(self, h: Input, w: Weights, net: KimiDelta) -> Input:
+        """Kimi Delta Attention between the norm before it and its output matrix (arXiv 2510.26692): [T, heads *
+        head_dim].
+
+        As `delta_net`, but that q, k and v have a matrix and a convolution each (attn_q and ssm_conv1d_q, …), and that
+        a token's decay is g = ssm_a * softplus(ssm_f_b ssm_f_a h + ssm_dt) for each of a key's elements: S = diag(e^g)
+        S. Returns rms_norm(o, ssm_norm) head by head, times sigmoid(ssm_g_b ssm_g_a h).
+        """
+
+    @abstractmethod
+    def mamba2(self, h: Input, w: Weights, net: Mamba2) -> Input:
+        """Mamba-2 between the norm before it and its output matrix (arXiv 2405.21060): [T, heads * head_dim].
+
+        ssm_in h is z, then what goes through a causal convolution by ssm_conv1d (with a bias) and silu and is x, B and
+        C, then a step dt of each head. With d = softplus(dt + ssm_dt) and a state S [state, head_dim] that is zero at a
+        sequence's start, each token makes S = e^(d ssm_a) S + B (d x)^T and y = S^T C + ssm_d x. Returns y * silu(z),
+        RMS-normalised group by group by ssm_norm where the file has that.
+        """
+
+    @abstractmethod
+    def short_convolution(self, h: Input, w: Weights) -> Input:
+        """A gated convolution between the norm before it and its output matrix (LFM2, arXiv 2511.23404): [T, H].
+
+        shortconv.in_proj h is b, c and u; b * u goes through a causal convolution by shortconv.conv, channel by
+        channel. Returns c times that.
+        """
+
+    @abstractmethod
     def linear(self, a: Input, weight: Weight, residual: Residual | None = None, scale: float = 1.0) -> Any:
         """scale * (a · Wᵀ + bias) (+ residual): Sums, or the new Residual where one is given.
 
@@ -172,7 +207,7 @@ class Ops(ABC):
     def mlp(
         self,
         h: Input,
-        gate: Weight,
+        gate: Weight | None,
         up: Weight,
         down: Weight,
         *,
@@ -180,10 +215,11 @@ class Ops(ABC):
         residual: Residual | None = None,
         scale: float = 1.0,
     ) -> Any:
-        """scale * down(act(gate(h)) * up(h)) (+ residual) (arXiv 2002.05202); what it returns, and scale, as in
-        `linear`.
+        """scale * down(act(gate(h)) * up(h)) (+ residual) (arXiv 2002.05202), or of act(up(h)) without a gate; what it
+        returns, and scale, as in `linear`.
 
-        activation: "silu" or "gelu_tanh" (ggml_silu, ggml_gelu).
+        activation: "silu" or "gelu_tanh" (ggml_silu, ggml_gelu); without a gate "gelu_tanh" or "relu_squared", which
+        is max(x, 0)² (arXiv 2109.08668).
         """
 
     @abstractmethod
@@ -201,8 +237,8 @@ class Ops(ABC):
         """The sum of the used experts' feed-forward networks (each as `mlp`), weighted by their shares (+ residual);
         what it returns as in `linear`.
 
-        w: Weights with ffn_gate_inp, the router, and ffn_gate_exps, ffn_up_exps and ffn_down_exps; where there is
-        ffn_down_exps.scale, each expert's share is multiplied by its value. experts: how tokens are routed to them.
+        w: Weights with ffn_gate_inp, the router, and ffn_gate_exps (unless experts have no gates), ffn_up_exps and
+        ffn_down_exps; where there is ffn_down_exps.scale, each expert's share is multiplied by its value. experts: how tokens are routed to them.
         activation: also "swiglu_oai" (ggml_swiglu_oai with 1.702 and 7). scores: `router_scores`' where they are not
         the router's of h. shared: what a network that every token goes through makes of h, y, and a vector [H]:
         sigmoid(h · vector) * y is added, too.
@@ -225,12 +261,14 @@ class Ops(ABC):
         (`embed_for_layers`)."""
 
     @abstractmethod
-    def latent_attention(self, h: Input, w: Weights, latent: LatentAttention, *, rope: Rope, scale: float) -> Input:
+    def latent_attention(
+        self, h: Input, w: Weights, latent: LatentAttention, *, rope: Rope | None, scale: float
+    ) -> Input:
         """Multi-head latent attention between the norm before it and its output matrix (arXiv 2405.04434): [T, heads *
         value_dim].
 
         q = attn_q h, or attn_q_b rms_norm(attn_q_a h, attn_q_a_norm): of each head q_n [key_dim], then q_r [rotary].
-        attn_kv_a_mqa h is c [rank], then k_r [rotary]; c = rms_norm(c, attn_kv_a_norm). q_r and k_r are rotated. c and
+        attn_kv_a_mqa h is c [rank], then k_r [rotary]; c = rms_norm(c, attn_kv_a_norm). q_r and k_r are rotated unless rope is None. c and
         k_r are what the layer keeps of a token (core.Latent). Of each head k_n [key_dim] and v [value_dim] are what
         attn_k_b (transposed) and attn_v_b, or attn_kv_b, make of c. Causal attention, softmax(scale * (q_n·k_n +
         q_r·k_r))·v, over the cache's tokens and the batch's own.

@@ -50,10 +50,14 @@ class Phi3(Family):
     def window(self, index: int) -> int | None:
         return self.sliding_window
 
-    def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
-        h = ops.rms_norm(x, w.attn_norm)
+    def attended(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
+        """A layer's first half."""
+        h = ops.norm(x, w.attn_norm)
         q, k, v = ops.qkv(h, w.attn_q, w.attn_k, w.attn_v, rope=self.rope)
         a = ops.attention(q, k, v, scale=self.attention_scale, window=self.window(index))
-        x = ops.linear(a, w.attn_output, residual=x)
-        h = ops.rms_norm(x, w.ffn_norm)
+        return ops.linear(a, w.attn_output, residual=x)
+
+    def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
+        x = self.attended(ops, w, x, index)
+        h = ops.norm(x, w.ffn_norm)
         return ops.mlp(h, w.ffn_gate, w.ffn_up, w.ffn_down, activation="silu", residual=x)

@@ -14,7 +14,7 @@ class Qwen2Vl(Qwen2):
 
     def read_config(self, vocab_size: int) -> Config:
         """Without an epsilon in the norms: llama.cpp does not read this architecture's."""
-        return replace(super().read_config(vocab_size), rms_epsilon=0.0)
+        return replace(super().read_config(vocab_size), norm_epsilon=0.0)
 
     def read_hyper_parameters(self) -> None:
         super().read_hyper_parameters()

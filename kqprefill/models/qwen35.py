@@ -70,7 +70,7 @@ class Qwen35(Family):
 
     def mixer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
         """A layer's first half."""
-        h = ops.rms_norm(x, w.attn_norm)
+        h = ops.norm(x, w.attn_norm)
         if self.recurrent[index]:
             return ops.linear(ops.delta_net(h, w, self.net), w.ssm_out, residual=x)
         norms = {"q_norm": w.attn_q_norm, "k_norm": w.attn_k_norm}
@@ -80,7 +80,7 @@ class Qwen35(Family):
 
     def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
         x = self.mixer(ops, w, x, index)
-        h = ops.rms_norm(x, w.post_attention_norm)
+        h = ops.norm(x, w.post_attention_norm)
         return ops.mlp(h, w.ffn_gate, w.ffn_up, w.ffn_down, activation="silu", residual=x)
 
 
@@ -105,7 +105,7 @@ class Qwen35Moe(Qwen35):
 
     def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
         x = self.mixer(ops, w, x, index)
-        h = ops.rms_norm(x, w.post_attention_norm)
+        h = ops.norm(x, w.post_attention_norm)
         shared = ops.mlp(h, w.ffn_gate_shexp, w.ffn_up_shexp, w.ffn_down_shexp, activation="silu")
         both = shared, w.ffn_gate_inp_shexp
         return ops.moe(h, w, self.experts, activation="silu", residual=x, shared=both)

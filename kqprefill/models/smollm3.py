@@ -16,8 +16,8 @@ class SmolLM3(Family):
 
     def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
         rope = None if (index + 1) % _NOPE_EVERY == 0 else self.rope
-        h = ops.rms_norm(x, w.attn_norm)
+        h = ops.norm(x, w.attn_norm)
         q, k, v = ops.qkv(h, w.attn_q, w.attn_k, w.attn_v, rope=rope)
         x = ops.linear(ops.attention(q, k, v, scale=self.attention_scale), w.attn_output, residual=x)
-        h = ops.rms_norm(x, w.ffn_norm)
+        h = ops.norm(x, w.ffn_norm)
         return ops.mlp(h, w.ffn_gate, w.ffn_up, w.ffn_down, activation="silu", residual=x)

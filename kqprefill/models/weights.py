@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+import re
 from typing import TypeAlias
 
 import numpy as np
@@ -14,11 +15,16 @@ from ..gguf import ModelFile, ModelTensor
 from ..gguf.dequantize import SUPPORTED
 
 # GGUF tensor name, without `.weight` -> shape. A trailing `?` marks a tensor that a file may lack; a name that ends in
-# `=` before that is the tensor's whole name, as `ssm_a=` or `exp_probs_b.bias=?`.
+# `=` before that is the tensor's whole name, as `ssm_a=` or `exp_probs_b.bias=?`; a `+` there marks a vector that may
+# have a bias, as any matrix may.
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
 # GGUF tensor name of a matrix that holds several -> {name of each: how many rows it has, one matrix under another; or
 # which rows are its own}. Of a stack, each matrix holds several.
 Parts: TypeAlias = dict[str, dict[str, int | NDArray[np.intp]]]
+
+# Tensors of two dimensions and more that nothing is multiplied by as by a matrix. Converters write them with dimensions
+# of 1 that say nothing.
+BY_ROW = re.compile(r"(?:_norm|\.conv|conv1d(?:_[qkv])?)\.weight$|\.ssm_[ad]$")
 
 
 @dataclass(frozen=True)
@@ -45,9 +51,9 @@ class Weight:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether something is multiplied by it as a matrix; a convolution's taps are not, though they have two
-        dimensions."""
-        return len(self.shape) >= 2 and not self.name.endswith("conv1d.weight")
+        """Whether something is multiplied by it as a matrix; what a convolution, a norm or a recurrence has a row of
+        for each channel or head is not."""
+        return len(self.shape) >= 2 and not BY_ROW.search(self.name)
 
     def expert(self, index: int) -> Weight:
         """The matrix, and the bias, of one of the experts."""
@@ -66,7 +72,7 @@ class Weights:
         self._by_name: dict[str, Weight] = {}
         for declared, shape in shapes.items():
             full, bias_name, optional = tensor_names(declared, shape)
-            name = declared.rstrip("?=").replace(".", "_")
+            name = declared.rstrip("?=+").replace(".", "_")
             tensor = file.tensors.get(prefix + full)
             if tensor is None:
                 if not optional:
@@ -75,7 +81,7 @@ class Weights:
             bias = file.tensors.get(prefix + bias_name) if bias_name else None
             _check(file, tensor, shape)
             if bias is not None:
-                _check(file, bias, shape[:-1])
+                _check(file, bias, bias_shape(shape))
             whole = Weight(tensor, bias)
             self._by_name.update(_cut(whole, parts[name]) if parts and name in parts else {name: whole})
         for name in (part for rows in (parts or {}).values() for part in rows):
@@ -99,12 +105,23 @@ class Weights:
 def tensor_names(declared: str, shape: tuple[int, ...]) -> tuple[str, str | None, bool]:
     """(a tensor's name in the file, that of its bias, whether the file may lack it), of a name in Shapes.
 
-    Matrices may have a bias `[*shape[:-1]]`; vectors, and tensors that are declared by their whole names, have none.
+    Matrices may have a bias `[*shape[:-1]]`, vectors that are declared so one of their own shape; tensors that are
+    declared by their whole names have none.
     """
     optional, name = declared.endswith("?"), declared.removesuffix("?")
     if name.endswith("="):
         return name.removesuffix("="), None, optional
-    return f"{name}.weight", f"{name}.bias" if len(shape) >= 2 else None, optional
+    biased, name = len(shape) >= 2 or name.endswith("+"), name.removesuffix("+")
+    return f"{name}.weight", f"{name}.bias" if biased else None, optional
+
+
+def bias_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a matrix, or a stack of them, without the columns; of a vector its own."""
+    return shape[:-1] if len(shape) >= 2 else shape
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
 
 
 def _cut(whole: Weight, rows: Mapping[str, int | NDArray[np.intp]]) -> dict[str, Weight]:
@@ -128,7 +145,9 @@ def _cut(whole: Weight, rows: Mapping[str, int | NDArray[np.intp]]) -> dict[str,
 def _check(file: ModelFile, tensor: ModelTensor, shape: tuple[int, ...]) -> None:
     if tensor.type not in SUPPORTED:
         raise ModelError(f"{file.path}: tensor {tensor.name} has type {tensor.type.name}, which is not supported yet")
-    if tensor.shape != tuple(shape):
+    if tensor.shape != tuple(shape) and not (
+        BY_ROW.search(tensor.name) and _squeezed(tensor.shape) == _squeezed(shape)
+    ):
         raise ModelError(
             f"{file.path}: tensor {tensor.name} is {list(tensor.shape)}, but the metadata asks for {list(shape)}"
         )

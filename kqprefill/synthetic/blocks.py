@@ -22,16 +22,16 @@ _POOL_BLOCKS = 8192  # of a type that block_pool.npz does not have
 
 @cache
 def random_weights(shape: tuple[int, ...], kind: GGML, name: str) -> NDArray[np.uint8]:
-    """A tensor's data, uint8 [..., row bytes]: blocks drawn from the pool; a vector's (F32) weights are spread about 1,
-    or -1 where they are rates of decay, or little about 0 where they choose experts, of which all are used then;
-    rope_freqs, which Gemma 4's files must have, let a quarter of the pairs turn.
+    """A tensor's data, uint8 [..., row bytes]: blocks drawn from the pool; the weights of vectors and norms (F32) are
+    spread about 1, or -1 where they are rates of decay, or little about 0 where they choose experts, of which all are
+    used then; rope_freqs, which Gemma 4's files must have, let a quarter of the pairs turn.
 
     The same for the same arguments.
     """
     if name == "rope_freqs":
         return np.where(np.arange(shape[0]) < shape[0] // 4, 1, 1e30).astype(np.float32).view(np.uint8)
     rng = np.random.default_rng([*shape, int(kind), *name.encode()])
-    if len(shape) == 1:
+    if shape[-1] == 1 or len(shape) == 1 or name.endswith("_norm"):
         center, spread = (0, 0.01) if name == "exp_probs_b" else (1, 0.1)
         vector = (center + spread * rng.standard_normal(shape, np.float32)).astype(np.float32)
         return (-vector if name.endswith("ssm_a") else vector).view(np.uint8)

@@ -16,6 +16,7 @@ from ..gguf.model_file import nbytes_of
 from ..gguf.types import GGML
 from ..gguf.vocabulary import byte_pieces
 from ..models import describe_model
+from ..models.weights import BY_ROW
 from .blocks import random_weights
 from .shapes import RECIPES, SHAPES, Shape, TypeOf, fitting_type, recipe_types
 
@@ -171,6 +172,6 @@ def _metadata(shape: Shape, name: str) -> dict[str, Any]:
 def _type_of(full_name: str, dims: tuple[int, ...], type_of: TypeOf) -> GGML:
     """The type of a tensor, such as `blk.0.attn_q.weight`, of that shape."""
     *block, name, suffix = full_name.split(".")  # block: ["blk", its number], or of a tensor outside the layers
-    if len(dims) == 1 or suffix == "bias" or name == "ssm_conv1d":
+    if len(dims) == 1 or suffix == "bias" or BY_ROW.search(full_name):
         return GGML.F32
     return fitting_type(type_of(name, int(block[1]) if block[:1] == ["blk"] else 0), dims[-1])

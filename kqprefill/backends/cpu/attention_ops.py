@@ -40,9 +40,10 @@ class AttentionOps(Ops):
         q_norm: Weight | None = None,
         k_norm: Weight | None = None,
         v_normed: bool = False,
+        normed_last: bool = False,
     ) -> HeadRows:
         head_dim = wq.shape[0] // self.config.head_count
-        q = self._head_rows(self.linear(h, wq), head_dim, q_norm, rope)
+        q = self._head_rows(self.linear(h, wq), head_dim, q_norm, rope, normed_last)
         if rope is not None and rope.beta:
             q *= rope.temperature(self.batch.positions).astype(np.float32)[:, None, None]
         if wk is None:
@@ -50,8 +51,8 @@ class AttentionOps(Ops):
         keys = self.linear(h, wk)
         v = (keys if wv is None else self.linear(h, wv)).reshape(len(h), -1, head_dim)
         if v_normed:
-            v = normalised(v, self.config.rms_epsilon)
-        k = self._head_rows(keys, head_dim, k_norm, rope)
+            v = normalised(v, self.config.norm_epsilon)
+        k = self._head_rows(keys, head_dim, k_norm, rope, normed_last)
         self._keys_values[self.layer] = k, v
         return q, k, v
 
@@ -62,12 +63,18 @@ class AttentionOps(Ops):
         # Its cached ones are that layer's arrays, which are written once more with what they hold.
         return self._keys_values[state.layer]
 
-    def _head_rows(self, x: Float32Array, head_dim: int, norm: Weight | None, rope: Rope | None) -> Float32Array:
+    def _head_rows(
+        self, x: Float32Array, head_dim: int, norm: Weight | None, rope: Rope | None, normed_last: bool = False
+    ) -> Float32Array:
         """What a matrix has made, as heads [T, heads, head_dim], normalised and rotated."""
-        if norm is not None:
-            x = self.rms_norm(x.reshape(len(x), -1, *norm.shape), norm)
+        if norm is not None and not normed_last:
+            rows = norm.shape if len(norm.shape) == 2 else (-1, *norm.shape)
+            x = self.norm(x.reshape(len(x), *rows), norm)
         x = x.reshape(len(x), -1, head_dim)
-        return x if rope is None else self._rotate(x, rope)
+        x = x if rope is None or not rope.width else self._rotate(x, rope)
+        if not normed_last:
+            return x
+        return normalised(x, self.config.norm_epsilon) if norm is None else self.norm(x, norm)
 
     def gated_qkv(
         self,
@@ -117,6 +124,7 @@ class AttentionOps(Ops):
         *,
         scale: float,
         window: int | None = None,
+        chunked: bool = False,
         softcap: float | None = None,
         sinks: Weight | None = None,
         both_ways: bool = False,
@@ -127,7 +135,7 @@ class AttentionOps(Ops):
         for segment in self.batch.segments:
             keys, values, end = k[segment.rows], v[segment.rows], segment.position + segment.length
             if self.cache is not None:
-                cached_keys, cached_values = self.cache.states[self.layer]
+                cached_keys, cached_values = self.cache.rows[self.layer]
                 cached_keys[segment.position : end], cached_values[segment.position : end] = keys, values
                 keys, values = cached_keys[:end], cached_values[:end]
             elif segment.after is not None:
@@ -147,6 +155,7 @@ class AttentionOps(Ops):
                 sink,
                 parts=1 if is_small else blas().threads,
                 both_ways=both_ways,
+                chunked=chunked,
             )
             if is_small:
                 small += tasks

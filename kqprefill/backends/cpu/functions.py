@@ -103,6 +103,12 @@ GATES: dict[str, Callable[[Float32Array, Float32Array], Float32Array]] = {
     "swiglu_oai": _swiglu_oai,
 }
 
+# act(up) of those without a gate (ggml_gelu; max(x, 0)², arXiv 2109.08668).
+ACTIVATIONS: dict[str, Callable[[Float32Array], Float32Array]] = {
+    "gelu_tanh": _gelu_tanh,
+    "relu_squared": lambda x: np.square(np.maximum(x, np.float32(0))),
+}
+
 
 def multiply(a: Float32Array, matrix: Float32Array, bounds: Sequence[int], out: Float32Array) -> None:
     """a · matrixᵀ, [T, columns] by [rows, columns], to out [T, rows], on all cores.
@@ -136,6 +142,7 @@ def attention_tasks(
     sinks: Float32Array | None,
     parts: int,
     both_ways: bool = False,
+    chunked: bool = False,
 ) -> list[Callable[[], None]]:
     """Ops.attention of one segment's queries [T, nq, D], from position `start` on, over its sequence's keys [S, nkv, D]
     and values [S, nkv, Dv], to out [T, nq, Dv]; as about `parts` tasks, each of some heads."""
@@ -152,6 +159,8 @@ def attention_tasks(
         for at in range(0, n, step):
             end = min(at + step, n)
             first = 0 if window is None else max(0, start + at - window + 1)
+            if chunked and window is not None:
+                first = (start + at) // window * window
             last = start + n if both_ways else start + end  # one beyond
             if both_ways and window is not None:
                 last = min(last, start + end + window - 1)
@@ -159,7 +168,10 @@ def attention_tasks(
             scores = softcapped(q[kv, own, at:end] @ k[kv, ..., seen] * np.float32(scale), softcap)
             behind = np.arange(start + at, start + end)[:, None] - np.arange(first, last)
             behind = np.abs(behind) if both_ways else behind
-            hidden = behind < 0 if window is None else (behind < 0) | (behind >= window)
+            reach: int | NDArray[np.int64] | None = window
+            if chunked and window is not None:
+                reach = np.arange(start + at, start + end)[:, None] % window + 1
+            hidden = behind < 0 if reach is None else (behind < 0) | (behind >= reach)
             scores[..., hidden] = -np.inf
             out[kv, own, at:end] = softmax(scores, None if sink is None else sink[kv, own]) @ v[kv, :, seen]
 

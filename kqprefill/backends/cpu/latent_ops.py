@@ -30,12 +30,14 @@ class LatentOps(HearingOps):
         """Heads [T, heads, D], their first elements rotated."""
 
     def latent_attention(
-        self, h: Float32Array, w: Weights, latent: LatentAttention, *, rope: Rope, scale: float
+        self, h: Float32Array, w: Weights, latent: LatentAttention, *, rope: Rope | None, scale: float
     ) -> Float32Array:
         q = self._latent_queries(h, w, latent, rope)
         both = self.linear(h, w.attn_kv_a_mqa)
-        c = self.rms_norm(both[:, : latent.rank], w.attn_kv_a_norm)
-        k_r = self._rotate(both[:, None, latent.rank :], rope)[:, 0]
+        c = self.norm(both[:, : latent.rank], w.attn_kv_a_norm)
+        k_r = both[:, latent.rank :]
+        if rope is not None:
+            k_r = self._rotate(k_r[:, None], rope)[:, 0]
         matrix = _decompressor(w, latent, self._weights)
         if self.cache is None:
             self.enter("linear", latent.decompressing(w), len(h))
@@ -46,7 +48,7 @@ class LatentOps(HearingOps):
             attended: Float32Array = self.attention(q, k, v, scale=scale)
             return attended
         (segment,) = self.batch.segments  # a cache is one sequence's
-        end, kept = segment.position + segment.length, self.cache.states[self.layer]
+        end, kept = segment.position + segment.length, self.cache.rows[self.layer]
         for rows, new in zip(kept, (c, k_r)):
             rows[segment.position : end] = new
         self.enter("linear", latent.decompressing(w), end)
@@ -60,7 +62,7 @@ class LatentOps(HearingOps):
         self,
         w: Weights,
         latent: LatentAttention,
-        rope: Rope,
+        rope: Rope | None,
         qkc: tuple[Float32Array, Float32Array, Float32Array],
         scale: float,
     ) -> None:
@@ -72,23 +74,25 @@ class LatentOps(HearingOps):
             self.hear(w.attn_kv_b_weight, c)
             return
         still = q[..., : latent.key_dim]
-        if rope.beta:
+        if rope is not None and rope.beta:
             still = still / rope.temperature(self.batch.positions).astype(np.float32)[:, None, None]
         self.hear(w.attn_k_b_weight, np.ascontiguousarray(still).reshape(len(q), -1))
         values = np.broadcast_to(c[:, None], (len(c), latent.heads, latent.rank))
         self.hear(w.attn_v_b_weight, self.attention(q, k, values, scale=scale))
 
-    def _latent_queries(self, h: Float32Array, w: Weights, latent: LatentAttention, rope: Rope) -> Float32Array:
+    def _latent_queries(self, h: Float32Array, w: Weights, latent: LatentAttention, rope: Rope | None) -> Float32Array:
         """[T, heads, head_dim]: of each head what is not rotated, then what is."""
         if latent.query_rank:
-            q = self.linear(self.rms_norm(self.linear(h, w.attn_q_a), w.attn_q_a_norm), w.attn_q_b)
+            q = self.linear(self.norm(self.linear(h, w.attn_q_a), w.attn_q_a_norm), w.attn_q_b)
         else:
             q = self.linear(h, w.attn_q)
-        q = q.reshape(len(h), latent.heads, -1)
-        q = np.concatenate([q[..., : latent.key_dim], self._rotate(q[..., latent.key_dim :], rope)], axis=-1)
+        queries: Float32Array = q.reshape(len(h), latent.heads, -1)
+        if rope is None:
+            return queries
+        still, turned = np.split(queries, [latent.key_dim], axis=-1)
+        queries = np.concatenate([still, self._rotate(turned, rope)], axis=-1)
         if rope.beta:
-            q *= rope.temperature(self.batch.positions).astype(np.float32)[:, None, None]
-        queries: Float32Array = q
+            queries *= rope.temperature(self.batch.positions).astype(np.float32)[:, None, None]
         return queries
 
 

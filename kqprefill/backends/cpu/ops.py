@@ -25,14 +25,13 @@ from ...core import (
 )
 from ...errors import DAMAGED_WEIGHTS, BackendError
 from ...gguf import dequantize
-from ...models.delta_net import DeltaNet
 from ...models.experts import Experts
 from ...models.family import Family
 from ...models.weights import Weight, Weights
 from ..base import Cache
 from .attention_ops import AttentionOps
-from .delta_net import State, convolve, first_state, gates, recur
 from .functions import (
+    ACTIVATIONS,
     GATES,
     LEAST_SUM,
     best_experts,
@@ -40,48 +39,49 @@ from .functions import (
     normalised,
     ranks_of,
     sigmoid,
-    silu,
     softcapped,
     softmax,
     vector_of,
 )
 from .latent_ops import LatentOps
 from .per_layer_ops import PerLayerOps
+from .recurrent_ops import RecurrentOps, State, first_state
 from .weights import DecodedWeights
 
 _MATRIX_PIECE, _MATRIX_ROWS = 1 << 25, 1 << 13  # elements (128 MB), and rows, of a matrix that are decoded at once
 
 
 class CpuCache(Cache):
-    """Of each layer two arrays: keys and values, float32 [capacity, heads, head_dim] each; or a recurrence's state
-    (delta_net.State); or the two parts of a latent's rows, [capacity, rank] and [capacity, rotary]."""
+    """rows: of a layer's tokens two arrays: keys and values, float32 [capacity, heads, head_dim] each, or the two parts
+    of latent rows, [capacity, rank] and [capacity, rotary]. recurrences: a layer's recurrent_ops.State."""
 
     def __init__(self, states: Sequence[LayerState], capacity: int) -> None:
         super().__init__(capacity)
-        self.states: list[tuple[Float32Array, Float32Array]] = []
-        for state in states:
-            if isinstance(state, SharedKeysValues):
-                self.states.append(self.states[state.layer])
+        self.rows: dict[int, tuple[Float32Array, Float32Array]] = {}
+        self.recurrences: dict[int, State] = {}
+        for layer, part in ((layer, part) for layer, state in enumerate(states) for part in state.parts):
+            if isinstance(part, SharedKeysValues):
+                self.rows[layer] = self.rows[part.layer]
+            elif isinstance(part, Recurrent):
+                self.recurrences[layer] = first_state(part)
+            elif isinstance(part, (KeysValues, Latent)):
+                self.rows[layer] = _rows(part, capacity)
             else:
-                self.states.append(_storage(state, capacity))
+                raise TypeError(f"the CPU keeps no state of kind {type(part).__name__}")
 
     def close(self) -> None:
-        self.states.clear()
+        self.rows.clear()
+        self.recurrences.clear()
 
 
-def _storage(state: LayerState, capacity: int) -> tuple[Float32Array, Float32Array]:
-    if isinstance(state, KeysValues):
-        shape = capacity, state.heads, state.head_dim
-        return np.empty(shape, np.float32), np.empty(shape, np.float32)
-    if isinstance(state, Recurrent):
-        matrices = np.zeros((state.heads, state.key_dim, state.value_dim), np.float32)
-        return matrices, np.zeros((state.taps, state.channels), np.float32)
+def _rows(state: KeysValues | Latent, capacity: int) -> tuple[Float32Array, Float32Array]:
     if isinstance(state, Latent):
         return np.empty((capacity, state.rank), np.float32), np.empty((capacity, state.rotary), np.float32)
-    raise TypeError(f"the CPU keeps no state of kind {type(state).__name__}")
+    shape = capacity, state.heads, state.head_dim
+    return np.empty(shape, np.float32), np.empty(shape, np.float32)
 
 
-class CpuOps(AttentionOps, LatentOps, PerLayerOps):
+class CpuOps(AttentionOps, LatentOps, RecurrentOps, PerLayerOps):
     """The operations of one batch; every array is float32."""
 
     cache: CpuCache | None
@@ -102,10 +102,11 @@ class CpuOps(AttentionOps, LatentOps, PerLayerOps):
         x: Float32Array = dequantize(weight.tensor.data[self.batch.tokens], weight.tensor.type) * np.float32(scale)
         return x
 
-    def rms_norm(self, x: Float32Array, weight: Weight) -> Float32Array:
+    def norm(self, x: Float32Array, weight: Weight) -> Float32Array:
         self.enter("rest")
-        normed: Float32Array = normalised(x, self.config.rms_epsilon) * vector_of(weight.tensor)
-        return normed
+        centred = x - x.mean(axis=-1, keepdims=True) if self.config.layer_norm else x
+        normed: Float32Array = normalised(centred, self.config.norm_epsilon) * vector_of(weight.tensor)
+        return normed if weight.bias is None else normed + vector_of(weight.bias)
 
     def cast(self, x: Float32Array) -> Float32Array:
         return x
@@ -113,7 +114,7 @@ class CpuOps(AttentionOps, LatentOps, PerLayerOps):
     def add_rms_norm(
         self, x: Float32Array, y: Float32Array, weight: Weight, factor: Weight | None = None
     ) -> Float32Array:
-        added = x + self.rms_norm(y, weight)
+        added = x + self.norm(y, weight)
         return added if factor is None else added * vector_of(factor.tensor)
 
     def add_norm_of_norms(
@@ -126,31 +127,7 @@ class CpuOps(AttentionOps, LatentOps, PerLayerOps):
         weight: Weight,
         factor: Weight | None,
     ) -> Float32Array:
-        return self.add_rms_norm(x, self.rms_norm(y, y_norm) + self.rms_norm(z, z_norm), weight, factor)
-
-    def delta_net(self, h: Float32Array, w: Weights, net: DeltaNet) -> Float32Array:
-        rows, z = self.linear(h, w.attn_qkv), self.linear(h, w.attn_gate)
-        rate, bias = vector_of(w.ssm_a.tensor), vector_of(w.ssm_dt_bias.tensor)
-        beta, decay = gates(self.linear(h, w.ssm_beta), self.linear(h, w.ssm_alpha), rate, bias)
-        self.enter("rest")
-        taps = vector_of(w.ssm_conv1d.tensor)
-        out = np.empty((len(h), net.value_heads, net.head_dim), np.float32)
-        ends: list[State] = []  # each segment's
-        for segment in self.batch.segments:
-            own = segment.rows
-            if segment.after is not None:
-                matrices, before = ends[segment.after]
-            elif self.cache is not None and segment.position:
-                matrices, before = self.cache.states[self.layer]
-            else:
-                matrices, before = first_state(net)
-            u, before = convolve(rows[own], before, taps)
-            out[own], matrices = recur(u, beta[own], decay[own], net, self.config.rms_epsilon, matrices)
-            ends.append((matrices, before))
-            if self.cache is not None:
-                for kept, new in zip(self.cache.states[self.layer], (matrices, before)):
-                    kept[...] = new
-        return self.rms_norm(out, w.ssm_norm).reshape(len(h), -1) * silu(z)
+        return self.add_rms_norm(x, self.norm(y, y_norm) + self.norm(z, z_norm), weight, factor)
 
     def linear(
         self,
@@ -198,7 +175,7 @@ class CpuOps(AttentionOps, LatentOps, PerLayerOps):
     def mlp(
         self,
         h: Float32Array,
-        gate: Weight,
+        gate: Weight | None,
         up: Weight,
         down: Weight,
         *,
@@ -208,11 +185,15 @@ class CpuOps(AttentionOps, LatentOps, PerLayerOps):
         batch_rows: NDArray[np.intp] | None = None,
     ) -> Float32Array:
         """As Ops.mlp; batch_rows as in `linear`."""
-        gates, ups = (self.linear(h, weight, batch_rows=batch_rows) for weight in (gate, up))
-        return self.linear(GATES[activation](gates, ups), down, residual, scale, batch_rows)
+        if gate is None:
+            hidden = ACTIVATIONS[activation](self.linear(h, up, batch_rows=batch_rows))
+        else:
+            gates, ups = (self.linear(h, weight, batch_rows=batch_rows) for weight in (gate, up))
+            hidden = GATES[activation](gates, ups)
+        return self.linear(hidden, down, residual, scale, batch_rows)
 
     def router_scores(self, x: Float32Array, norm: Weight, router: Weight, scale: float) -> Float32Array:
-        normed = self.rms_norm(x, norm)
+        normed = self.norm(x, norm)
         if self.collector is not None:
             self.hear(router, normed * np.float32(scale))
         return self._linear(normed, router, None, scale, None)
@@ -234,12 +215,15 @@ class CpuOps(AttentionOps, LatentOps, PerLayerOps):
             out += shared[0] * sigmoid((h * vector_of(shared[1].tensor)).sum(axis=-1))[:, None]
         if scores is None:
             scores = self.linear(h, w.ffn_gate_inp)
+        chosen_by = scores
         if experts.sigmoid:
             scores = sigmoid(scores)
         elif not experts.routed_after:
             scores = softmax(scores)
         bias = w.get("exp_probs_b_bias")
-        used = best_experts(scores if bias is None else scores + vector_of(bias.tensor), experts)
+        if not experts.weighs_input:
+            chosen_by = scores if bias is None else scores + vector_of(bias.tensor)
+        used = best_experts(chosen_by, experts)
         shares = np.take_along_axis(scores, used, axis=-1)
         if experts.routed_after:
             shares = softmax(shares)
@@ -250,16 +234,19 @@ class CpuOps(AttentionOps, LatentOps, PerLayerOps):
         of_outputs = w.get("ffn_down_exps_scale")
         if of_outputs is not None:
             shares *= vector_of(of_outputs.tensor)[used]
+        stacks = w.ffn_gate_exps if experts.gated else None, w.ffn_up_exps, w.ffn_down_exps
         for expert in np.unique(used):
             tokens, slot = np.nonzero(used == expert)
-            gate, up, down = (weight.expert(expert) for weight in (w.ffn_gate_exps, w.ffn_up_exps, w.ffn_down_exps))
-            out[tokens] += shares[tokens, slot, None] * self.mlp(
-                h[tokens], gate, up, down, activation=activation, batch_rows=tokens
-            )
+            gate, up, down = (stack and stack.expert(expert) for stack in stacks)
+            assert up is not None and down is not None, "an expert has at least two matrices"
+            own, share = h[tokens], shares[tokens, slot, None]
+            if experts.weighs_input:
+                own, share = own * share, np.float32(1)
+            out[tokens] += share * self.mlp(own, gate, up, down, activation=activation, batch_rows=tokens)
         return out
 
     def pool(self, x: Float32Array, norm: Weight) -> PendingHead:
-        normed = self.rms_norm(x, norm)
+        normed = self.norm(x, norm)
         rows = self.batch.pooled_rows
         values = np.array([normed[first:end].mean(axis=0, dtype=np.float64) for first, end in rows], np.float32)
         return lambda: Vectors(values)
@@ -274,7 +261,7 @@ class CpuOps(AttentionOps, LatentOps, PerLayerOps):
         softcap: float | None = None,
     ) -> PendingHead:
         if self.collector is not None:
-            self.hear(output, self.rms_norm(x, norm))
+            self.hear(output, self.norm(x, norm))
             return lambda: NO_RESULT
         targets = self.batch.targets
         if targets is not None and logits in ("ranks", "rows"):
@@ -282,7 +269,7 @@ class CpuOps(AttentionOps, LatentOps, PerLayerOps):
         else:
             rows = np.arange(len(x) - self.batch.count(logits), len(x))
         self.enter("head", [output], len(rows))
-        normed = self.rms_norm(x[rows], norm)
+        normed = self.norm(x[rows], norm)
 
         def logits_of(piece: slice, out: Float32Array) -> Float32Array:
             self._product(normed, output, piece, scale, rows, out)

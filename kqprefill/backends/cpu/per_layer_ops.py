@@ -21,7 +21,7 @@ class PerLayerOps(Ops):
         (width,) = norm.shape
         own = self.embed(table, scale=math.sqrt(width)).reshape(len(x), -1, width)
         made = self.linear(x, matrix, scale=1 / math.sqrt(x.shape[1])).reshape(own.shape)
-        self._embeddings = (own + self.rms_norm(made, norm)) / np.float32(math.sqrt(2))
+        self._embeddings = (own + self.norm(made, norm)) / np.float32(math.sqrt(2))
 
     def add_gated_embedding(
         self, x: Float32Array, gate: Weight, matrix: Weight, norm: Weight, factor: Weight | None

@@ -15,18 +15,22 @@ class CpuStates(StateAccess):
     """They are real values already, which no later layer changes."""
 
     def __init__(self, cache: CpuCache) -> None:
-        self._states = cache.states
+        self._cache = cache
 
     def rows(self, layer: int, end: int, wide: bool, take: TakeRows, live: bool = False) -> None:
-        first, second = self._states[layer]
+        first, second = self._cache.rows[layer]
         for begin in range(0, end, _PIECE):
             piece = slice(begin, min(end, begin + _PIECE))
             take(begin, nullcontext((first[piece], second[piece])))
 
     def recurrence(self, layer: int) -> tuple[Float32Array, Float32Array]:
-        matrices, rows = self._states[layer]
+        matrices, rows = self._cache.recurrences[layer]
         return matrices.copy(), rows.copy()
 
     def write(self, layer: int, first: Float32Array, second: Float32Array) -> None:
-        for kept, new in zip(self._states[layer], (first, second)):
+        for kept, new in zip(self._cache.rows[layer], (first, second)):
             kept[: len(new)] = new
+
+    def write_recurrence(self, layer: int, matrices: Float32Array, rows: Float32Array) -> None:
+        for kept, new in zip(self._cache.recurrences[layer], (matrices, rows)):
+            kept[...] = new

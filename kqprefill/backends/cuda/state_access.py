@@ -24,8 +24,8 @@ from ...models.delta_net import DeltaNet
 from ...models.family import Family
 from ...models.qwen35 import Qwen35
 from ..base import StateAccess, TakeRows
-from ..cpu.delta_net import convolve, gates, recur
-from ..cpu.functions import vector_of
+from ..cpu.functions import silu, vector_of
+from ..cpu.recurrent_ops import convolve, gates, recur
 from .constants import DELTA_CHUNK
 from .device.arrays import FLOAT16, FLOAT32, INT32, DeviceArray
 from .device.gpu import check, cuda_errors
@@ -205,7 +205,7 @@ class DeviceStates(StateAccess):
         own = rates[since:]
         beta, decay = gates(own[:, : state.heads], own[:, state.heads :], rate, bias)
         u, tail = convolve(sums[since:], sums[since - state.taps : since], taps)
-        _, matrices = recur(u, beta, decay, net, self._family.config.rms_epsilon, matrices)
+        _, matrices = recur(silu(u), beta, decay, net, self._family.config.norm_epsilon, matrices)
         return matrices, tail
 
     def _recurrent(self, layer: int) -> tuple[Recurrent, DeltaNet]:
@@ -216,9 +216,6 @@ class DeviceStates(StateAccess):
     def write(self, layer: int, first: Float32Array, second: Float32Array) -> None:
         state, capacity = self._family.layer_states[layer], self._cache.capacity
         with cuda_errors("writing a state"):
-            if isinstance(state, Recurrent):
-                self._cache.keep_bytes(layer, 0, _as_kept(state, first, second))
-                return
             assert isinstance(state, (KeysValues, Latent)), "a layer with rows of its own"
             arrays = token_arrays(0, state, capacity)
             for number, (rows, scale, array) in enumerate(zip((first, second), self._cache.scales[layer], arrays)):
@@ -228,6 +225,11 @@ class DeviceStates(StateAccess):
                     raise StateError(f"layer {layer}: the state has values that this model cannot have made")
                 padded = _padded(halves, state, number)
                 self._cache.keep_bytes(layer, array.address, padded.view(np.uint8).reshape(-1))
+
+    def write_recurrence(self, layer: int, matrices: Float32Array, rows: Float32Array) -> None:
+        state, _ = self._recurrent(layer)
+        with cuda_errors("writing a state"):
+            self._cache.keep_bytes(layer, 0, _as_kept(state, matrices, rows))
 
     def close(self) -> None:
         for slot in self._slots:

@@ -88,7 +88,9 @@ class AttentionOps(BatchOps):
         q_norm: Weight | None = None,
         k_norm: Weight | None = None,
         v_normed: bool = False,
+        normed_last: bool = False,
     ) -> tuple[Heads, Heads, Heads]:
+        assert not normed_last, "q and k that are normalised once rotated are not on CUDA"
         head_dim = wq.shape[0] // self.config.head_count
         products = self._products((wq, wk, wv), head_dim, rope, q_norm, k_norm, v_normed)
         q, _ = self._heads(h, products)
@@ -210,7 +212,7 @@ class AttentionOps(BatchOps):
             weight=self.vector(norm),
             columns=norm.shape[0],
             stride=stride,
-            epsilon=self.config.rms_epsilon,
+            epsilon=self.config.norm_epsilon,
         )
 
     def _rotate(
@@ -243,7 +245,7 @@ class AttentionOps(BatchOps):
             q_norm=self.vector(p.by_head[0]),
             k_norm=self.vector(p.by_head[1]),
             v_normed=int(p.v_normed),
-            epsilon=self.config.rms_epsilon,
+            epsilon=self.config.norm_epsilon,
             table=self._rope_table(rope).rows(t) if rope is not None and pairs else None,
             pairs=pairs,
             interleaved=int(rope is not None and pairs > 0 and rope.interleaved),
@@ -311,10 +313,12 @@ class AttentionOps(BatchOps):
         *,
         scale: float,
         window: int | None = None,
+        chunked: bool = False,
         softcap: float | None = None,
         sinks: Weight | None = None,
         both_ways: bool = False,
     ) -> Operand:
+        assert not chunked, "chunks of a sequence are not on CUDA"
         self.enter_attention(q.head_dim, v.head_dim, window)
         attending = self.attending(q.head_dim, v.head_dim)
         config, nq, columns = attending.config, self.config.head_count, self.config.head_count * v.head_dim

@@ -6,6 +6,7 @@ residual stream and all sums are float32.
 
 from __future__ import annotations
 
+from .cpu_only import CpuOnlyOps
 from .delta import DeltaOps
 from .experts import ExpertOps
 from .head import HeadOps
@@ -13,5 +14,5 @@ from .latent import LatentOps
 from .per_layer import PerLayerOps
 
 
-class CudaOps(LatentOps, DeltaOps, ExpertOps, PerLayerOps, HeadOps):
+class CudaOps(LatentOps, DeltaOps, ExpertOps, PerLayerOps, HeadOps, CpuOnlyOps):
     """The operations of one batch."""

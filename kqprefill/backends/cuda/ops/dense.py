@@ -66,7 +66,7 @@ class DenseOps(BatchOps):
             out=out,
         )
 
-    def rms_norm(self, x: Residual, weight: Weight) -> Operand:
+    def norm(self, x: Residual, weight: Weight) -> Operand:
         return self.normalise(x.values, weight)
 
     def normalise(self, x: DeviceArray, weight: Weight, picked: DeviceArray | None = None) -> Operand:
@@ -91,7 +91,7 @@ class DenseOps(BatchOps):
             out=out.values,
             columns=columns,
             stride=out.values.shape[1],
-            epsilon=self.config.rms_epsilon,
+            epsilon=self.config.norm_epsilon,
             scale=out.scale,
             rows=picked,
         )
@@ -152,7 +152,7 @@ class DenseOps(BatchOps):
             row_scale=row_scale,
             weight=self.vector(weight),
             columns=weight.shape[0],
-            epsilon=self.config.rms_epsilon,
+            epsilon=self.config.norm_epsilon,
             factor=times,
         )
         return self._bounded(x, weight, times)
@@ -173,7 +173,7 @@ class DenseOps(BatchOps):
             z_weight=self.vector(z_norm),
             weight=self.vector(weight),
             columns=weight.shape[0],
-            epsilon=self.config.rms_epsilon,
+            epsilon=self.config.norm_epsilon,
             factor=times,
         )
         return self._bounded(x, weight, times)
@@ -209,7 +209,7 @@ class DenseOps(BatchOps):
     def mlp(
         self,
         h: Operand,
-        gate: Weight,
+        gate: Weight | None,
         up: Weight,
         down: Weight,
         *,
@@ -217,6 +217,7 @@ class DenseOps(BatchOps):
         residual: Residual | None = None,
         scale: float = 1.0,
     ) -> DeviceArray | Residual:
+        assert gate is not None, "networks without a gate are not on CUDA"
         self.enter("linear", [gate, up, down], self.n)
         self.hear([gate, up], h)
         g, u, d = (self.matrix(weight) for weight in (gate, up, down))

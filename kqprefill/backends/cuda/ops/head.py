@@ -80,7 +80,7 @@ class HeadOps(DenseOps):
             grid=self.n,
             x=x.values,
             columns=columns,
-            epsilon=self.config.rms_epsilon,
+            epsilon=self.config.norm_epsilon,
             factors=factors,
         )
         on_device = self.work.array("vectors", FLOAT32, count, columns)

@@ -78,7 +78,10 @@ def expanded_bytes(family: Family, rows: int) -> int:
 class LatentOps(AttentionOps, DenseOps):
     """Part of CudaOps."""
 
-    def latent_attention(self, h: Operand, w: Weights, latent: LatentAttention, *, rope: Rope, scale: float) -> Operand:
+    def latent_attention(
+        self, h: Operand, w: Weights, latent: LatentAttention, *, rope: Rope | None, scale: float
+    ) -> Operand:
+        assert rope is not None, "latent attention without rotation is not on CUDA"
         rows = self._latent_rows(h, w, latent, rope)
         q = self._latent_queries(h, w, latent, rope)  # normalises: h is overwritten
         if self.collector is not None and not latent.joined:
@@ -114,7 +117,7 @@ class LatentOps(AttentionOps, DenseOps):
                 rank=latent.rank,
                 stride=c.shape[1],
                 rotary=latent.rotary,
-                epsilon=self.config.rms_epsilon,
+                epsilon=self.config.norm_epsilon,
                 table=self._rope_table(rope).rows(t),
                 pairs=pairs,
                 interleaved=int(rope.interleaved),

@@ -51,7 +51,7 @@ class PerLayerOps(DenseOps):
                 norm=self.vector(norm),
                 layers=layers,
                 width=width,
-                epsilon=self.config.rms_epsilon,
+                epsilon=self.config.norm_epsilon,
             )
 
     def add_gated_embedding(

@@ -1,0 +1,21 @@
+"""The ops that only the CPU has; models that need them are refused before they run (weights/plan.py)."""
+
+from __future__ import annotations
+
+from ....models.kda import KimiDelta
+from ....models.mamba2 import Mamba2
+from ....models.ops import Input, Ops
+from ....models.weights import Weights
+
+
+class CpuOnlyOps(Ops):
+    """Part of CudaOps."""
+
+    def kda(self, h: Input, w: Weights, net: KimiDelta) -> Input:
+        raise NotImplementedError("Kimi Delta Attention is not on CUDA")
+
+    def mamba2(self, h: Input, w: Weights, net: Mamba2) -> Input:
+        raise NotImplementedError("Mamba-2 is not on CUDA")
+
+    def short_convolution(self, h: Input, w: Weights) -> Input:
+        raise NotImplementedError("convolutions by themselves are not on CUDA")
