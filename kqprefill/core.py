@@ -191,7 +191,7 @@ class LayerState:
 
 @dataclass(frozen=True)
 class Several(LayerState):
-    """States of several kinds, of a layer that mixes tokens in several ways at once; or none, of one that mixes none."""
+    """States of several kinds, of a layer that mixes tokens in several ways; or none, of one that mixes none."""
 
     states: tuple[LayerState, ...] = ()
 

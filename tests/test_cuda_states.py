@@ -178,7 +178,7 @@ def test_what_is_written_is_read(gpu, name, kind, rng, monkeypatch):
             if not isinstance(state, (KeysValues, Latent, Recurrent)):
                 continue
             given = [numbers(rng, shape) for shape in shapes_of(state, n)]
-            access.write(layer, *given)
+            (access.write_recurrence if isinstance(state, Recurrent) else access.write)(layer, *given)
             cache.length = n
             if isinstance(state, Recurrent):
                 got = access.recurrence(layer)

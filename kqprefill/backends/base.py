@@ -81,8 +81,8 @@ class StateAccess(ABC):
 
     @abstractmethod
     def write(self, layer: int, first: Float32Array, second: Float32Array) -> None:
-        """Make these two arrays the layer's rows of tokens 0 to n - 1; between batches. Raises StateError for values that
-        the model cannot have made."""
+        """Make these two arrays the layer's rows of tokens 0 to n - 1; between batches. Raises StateError for values
+        that the model cannot have made."""
 
     @abstractmethod
     def write_recurrence(self, layer: int, matrices: Float32Array, rows: Float32Array) -> None:

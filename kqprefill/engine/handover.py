@@ -8,7 +8,7 @@ threads that wait for them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backends.base import Backend, Cache, StateAccess
-from ..core import Float32Array, Int32Array, KeysValues, Latent, LayerState, Progress, Recurrent, no_progress
+from ..core import Float32Array, Int32Array, KeysValues, Latent, Progress, Recurrent, no_progress
 from ..errors import InputError, StateError
 from ..gguf import dequantize
 from ..models.deepseek2 import DeepSeek2
@@ -44,7 +44,7 @@ def state_shape(family: Family) -> StateShape:
     sliding: list[AttentionLayer] = []
     window, joined = 0, joined_latent(family)
     recurrent: list[tuple[int, Recurrent]] = []
-    for index, state in _parts(family):
+    for index, state in family.state_parts():
         if isinstance(state, KeysValues):
             windowed = state.window is not None and family.architecture not in _ONE_CACHE
             kept = sliding if windowed else full
@@ -59,11 +59,6 @@ def state_shape(family: Family) -> StateShape:
             recurrent.append((index, state))
     layers, axes = len(family.layer_states), family.architecture in _AXES
     return StateShape(family.architecture, layers, tuple(full), tuple(sliding) or None, window, tuple(recurrent), axes)
-
-
-def _parts(family: Family) -> Iterator[tuple[int, LayerState]]:
-    """Each layer's number and each of its states."""
-    return ((layer, part) for layer, state in enumerate(family.layer_states) for part in state.parts)
 
 
 def joined_latent(family: Family) -> LatentAttention | None:
@@ -111,7 +106,7 @@ class Saving:
         Raises InputError for values that the state's types cannot hold; OSError.
         """
         begin = time.perf_counter()
-        for layer, state in _parts(self._family):
+        for layer, state in self._family.state_parts():
             if isinstance(state, Recurrent):
                 self._writer.recurrence(layer, *self._access.recurrence(layer))
             else:
@@ -172,7 +167,7 @@ class _Expanding:
 def load_rows(backend: Backend, family: Family, cache: Cache, file: StateFile) -> None:
     """Make what a file holds an empty cache's content. Raises StateError for values that the model cannot have made."""
     with backend.state_access(family, cache, writing=True) as access:
-        for layer, state in _parts(family):
+        for layer, state in family.state_parts():
             if isinstance(state, Recurrent):
                 access.write_recurrence(layer, *file.recurrence(layer))
             elif isinstance(state, KeysValues):

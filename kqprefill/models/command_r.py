@@ -1,5 +1,5 @@
-"""Command R (Cohere): LayerNorm before two branches that run side by side, attention and a feed-forward network; a scale
-on the logits. Command R+ normalises q and k, with weights for each head."""
+"""Command R (Cohere): LayerNorm before two branches that run side by side, attention and a feed-forward network; a
+scale on the logits. Command R+ normalises q and k, with weights for each head."""
 
 from __future__ import annotations
 

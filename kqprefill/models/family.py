@@ -6,7 +6,7 @@ A family's page calls the ops of `kqprefill.models.ops.Ops` and reads like the m
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 import math
 from typing import Any, TypeVar
@@ -208,7 +208,11 @@ class Family(ABC):
     @property
     def has_recurrence(self) -> bool:
         """Whether any of its layers keeps the state of a recurrence."""
-        return any(isinstance(part, Recurrent) for state in self.layer_states for part in state.parts)
+        return any(isinstance(part, Recurrent) for _, part in self.state_parts())
+
+    def state_parts(self) -> Iterator[tuple[int, LayerState]]:
+        """Each layer's number with each of its states of one kind."""
+        return ((index, part) for index, state in enumerate(self.layer_states) for part in state.parts)
 
     def state(self, index: int) -> LayerState:
         """What one layer keeps of a sequence; here, keys and values."""

@@ -1,5 +1,5 @@
-"""Granite 4 hybrids (ibm-granite): Granite's layers, most of them with Mamba-2 in the place of attention; with experts or
-without; most files without rotation."""
+"""Granite 4 hybrids (ibm-granite): Granite's layers, most of them with Mamba-2 in the place of attention; with experts
+or without; most files without rotation."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Hunyuan (Tencent, arXiv 2411.02265): Llama's layers, with q and k normalised head by head after they are rotated; dense,
-or with experts beside one that every token goes through."""
+"""Hunyuan (Tencent, arXiv 2411.02265): Llama's layers, with q and k normalised head by head after they are rotated;
+dense, or with experts beside one that every token goes through."""
 
 from __future__ import annotations
 

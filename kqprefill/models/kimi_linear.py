@@ -1,5 +1,5 @@
-"""Kimi Linear (Moonshot AI, arXiv 2510.26692): three layers of four are Kimi Delta Attention, the fourth latent attention
-without rotation; after a dense layer, experts as DeepSeek's."""
+"""Kimi Linear (Moonshot AI, arXiv 2510.26692): three layers of four are Kimi Delta Attention, the fourth latent
+attention without rotation; after a dense layer, experts as DeepSeek's."""
 
 from __future__ import annotations
 

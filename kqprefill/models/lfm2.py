@@ -1,5 +1,5 @@
-"""LFM2 (Liquid AI, arXiv 2511.23404): gated convolutions of a few tokens among layers of attention; dense, or in LFM2-MoE
-with experts after some dense layers."""
+"""LFM2 (Liquid AI, arXiv 2511.23404): gated convolutions of a few tokens among layers of attention; dense, or in
+LFM2-MoE with experts after some dense layers."""
 
 from __future__ import annotations
 

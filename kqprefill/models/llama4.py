@@ -27,9 +27,7 @@ class Llama4(Family):
     def read_experts(self) -> Experts:
         meta = self.meta
         if meta.has("attention.sliding_window"):
-            raise meta.error(
-                "attention.sliding_window is of a model without chunks (MobileLLM), which is not supported"
-            )
+            raise meta.error("attention.sliding_window: models without chunks (MobileLLM) are not supported")
         self.step = meta.integer("interleave_moe_layer_step")
         return replace(Experts.from_gguf(meta, self.config), sigmoid=True, weighs_input=True)
 

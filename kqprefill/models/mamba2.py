@@ -29,9 +29,8 @@ class Mamba2:
         heads, width = meta.integer("ssm.time_step_rank"), meta.integer("ssm.inner_size")
         groups = meta.integer("ssm.group_count")
         if width % heads or heads % groups:
-            raise meta.error(
-                f"ssm.inner_size {width} is no multiple of ssm.time_step_rank {heads}, or that of ssm.group_count {groups}"
-            )
+            sizes = f"ssm.inner_size {width}, ssm.time_step_rank {heads}, ssm.group_count {groups}"
+            raise meta.error(f"{sizes}: each must be a multiple of the next")
         return cls(heads, width // heads, meta.integer("ssm.state_size"), groups, meta.integer("ssm.conv_kernel"))
 
     @property

@@ -1,5 +1,5 @@
-"""Nemotron-H and Nemotron 3 (arXiv 2504.03624, 2512.20848): each layer is one of Mamba-2, attention without rotation, and
-a feed-forward network. That has no gate, or it is experts, which may work on fewer values than a token has."""
+"""Nemotron-H and Nemotron 3 (arXiv 2504.03624, 2512.20848): each layer is one of Mamba-2, attention without rotation,
+and a feed-forward network. That has no gate, or it is experts, which may work on fewer values than a token has."""
 
 from __future__ import annotations
 

@@ -110,9 +110,9 @@ class Ops(ABC):
 
         q and k are normalised (as `norm`) where a weight is given: [D], head by head; [nq, D], with a row for each
         head; or [nq * D], over all heads. Then they are rotated unless rope is None (arXiv 2104.09864). normed_last:
-        they are normalised after that, head by head; without a weight where none is given. v_normed: v is normalised head by head, too, without a weight.
-        wv None, where v is normalised: v is made of what wk gives. wk None, too: k and v are those of the layer that
-        this one's state names (core.SharedKeysValues).
+        they are normalised after that, head by head; without a weight where none is given. v_normed: v is normalised
+        head by head, too, without a weight. wv None, where v is normalised: v is made of what wk gives. wk None, too: k
+        and v are those of the layer that this one's state names (core.SharedKeysValues).
         """
 
     @abstractmethod
@@ -238,10 +238,10 @@ class Ops(ABC):
         what it returns as in `linear`.
 
         w: Weights with ffn_gate_inp, the router, and ffn_gate_exps (unless experts have no gates), ffn_up_exps and
-        ffn_down_exps; where there is ffn_down_exps.scale, each expert's share is multiplied by its value. experts: how tokens are routed to them.
-        activation: also "swiglu_oai" (ggml_swiglu_oai with 1.702 and 7). scores: `router_scores`' where they are not
-        the router's of h. shared: what a network that every token goes through makes of h, y, and a vector [H]:
-        sigmoid(h · vector) * y is added, too.
+        ffn_down_exps; where there is ffn_down_exps.scale, each expert's share is multiplied by its value. experts: how
+        tokens are routed to them. activation: also "swiglu_oai" (ggml_swiglu_oai with 1.702 and 7). scores:
+        `router_scores`' where they are not the router's of h. shared: what a network that every token goes through
+        makes of h, y, and a vector [H]: sigmoid(h · vector) * y is added, too.
         """
 
     @abstractmethod
@@ -268,10 +268,10 @@ class Ops(ABC):
         value_dim].
 
         q = attn_q h, or attn_q_b rms_norm(attn_q_a h, attn_q_a_norm): of each head q_n [key_dim], then q_r [rotary].
-        attn_kv_a_mqa h is c [rank], then k_r [rotary]; c = rms_norm(c, attn_kv_a_norm). q_r and k_r are rotated unless rope is None. c and
-        k_r are what the layer keeps of a token (core.Latent). Of each head k_n [key_dim] and v [value_dim] are what
-        attn_k_b (transposed) and attn_v_b, or attn_kv_b, make of c. Causal attention, softmax(scale * (q_n·k_n +
-        q_r·k_r))·v, over the cache's tokens and the batch's own.
+        attn_kv_a_mqa h is c [rank], then k_r [rotary]; c = rms_norm(c, attn_kv_a_norm). q_r and k_r are rotated unless
+        rope is None. c and k_r are what the layer keeps of a token (core.Latent). Of each head k_n [key_dim] and v
+        [value_dim] are what attn_k_b (transposed) and attn_v_b, or attn_kv_b, make of c. Causal attention,
+        softmax(scale * (q_n·k_n + q_r·k_r))·v, over the cache's tokens and the batch's own.
         """
 
     @abstractmethod

@@ -145,9 +145,10 @@ def _cut(whole: Weight, rows: Mapping[str, int | NDArray[np.intp]]) -> dict[str,
 def _check(file: ModelFile, tensor: ModelTensor, shape: tuple[int, ...]) -> None:
     if tensor.type not in SUPPORTED:
         raise ModelError(f"{file.path}: tensor {tensor.name} has type {tensor.type.name}, which is not supported yet")
-    if tensor.shape != tuple(shape) and not (
-        BY_ROW.search(tensor.name) and _squeezed(tensor.shape) == _squeezed(shape)
-    ):
+    found, wanted = tensor.shape, tuple(shape)
+    if BY_ROW.search(tensor.name):
+        found, wanted = _squeezed(found), _squeezed(wanted)
+    if found != wanted:
         raise ModelError(
             f"{file.path}: tensor {tensor.name} is {list(tensor.shape)}, but the metadata asks for {list(shape)}"
         )

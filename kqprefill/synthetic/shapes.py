@@ -20,8 +20,9 @@ class Shape:
 
     window: of sliding-window attention; 0 for none. yarn: how many times as long YaRN makes the context, which is then
     `context`; 0 for none. experts: of a layer, each of width ffn; 0 for one feed-forward network. used: experts that
-    a token goes through. more: other metadata under the architecture's name; None for what it does not have. optional: pattern of the tensors (full
-    GGUF names) that the model has and its family's files may lack, beside those that are known of the architecture.
+    a token goes through. more: other metadata under the architecture's name; None for what it does not have. optional:
+    pattern of the tensors (full GGUF names) that the model has and its family's files may lack, beside those that are
+    known of the architecture.
     """
 
     architecture: str
@@ -100,11 +101,11 @@ _BY_LAYER = ("attention.sliding_window_pattern", "attention.head_count_kv", "fee
 _SEPARATE = r"blk\.\d+\.(ffn_gate_exps|ffn_up_exps|attn_qkv|attn_gate)\.weight"
 # Pattern of the biases and the like that an architecture's models have and its files may lack, by full GGUF name.
 _QKV_BIASES = r"blk\.\d+\.attn_[qkv]\.bias"
-_BIASES = {name: _QKV_BIASES for name in ("qwen2", "qwen2moe", "glm4moe")}
+_BIASES = dict.fromkeys(("qwen2", "qwen2moe", "glm4moe"), _QKV_BIASES)
 _BIASES |= {"gpt-oss": r"blk\..*\.bias", "starcoder2": r"blk\..*\.bias|output_norm\.bias"}
 _BIASES["phimoe"] = r"blk\.\d+\.(attn_.*|ffn_norm)\.bias|output(_norm)?\.bias"
 _MIXERS = r"blk\.\d+\.(ssm_conv1d\.bias|ssm_norm\.weight|exp_probs_b\.bias)"
-_BIASES |= {name: _MIXERS for name in ("nemotron_h", "nemotron_h_moe", "granitehybrid", "falcon-h1", "lfm2moe")}
+_BIASES |= dict.fromkeys(("nemotron_h", "nemotron_h_moe", "granitehybrid", "falcon-h1", "lfm2moe"), _MIXERS)
 
 
 def _delta_layers(value_heads: int, **more: Any) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def operations(plan: Plan, family: Family, tokens: int, ranks: bool = False) -> 
     counted as nothing, with the logits of each token."""
     matrices = plan.needs.matrix_flops / plan.tokens * tokens
     attention = recurrences = 0.0
-    for index, state in ((index, part) for index, state in enumerate(family.layer_states) for part in state.parts):
+    for index, state in family.state_parts():
         kept = family.layer_states[state.layer] if isinstance(state, SharedKeysValues) else state
         if isinstance(kept, Recurrent):
             # Chunk by chunk (arXiv 2412.06464): keys and queries with keys, the solved system with keys and values, the
