@@ -109,7 +109,8 @@ def typed(value):
 
 
 def typed_array(values):
-    return TYPES.get(type(values[0]).__name__ if values else "int", TYPES["int32"]), values
+    name = type(values[0]).__name__ if values else "int"
+    return TYPES[{"int": "int32", "float": "float32"}.get(name, name)], values
 
 
 def value_of(kind, value):

@@ -58,6 +58,9 @@ def more_metadata(architecture):
         heads = {"attention.key_length_mla": 40, "attention.value_length_mla": 16}
         experts = {"leading_dense_block_count": 1, "expert_shared_count": 1, "expert_gating_func": 2}
         return latent | heads | experts
+    if architecture == "gemma3n":
+        more = {"activation_sparsity_scale": [1.5] * 3 + [float("-inf")] * 4, "attention.shared_kv_layers": 0}
+        return more_metadata("gemma4") | more | {"attention.sliding_window_pattern": [True, True, False] * 2 + [True]}
     if architecture == "gemma4":
         windowed = [True, True, False, True, False, True, False]
         return {"attention.sliding_window_pattern": windowed, "embedding_length_per_layer_input": 32}

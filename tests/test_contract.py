@@ -17,7 +17,9 @@ NAMES = "gemma3-q4_k_m qwen35-tied-nextn qwen3next-moe-q3_k_m glm4moe-nextn-q3_k
 NAMES += "gemma4-q4_k_m gemma4-hd512 gemma4-moe-q4_k_m gemma4-e2b-q3_k_m "
 NAMES += "deepseek2-moe-glm47-q3_k_m deepseek2-moe-kv_b-q3_k_m deepseek2-moe-v3-q3_k_m "
 NAMES += "lfm2-q2_k lfm2moe-q3_k nemotron_h-q2_k nemotron_h_moe-latent granitehybrid-q2_k falcon-h1-q2_k "
-NAMES += "llama4-moe-q2_k cohere2-q2_k hunyuan-moe-q3_k command-r-q3_k starcoder2-q3_k kimi-linear-moe-q2_k"
+NAMES += (
+    "llama4-moe-q2_k cohere2-q2_k hunyuan-moe-q3_k command-r-q3_k starcoder2-q3_k kimi-linear-moe-q2_k gemma3n-tiny"
+)
 FAMILIES = [EXAMPLE, *found(NAMES)]
 
 

@@ -34,6 +34,9 @@ class Recorder:
     def qkv(self, *_: Any, **__: Any) -> tuple[None, None, None]:
         return None, None, None
 
+    def altup_predict(self, *_: Any) -> tuple[None, None]:
+        return None, None
+
     def gated_qkv(self, *_: Any, **__: Any) -> tuple[None, None, None, None]:
         return None, None, None, None
 
@@ -45,6 +48,7 @@ WINDOWS = {
     "gemma2": [40, None, 40, None, 40, None, 40],
     "gpt-oss": [40, None, 40, None, 40, None, 40],
     "gemma4": [40, 40, None, 40, None, 40, None],
+    "gemma3n": [40, 40, None, 40, 40, None, 40],
     "gemma3": [40, 40, 40, 40, 40, None, 40],
     "gemma-embedding": [21, 21, 21, 21, 21, None, 21],
     "olmo2": [40, 40, 40, None, 40, 40, 40],

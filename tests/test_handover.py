@@ -22,7 +22,7 @@ FAMILIES = (
     "deepseek2-moe-kv_b-q3_k_m qwen35-tied-nextn qwen35moe-q4_k_m qwen3next-moe-q3_k_m qwen3vl-q4_k_m gemma4-q4_k_m "
     "gemma4-e2b-q3_k_m gemma-q4_k glm4-q4_k_m glm4moe-nextn-q3_k_m granite-q4_k olmo2-q4_k qwen2-q5_k smollm3-q4_k "
     "lfm2-q2_k lfm2moe-q3_k nemotron_h-q2_k nemotron_h_moe-latent granitehybrid-q2_k falcon-h1-q2_k llama4-moe-q2_k "
-    "cohere2-q2_k kimi-linear-moe-q2_k hunyuan-moe-q3_k starcoder2-q3_k command-r-q3_k"
+    "cohere2-q2_k kimi-linear-moe-q2_k hunyuan-moe-q3_k starcoder2-q3_k command-r-q3_k gemma3n-tiny"
 )
 CASES_HERE = [pytest.param(path, id=path.stem) for path in found(FAMILIES)]
 

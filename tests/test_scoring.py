@@ -20,7 +20,7 @@ from test_models import variant
 WANTED = "gemma3-q4_k_m gemma2-q4_k qwen2moe-q4_k gpt-oss-mxfp4 granite-q4_k qwen35-tied-nextn qwen3next-moe-q3_k_m"
 WANTED += " gemma4-q4_k_m gemma4-e2b-q3_k_m gemma4-moe-q4_k_m"  # heads of two sizes; shared keys and values; experts
 WANTED += " deepseek2-moe-glm47-q3_k_m"  # latent attention
-WANTED += " lfm2-q2_k nemotron_h_moe-latent falcon-h1-q2_k llama4-moe-q2_k kimi-linear-moe-q2_k"  # others' recurrences
+WANTED += " lfm2-q2_k nemotron_h_moe-latent falcon-h1-q2_k llama4-moe-q2_k kimi-linear-moe-q2_k gemma3n-tiny"
 
 MODELS = [
     pytest.param((path, *way), marks=[pytest.mark.gpu] if way[0] == "cuda" else [], id=f"{path.stem}-{'-'.join(way)}")

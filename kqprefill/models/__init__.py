@@ -18,6 +18,7 @@ from .family import Family
 from .gemma import Gemma
 from .gemma2 import Gemma2
 from .gemma3 import Gemma3
+from .gemma3n import Gemma3n
 from .gemma4 import Gemma4
 from .gemma_embedding import GemmaEmbedding
 from .glm4 import Glm4
@@ -101,6 +102,7 @@ _PAGES: tuple[type[Family], ...] = (
     PhiMoe,
     CommandR,
     StarCoder2,
+    Gemma3n,
     FalconH1,
     KimiLinear,
 )

@@ -190,6 +190,13 @@ class ArchMetadata:
             raise self.error(f"metadata {key} is {described(value)}, not an integer or an array of {layers}")
         return [int(number) for number in value[:layers]]
 
+    def numbers(self, key: str, at_least: int) -> list[float]:
+        """An array of numbers, of so many layers at least; any of them may be infinite, none NaN."""
+        value = np.asarray(self._get(key, None))
+        if value.dtype.kind not in "iuf" or value.ndim != 1 or len(value) < at_least or np.isnan(value).any():
+            raise self.error(f"metadata {key} is {described(value)}, not an array of at least {at_least} numbers")
+        return [float(number) for number in value[:at_least]]
+
     def replaced(self, key: str, value: Any) -> ArchMetadata:
         """The same metadata but for one value."""
         return ArchMetadata({**self._metadata, f"{self.architecture}.{key}": value}, self._path, self.architecture)

@@ -112,5 +112,6 @@ class NemotronHMoe(NemotronH):
         if self.latent == self.config.embedding_length:
             return ops.moe(h, w, experts, activation=activation, residual=x)
         scores = ops.linear(h, w.ffn_gate_inp)
-        made = ops.moe(ops.cast(ops.linear(h, w.ffn_latent_down)), w, experts, activation=activation, scores=scores)
+        u = ops.projected(h, w.ffn_latent_down)
+        made = ops.moe(u, w, experts, activation=activation, scores=scores)
         return ops.linear(ops.cast(made), w.ffn_latent_up, residual=x)

@@ -82,8 +82,8 @@ class Ops(ABC):
         """
 
     @abstractmethod
-    def add_rms_norm(self, x: Residual, y: Sums, weight: Weight, factor: Weight | None = None) -> Residual:
-        """x + rms_norm(y, weight), times `factor`, a vector of one value, where one is given."""
+    def add_rms_norm(self, x: Residual, y: Sums, weight: Weight, factor: Weight | float | None = None) -> Residual:
+        """x + rms_norm(y, weight), times `factor`, a number or a vector of one, where one is given; y may be x."""
 
     @abstractmethod
     def add_norm_of_norms(
@@ -204,6 +204,10 @@ class Ops(ABC):
         """
 
     @abstractmethod
+    def projected(self, a: Input, weight: Weight) -> Input:
+        """weight · a + its bias, as what another matrix is multiplied by: [T, rows]."""
+
+    @abstractmethod
     def mlp(
         self,
         h: Input,
@@ -214,12 +218,14 @@ class Ops(ABC):
         activation: str,
         residual: Residual | None = None,
         scale: float = 1.0,
+        sparsity: float | None = None,
     ) -> Any:
         """scale * down(act(gate(h)) * up(h)) (+ residual) (arXiv 2002.05202), or of act(up(h)) without a gate; what it
         returns, and scale, as in `linear`.
 
         activation: "silu" or "gelu_tanh" (ggml_silu, ggml_gelu); without a gate "gelu_tanh" or "relu_squared", which
-        is max(x, 0)² (arXiv 2109.08668).
+        is max(x, 0)² (arXiv 2109.08668). sparsity: of each token's gates only what is above their mean by so many
+        standard deviations counts: g becomes max(g - mean - sparsity * deviation, 0) before the activation.
         """
 
     @abstractmethod
@@ -273,6 +279,27 @@ class Ops(ABC):
         [value_dim] are what attn_k_b (transposed) and attn_v_b, or attn_kv_b, make of c. Causal attention,
         softmax(scale * (q_n·k_n + q_r·k_r))·v, over the cache's tokens and the batch's own.
         """
+
+    @abstractmethod
+    def altup_streams(self, x: Residual, matrices: Weight) -> Residual:
+        """Residual streams (AltUp, arXiv 2301.13310): x, and what each of a stack of matrices makes of x, each of a
+        token's rows as long as x's (Euclidean)."""
+
+    @abstractmethod
+    def altup_predict(self, x: Residual, w: Weights) -> tuple[Residual, Residual]:
+        """Streams x + c x, where c [T, streams, streams] is altup_predict_coef tanh(altup_router rms_norm(x_0,
+        altup_router_norm) / H); and the first of them by itself, which is the caller's."""
+
+    @abstractmethod
+    def altup_correct(self, x: Residual, made: Residual, w: Weights) -> Residual:
+        """Streams x + c (made - x_0), where c is 1 + altup_correct_coef tanh(altup_router rms_norm(made,
+        altup_router_norm) / H); to all but the first then rms_norm(proj (gelu(inp_gate (altup_correct_scale x_0)) * e),
+        post_norm) is added, where e is the token's embedding for this layer (`embed_for_layers`)."""
+
+    @abstractmethod
+    def altup_merge(self, x: Residual, matrices: Weight) -> Residual:
+        """The mean of the first stream, and of what each of a stack of matrices makes of the others, each of a token's
+        rows as long as the first stream's."""
 
     @abstractmethod
     def pool(self, x: Residual, norm: Weight) -> PendingHead:

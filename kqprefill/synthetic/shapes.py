@@ -288,6 +288,7 @@ def _q4_k_m(shape: Shape, name: str, layer: int) -> GGML:
 
 
 def fitting_type(wanted: GGML, columns: int) -> GGML:
-    """The type that llama.cpp gives to a matrix with rows of so many columns, where `wanted` is asked for."""
-    block_elements, _ = GGML_QUANT_SIZES[wanted]
-    return _FALLBACKS.get(wanted, GGML.IQ4_NL) if columns % block_elements else wanted
+    """The type that llama.cpp gives to a matrix with rows of so many columns, where `wanted` is asked for; F16 where no
+    block fits."""
+    types = wanted, _FALLBACKS.get(wanted, GGML.IQ4_NL), GGML.F16
+    return next(kind for kind in types if columns % GGML_QUANT_SIZES[kind][0] == 0)

@@ -29,6 +29,7 @@ from ...models.experts import Experts
 from ...models.family import Family
 from ...models.weights import Weight, Weights
 from ..base import Cache
+from .altup_ops import AltUpOps
 from .attention_ops import AttentionOps
 from .functions import (
     ACTIVATIONS,
@@ -44,7 +45,6 @@ from .functions import (
     vector_of,
 )
 from .latent_ops import LatentOps
-from .per_layer_ops import PerLayerOps
 from .recurrent_ops import RecurrentOps, State, first_state
 from .weights import DecodedWeights
 
@@ -81,7 +81,7 @@ def _rows(state: KeysValues | Latent, capacity: int) -> tuple[Float32Array, Floa
     return np.empty(shape, np.float32), np.empty(shape, np.float32)
 
 
-class CpuOps(AttentionOps, LatentOps, RecurrentOps, PerLayerOps):
+class CpuOps(AttentionOps, LatentOps, RecurrentOps, AltUpOps):
     """The operations of one batch; every array is float32."""
 
     cache: CpuCache | None
@@ -112,10 +112,12 @@ class CpuOps(AttentionOps, LatentOps, RecurrentOps, PerLayerOps):
         return x
 
     def add_rms_norm(
-        self, x: Float32Array, y: Float32Array, weight: Weight, factor: Weight | None = None
+        self, x: Float32Array, y: Float32Array, weight: Weight, factor: Weight | float | None = None
     ) -> Float32Array:
         added = x + self.norm(y, weight)
-        return added if factor is None else added * vector_of(factor.tensor)
+        if factor is None:
+            return added
+        return added * (np.float32(factor) if isinstance(factor, float) else vector_of(factor.tensor))
 
     def add_norm_of_norms(
         self,
@@ -140,6 +142,9 @@ class CpuOps(AttentionOps, LatentOps, RecurrentOps, PerLayerOps):
         """As Ops.linear; batch_rows: which rows of the batch a's are, ascending, where they are not all of them."""
         self.hear(weight, a)
         return self._linear(a, weight, residual, scale, batch_rows)
+
+    def projected(self, a: Float32Array, weight: Weight) -> Float32Array:
+        return self.linear(a, weight)
 
     def _linear(
         self,
@@ -182,6 +187,7 @@ class CpuOps(AttentionOps, LatentOps, RecurrentOps, PerLayerOps):
         activation: str,
         residual: Float32Array | None = None,
         scale: float = 1.0,
+        sparsity: float | None = None,
         batch_rows: NDArray[np.intp] | None = None,
     ) -> Float32Array:
         """As Ops.mlp; batch_rows as in `linear`."""
@@ -189,6 +195,9 @@ class CpuOps(AttentionOps, LatentOps, RecurrentOps, PerLayerOps):
             hidden = ACTIVATIONS[activation](self.linear(h, up, batch_rows=batch_rows))
         else:
             gates, ups = (self.linear(h, weight, batch_rows=batch_rows) for weight in (gate, up))
+            if sparsity is not None:
+                least = gates.mean(axis=-1) + np.float32(sparsity) * gates.std(axis=-1, ddof=1)
+                gates = np.maximum(gates - least[:, None], np.float32(0))
             hidden = GATES[activation](gates, ups)
         return self.linear(hidden, down, residual, scale, batch_rows)
 

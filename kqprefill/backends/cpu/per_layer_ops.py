@@ -23,10 +23,14 @@ class PerLayerOps(Ops):
         made = self.linear(x, matrix, scale=1 / math.sqrt(x.shape[1])).reshape(own.shape)
         self._embeddings = (own + self.norm(made, norm)) / np.float32(math.sqrt(2))
 
+    def layer_embeddings(self) -> Float32Array:
+        """This layer's, [T, P]."""
+        assert self._embeddings is not None, "embed_for_layers comes first"
+        return self._embeddings[:, self.layer]
+
     def add_gated_embedding(
         self, x: Float32Array, gate: Weight, matrix: Weight, norm: Weight, factor: Weight | None
     ) -> Float32Array:
-        assert self._embeddings is not None, "embed_for_layers comes first"
-        gated = GATES["gelu_tanh"](self.linear(x, gate), self._embeddings[:, self.layer])
+        gated = GATES["gelu_tanh"](self.linear(x, gate), self.layer_embeddings())
         added: Float32Array = self.add_rms_norm(x, self.linear(gated, matrix), norm, factor)
         return added

@@ -12,7 +12,7 @@ from ...core import Float32Array, Recurrent
 from ...models.delta_net import DeltaNet
 from ...models.kda import KimiDelta
 from ...models.mamba2 import Mamba2
-from ...models.weights import Weight, Weights
+from ...models.weights import Weights
 from .collector import HearingOps
 from .functions import normalised, sigmoid, silu, vector_of
 
@@ -55,9 +55,9 @@ class RecurrentOps(HearingOps):
         taps = np.concatenate(
             [vector_of(c.tensor).reshape(-1, net.kernel) for c in (w.ssm_conv1d_q, w.ssm_conv1d_k, w.ssm_conv1d_v)]
         )
-        step = softplus(self._by_two(h, w.ssm_f_a, w.ssm_f_b) + vector_of(w.ssm_dt_bias.tensor))
+        step = softplus(self.linear(self.linear(h, w.ssm_f_a), w.ssm_f_b) + vector_of(w.ssm_dt_bias.tensor))
         decay = np.exp(vector_of(w.ssm_a.tensor).reshape(-1, 1) * step.reshape(-1, heads, d))
-        beta, z = sigmoid(self.linear(h, w.ssm_beta)), self._by_two(h, w.ssm_g_a, w.ssm_g_b)
+        beta, z = sigmoid(self.linear(h, w.ssm_beta)), self.linear(self.linear(h, w.ssm_g_a), w.ssm_g_b)
         self.enter("rest")
         out = np.empty((len(h), heads, d), np.float32)
 
@@ -71,11 +71,6 @@ class RecurrentOps(HearingOps):
         self._advance(net.state, advance)
         normed: Float32Array = self.norm(out, w.ssm_norm)
         return normed.reshape(len(h), -1) * sigmoid(z)
-
-    def _by_two(self, h: Float32Array, first: Weight, second: Weight) -> Float32Array:
-        """h through a matrix of few rows, and what comes of that through another."""
-        made: Float32Array = self.linear(self.linear(h, first), second)
-        return made
 
     def mamba2(self, h: Float32Array, w: Weights, net: Mamba2) -> Float32Array:
         z, rows, dt = np.split(self.linear(h, w.ssm_in), np.cumsum([net.width, net.channels]), axis=1)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ....models.kda import KimiDelta
 from ....models.mamba2 import Mamba2
-from ....models.ops import Input, Ops
-from ....models.weights import Weights
+from ....models.ops import Input, Ops, Residual
+from ....models.weights import Weight, Weights
 
 
 class CpuOnlyOps(Ops):
@@ -19,3 +19,18 @@ class CpuOnlyOps(Ops):
 
     def short_convolution(self, h: Input, w: Weights) -> Input:
         raise NotImplementedError("convolutions by themselves are not on CUDA")
+
+    def projected(self, a: Input, weight: Weight) -> Input:
+        raise NotImplementedError("products of products are not on CUDA")
+
+    def altup_streams(self, x: Residual, matrices: Weight) -> Residual:
+        raise NotImplementedError("several residual streams are not on CUDA")
+
+    def altup_predict(self, x: Residual, w: Weights) -> tuple[Residual, Residual]:
+        raise NotImplementedError("several residual streams are not on CUDA")
+
+    def altup_correct(self, x: Residual, made: Residual, w: Weights) -> Residual:
+        raise NotImplementedError("several residual streams are not on CUDA")
+
+    def altup_merge(self, x: Residual, matrices: Weight) -> Residual:
+        raise NotImplementedError("several residual streams are not on CUDA")

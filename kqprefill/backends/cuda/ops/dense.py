@@ -137,7 +137,7 @@ class DenseOps(BatchOps):
         x: Residual,
         y: Sums,
         weight: Weight,
-        factor: Weight | None = None,
+        factor: Weight | float | None = None,
         row_scale: DeviceArray | None = None,
     ) -> Residual:
         """As Ops.add_rms_norm; row_scale: powers of two that y's rows are to be multiplied by, float32 [T]."""
@@ -178,8 +178,10 @@ class DenseOps(BatchOps):
         )
         return self._bounded(x, weight, times)
 
-    def _factor(self, weight: Weight | None) -> float:
-        """The one value of a vector; 1 for None."""
+    def _factor(self, weight: Weight | float | None) -> float:
+        """The one value of a vector, or the number; 1 for None."""
+        if isinstance(weight, float):
+            return weight
         return 1.0 if weight is None else float(self.context.small.vector(weight.tensor)[1][0])
 
     def _bounded(self, x: Residual, weight: Weight, factor: float) -> Residual:
@@ -216,8 +218,9 @@ class DenseOps(BatchOps):
         activation: str,
         residual: Residual | None = None,
         scale: float = 1.0,
+        sparsity: float | None = None,
     ) -> DeviceArray | Residual:
-        assert gate is not None, "networks without a gate are not on CUDA"
+        assert gate is not None and sparsity is None, "networks without a gate, or with sparse ones, are not on CUDA"
         self.enter("linear", [gate, up, down], self.n)
         self.hear([gate, up], h)
         g, u, d = (self.matrix(weight) for weight in (gate, up, down))

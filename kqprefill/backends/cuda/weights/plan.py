@@ -26,7 +26,7 @@ from .staging import STAGING_BYTES, STAGING_SLOTS
 # Architectures whose layers have ops that are not on CUDA yet.
 CPU_ONLY = frozenset(
     "lfm2 lfm2moe nemotron_h nemotron_h_moe granitehybrid llama4 cohere2 hunyuan-dense hunyuan-moe phimoe command-r "
-    "starcoder2 falcon-h1 kimi-linear".split()
+    "starcoder2 gemma3n falcon-h1 kimi-linear".split()
 )
 CONTEXT_BYTES = 560 << 20  # that the driver takes for a context and our kernels (an H100: 540 MiB)
 _SLACK_BYTES, _SLACK_SHARE = (
