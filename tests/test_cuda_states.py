@@ -1,14 +1,13 @@
 """The states in a GPU's caches: with memory of the host in place of a GPU's, and (gpu) on one."""
 
 from concurrent.futures import ThreadPoolExecutor
-import ctypes
 from types import SimpleNamespace
 
-from cuda.bindings.driver import CUresult
 import numpy as np
 import pytest
 
 from conftest import CASES, found, kl_divergence, relative_error
+from host_gpu import Buffer, Event, HostGpu, on_host
 import kqprefill
 from kqprefill.backends.base import whole_rows
 from kqprefill.backends.cuda.device.arrays import FLOAT16, FLOAT32, DeviceArray
@@ -25,73 +24,6 @@ from kqprefill.synthetic import SyntheticFile
 
 WANTED = "qwen3-q8_0 phi3-q4_k_m gemma4-q4_k_m deepseek2-moe-glm47-q3_k_m qwen35-tied-nextn qwen35-q4_k_m"
 FAMILIES = [path.stem for path in found(WANTED)]
-
-OK = CUresult.CUDA_SUCCESS
-
-
-class Event:
-    def sync(self):
-        pass
-
-
-class Stream(Event):
-    handle = 0
-
-    def wait(self, other):
-        pass
-
-    def record(self, event=None):
-        return event
-
-    def close(self):
-        pass
-
-
-class Buffer:
-    def __init__(self, nbytes):
-        self.memory = np.full(nbytes, 0xFF, np.uint8)  # halves that are NaN
-        self.handle, self.size = self.memory.ctypes.data, nbytes
-
-    def close(self, stream):
-        self.memory[:] = 0xFF
-
-
-class HostGpu:
-    """In place of a Gpu: its memory is the host's, and all that is asked for is done at once."""
-
-    def __init__(self):
-        self.stream, self.blocks = Stream(), {}
-        self.device = SimpleNamespace(create_stream=Stream, create_event=Event, set_current=lambda: None)
-        self.driver = SimpleNamespace(
-            cuMemHostAlloc=self._host_alloc,
-            cuMemFreeHost=lambda host: self.blocks.pop(int(host)),
-            cuMemcpyDtoHAsync=lambda to, source, nbytes, stream: (ctypes.memmove(to, source, nbytes), (OK,))[1],
-            cuMemHostRegister=lambda *args: (OK,),
-            cuMemHostUnregister=lambda *args: (OK,),
-            cuStreamSynchronize=lambda *args: (OK,),
-        )
-
-    def _host_alloc(self, nbytes, flags):
-        memory = np.empty(nbytes, np.uint8)
-        self.blocks[memory.ctypes.data] = memory
-        return OK, memory.ctypes.data
-
-    def allocate(self, nbytes, what):
-        return Buffer(nbytes)
-
-    def zero(self, address, nbytes):
-        ctypes.memset(address, 0, nbytes)
-
-    def upload(self, address, array, stream=None):
-        ctypes.memmove(address, np.ascontiguousarray(array).ctypes.data, array.nbytes)
-
-    def download(self, array, address):
-        ctypes.memmove(array.ctypes.data, address, array.nbytes)
-
-
-def on_host(array):
-    memory = (ctypes.c_uint8 * array.nbytes).from_address(array.address)
-    return np.frombuffer(memory, array.dtype).reshape(array.shape)
 
 
 class HostLauncher:

@@ -1,0 +1,186 @@
+"""The portable CUDA kernels on the host: compiled by g++ over emulator/cuda.hpp, and launched by the ops as on a GPU.
+
+It is slow, and shows nothing of Hopper's own kernels, of races, or of how fast anything is. It needs g++ and an x86-64
+processor with F16C.
+"""
+
+import ctypes
+import hashlib
+import os
+from pathlib import Path
+import re
+import shutil
+import subprocess
+import tempfile
+from typing import ClassVar
+
+import numpy as np
+
+from host_gpu import HostGpu
+from kqprefill.backends.cuda.device.arrays import UINT8, DeviceArray
+from kqprefill.backends.cuda.device.codebooks import definitions
+from kqprefill.backends.cuda.device.compiler import kernel_folder
+from kqprefill.backends.cuda.device.signatures import signatures_of
+from kqprefill.backends.cuda.device.workspace import Downloads, Workspace
+from kqprefill.backends.cuda.gemm.tensor_maps import TensorMaps
+from kqprefill.backends.cuda.kernel_set import kernel_set_of
+from kqprefill.backends.cuda.kv_cache import DeviceCache
+from kqprefill.backends.cuda.ops.context import Context
+from kqprefill.backends.cuda.ops.cuda_ops import CudaOps
+from kqprefill.backends.cuda.weights.matrix import matrix_of
+from kqprefill.backends.cuda.weights.small_arrays import SmallArrays
+from kqprefill.backends.cuda.weights.staging import repack
+from kqprefill.gguf import GGUFFile
+from kqprefill.models import read_model
+
+SHIM = Path(__file__).parent / "emulator" / "cuda.hpp"
+IN_ITS_PLACE = ("types.cuh", "ptx.cuh")  # of which SHIM stands in the place
+OPTIONS = "-std=c++20 -O1 -mf16c -mfma -mavx2 -ffp-contract=off -fno-strict-aliasing -w -shared -fPIC".split()
+MULTIPROCESSORS = 4
+
+
+def why_not():
+    """Why kernels cannot be emulated here, or None."""
+    if shutil.which("g++") is None:
+        return "no g++"
+    flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)
+    missing = {"f16c", "fma", "avx2"} - set(flags[1].split() if flags else ())
+    return f"no {', '.join(sorted(missing))} in this processor" if missing else None
+
+
+def _flat(path, seen):
+    """A .cu file's text with its includes in place, each once."""
+    if path in seen or path.name in IN_ITS_PLACE:
+        return ""
+    seen.add(path)
+    lines = []
+    for line in path.read_text().splitlines():
+        match = re.match(r'\s*#include\s+"([^"]+)"', line)
+        lines.append(_flat((path.parent / match[1]).resolve(), seen) if match else line)
+    return "\n".join(line for line in lines if line.strip() != "#pragma once")
+
+
+def _source(program):
+    """A program in C++."""
+    names = [name for key, value in program.constants if key in ("FORMAT", "FORMATS") for name in value.split(",")]
+    text = definitions(names) + _flat((kernel_folder() / program.source).resolve(), set())
+    text = text.replace("extern __shared__", "extern").replace("__shared__", "static")
+    defines = "".join(f"#define {name} {value}\n" for name, value in program.defines)
+    launches = "".join(
+        f'extern "C" void launch_{kernel}(const uint64_t* values, unsigned x, unsigned y, unsigned z, unsigned n) '
+        f"{{ launch({kernel}, values, {{x, y, z}}, n); }}\n"
+        for kernel in signatures_of(program.source)
+    )
+    return f"{SHIM.read_text()}\n{defines}{text}\n{launches}"
+
+
+class Emulator:
+    """Launches (device/launcher.py) on the host."""
+
+    overlap = False
+    _loaded: ClassVar = {}  # what has been compiled, by program
+
+    def __init__(self):
+        self._folder = Path(os.environ.get("KQPREFILL_CACHE_DIR", tempfile.gettempdir())) / f"emulator-{os.getuid()}"
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        assert self._folder.stat().st_uid == os.getuid()
+
+    def fence(self):
+        pass
+
+    def launch(self, program, kernel, grid, **arguments):
+        signature = signatures_of(program.source)[kernel]
+        signature.check(arguments)
+        values = signature.packer.pack(*signature.values(arguments))
+        x, y, z = (*np.atleast_1d(grid).tolist(), 1, 1)[:3]
+        library = self._loaded.get(program) or self._load(program)
+        getattr(library, f"launch_{kernel}")(values, x, y, z, program.threads_of(kernel))
+
+    def _load(self, program):
+        source = _source(program)
+        path = self._folder / f"{hashlib.sha256(source.encode()).hexdigest()[:32]}.so"
+        if not path.exists():
+            made = Path(tempfile.mkdtemp(dir=self._folder))
+            (made / "kernel.cpp").write_text(source)
+            subprocess.run(["g++", *OPTIONS, "-o", made / "kernel.so", made / "kernel.cpp"], check=True)
+            (made / "kernel.so").rename(path)
+            shutil.rmtree(made)
+        library = self._loaded[program] = ctypes.CDLL(str(path))
+        return library
+
+
+class EmulatedGpu(HostGpu):
+    """With the facts that kernels are chosen by."""
+
+    capability, multiprocessors, shared_memory = (8, 0), MULTIPROCESSORS, 99 << 10
+
+    def copy(self, to, source, nbytes):
+        ctypes.memmove(to, source, nbytes)
+
+    def upload(self, address, array, stream=None):
+        super().upload(address, array, stream)
+
+
+class EmulatedWeights:
+    """A model's matrices, as WeightsOnDevice has them."""
+
+    streaming = False
+
+    def __init__(self, gpu, launcher, host_embedding=False):
+        self._gpu, self._launcher, self._host_embedding = gpu, launcher, host_embedding
+        self._held, self._matrices = [], {}
+
+    def matrix(self, weight):
+        tensor = weight.tensor
+        if tensor.name not in self._matrices:
+            matrix = matrix_of(tensor)
+            buffer = self._gpu.allocate(matrix.nbytes, tensor.name)
+            raw = np.ascontiguousarray(tensor.data).reshape(matrix.rows, -1).view(np.uint8)
+            self._held.append(buffer)
+            matrix = matrix_of(tensor, buffer.handle)
+            repack(self._launcher, matrix, 0, DeviceArray(raw.ctypes.data, UINT8, raw.shape))
+            self._matrices[tensor.name] = matrix
+        return self._matrices[tensor.name]
+
+    def on_host(self, weight):
+        return self._host_embedding or weight.name == "per_layer_token_embd.weight"
+
+    def host_rows(self, weight, rows):
+        return np.ascontiguousarray(weight.tensor.data[rows]).view(np.uint8)
+
+    def begin_layer(self, index):
+        pass
+
+
+class EmulatedModel:
+    """A model whose batches run on emulated kernels."""
+
+    def __init__(self, path):
+        self.file = GGUFFile(str(path))
+        self.family = read_model(self.file)
+        self.gpu, launcher = EmulatedGpu(), Emulator()
+        kernel_set = kernel_set_of(self.gpu.capability, "portable")
+        self.context = Context.of(
+            self.gpu,
+            kernel_set,
+            launcher,
+            Workspace(self.gpu),
+            Downloads(self.gpu),
+            TensorMaps(self.gpu),
+            EmulatedWeights(self.gpu, launcher),
+            SmallArrays(self.gpu),
+        )
+
+    def new_cache(self, capacity):
+        return DeviceCache(self.gpu, self.family.layer_states, capacity)
+
+    def run(self, batch, logits="all", cache=None):
+        """What the head gives of a batch."""
+        ops = CudaOps(self.context, self.family, batch, cache)
+        result = self.family.finish(ops, self.family.forward(ops), logits)()
+        if cache is not None:
+            cache.length += len(batch.tokens)
+        return result
+
+    def close(self):
+        self.file.close()

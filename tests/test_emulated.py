@@ -1,0 +1,67 @@
+"""What the portable kernels compute, without a GPU: the released models on the host (emulator.py)."""
+
+import numpy as np
+import pytest
+
+from conftest import CASES, CONFORMANCE_FOLDERS, kl_divergence
+from emulator import EmulatedModel, why_not
+from kqprefill.backends.cuda.weights.plan import CPU_ONLY
+from kqprefill.core import Batch, Segment
+from kqprefill.models import FAMILIES
+from test_conformance import limit
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"kernels are not emulated: {why_not()}")
+QUICK = ["qwen35-tied-nextn"]  # whose programs are compiled soon
+NAMES = [
+    pytest.param(path.stem, marks=() if path.stem in QUICK else pytest.mark.slow)
+    for path in sorted(CONFORMANCE_FOLDERS[0].glob("*.gguf"))
+    if not path.stem.startswith(tuple(f"{architecture}-" for architecture in CPU_ONLY))
+]
+
+
+@pytest.fixture
+def opened():
+    models = []
+
+    def open_(name):
+        models.append(EmulatedModel(CASES[name]))
+        return models[-1]
+
+    yield open_
+    for model in models:
+        model.close()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits(name, opened):
+    reference = np.load(CASES[name].with_suffix(".npz"))
+    logits = opened(name).run(Batch(reference["tokens"].astype(np.int32))).logits
+    divergence = kl_divergence(reference["logits"], logits)
+    assert divergence <= limit(name, "cuda"), f"mean KL {divergence:.2e}"
+
+
+CONTRACT = "gemma3-q4_k_m exaone4-swa".split()
+
+
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in CONTRACT)])
+def test_cut_packed_and_cached_are_the_same_bits(name, opened, rng):
+    model = opened(name)
+    tokens = rng.integers(0, model.family.config.vocab_size, 150).astype(np.int32)
+    whole = model.run(Batch(tokens)).logits
+    cache, at = model.new_cache(160), 0
+    for n in (1, 70, 79):
+        part = model.run(Batch(tokens[at : at + n], start=at), cache=cache).logits
+        assert np.array_equal(part, whole[at : at + n]), f"{n} tokens from {at}"
+        at += n
+    # Another sequence before it, and two that go on from its first 100 tokens.
+    others = rng.integers(0, model.family.config.vocab_size, (2, 40)).astype(np.int32)
+    packed = np.concatenate([others[0], tokens[:100], tokens[100:], others[1]])
+    segments = (Segment(0, 40), Segment(40, 100), Segment(140, 50, 100, 1), Segment(190, 40, 100, 1))
+    logits = model.run(Batch(packed, segments=segments)).logits
+    assert np.array_equal(logits[40:190], whole)
+    last = model.run(Batch(np.concatenate([tokens[:100], others[1]]))).logits
+    assert np.array_equal(logits[190:], last[100:])
+
+
+def test_every_architecture_is_emulated_or_of_the_cpu_alone():
+    assert set(FAMILIES) >= CPU_ONLY
