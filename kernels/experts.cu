@@ -224,6 +224,25 @@ extern "C" __global__ void __launch_bounds__(COPY_THREADS)
     for (int i = threadIdx.x; i < stride / 8; i += COPY_THREADS) to[i] = from[i];
 }
 
+// The same of rows times their share, which is then 1: it has been given.
+extern "C" __global__ void __launch_bounds__(COPY_THREADS)
+    gather_shares(const half_t* x, int used, int stride, const int* place_of, float* share_of, half_t* sorted) {
+    begin_kernel();
+    const uint4* from = reinterpret_cast<const uint4*>(x + static_cast<uint64_t>(blockIdx.x / used) * stride);
+    uint4* to = reinterpret_cast<uint4*>(sorted + static_cast<uint64_t>(place_of[blockIdx.x]) * stride);
+    float share = share_of[blockIdx.x];
+    auto times = [&](uint32_t pair) {
+        return pack_half2(share * half_to_float(static_cast<half_t>(pair)),
+                          share * half_to_float(static_cast<half_t>(pair >> 16)));
+    };
+    for (int i = threadIdx.x; i < stride / 8; i += COPY_THREADS) {
+        uint4 v = from[i];
+        to[i] = make_uint4(times(v.x), times(v.y), times(v.z), times(v.w));
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) share_of[blockIdx.x] = 1.0f;
+}
+
 // x[t, :] = the sum over slots of share_of[entry] * sums[place_of[entry], :] / *scale, in the order of the slots (+
 // sigmoid(h[t, :] · gate) * shared[t, :], if shared is not null) (+ x[t, :], if add). sums: halves, rows of `columns`, a
 // multiple of 8. h: an operand, scaled by *h_scale, with rows `stride` apart. A block takes a token.

@@ -1,4 +1,4 @@
-// RMSNorm over rows of the float32 residual stream (arXiv 1910.07467), one block a row.
+// RMSNorm (arXiv 1910.07467) and LayerNorm (arXiv 1607.06450) over rows of the float32 residual stream, one block a row.
 #include "include/operand.cuh"
 #include "include/reduce.cuh"
 #include "include/types.cuh"
@@ -47,6 +47,29 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int j = 0; j < kKept; ++j) write(kept[j], 4 * (threadIdx.x + j * kThreads));
     for (int i = 4 * (threadIdx.x + kKept * kThreads); i < stride; i += 4 * kThreads) write(load(x, i), i);
+}
+
+// As rms_norm, of x less its mean where `centred` is 1, and with a bias (null for none): out = *scale * (norm(x) * weight
+// + bias).
+extern "C" __global__ void __launch_bounds__(kThreads)
+    biased_norm(const float* x, const float* weight, const float* bias, half_t* out, int columns, int stride,
+                float epsilon, int centred, const float* scale, const int* rows) {
+    begin_kernel();
+    x += static_cast<uint64_t>(rows != nullptr ? rows[blockIdx.x] : blockIdx.x) * columns;
+    out += static_cast<uint64_t>(blockIdx.x) * stride;
+    float mean = 0.0f, squares = 0.0f;
+    if (centred) {
+        for (int i = threadIdx.x; i < columns; i += kThreads) mean += x[i];
+        mean = block_sum<kThreads>(mean) / static_cast<float>(columns);
+    }
+    for (int i = threadIdx.x; i < columns; i += kThreads) squares = fmaf(x[i] - mean, x[i] - mean, squares);
+    float r = 1.0f / sqrtf(block_sum<kThreads>(squares) / static_cast<float>(columns) + epsilon);
+    auto value = [&](int i) {
+        if (i >= columns) return 0.0f;
+        return *scale * fmaf((x[i] - mean) * r, weight[i], bias != nullptr ? bias[i] : 0.0f);
+    };
+    for (int i = 2 * threadIdx.x; i < stride; i += 2 * kThreads)
+        store_operand(out, i, operand_pair(value(i), value(i + 1)));
 }
 
 // x[t, :] = rms_norm(x[t, :]) * weight; rows are `stride` floats apart.

@@ -136,6 +136,60 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps)
     else rotation.rotate(threadIdx.x % 32, heads[warp], interleaved);
 }
 
+// The mean and the inverse of the root mean square of what is left of x [head_dim], which a warp has in shared memory.
+__device__ __forceinline__ float2 moments(const float* x, int head_dim, bool centred, float epsilon) {
+    int lane = threadIdx.x % 32;
+    float mean = 0.0f, squares = 0.0f;
+    if (centred) {
+        for (int i = lane; i < head_dim; i += 32) mean += x[i];
+        mean = warp_sum(mean) / static_cast<float>(head_dim);
+    }
+    for (int i = lane; i < head_dim; i += 32) squares = fmaf(x[i] - mean, x[i] - mean, squares);
+    return make_float2(mean, 1.0f / sqrtf(warp_sum(squares) / static_cast<float>(head_dim) + epsilon));
+}
+
+// As rotate_qkv, without gates and with v of its own, for what few models do. normed: 0 where q and k are not normalised,
+// 1 where they are before they are rotated, 2 where they are after. q_norm and k_norm: null for weights of 1; norm_step:
+// from one head's weights to the next's. centred: 1 for LayerNorm. q at position p is multiplied by 1 + beta ln(1 + (p +
+// beta_offset) / beta_length).
+extern "C" __global__ void __launch_bounds__(32 * kWarps)
+    rotate_and_norm(const float* qkv, half_t* q, half_t* k, half_t* v, int nq, int nkv, int head_dim, int padded,
+                    const float* q_norm, const float* k_norm, int norm_step, int normed, int centred, float epsilon,
+                    const float2* table, int pairs, int interleaved, const float* q_scale, const float* k_scale,
+                    const float* v_scale, const int* kv_rows, const int* positions, float beta, int beta_length,
+                    int beta_offset) {
+    begin_kernel();
+    __shared__ float heads[kWarps][MAX_HEAD_DIM], turned[kWarps][MAX_HEAD_DIM];
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.y * kWarps + warp, token = blockIdx.x;
+    if (head >= nq + 2 * nkv) return;
+    bool is_q = head < nq, is_v = head >= nq + nkv;
+    int slot = is_q ? head : is_v ? head - nq - nkv : head - nq, kv_row = kv_rows != nullptr ? kv_rows[token] : token;
+    const float *source = qkv + (static_cast<uint64_t>(token) * (nq + 2 * nkv) + head) * head_dim,
+                *norm = is_q ? q_norm : k_norm;
+    const float2* angles = table + static_cast<uint64_t>(token) * pairs;
+    half_t* out = (is_q ? q + static_cast<uint64_t>(token) * nq * padded
+                        : (is_v ? v : k) + static_cast<uint64_t>(kv_row) * nkv * padded) +
+                  slot * padded;
+    if (norm != nullptr) norm += slot * norm_step;
+    float *x = heads[warp], *y = turned[warp], scale = is_q ? *q_scale : is_v ? *v_scale : *k_scale;
+    if (is_q && beta > 0.0f)
+        scale *= 1.0f + beta * log1pf(static_cast<float>((positions[token] + beta_offset) / beta_length));
+    auto normalise = [&](float* values) {
+        float2 found = moments(values, head_dim, centred != 0, epsilon);
+        for (int i = lane; i < head_dim; i += 32)
+            values[i] = (values[i] - found.x) * found.y * (norm != nullptr ? norm[i] : 1.0f);
+        __syncwarp();
+    };
+    for (int i = lane; i < head_dim; i += 32) x[i] = source[i];
+    __syncwarp();
+    if (normed == 1 && !is_v) normalise(x);
+    for (int i = lane; i < head_dim; i += 32)
+        y[i] = !is_v && i < 2 * pairs ? rotated(x, i, angles, pairs, interleaved != 0) : x[i];
+    __syncwarp();
+    if (normed == 2 && !is_v) normalise(y);
+    for (int i = lane; i < padded; i += 32) out[i] = float_to_half(i < head_dim ? y[i] * scale : 0.0f);
+}
+
 // Copies rows of k and v, k_chunks and v_chunks times 16 bytes: row copies[i].x becomes row copies[i].y. A block makes a
 // copy. These are rows that sequences which begin alike have each for itself (softmax.cuh: QueryTile).
 extern "C" __global__ void __launch_bounds__(COPY_THREADS)

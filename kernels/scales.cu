@@ -7,7 +7,7 @@
 #include "include/types.cuh"
 
 constexpr int kThreads = OUTPUT_SCALE_THREADS;
-static_assert(SINGLE_THREAD == 1, "weight_scale and divide_scale have work for one thread");
+static_assert(SINGLE_THREAD == 1, "weight_scale, divide_scale and square_scale have work for one thread");
 constexpr int kHalfTop = 15;    // the largest scaled value is at most 2^15, a factor 2 under overflow
 constexpr int kWeightTop = 13;  // decode_halves' intermediate d * kCenter - m may be a few times the largest weight
 
@@ -28,6 +28,13 @@ extern "C" __global__ void weight_scale(const uint32_t* absmax, float* scale) {
 extern "C" __global__ void divide_scale(const float* source, float factor, float* out) {
     begin_kernel();
     *out = *source / factor;
+}
+
+// *out for the squares of values that are scaled by *source: those are at most 2^kHalfTop / *source.
+extern "C" __global__ void square_scale(const float* source, float* out) {
+    begin_kernel();
+    float root = static_cast<float>(1 << kHalfTop) / *source;
+    *out = scale_for(root * root, kHalfTop);
 }
 
 // *scale for n outputs, of which output i is at most gain * a[i] + |bias_a[i]|; where b is given, at most that times

@@ -106,7 +106,7 @@ def test_arguments_go_by_name():
 def test_shared_numbers_are_used_by_the_kernels():
     """Each define that the host passes is one that some kernel reads; each kernel has its threads from one of them."""
     one_size = (
-        "norm rope scales head experts gates per_layer latent states squares weights delta_inputs".split()
+        "norm rope scales head experts gates activations per_layer latent states squares weights delta_inputs".split()
     )  # kernels whose blocks are these
     sources = [*one_size, *"delta_prepare delta_scan gemm_sm80 gemm_sm90 attention_sm80 attention_sm90".split()]
     text = "\n".join(text_of(f"{source}.cu") for source in sources)

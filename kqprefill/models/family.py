@@ -50,6 +50,7 @@ class Family(ABC):
     architecture = ""  # general.architecture
     rope_interleaved = False  # which elements pair up; see Rope
     layer_norm = False  # see Config
+    chunk: int | None = None  # tokens of a chunk of the sequence, where some layers' queries see no more than theirs
     last_norm = "output_norm"  # what files call the norm before the output matrix
     both_ways = False  # whether tokens see those after them, too: such a model has vectors only, of whole sequences
 

@@ -14,7 +14,6 @@ from .family import Family
 from .ops import Ops, Residual
 from .weights import Parts, Shapes, Weights
 
-_CHUNK = 8192  # tokens; llama.cpp has these numbers fixed, too (src/models/llama4.cpp)
 _UNROTATED = Rope(np.empty(0), beta=0.1, beta_length=8192, beta_offset=1)
 _PLAIN_EXPERTS = 128  # Maverick's: its q and k are not normalised, which no metadata say
 
@@ -22,6 +21,7 @@ _PLAIN_EXPERTS = 128  # Maverick's: its q and k are not normalised, which no met
 class Llama4(Family):
     architecture = "llama4"
     rope_interleaved = True
+    chunk = 8192  # llama.cpp has this, and the numbers above, fixed, too (src/models/llama4.cpp)
     experts: Experts
 
     def read_experts(self) -> Experts:
@@ -50,7 +50,7 @@ class Llama4(Family):
         return self.experts.fused_parts if self.has_experts(index) else {}
 
     def window(self, index: int) -> int | None:
-        return _CHUNK if self.is_chunked(index) else None
+        return self.chunk if self.is_chunked(index) else None
 
     def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
         h, chunked = ops.norm(x, w.attn_norm), self.is_chunked(index)

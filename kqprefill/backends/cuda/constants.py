@@ -12,22 +12,24 @@ ENTRIES_AT_ONCE = 512  # tokens' copies that a warp counts and places by expert
 DELTA_CHUNK = 64  # positions of a sequence that Gated DeltaNet takes at a time (kernels/include/chunks.cuh)
 MOST_EXPERT_GROUPS = 32  # that experts are chosen from
 
-# The activations of gated feed-forward networks, by the numbers that the GEMMs are told
-# (kernels/include/activation.cuh).
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "swiglu_oai": 2}
+# The activations of feed-forward networks, by the numbers that the kernels are told (kernels/include/activation.cuh;
+# the last is of networks without a gate: kernels/activations.cu).
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "swiglu_oai": 2, "relu_squared": 3}
 
 # Threads of a block: the define, its value, and the kernels that are launched with so many.
 _THREADS = {
     "NORM_THREADS": (
         256,
-        "rms_norm rms_norm_in_place cast add_rms_norm add_norm_of_norms row_factors pool store_gates multiply_gates",
+        "rms_norm biased_norm rms_norm_in_place cast add_rms_norm add_norm_of_norms row_factors pool store_gates "
+        "multiply_gates",
     ),
     "PER_LAYER_THREADS": (256, "join_embeddings gate_embeddings"),
     "ROPE_TABLE_THREADS": (256, "rope_table"),
-    "ROTATE_THREADS": (256, "rotate_qkv"),
-    "COPY_THREADS": (128, "copy_rows gather"),
-    "SINGLE_THREAD": (1, "weight_scale divide_scale smaller_scale"),
+    "ROTATE_THREADS": (256, "rotate_qkv rotate_and_norm"),
+    "COPY_THREADS": (128, "copy_rows gather gather_shares"),
+    "SINGLE_THREAD": (1, "weight_scale divide_scale square_scale smaller_scale"),
     "LATENT_THREADS": (256, "latent_rows latent_queries latent_heads latent_values"),
+    "ACTIVATE_THREADS": (256, "activate activate_halves cast_rows add_rows"),
     "STATE_THREADS": (256, "real_rows"),
     "OUTPUT_SCALE_THREADS": (256, "output_scale"),
     "HEAD_THREADS": (1024, "finish_logits rank"),

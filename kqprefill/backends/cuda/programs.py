@@ -8,9 +8,9 @@ from ...gguf.types import GGML
 from .device.compiler import Program
 from .units import repack_units
 
-NORM, ROPE, SCALES, HEAD, EXPERTS, GATES, PER_LAYER, LATENT, STATES, SQUARES = COMMON = tuple(
-    Program(f"{name}.cu")
-    for name in ("norm", "rope", "scales", "head", "experts", "gates", "per_layer", "latent", "states", "squares")
+_NAMES = "norm rope scales head experts gates activations per_layer latent states squares"
+NORM, ROPE, SCALES, HEAD, EXPERTS, GATES, ACTIVATIONS, PER_LAYER, LATENT, STATES, SQUARES = COMMON = tuple(
+    Program(f"{name}.cu") for name in _NAMES.split()
 )
 
 

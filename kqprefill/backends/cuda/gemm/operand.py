@@ -50,7 +50,8 @@ class Operand:
 
     values: [rows, format.padded(columns)], each the activation times *scale. norm: the RMSNorm weight whose output this
     is, or None. length: a row's Euclidean length after division by `norm` is at most this, where it is known; together
-    the two bound what a matrix makes of a row.
+    the two bound what a matrix makes of a row. row_scale: powers of two that the rows are still to be multiplied by,
+    float32 [rows]; None for ones. Only `linear` takes such an operand.
     """
 
     values: DeviceArray
@@ -59,6 +60,7 @@ class Operand:
     norm: DeviceArray | None = None
     length: float | None = None
     format: OperandFormat = HALVES
+    row_scale: DeviceArray | None = None
 
     @property
     def rows(self) -> int:
@@ -67,7 +69,8 @@ class Operand:
 
     def part(self, first: int, last: int) -> Operand:
         """The rows from `first` to before `last`."""
-        return replace(self, values=self.values.rows(first, last))
+        scale = self.row_scale.rows(first, last) if self.row_scale is not None else None
+        return replace(self, values=self.values.rows(first, last), row_scale=scale)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import math
+from typing import Any
 
 import numpy as np
 
@@ -57,11 +58,19 @@ class _Products:
     k_norm: Weight | None
     v_normed: bool
     rope: Rope | None
+    normed_last: bool = False
 
     @property
     def q_width(self) -> int:
         """Columns of q without its gates."""
         return self.nq * self.head_dim
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether rotate_qkv does it (kernels/rope.cu); else rotate_and_norm does, which is slower."""
+        norms = [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
+        offset = self.rope.beta_offset if self.rope is not None else 0
+        return not (self.normed_last or offset or any(len(norm.shape) == 2 for norm in norms))
 
     @property
     def by_head(self) -> list[Weight | None]:
@@ -90,10 +99,9 @@ class AttentionOps(BatchOps):
         v_normed: bool = False,
         normed_last: bool = False,
     ) -> tuple[Heads, Heads, Heads]:
-        assert not normed_last, "q and k that are normalised once rotated are not on CUDA"
         head_dim = wq.shape[0] // self.config.head_count
         products = self._products((wq, wk, wv), head_dim, rope, q_norm, k_norm, v_normed)
-        q, _ = self._heads(h, products)
+        q, _ = self._heads(h, replace(products, normed_last=normed_last))
         return q, *self._layer_keys_values()
 
     def gated_qkv(
@@ -153,7 +161,7 @@ class AttentionOps(BatchOps):
             self.multiply(h.part(t, end), matrices, sums.rows(0, end - t), bias)
             self.enter("rest")
             for norm, column in ((p.q_norm, 0), (p.k_norm, p.q_width)):
-                if norm is not None and norm.shape != (p.head_dim,):
+                if norm is not None and len(norm.shape) == 1 and norm.shape != (p.head_dim,):
                     self._normalise_all_heads(sums.rows(0, end - t).columns(column), norm, width)
             scales = self._rotated_scales(h, matrices, p)
             self._rotate(sums, t, end, (q, k, v), scales, p, attending)
@@ -230,34 +238,45 @@ class AttentionOps(BatchOps):
         pairs = rope.width // 2 if rope is not None else 0
         # Where rows of k and v are in another order than the tokens, the kernel looks them up.
         first_key = 0 if row_of is not None else self.batch.start * (self.cache is not None) + t
+        given: dict[str, Any] = {
+            "grid": (end - t, -(-(p.nq + 2 * p.nkv) // _HEADS_A_BLOCK)),
+            "qkv": sums,
+            "q": q.rows(t),
+            "k": k.rows(first_key) if k is not None else None,
+            "v": v.rows(first_key) if v is not None else None,
+            "nq": p.nq,
+            "nkv": p.nkv,
+            "head_dim": p.head_dim,
+            "padded": attending.config.head_dim,
+            "epsilon": self.config.norm_epsilon,
+            "table": self._rope_table(rope).rows(t) if rope is not None and pairs else None,
+            "pairs": pairs,
+            "interleaved": int(rope is not None and pairs > 0 and rope.interleaved),
+            "q_scale": scales[0],
+            "k_scale": scales[1],
+            "v_scale": scales[2],
+            "kv_rows": row_of.rows(t) if row_of is not None else None,
+            "positions": self.positions.rows(t),
+            "beta": rope.beta if rope is not None else 0.0,
+            "beta_length": rope.beta_length if rope is not None else 1,
+        }
+        if p.is_usual:
+            given |= {"q_norm": self.vector(p.by_head[0]), "k_norm": self.vector(p.by_head[1])}
+            given |= {"v_normed": int(p.v_normed), "gated": int(p.gated), "v_is_k": int(p.v_is_k)}
+            self.launcher.launch(ROPE, "rotate_qkv", **given)
+            return
+        assert not (p.gated or p.v_is_k or p.v_normed), "heads of two unusual kinds"
+        is_normed = p.normed_last or p.q_norm is not None
         self.launcher.launch(
             ROPE,
-            "rotate_qkv",
-            grid=(end - t, -(-(p.nq + 2 * p.nkv) // _HEADS_A_BLOCK)),
-            qkv=sums,
-            q=q.rows(t),
-            k=k.rows(first_key) if k is not None else None,
-            v=v.rows(first_key) if v is not None else None,
-            nq=p.nq,
-            nkv=p.nkv,
-            head_dim=p.head_dim,
-            padded=attending.config.head_dim,
-            q_norm=self.vector(p.by_head[0]),
-            k_norm=self.vector(p.by_head[1]),
-            v_normed=int(p.v_normed),
-            epsilon=self.config.norm_epsilon,
-            table=self._rope_table(rope).rows(t) if rope is not None and pairs else None,
-            pairs=pairs,
-            interleaved=int(rope is not None and pairs > 0 and rope.interleaved),
-            q_scale=scales[0],
-            k_scale=scales[1],
-            v_scale=scales[2],
-            kv_rows=row_of.rows(t) if row_of is not None else None,
-            positions=self.positions.rows(t),
-            beta=rope.beta if rope is not None and pairs else 0.0,
-            beta_length=rope.beta_length if rope is not None and pairs else 1,
-            gated=int(p.gated),
-            v_is_k=int(p.v_is_k),
+            "rotate_and_norm",
+            q_norm=self.vector(p.q_norm),
+            k_norm=self.vector(p.k_norm),
+            norm_step=p.head_dim if p.q_norm is not None and len(p.q_norm.shape) == 2 else 0,
+            normed=2 if p.normed_last else int(is_normed),
+            centred=int(self.config.layer_norm),
+            beta_offset=rope.beta_offset if rope is not None else 0,
+            **given,
         )
 
     def _rotated_scales(self, h: Operand, matrices: list[Matrix], products: _Products) -> list[DeviceArray]:
@@ -266,6 +285,10 @@ class AttentionOps(BatchOps):
         p, rope = products, products.rope
         growth = ROTATION_GROWTH * rope.magnitude if rope is not None else 1.0
         hottest = float(rope.temperature(np.array(self.config.context_length))) if rope is not None else 1.0
+        if p.normed_last and p.q_norm is None:
+            longest = math.sqrt(p.head_dim)
+            q, k = self.scales.of_bound(longest * hottest), self.scales.of_bound(longest)
+            return [q, k, self._rotated_scale(h, matrices[2], p.weights[2].bias, None, 1.0)]
         q = self._rotated_scale(h, matrices[0], p.weights[0].bias, p.q_norm, growth * hottest)
         if not p.nkv:
             return [q] * 3
@@ -281,7 +304,7 @@ class AttentionOps(BatchOps):
         """Of q, k or v, which may grow by a factor: bounded by its norm where it has one, else by its matrix's rows."""
         if norm is not None:
             _, host = self.context.small.vector(norm.tensor)
-            return self.scales.of_bound(math.sqrt(len(host)) * float(np.abs(host).max()) * growth)
+            return self.scales.of_bound(math.sqrt(host.shape[-1]) * float(np.abs(host).max()) * growth)
         assert h.length is not None, "what q, k and v are made of comes from a norm or a cast"
         vector = self.context.small.vector(bias)[0] if bias is not None else None
         return self.scales.of_outputs(matrix, growth * h.length, vector)
@@ -318,11 +341,14 @@ class AttentionOps(BatchOps):
         sinks: Weight | None = None,
         both_ways: bool = False,
     ) -> Operand:
-        assert not chunked, "chunks of a sequence are not on CUDA"
         self.enter_attention(q.head_dim, v.head_dim, window)
         attending = self.attending(q.head_dim, v.head_dim)
         config, nq, columns = attending.config, self.config.head_count, self.config.head_count * v.head_dim
         out = self.work.array("attended", HALVES.dtype, self.n, HALVES.padded(columns))
+        tiles = attending.query_tiles
+        if chunked:
+            assert attending.chunk_tiles is not None, "the family says how long a chunk is"
+            tiles, window = attending.chunk_tiles, None
         inputs: dict[str, DeviceArray] = {"q": q.values, "k": k.values, "v": v.values}
         if config.uses_tensor_maps:
             rows = config.block_q, config.block_kv, config.block_kv
@@ -333,10 +359,10 @@ class AttentionOps(BatchOps):
         self.launcher.launch(
             config.program(both_ways),
             "attention",
-            grid=(nq, attending.query_tiles.shape[0], config.parts),
+            grid=(nq, tiles.shape[0], config.parts),
             **inputs,
             out=out,
-            tiles=attending.query_tiles,
+            tiles=tiles,
             nq=nq,
             nkv=k.values.shape[1],
             value_dim=v.head_dim,

@@ -50,6 +50,7 @@ class Attending:
 
     rows: of k and v. query_tiles: int32 [tiles, 7]. key_row_of: which rows of k and v are the tokens', int32 [T], where
     these are not in order; key_copies: int32 [copies, 2], the rows that are then to be copied. Both are None elsewhere.
+    chunk_tiles: as query_tiles, for layers in which queries see their own chunk of the sequence only.
     """
 
     config: AttentionConfig
@@ -57,6 +58,7 @@ class Attending:
     query_tiles: DeviceArray
     key_row_of: DeviceArray | None = None
     key_copies: DeviceArray | None = None
+    chunk_tiles: DeviceArray | None = None
 
 
 class LayerStates(Protocol):
@@ -131,7 +133,7 @@ class BatchOps(Ops):
         self.tokens = self.work.upload("tokens", batch.tokens)
         self.positions = self.work.upload("positions", batch.positions)
         kinds = attention_configs(family, context.kernel_set)
-        self._attending = {sizes: self._upload_layout(batch, config) for sizes, config in kinds.items()}
+        self._attending = {s: self._upload_layout(batch, config, family.chunk) for s, config in kinds.items()}
         self.key_rows = max(key_rows, *(attending.rows for attending in self._attending.values()))
         self.states: LayerStates = cache or _WorkStates(self.work, family.layer_states, self.key_rows)
         if batch.targets is not None:
@@ -142,13 +144,16 @@ class BatchOps(Ops):
         self.planned_chunks = min(self.n, CHUNKS_AT_ONCE) if key_rows else 0
         self.begin_batch(family)
 
-    def _upload_layout(self, batch: Batch, config: AttentionConfig) -> Attending:
-        layout, of = attention_layout(batch.segments, config), f"of {config.head_dim}, {config.value_dim}"
-        tiles = self.work.upload(f"tiles {of}", layout.tiles)
+    def _upload_layout(self, batch: Batch, config: AttentionConfig, chunk: int | None) -> Attending:
+        layout, of = attention_layout(batch.segments, config, chunk), f"of {config.head_dim}, {config.value_dim}"
+        tiles, of_chunks = self.work.upload(f"tiles {of}", layout.tiles), None
+        if layout.chunk_tiles is not None:
+            of_chunks = self.work.upload(f"tiles of chunks {of}", layout.chunk_tiles)
         if not len(layout.copies):
-            return Attending(config, layout.rows, tiles)
+            return Attending(config, layout.rows, tiles, chunk_tiles=of_chunks)
         row_of = self.work.upload(f"kv rows {of}", layout.row_of)
-        return Attending(config, layout.rows, tiles, row_of, self.work.upload(f"kv copies {of}", layout.copies))
+        copies = self.work.upload(f"kv copies {of}", layout.copies)
+        return Attending(config, layout.rows, tiles, row_of, copies, of_chunks)
 
     def attending(self, head_dim: int, value_dim: int) -> Attending:
         """How attention goes in layers with such heads."""
@@ -190,8 +195,8 @@ class BatchOps(Ops):
         """An operand, the batch's rows from number `first` on, is about to be multiplied by these weights; firsts,
         row_scale: as for DeviceCollector.add."""
         if self.collector is not None:
-            names = [weight.name for weight in weights]
-            self.collector.add(names, a, self.sequence_length, first, firsts, row_scale)
+            names, scale = [weight.name for weight in weights], a.row_scale if row_scale is None else row_scale
+            self.collector.add(names, a, self.sequence_length, first, firsts, scale)
 
     @property
     def sequence_length(self) -> int:

@@ -10,9 +10,10 @@ import numpy as np
 from ....errors import ModelError
 from ....models.ops import Sums
 from ....models.weights import Weight
+from ..constants import ACTIVATIONS as NUMBERS
 from ..device.arrays import FLOAT32, DeviceArray
 from ..gemm.operand import HALVES, Operand
-from ..programs import NORM, weight_program
+from ..programs import ACTIVATIONS, NORM, weight_program
 from ..weights.matrix import Matrix, matrix_of
 from ..weights.staging import repack
 from .batch import TOKENS_AT_ONCE, BatchOps, Residual, ResidualBound
@@ -70,8 +71,10 @@ class DenseOps(BatchOps):
         return self.normalise(x.values, weight)
 
     def normalise(self, x: DeviceArray, weight: Weight, picked: DeviceArray | None = None) -> Operand:
-        """RMSNorm of x's rows, or of those whose numbers are picked, int32 [rows]."""
+        """The family's norm of x's rows, or of those whose numbers are picked, int32 [rows]."""
         self.enter("rest")
+        if self.config.layer_norm or weight.bias is not None:
+            return self._biased_norm(x, weight, picked)
         vector, host = self.context.small.vector(weight.tensor)
         columns, rows = len(host), (x if picked is None else picked).shape[0]
         length = math.sqrt(columns)  # of a row after division by the norm's weight
@@ -97,8 +100,43 @@ class DenseOps(BatchOps):
         )
         return out
 
-    def cast(self, x: Residual) -> Operand:
+    def _biased_norm(self, x: DeviceArray, weight: Weight, picked: DeviceArray | None) -> Operand:
+        """As `normalise`, where the mean is subtracted or a bias added."""
+        vector, host = self.context.small.vector(weight.tensor)
+        bias, host_bias = None, np.zeros(1, np.float32)
+        if weight.bias is not None:
+            bias, host_bias = self.context.small.vector(weight.bias)
+        columns, rows = len(host), (x if picked is None else picked).shape[0]
+        length = math.sqrt(columns)  # of a row that is normalised, before its weights
+        most = length * float(np.abs(host).max())
+        out = Operand(
+            self.work.array("normed", HALVES.dtype, rows, HALVES.padded(columns)),
+            columns,
+            self.scales.of_bound(most + float(np.abs(host_bias).max())),
+            vector if bias is None else None,
+            length if bias is None else most + float(np.linalg.norm(host_bias)),
+        )
+        self.launcher.launch(
+            NORM,
+            "biased_norm",
+            grid=rows,
+            x=x,
+            weight=vector,
+            bias=bias,
+            out=out.values,
+            columns=columns,
+            stride=out.values.shape[1],
+            epsilon=self.config.norm_epsilon,
+            centred=int(self.config.layer_norm),
+            scale=out.scale,
+            rows=picked,
+        )
+        return out
+
+    def cast(self, x: Residual | DeviceArray) -> Operand:
         self.enter("rest")
+        if isinstance(x, DeviceArray):
+            return self._cast_rows(x)
         columns = x.values.shape[1]
         largest = self._largest(x.bound)
         out = Operand(
@@ -108,17 +146,43 @@ class DenseOps(BatchOps):
             None,
             math.sqrt(columns) * largest,
         )
-        self.launcher.launch(
-            NORM,
-            "cast",
-            grid=self.n,
-            x=x.values,
-            out=out.values,
-            columns=columns,
-            stride=out.values.shape[1],
-            scale=out.scale,
-        )
+        self._cast(x.values, out.values, out.scale)
         return out
+
+    def _cast_rows(self, x: DeviceArray) -> Operand:
+        """Float32 rows of which no bound is known, each by its own largest value."""
+        rows, columns = x.shape
+        values = self.work.array("cast rows", HALVES.dtype, rows, HALVES.padded(columns))
+        row_scale = self.work.array("row scales", FLOAT32, rows)
+        self.launcher.launch(
+            ACTIVATIONS,
+            "cast_rows",
+            grid=rows,
+            x=x,
+            columns=columns,
+            out=values,
+            stride=values.shape[1],
+            row_scale=row_scale,
+        )
+        return Operand(values, columns, self.scales.unit(), row_scale=row_scale)
+
+    def projected(self, a: Operand, weight: Weight) -> Operand:
+        assert a.length is not None, "what is projected comes from a norm or a cast"
+        self.hear([weight], a)
+        self.enter("linear", [weight], self.n)
+        matrix, bias = self.matrix(weight), self.bias(weight)
+        sums = self.work.array("projected sums", FLOAT32, self.n, matrix.rows)
+        self.multiply(a, [matrix], sums, bias)
+        self.enter("rest")
+        scale = self.scales.of_outputs(matrix, a.length, bias)
+        values = self.work.array("projected", HALVES.dtype, self.n, HALVES.padded(matrix.rows))
+        self._cast(sums, values, scale)
+        return Operand(values, matrix.rows, scale)
+
+    def _cast(self, x: DeviceArray, out: DeviceArray, scale: DeviceArray) -> None:
+        """Rows of floats to those of an operand."""
+        rows, columns = x.shape
+        self.launcher.launch(NORM, "cast", grid=rows, x=x, out=out, columns=columns, stride=out.shape[1], scale=scale)
 
     def _largest(self, bound: ResidualBound | None) -> float:
         """No value of the residual stream is larger."""
@@ -204,9 +268,32 @@ class DenseOps(BatchOps):
         """As `linear`, of an input that the collector hears of elsewhere."""
         self.enter("linear", [weight], self.n)
         matrix = self.matrix(weight)
+        if a.row_scale is not None and residual is not None:
+            return self._add_rows(a, matrix, self.bias(weight), residual, scale)
+        assert a.row_scale is None, "rows with scales of their own are added to the residual stream"
         out = self._sums(residual, matrix)
         self.multiply(self.scaled(a, scale), [matrix], out, self.bias(weight), add=residual is not None)
         return out if residual is None else Residual(out)
+
+    def _add_rows(
+        self, a: Operand, matrix: Matrix, bias: DeviceArray | None, residual: Residual, scale: float
+    ) -> Residual:
+        """The residual stream and scale times a product of rows that have scales of their own."""
+        sums = self.work.array("linear", FLOAT32, self.n, matrix.rows)
+        self.multiply(a, [matrix], sums)
+        self.enter("rest")
+        self.launcher.launch(
+            ACTIVATIONS,
+            "add_rows",
+            grid=self.n,
+            x=residual.values,
+            y=sums,
+            row_scale=a.row_scale,
+            bias=bias,
+            columns=matrix.rows,
+            factor=scale,
+        )
+        return Residual(residual.values)
 
     def mlp(
         self,
@@ -220,7 +307,9 @@ class DenseOps(BatchOps):
         scale: float = 1.0,
         sparsity: float | None = None,
     ) -> DeviceArray | Residual:
-        assert gate is not None and sparsity is None, "networks without a gate, or with sparse ones, are not on CUDA"
+        assert sparsity is None, "sparse gates are not on CUDA"
+        if gate is None:
+            return self._ungated(h, up, down, activation, residual, scale)
         self.enter("linear", [gate, up, down], self.n)
         self.hear([gate, up], h)
         g, u, d = (self.matrix(weight) for weight in (gate, up, down))
@@ -237,6 +326,41 @@ class DenseOps(BatchOps):
             self.hear([down], act, t)
             self.multiply(self.scaled(act, scale), [d], out.rows(t, end), self.bias(down), add=residual is not None)
         return out if residual is None else Residual(out)
+
+    def _ungated(
+        self, h: Operand, up: Weight, down: Weight, activation: str, residual: Residual | None, scale: float
+    ) -> DeviceArray | Residual:
+        """As `mlp`, without a gate."""
+        assert h.length is not None, "what a network gets comes from a norm or a cast"
+        self.enter("linear", [up, down], self.n)
+        self.hear([up], h)
+        u, d, bias = self.matrix(up), self.matrix(down), self.bias(up)
+        out = self._sums(residual, d)
+        for t in range(0, self.n, TOKENS_AT_ONCE):
+            end = min(t + TOKENS_AT_ONCE, self.n)
+            sums = self.work.array("up", FLOAT32, end - t, u.rows)
+            self.multiply(h.part(t, end), [u], sums, bias)
+            act_scale = self.activated_scale(activation, self.scales.of_outputs(u, h.length, bias))
+            values = self.work.array("activated", HALVES.dtype, end - t, HALVES.padded(u.rows))
+            self.launcher.launch(
+                ACTIVATIONS,
+                "activate",
+                grid=end - t,
+                x=sums,
+                columns=u.rows,
+                activation=NUMBERS[activation],
+                scale=act_scale,
+                out=values,
+                stride=values.shape[1],
+            )
+            act = Operand(values, u.rows, act_scale)
+            self.hear([down], act, t)
+            self.multiply(self.scaled(act, scale), [d], out.rows(t, end), self.bias(down), add=residual is not None)
+        return out if residual is None else Residual(out)
+
+    def activated_scale(self, activation: str, scale: DeviceArray) -> DeviceArray:
+        """The scale of act(x), of values x that are scaled by *scale: GELU makes none larger."""
+        return self.scales.squared(scale) if activation == "relu_squared" else scale
 
     def _sums(self, residual: Residual | None, matrix: Matrix) -> DeviceArray:
         """Where a matrix's sums go: into the residual stream, or to an array of their own."""

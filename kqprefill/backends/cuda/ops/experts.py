@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 import math
+from typing import Any
 
 from ....models.experts import Experts
 from ....models.ops import Sums
 from ....models.weights import Weight, Weights
+from ..constants import ACTIVATIONS as NUMBERS
 from ..constants import ENTRIES_AT_ONCE, THREADS
 from ..device.arrays import FLOAT16, FLOAT32, INT32, DeviceArray
-from ..gemm.operand import HALVES, Groups, Operand
-from ..programs import EXPERTS
+from ..gemm.operand import HALVES, Gemm, Groups, Operand
+from ..programs import ACTIVATIONS, EXPERTS
+from ..weights.matrix import Matrix
 from .batch import TOKENS_AT_ONCE, Residual
 from .dense import DenseOps
 
@@ -43,6 +46,8 @@ class ExpertOps(DenseOps):
         scores: Sums | None = None,
         shared: tuple[Sums, Weight] | None = None,
     ) -> Residual | Sums:
+        if not experts.gated:
+            return self._ungated_experts(h, w, experts, activation, residual, scores)
         count, used, hidden = experts.count, experts.used, h.columns
         if shared is not None:
             self.hear([shared[1]], h)
@@ -71,34 +76,122 @@ class ExpertOps(DenseOps):
             gated_rows = gated.group_rows(rows, [g, u], True, count)
             linear_rows = linear.group_rows(rows, [d], False, count)
             firsts, places, gated_groups, linear_groups = self._arrange(chosen, count, gated_rows, linear_rows)
-            x = self._gather(tokens, places, used)
+            x = self._gather(tokens, places, used, shares if experts.weighs_input else None)
             self.hear([w.ffn_gate_exps, w.ffn_up_exps], x, firsts=firsts)
             act = Operand(self._activated(rows, g.rows), g.rows, act_scale)
             gated.gated(x, g, u, act, weight_scale, biases, activation, gated_groups)
             self.hear([w.ffn_down_exps], act, firsts=firsts)
             sums = self.work.array("sums", FLOAT16, rows, hidden)
-            down_scale = self.scales.of_weights([down], act.norm)  # which measures it, too
-            sum_scale = self.scales.of_outputs(down, math.sqrt(g.rows), down_bias, input_scale=act.scale)
-            linear.linear(act, [d], sums, down_scale, down_bias, False, linear_groups, sum_scale)
-            self.launcher.launch(
-                EXPERTS,
-                "combine",
-                grid=end - t,
-                x=out.rows(t, end),
-                sums=sums,
-                scale=sum_scale,
-                used=used,
-                columns=hidden,
-                place_of=places,
-                share_of=shares,
-                shared=shared[0].rows(t, end) if shared is not None else None,
-                h=tokens.values,
-                stride=tokens.values.shape[1],
-                h_scale=tokens.scale,
-                gate=self.vector(shared[1]) if shared is not None else None,
-                add=int(residual is not None),
-            )
+            sum_scale = self._grouped(linear, act, down, d, sums, down_bias, linear_groups)
+            opened = None
+            if shared is not None:
+                opened = shared[0].rows(t, end), self.context.small.vector(shared[1].tensor)[0]
+            copies, added = (places, shares), residual is not None
+            self._combine(out.rows(t, end), sums, sum_scale, experts, copies, tokens, added, opened)
         return out if residual is None else Residual(out)
+
+    def _grouped(
+        self,
+        gemm: Gemm,
+        a: Operand,
+        stack: Matrix,
+        one: Matrix,
+        out: DeviceArray,
+        bias: DeviceArray | None,
+        groups: Groups,
+    ) -> DeviceArray:
+        """Rows sorted by expert through a stack's matrices, of which `one` is the first, to halves. Returns the scale
+        of these."""
+        weight_scale = self.scales.of_weights([stack], a.norm)  # which measures it, too
+        if a.length is None:
+            scale = self.scales.of_outputs(stack, math.sqrt(one.columns), bias, input_scale=a.scale)
+        else:
+            scale = self.scales.of_outputs(stack, a.length, bias)
+        gemm.linear(a, [one], out, weight_scale, bias, False, groups, scale)
+        return scale
+
+    def _ungated_experts(
+        self,
+        h: Operand,
+        w: Weights,
+        experts: Experts,
+        activation: str,
+        residual: Residual | None,
+        scores: Sums | None,
+    ) -> Residual | Sums:
+        """As `moe`, of experts without a gate."""
+        count, used, hidden = experts.count, experts.used, h.columns
+        out = residual.values if residual is not None else self.work.array("combined", FLOAT32, self.n, hidden)
+        if scores is None:
+            self.enter("linear", [w.ffn_gate_inp], self.n)
+            made = self.linear(h, w.ffn_gate_inp)
+            assert isinstance(made, DeviceArray)
+            scores = made
+        self.enter("linear", [w.ffn_up_exps, w.ffn_down_exps], self.n, share=used / count)
+        up, down = self.matrix(w.ffn_up_exps), self.matrix(w.ffn_down_exps)
+        u, d = up.one_of(count), down.one_of(count)
+        first, second = self.context.gemms.choose([u]), self.context.gemms.choose([d])
+        step = min(TOKENS_AT_ONCE, _ROWS // used)
+        for t in range(0, self.n, step):
+            end = min(t + step, self.n)
+            rows, tokens = (end - t) * used, h.part(t, end)
+            chosen, shares = self._route(scores.rows(t, end), experts, w)
+            first_rows, second_rows = (g.group_rows(rows, [m], False, count) for g, m in ((first, u), (second, d)))
+            firsts, places, first_groups, second_groups = self._arrange(chosen, count, first_rows, second_rows)
+            x = self._gather(tokens, places, used)
+            self.hear([w.ffn_up_exps], x, firsts=firsts)
+            made = self.work.array("up", FLOAT16, rows, u.rows)
+            made_scale = self._grouped(first, x, up, u, made, self.bias(w.ffn_up_exps), first_groups)
+            act = Operand(self._activated(rows, u.rows), u.rows, self.activated_scale(activation, made_scale))
+            self.launcher.launch(
+                ACTIVATIONS,
+                "activate_halves",
+                grid=rows,
+                x=made,
+                x_scale=made_scale,
+                columns=u.rows,
+                activation=NUMBERS[activation],
+                scale=act.scale,
+                out=act.values,
+                stride=act.values.shape[1],
+            )
+            self.hear([w.ffn_down_exps], act, firsts=firsts)
+            sums = self.work.array("sums", FLOAT16, rows, hidden)
+            sum_scale = self._grouped(second, act, down, d, sums, self.bias(w.ffn_down_exps), second_groups)
+            self._combine(out.rows(t, end), sums, sum_scale, experts, (places, shares), tokens, residual is not None)
+        return out if residual is None else Residual(out)
+
+    def _combine(
+        self,
+        x: DeviceArray,
+        sums: DeviceArray,
+        scale: DeviceArray,
+        experts: Experts,
+        copies: tuple[DeviceArray, DeviceArray],
+        tokens: Operand,
+        add: bool,
+        shared: tuple[Sums, DeviceArray] | None = None,
+    ) -> None:
+        """x (+ x) = the sums of tokens' copies under their shares; copies: which row each is in, and its share. shared:
+        what a network for all makes of these tokens, and the vector that opens it."""
+        self.launcher.launch(
+            EXPERTS,
+            "combine",
+            grid=x.shape[0],
+            x=x,
+            sums=sums,
+            scale=scale,
+            used=experts.used,
+            columns=x.shape[1],
+            place_of=copies[0],
+            share_of=copies[1],
+            shared=shared[0] if shared is not None else None,
+            h=tokens.values,
+            stride=tokens.values.shape[1],
+            h_scale=tokens.scale,
+            gate=shared[1] if shared is not None else None,
+            add=int(add),
+        )
 
     def _activated(self, rows: int, width: int) -> DeviceArray:
         """Where gate's and up's outcome goes. What pads its columns is zero: it is an array that nobody else writes,
@@ -197,18 +290,19 @@ class ExpertOps(DenseOps):
         firsts = DeviceArray(counts.address, INT32, (experts,))  # of the first block's rows: of all
         return firsts, places, gated, linear
 
-    def _gather(self, tokens: Operand, places: DeviceArray, used: int) -> Operand:
-        """Copies of tokens' rows, in the experts' order."""
+    def _gather(self, tokens: Operand, places: DeviceArray, used: int, shares: DeviceArray | None = None) -> Operand:
+        """Copies of tokens' rows, in the experts' order; where shares are given, times these, which then are 1."""
         rows, stride = places.shape[0], tokens.values.shape[1]
         values = self.work.array("sorted", tokens.format.dtype, rows, stride)
-        self.launcher.launch(
-            EXPERTS,
-            "gather",
-            grid=rows,
-            x=tokens.values,
-            used=used,
-            stride=stride,
-            place_of=places,
-            sorted=values,
-        )
+        given: dict[str, Any] = {
+            "x": tokens.values,
+            "used": used,
+            "stride": stride,
+            "place_of": places,
+            "sorted": values,
+        }
+        if shares is None:
+            self.launcher.launch(EXPERTS, "gather", grid=rows, **given)
+        else:
+            self.launcher.launch(EXPERTS, "gather_shares", grid=rows, share_of=shares, **given)
         return replace(tokens, values=values)

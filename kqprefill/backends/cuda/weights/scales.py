@@ -112,6 +112,14 @@ class Scales:
 
         return self._small.once(("outputs", matrix.name), *_SCALE, make)
 
+    def squared(self, scale: DeviceArray) -> DeviceArray:
+        """The scale of the squares of values that are scaled by *scale."""
+
+        def make(squared: DeviceArray) -> None:
+            self._launcher.launch(SCALES, "square_scale", grid=1, source=scale, out=squared)
+
+        return self._small.once(("squared", scale.address), *_SCALE, make)
+
     def divided(self, scale: DeviceArray, factor: float) -> DeviceArray:
         """*scale / factor: a product whose operand is said to be scaled so comes out times `factor`."""
 
