@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -176,6 +176,9 @@ NO_RESULT = HeadResult(-1, 0.0, 0.0, None)
 PendingHead: TypeAlias = Callable[[], HeadResult | Ranks | Vectors]
 
 
+_Kind = TypeVar("_Kind", bound="LayerState")
+
+
 @dataclass(frozen=True)
 class LayerState:
     """What one layer keeps of a sequence so that the sequence can be continued: one subclass for each kind.
@@ -187,6 +190,10 @@ class LayerState:
     def parts(self) -> tuple[LayerState, ...]:
         """The states of one kind each that this is made of."""
         return (self,)
+
+    def part(self, kind: type[_Kind]) -> _Kind | None:
+        """The one of that kind, if any."""
+        return next((part for part in self.parts if isinstance(part, kind)), None)
 
 
 @dataclass(frozen=True)
@@ -237,13 +244,14 @@ class SharedKeysValues(LayerState):
 class Recurrent(LayerState):
     """The state of a linear recurrence: a matrix [key_dim, value_dim] for each of `heads`, whatever the sequence's
     length; and of the convolution before it the last `taps` rows of `channels` values. There are no matrices where a
-    layer is a convolution only."""
+    layer is a convolution only. rates: of how many more values of a token its steps are made."""
 
     heads: int
     key_dim: int
     value_dim: int
     channels: int
     taps: int
+    rates: int = 0
 
     @property
     def matrix_values(self) -> int:

@@ -5,9 +5,11 @@ import pytest
 
 from conftest import CASES, CONFORMANCE_FOLDERS, kl_divergence
 from emulator import EmulatedModel, why_not
+import kqprefill
 from kqprefill.backends.cuda.weights.plan import CPU_ONLY
 from kqprefill.core import Batch, Segment
 from kqprefill.models import FAMILIES
+from kqprefill.models.llama4 import Llama4
 from test_conformance import limit
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"kernels are not emulated: {why_not()}")
@@ -40,7 +42,7 @@ def test_logits(name, opened):
     assert divergence <= limit(name, "cuda"), f"mean KL {divergence:.2e}"
 
 
-CONTRACT = "gemma3-q4_k_m exaone4-swa".split()
+CONTRACT = "gemma3-q4_k_m exaone4-swa lfm2-q2_k nemotron_h-q2_k falcon-h1-q2_k hunyuan-dense-q3_k".split()
 
 
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in CONTRACT)])
@@ -61,6 +63,26 @@ def test_cut_packed_and_cached_are_the_same_bits(name, opened, rng):
     assert np.array_equal(logits[40:190], whole)
     last = model.run(Batch(np.concatenate([tokens[:100], others[1]]))).logits
     assert np.array_equal(logits[190:], last[100:])
+
+
+@pytest.mark.slow
+def test_chunks_of_a_sequence(opened, rng, monkeypatch):
+    """Those of Llama 4 are of 8192 tokens; here of 128."""
+    monkeypatch.setattr(Llama4, "chunk", 128)
+    model = opened("llama4-moe-q2_k")
+    tokens = rng.integers(0, model.family.config.vocab_size, 300).astype(np.int32)
+    whole = model.run(Batch(tokens)).logits
+    with kqprefill.load(CASES["llama4-moe-q2_k"], backend="cpu") as cpu:
+        assert kl_divergence(cpu.prefill(tokens, logits="all").logits, whole) <= 1e-4
+    cache, at = model.new_cache(300), 0
+    for n in (100, 60, 140):
+        part = model.run(Batch(tokens[at : at + n], start=at), cache=cache).logits
+        assert np.array_equal(part, whole[at : at + n]), f"{n} tokens from {at}"
+        at += n
+    packed = np.concatenate([tokens[:200], tokens[200:], tokens[200:260]])
+    segments = (Segment(0, 200), Segment(200, 100, 200, 0), Segment(300, 60, 200, 0))
+    logits = model.run(Batch(packed, segments=segments)).logits
+    assert np.array_equal(logits[:300], whole) and np.array_equal(logits[300:], whole[200:260])
 
 
 def test_every_architecture_is_emulated_or_of_the_cpu_alone():

@@ -66,7 +66,8 @@ class DeltaNet:
     @property
     def state(self) -> Recurrent:
         """What such a layer keeps of a sequence."""
-        return Recurrent(self.value_heads, self.head_dim, self.head_dim, self.channels, self.kernel - 1)
+        heads = self.value_heads
+        return Recurrent(heads, self.head_dim, self.head_dim, self.channels, self.kernel - 1, rates=2 * heads)
 
     def shapes(self, hidden: int) -> Shapes:
         """The tensors of such a layer, but its norm."""

@@ -7,7 +7,7 @@ from .config import Config
 from .family import Family
 from .mamba2 import Mamba2
 from .ops import Ops, Residual
-from .weights import Shapes, Weights
+from .weights import Parts, Shapes, Weights
 
 
 class FalconH1(Family):
@@ -21,6 +21,9 @@ class FalconH1(Family):
         shapes = {**super().block_shapes(index), **self.net.shapes(self.config.embedding_length)}
         shapes["ffn_norm="] = shapes.pop("ffn_norm")  # files call it so, without .weight
         return shapes
+
+    def block_parts(self, index: int) -> Parts:
+        return self.net.parts
 
     def state(self, index: int) -> LayerState:
         return Several((super().state(index), self.net.state))

@@ -51,6 +51,7 @@ class Family(ABC):
     rope_interleaved = False  # which elements pair up; see Rope
     layer_norm = False  # see Config
     chunk: int | None = None  # tokens of a chunk of the sequence, where some layers' queries see no more than theirs
+    short_taps: int | None = None  # of convolutions that are a layer's mixer by themselves, where there are some
     last_norm = "output_norm"  # what files call the norm before the output matrix
     both_ways = False  # whether tokens see those after them, too: such a model has vectors only, of whole sequences
 

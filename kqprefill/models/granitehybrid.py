@@ -9,7 +9,7 @@ from .experts import Experts
 from .granitemoe import GraniteMoe
 from .mamba2 import Mamba2
 from .ops import Ops, Residual
-from .weights import Shapes, Weights
+from .weights import Parts, Shapes, Weights
 
 
 class GraniteHybrid(GraniteMoe):
@@ -34,6 +34,9 @@ class GraniteHybrid(GraniteMoe):
         for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
             del shapes[name]
         return {**shapes, **self.net.shapes(c.embedding_length)}
+
+    def block_parts(self, index: int) -> Parts:
+        return super().block_parts(index) | ({} if self.kv_heads[index] else self.net.parts)
 
     def state(self, index: int) -> LayerState:
         heads = self.kv_heads[index]

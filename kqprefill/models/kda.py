@@ -30,7 +30,8 @@ class KimiDelta:
     @property
     def state(self) -> Recurrent:
         """What such a layer keeps of a sequence; its convolutions' rows are of q, k and v, one after another."""
-        return Recurrent(self.heads, self.head_dim, self.head_dim, 3 * self.width, self.kernel - 1)
+        rates = self.width + self.heads
+        return Recurrent(self.heads, self.head_dim, self.head_dim, 3 * self.width, self.kernel - 1, rates)
 
     def shapes(self, hidden: int) -> Shapes:
         """The tensors of such a layer, but the norm before it."""

@@ -16,13 +16,14 @@ from .weights import Parts, Shapes, Weights
 class Lfm2(Family):
     architecture = "lfm2"
     last_norm = "token_embd_norm"
+    short_taps: int
 
     def read_config(self, vocab_size: int) -> Config:
         if not self.meta.flag("attention.causal", True):
             raise self.meta.error("attention.causal is false: its tokens see those after them, which is not supported")
         self.kv_heads = self.meta.of_layers("attention.head_count_kv", self.meta.integer("block_count"), least=0)
         self.meta = self.meta.with_largest("attention.head_count_kv")
-        self.taps = self.meta.integer("shortconv.l_cache")
+        self.short_taps = self.meta.integer("shortconv.l_cache")
         return super().read_config(vocab_size)
 
     def read_hyper_parameters(self) -> None:
@@ -40,7 +41,7 @@ class Lfm2(Family):
         return {
             **shapes,
             "shortconv.in_proj": (3 * hidden, hidden),
-            "shortconv.conv": (hidden, self.taps),
+            "shortconv.conv": (hidden, self.short_taps),
             "shortconv.out_proj": (hidden, hidden),
         }
 
@@ -50,7 +51,7 @@ class Lfm2(Family):
     def state(self, index: int) -> LayerState:
         if self.kv_heads[index]:
             return KeysValues(self.kv_heads[index], self.config.head_dim, self.window(index))
-        return Recurrent(0, 0, 0, self.config.embedding_length, self.taps - 1)
+        return Recurrent(0, 0, 0, self.config.embedding_length, self.short_taps - 1)
 
     def mixer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
         """A layer's first half."""

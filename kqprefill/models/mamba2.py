@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..core import Recurrent
 from .config import ArchMetadata
-from .weights import Shapes
+from .weights import Parts, Shapes
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,14 @@ class Mamba2:
     @property
     def state(self) -> Recurrent:
         """What such a layer keeps of a sequence."""
-        return Recurrent(self.heads, self.state_size, self.head_dim, self.channels, self.kernel - 1)
+        sizes = self.state_size, self.head_dim, self.channels
+        return Recurrent(self.heads, *sizes, self.kernel - 1, rates=self.heads)
+
+    @property
+    def parts(self) -> Parts:
+        """The matrices that files keep in one (Family.block_parts): what makes z, what goes into the convolution, and
+        the steps."""
+        return {"ssm_in": {"ssm_in_z": self.width, "ssm_in_xbc": self.channels, "ssm_in_dt": self.heads}}
 
     def shapes(self, hidden: int) -> Shapes:
         """The tensors of such a layer, but the norm before it."""

@@ -11,7 +11,7 @@ from .experts import Experts
 from .family import Family
 from .mamba2 import Mamba2
 from .ops import Ops, Residual
-from .weights import Shapes, Weights
+from .weights import Parts, Shapes, Weights
 
 
 class NemotronH(Family):
@@ -44,6 +44,9 @@ class NemotronH(Family):
         keys = self.kv_heads[index] * c.head_dim, c.embedding_length
         output = c.embedding_length, c.q_width
         return {**norm, "attn_q": output[::-1], "attn_k": keys, "attn_v": keys, "attn_output": output}
+
+    def block_parts(self, index: int) -> Parts:
+        return self.net.parts if self.kind(index) == "mamba2" else {}
 
     def feed_forward_shapes(self, index: int) -> Shapes:
         """The tensors of a feed-forward layer, but its norm."""

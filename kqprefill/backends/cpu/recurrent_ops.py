@@ -73,7 +73,7 @@ class RecurrentOps(HearingOps):
         return normed.reshape(len(h), -1) * sigmoid(z)
 
     def mamba2(self, h: Float32Array, w: Weights, net: Mamba2) -> Float32Array:
-        z, rows, dt = np.split(self.linear(h, w.ssm_in), np.cumsum([net.width, net.channels]), axis=1)
+        z, rows, dt = (self.linear(h, weight) for weight in (w.ssm_in_z, w.ssm_in_xbc, w.ssm_in_dt))
         step = softplus(dt + vector_of(w.ssm_dt_bias.tensor))
         decay = np.exp(vector_of(w.ssm_a.tensor).reshape(-1) * step)
         skip = vector_of(w.ssm_d.tensor).reshape(-1, 1)

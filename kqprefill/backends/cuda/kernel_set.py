@@ -17,6 +17,7 @@ from .device.workspace import Workspace
 from .gemm import hopper, portable
 from .gemm.operand import Gemm
 from .gemm.tensor_maps import TensorMaps
+from .mamba_kernels import mamba_programs
 from .programs import COMMON, weight_program
 from .units import unit_size
 from .weights.matrix import Matrix
@@ -65,7 +66,7 @@ class KernelSet(ABC):
 
     def every_program(self) -> list[Program]:
         """All programs that files in use may need: what the tests compile."""
-        of_every_set = (*COMMON, *map(weight_program, sorted(SUPPORTED)), *delta_programs())
+        of_every_set = (*COMMON, *map(weight_program, sorted(SUPPORTED)), *delta_programs(), *mamba_programs())
         return list(dict.fromkeys((*of_every_set, *self._own_programs())))
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import takewhile
 import mmap
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...core import KeysValues, Latent, LayerState, Recurrent, SharedKeysValues
+from ...core import KeysValues, Latent, LayerState, Recurrent, Several, SharedKeysValues
 from ...errors import BackendError
 from ..base import Cache
 from ..budget import gib, host_memory
@@ -43,8 +44,9 @@ def token_arrays(address: int, state: KeysValues | Latent, capacity: int) -> tup
 
 def halo_rows(state: Recurrent) -> int:
     """Rows of a recurrence's inputs that are kept of a sequence: those of the chunk that it ended in, which is gone
-    through again when it goes on, and those that the convolution wants before them."""
-    return DELTA_CHUNK - 1 + state.taps
+    through again when it goes on, and those that the convolution wants before them; or these alone, where there is no
+    more than a convolution."""
+    return (DELTA_CHUNK - 1 if state.heads else 0) + state.taps
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class RecurrentArrays:
     """A recurrence's state on the device.
 
     state: float32 [1, heads, key_dim, value_dim], after the last whole chunk. sums, rates: the last rows of what the
-    layer's matrices made, float32 [halo_rows, channels] and [halo_rows, 2 * heads].
+    layer's matrices made, float32 [halo_rows, channels] and [halo_rows, rates].
     """
 
     state: DeviceArray
@@ -63,7 +65,7 @@ class RecurrentArrays:
     def at(cls, address: int, state: Recurrent) -> RecurrentArrays:
         """The arrays one after another from an address on."""
         rows = halo_rows(state)
-        shapes = (1, state.heads, state.key_dim, state.value_dim), (rows, state.channels), (rows, 2 * state.heads)
+        shapes = (1, state.heads, state.key_dim, state.value_dim), (rows, state.channels), (rows, state.rates)
         arrays = []
         for shape in shapes:
             arrays.append(DeviceArray(address, FLOAT32, shape))
@@ -84,7 +86,14 @@ def state_bytes(state: LayerState, capacity: int) -> int:
         return RecurrentArrays.at(0, state).nbytes
     if isinstance(state, SharedKeysValues):
         return 0
+    if isinstance(state, Several):
+        return sum(state_bytes(part, capacity) for part in state.parts)
     raise TypeError(f"CUDA keeps no state of kind {type(state).__name__}")
+
+
+def _has_rows(state: LayerState) -> bool:
+    """Whether a layer keeps rows of tokens, which attention reads, and perhaps a recurrence's state behind them."""
+    return any(isinstance(part, (KeysValues, Latent, SharedKeysValues)) for part in state.parts)
 
 
 class DeviceCache(Cache):
@@ -117,23 +126,29 @@ class DeviceCache(Cache):
     def _address(self, layer: int) -> int:
         return int(self._buffer.handle) + self._starts[layer]
 
+    def offset(self, layer: int, kind: type[LayerState]) -> int:
+        """Where, in bytes of what a layer keeps, its state of that kind begins."""
+        parts = self._states[layer].parts
+        before = takewhile(lambda part: not isinstance(part, kind), parts)
+        return sum(state_bytes(part, self.capacity) for part in before)
+
     def keys_values(self, layer: int) -> tuple[DeviceArray, DeviceArray]:
         """A layer's keys and values from token 0 on: halves [capacity, heads, padded head_dim] each."""
-        state = self._states[layer]
-        assert isinstance(state, KeysValues), "a layer with attention"
-        return token_arrays(self._address(layer), state, self.capacity)
+        state = self._states[layer].part(KeysValues)
+        assert state is not None, "a layer with attention"
+        return token_arrays(self._address(layer) + self.offset(layer, KeysValues), state, self.capacity)
 
     def latent(self, layer: int) -> tuple[DeviceArray, DeviceArray]:
         """A layer's latent rows from token 0 on, in two arrays (token_shapes): halves [capacity, ...] each."""
-        state = self._states[layer]
-        assert isinstance(state, Latent), "a layer with latent attention"
-        return token_arrays(self._address(layer), state, self.capacity)
+        state = self._states[layer].part(Latent)
+        assert state is not None, "a layer with latent attention"
+        return token_arrays(self._address(layer) + self.offset(layer, Latent), state, self.capacity)
 
     def recurrent(self, layer: int) -> RecurrentArrays:
         """A layer's recurrent state."""
-        state = self._states[layer]
-        assert isinstance(state, Recurrent), "a layer with a recurrence"
-        return RecurrentArrays.at(self._address(layer), state)
+        state = self._states[layer].part(Recurrent)
+        assert state is not None, "a layer with a recurrence"
+        return RecurrentArrays.at(self._address(layer) + self.offset(layer, Recurrent), state)
 
     def note_scales(self, layer: int, first: DeviceArray, second: DeviceArray) -> None:
         """Say what the halves in a layer's two arrays are times: float32 [1] each, the same for every batch."""
@@ -206,7 +221,7 @@ class HostCache(DeviceCache):
         staying = {state.layer for state in states if isinstance(state, SharedKeysValues)}
         starts, end = [0] * len(sizes), 0
         for recurrent in (False, True):
-            own = [i for i, s in enumerate(states) if isinstance(s, Recurrent) == recurrent and i not in staying]
+            own = [i for i, s in enumerate(states) if _has_rows(s) != recurrent and i not in staying]
             room = max((sizes[layer] for layer in own), default=0)
             for layer in own:
                 starts[layer] = end + layer % 2 * room
@@ -243,14 +258,17 @@ class HostCache(DeviceCache):
         """(bytes on the host, their device address) of what a layer keeps of tokens first to last - 1: their rows in
         both arrays, or the whole of a recurrence's state."""
         host, address, state = self._on_host[layer], self._address(layer), self._states[layer]
-        if not isinstance(state, (KeysValues, Latent)):
-            if host.nbytes:
-                yield host, address
-            return
-        for array in token_arrays(address, state, self.capacity):
-            begin = array.address - address
-            low, high = first * array.row_bytes, last * array.row_bytes
-            yield host[begin + low : begin + high], array.address + low
+        for part in state.parts:
+            begin = self.offset(layer, type(part))
+            if not isinstance(part, (KeysValues, Latent)):
+                nbytes = state_bytes(part, self.capacity)
+                if nbytes:
+                    yield host[begin : begin + nbytes], address + begin
+                continue
+            for array in token_arrays(address + begin, part, self.capacity):
+                at = array.address - address
+                low, high = first * array.row_bytes, last * array.row_bytes
+                yield host[at + low : at + high], array.address + low
 
     def _copy_in(self, layer: int, start: int) -> None:
         # The stream's order has this layer's room copied out of before it is written.

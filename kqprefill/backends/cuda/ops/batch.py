@@ -88,14 +88,14 @@ class _WorkStates:
         self._seen_again = {state.layer for state in states if isinstance(state, SharedKeysValues)}
 
     def keys_values(self, layer: int) -> tuple[DeviceArray, DeviceArray]:
-        state = self._states[layer]
-        assert isinstance(state, KeysValues), "a layer with keys and values of its own"
+        state = self._states[layer].part(KeysValues)
+        assert state is not None, "a layer with keys and values of its own"
         of = f" of layer {layer}" if layer in self._seen_again else ""
         return self._arrays(state, f"k{of}", f"v{of}")
 
     def latent(self, layer: int) -> tuple[DeviceArray, DeviceArray]:
-        state = self._states[layer]
-        assert isinstance(state, Latent), "a layer with latent attention"
+        state = self._states[layer].part(Latent)
+        assert state is not None, "a layer with latent attention"
         return self._arrays(state, "latent rows", "latent keys")
 
     def _arrays(self, state: KeysValues | Latent, *names: str) -> tuple[DeviceArray, DeviceArray]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ....models.kda import KimiDelta
-from ....models.mamba2 import Mamba2
 from ....models.ops import Input, Ops, Residual
 from ....models.weights import Weight, Weights
 
@@ -13,15 +12,6 @@ class CpuOnlyOps(Ops):
 
     def kda(self, h: Input, w: Weights, net: KimiDelta) -> Input:
         raise NotImplementedError("Kimi Delta Attention is not on CUDA")
-
-    def mamba2(self, h: Input, w: Weights, net: Mamba2) -> Input:
-        raise NotImplementedError("Mamba-2 is not on CUDA")
-
-    def short_convolution(self, h: Input, w: Weights) -> Input:
-        raise NotImplementedError("convolutions by themselves are not on CUDA")
-
-    def projected(self, a: Input, weight: Weight) -> Input:
-        raise NotImplementedError("products of products are not on CUDA")
 
     def altup_streams(self, x: Residual, matrices: Weight) -> Residual:
         raise NotImplementedError("several residual streams are not on CUDA")

@@ -9,29 +9,13 @@ import math
 import numpy as np
 
 from ....models.delta_net import DeltaNet
-from ....models.family import Family
 from ....models.weights import Weights
 from ..constants import DELTA_CHUNK
 from ..delta_kernels import inputs_program, prepare_program, scan_config
 from ..device.arrays import FLOAT16, FLOAT32, DeviceArray
 from ..gemm.operand import HALVES, Operand
 from ..kv_cache import halo_rows
-from .batch import CHUNKS_AT_ONCE
-from .chunk_layout import Part, chunk_layout, parts_of
-from .dense import DenseOps
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Tokens first to last - 1 of the batch: their chunks and sequences on the device, and how many states they leave.
-    goes_on: whether they follow those of the piece before, or of a cache, in a sequence."""
-
-    first: int
-    last: int
-    goes_on: bool
-    chunks: DeviceArray
-    sequences: list[DeviceArray]
-    states: int
+from .recurrence import Piece, RecurrenceOps
 
 
 @dataclass(frozen=True)
@@ -47,27 +31,8 @@ class _Chunked:
     decay: DeviceArray
 
 
-class DeltaOps(DenseOps):
+class DeltaOps(RecurrenceOps):
     """Part of CudaOps."""
-
-    def begin_batch(self, family: Family) -> None:
-        super().begin_batch(family)
-        self._pieces: list[_Piece] = []
-        if family.has_recurrence:
-            self._pieces = [
-                self._upload_piece(*piece) for piece in enumerate(parts_of(self.batch.segments, CHUNKS_AT_ONCE))
-            ]
-
-    def _upload_piece(self, number: int, part: Part) -> _Piece:
-        layout = chunk_layout(part.segments, part.keeps)
-        sequences = [
-            self.work.upload(f"sequences {number}.{level}", array) for level, array in enumerate(layout.sequences)
-        ]
-        states = max(layout.states, self.planned_chunks // 2)  # a sequence that leaves one is followed by another
-        goes_on = part.keeps and part.segments[0].position > 0
-        return _Piece(
-            part.first, part.last, goes_on, self.work.upload(f"chunks {number}", layout.chunks), sequences, states
-        )
 
     def delta_net(self, h: Operand, w: Weights, net: DeltaNet) -> Operand:
         weights = (w.attn_qkv, w.attn_gate, w.ssm_beta, w.ssm_alpha)
@@ -78,21 +43,14 @@ class DeltaOps(DenseOps):
         taps, host_taps = self.context.small.vector(w.ssm_conv1d.tensor)
         kept = self.cache.recurrent(self.layer) if self.cache is not None else None
         out = self.work.array("delta", HALVES.dtype, self.n, HALVES.padded(net.value_width))
-        most = max(piece.last - piece.first for piece in self._pieces)
+        most = self.most_rows
         sums = self.work.array("delta sums", FLOAT32, halo + most, net.channels)
         rates = self.work.array("delta rates", FLOAT32, halo + most, 2 * heads)
         z = self.work.array("delta gates", FLOAT32, most, net.value_width)
         o = self.work.array("delta outputs", FLOAT32, most, net.value_width)
-        states = kept.state if kept is not None else self._states(net)
-        if kept is not None and self.batch.start:
-            self._copy(sums.rows(0, halo), kept.sums)
-            self._copy(rates.rows(0, halo), kept.rates)
-        before = 0  # rows of the piece before
-        for piece in self._pieces:
+        states = self.states_of("delta", net.state, kept)
+        for piece in self.through_pieces(net.state, kept, sums, rates):
             rows = piece.last - piece.first
-            if before and piece.goes_on:
-                self._copy(sums.rows(0, halo), sums.rows(before, before + halo))
-                self._copy(rates.rows(0, halo), rates.rows(before, before + halo))
             self.enter("linear", weights, rows)
             own = h.part(piece.first, piece.last)
             self.multiply(own, [qkv], sums.rows(halo, halo + rows))
@@ -119,19 +77,7 @@ class DeltaOps(DenseOps):
                 out=out.rows(piece.first, piece.last),
                 stride=out.shape[1],
             )
-            before = rows
-        if kept is not None:
-            self._copy(kept.sums, sums.rows(before, before + halo))
-            self._copy(kept.rates, rates.rows(before, before + halo))
         return Operand(out, net.value_width, scale)
-
-    def _states(self, net: DeltaNet) -> DeviceArray:
-        count = max(1, max(piece.states for piece in self._pieces))
-        return self.work.array("delta states", FLOAT32, count, net.value_heads, net.head_dim, net.head_dim)
-
-    def _copy(self, to: DeviceArray, source: DeviceArray) -> None:
-        self.context.gpu.copy(to.address, source.address, to.nbytes)
-        self.launcher.fence()
 
     def _prepare(
         self,
@@ -144,7 +90,7 @@ class DeltaOps(DenseOps):
         v_scale: DeviceArray,
     ) -> _Chunked:
         count, d, heads = chunks.shape[0], net.head_dim, net.value_heads
-        room = max(count, self.planned_chunks)
+        room = self.room_for(chunks)
 
         def halves(name: str, heads: int, columns: int) -> DeviceArray:
             return self.work.array(f"delta {name}", FLOAT16, room, heads, DELTA_CHUNK, columns)
@@ -198,7 +144,7 @@ class DeltaOps(DenseOps):
     def _scan(
         self,
         chunked: _Chunked,
-        piece: _Piece,
+        piece: Piece,
         net: DeltaNet,
         v_scale: DeviceArray,
         states: DeviceArray,

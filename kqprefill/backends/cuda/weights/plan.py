@@ -24,7 +24,7 @@ from .matrix import layer_matrices, tensors_outside, tile_bytes
 from .staging import STAGING_BYTES, STAGING_SLOTS
 
 # Architectures whose layers have ops that are not on CUDA yet.
-CPU_ONLY = frozenset("lfm2 lfm2moe nemotron_h nemotron_h_moe granitehybrid gemma3n falcon-h1 kimi-linear".split())
+CPU_ONLY = frozenset("gemma3n kimi-linear".split())
 CONTEXT_BYTES = 560 << 20  # that the driver takes for a context and our kernels (an H100: 540 MiB)
 _SLACK_BYTES, _SLACK_SHARE = (
     64 << 20,

@@ -3,7 +3,7 @@ needed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import math
 
 import numpy as np
@@ -36,6 +36,10 @@ class Scales:
 
         return self._small.once(("bound", float(bound)), *_SCALE, make)
 
+    def made(self, name: str, count: int, make: Callable[[DeviceArray], None]) -> DeviceArray:
+        """Scales of what is not the outcome of one matrix, float32 [count], which make(array) writes the first time."""
+        return self._small.once(("made", name), FLOAT32, (count,), make)
+
     def unit(self) -> DeviceArray:
         """1: of what is not scaled."""
         return self._small.constant(np.ones(1, np.float32))
@@ -67,7 +71,7 @@ class Scales:
                 rows=matrix.rows,
                 columns=matrix.columns,
                 input=norm,
-                row_norm=self._row_norms(matrix),
+                row_norm=self.row_norms(matrix),
                 absmax=largest,
             )
         return largest
@@ -100,9 +104,9 @@ class Scales:
                 SCALES,
                 "output_scale",
                 grid=1,
-                a=self._row_norms(matrix),
+                a=self.row_norms(matrix),
                 bias_a=bias,
-                b=self._row_norms(factor) if factor is not None else None,
+                b=self.row_norms(factor) if factor is not None else None,
                 bias_b=factor_bias,
                 n=matrix.rows,
                 gain=length,
@@ -128,5 +132,6 @@ class Scales:
 
         return self._small.once(("divided", scale.address, factor), *_SCALE, make)
 
-    def _row_norms(self, matrix: Matrix) -> DeviceArray:
+    def row_norms(self, matrix: Matrix) -> DeviceArray:
+        """The lengths of a measured matrix's rows, each times the norm that it was measured against: float32 [rows]."""
         return self._work.array(f"row norms {matrix.name}", FLOAT32, matrix.rows)
