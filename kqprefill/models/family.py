@@ -48,6 +48,7 @@ class Family(ABC):
     """
 
     architecture = ""  # general.architecture
+    examples = ""  # models that people look for, the best known first, parted by ", "
     rope_interleaved = False  # which elements pair up; see Rope
     layer_norm = False  # see Config
     last_norm = "output_norm"  # what files call the norm before the output matrix

@@ -21,6 +21,7 @@ _PLAIN_EXPERTS = 128  # Maverick's: its q and k are not normalised, which no met
 
 class Llama4(Family):
     architecture = "llama4"
+    examples = "Llama 4 Scout, Llama 4 Maverick"
     rope_interleaved = True
     experts: Experts
 

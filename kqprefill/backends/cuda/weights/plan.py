@@ -28,6 +28,10 @@ CPU_ONLY = frozenset(
     "lfm2 lfm2moe nemotron_h nemotron_h_moe granitehybrid llama4 cohere2 hunyuan-dense hunyuan-moe phimoe command-r "
     "starcoder2 gemma3n falcon-h1 kimi-linear".split()
 )
+# Architectures made of ops that CUDA has, which were held to the reference on the CPU, and never run on a GPU.
+NEVER_RUN = frozenset(
+    "seed_oss ernie4_5 ernie4_5-moe exaone4 internlm2 minicpm qwen2vl mistral4 minimax-m2 granitemoe".split()
+)
 CONTEXT_BYTES = 560 << 20  # that the driver takes for a context and our kernels (an H100: 540 MiB)
 _SLACK_BYTES, _SLACK_SHARE = (
     64 << 20,
