@@ -152,7 +152,7 @@ def test_commands_end_with_the_line(tmp_path):
         ["run", path, "--tokens", TOKENS],
         ["plan", path],
         ["score", path, "-"],
-        ["perplexity", path, "-f", EXAMPLE.parent / "texts.jsonl"],
+        ["bench", path, "-p", "8"],
     ):
         done = kq(*args)
         lines = [line for line in done.stderr.decode().splitlines() if "GPU" not in line]

@@ -67,8 +67,11 @@ KIND_OF = {name: kind for kind, names in _NAMES.items() for name in names.split(
 
 
 class Lacking(NamedTuple):
-    """A language model without a page. models: that people know. needs: what no page has yet; empty where only
-    the page itself is known to be missing. nearest: supported architectures that are most like it."""
+    """A language model without a page.
+
+    models: that people know. needs: in what its layers differ from those that run; empty where no difference is known.
+    nearest: the supported architectures that are most like it.
+    """
 
     models: str
     needs: str = ""
