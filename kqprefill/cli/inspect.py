@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import InputError, KqprefillError
+from ..errors import BackendError, InputError, KqprefillError
 from ..terminal import json_value, print_json, print_text, shown
 from .common import open_file, parameters, print_object, size, table
 
@@ -42,7 +42,7 @@ _ORDER = (
 def inspect(name: str, tensors: bool, key: str | None, as_json: bool) -> None:
     """Say what a GGUF file holds.
 
-    Architecture, sizes, quantisation by kind of tensor, and whether kqprefill runs it.
+    What kind of model it is, or of file; its sizes, quantisation by kind of tensor, and whether kqprefill runs it.
 
     Only the header is read, so it is instant on a file of any size.
 
@@ -77,15 +77,24 @@ def _print_tensors(file: ModelFile, as_json: bool) -> None:
 
 
 def _describe(file: ModelFile, name: str) -> dict[str, Any]:
+    from ..backends.cuda.weights.plan import NEVER_RUN, refuse_unsupported
     from ..gguf.keys import key_or_none
-    from ..models import read_model
+    from ..models import FAMILIES, read_model
+    from ..models.unsupported import describe_file
 
-    backends, problem, family = ["cpu", "cuda"], None, None
+    backends, problem, note, family = [], None, None, None
     try:
         family = read_model(file)
+        backends.append("cpu")
+        refuse_unsupported(family)
+        backends.append("cuda")
+        note = "on a GPU nobody has run this architecture yet" if family.architecture in NEVER_RUN else None
+    except BackendError as error:
+        note = str(error).removeprefix(shown(f"{file.path}: "))
     except KqprefillError as error:
-        backends, problem = [], str(error)
+        problem = str(error)
     metadata = file.metadata
+    what = describe_file(metadata, file.tensors, FAMILIES)
     architecture = key_or_none(metadata, "general.architecture")
     groups: dict[str, dict[str, Any]] = {}
     for tensor in file.tensors.values():
@@ -97,18 +106,22 @@ def _describe(file: ModelFile, name: str) -> dict[str, Any]:
         group["types"][tensor.type.name] = group["types"].get(tensor.type.name, 0) + 1
     for group in groups.values():
         group["bits_per_weight"] = 8 * group["bytes"] / group["parameters"]
-    embedding = file.tensors.get("token_embd.weight")
+    sizes = f"{architecture}.vision" if what.kind == "projector" else architecture
     return {
         "model": name,
         "name": key_or_none(metadata, "general.name"),
+        "kind": what.kind,
+        "what": what.words,
+        "examples": what.examples.split(", ") if what.examples else [],
         "architecture": architecture,
         "backends": backends,
         "problem": problem,
+        "note": note,
         "parameters": sum(group["parameters"] for group in groups.values()),
         "bytes": sum(group["bytes"] for group in groups.values()),
-        "layers": family.config.block_count if family else _size_in(metadata, f"{architecture}.block_count"),
+        "layers": family.config.block_count if family else _size_in(metadata, f"{sizes}.block_count"),
         "context": _size_in(metadata, f"{architecture}.context_length"),
-        "vocabulary": embedding.shape[0] if embedding is not None else None,
+        "vocabulary": _vocabulary(file, architecture),
         "tokenizer": key_or_none(metadata, "tokenizer.ggml.model"),
         "groups": {name: groups[name] for name in _ORDER if name in groups},
         "left": [name for name in file.tensors if family is not None and family.leaves(name)],
@@ -121,6 +134,18 @@ def _size_in(metadata: Mapping[str, Any], key: str) -> int | None:
 
     value: int | None = COUNT.accept(metadata.get(key))
     return value
+
+
+def _vocabulary(file: ModelFile, architecture: str | None) -> int | None:
+    """How many tokens the file knows: by its embedding, its metadata, or its tokenizer."""
+    from ..gguf.keys import key_or_none
+
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is not None:
+        return embedding.shape[0]
+    count = _size_in(file.metadata, f"{architecture}.vocab_size")
+    tokens = key_or_none(file.metadata, "tokenizer.ggml.tokens") if count is None else None
+    return count if tokens is None else len(tokens)
 
 
 def _group_of(tensor: ModelTensor) -> str:
@@ -136,17 +161,25 @@ def _for_people(d: dict[str, Any]) -> str:
         return "?" if value is None else shown(value)
 
     bits = 8 * d["bytes"] / d["parameters"] if d["parameters"] else 0
+    examples = f" such as {', '.join(d['examples'])}" if d["examples"] else ""
     lines = [
         f"{known(d['model'])}: {known(d['name'])}",
+        f"{shown(d['what'])}{examples}",
         f"architecture {known(d['architecture'])}, {parameters(d['parameters'])} parameters in {size(d['bytes'])}, "
         f"{bits:.2f} bits each",
-        f"{known(d['layers'])} layers, context {known(d['context'])}, vocabulary {known(d['vocabulary'])} "
-        f"({known(d['tokenizer'])})",
-        f"kqprefill runs it ({', '.join(d['backends'])})"
-        if d["backends"]
-        else f"kqprefill does not run it: {d['problem']}",
-        "",
     ]
+    if any(d[key] is not None for key in ("layers", "context", "vocabulary", "tokenizer")):
+        lines.append(
+            f"{known(d['layers'])} layers, context {known(d['context'])}, vocabulary {known(d['vocabulary'])} "
+            f"({known(d['tokenizer'])})"
+        )
+    if d["backends"]:
+        lines.append(f"kqprefill runs it ({', '.join(d['backends'])})" + (f"; {d['note']}" if d["note"] else ""))
+    else:
+        lines.append(f"kqprefill does not run it: {d['problem']}")
+    if not d["groups"]:
+        return "\n".join(lines)
+    lines.append("")
     rows = [
         [
             name,
@@ -158,7 +191,7 @@ def _for_people(d: dict[str, Any]) -> str:
         for name, group in d["groups"].items()
     ]
     left = "".join(f"\n{_LEFT}: {part}" for part in _left_parts(d["left"]))
-    return "\n".join(lines) + table(["tensors", "n", "types", "size", "bits a weight"], rows) + left
+    return "\n".join(lines) + "\n" + table(["tensors", "n", "types", "size", "bits a weight"], rows) + left
 
 
 def _left_parts(names: list[str]) -> Iterator[str]:

@@ -62,6 +62,7 @@ NUMBERS = Kind("an array of numbers", lambda value: _numbers(value, "iuf"))
 KEYS = {
     "general.architecture": TEXT,
     "general.name": TEXT,
+    "general.type": TEXT,
     "general.alignment": COUNT,
     "split.count": COUNT,
     "split.no": COUNT,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..errors import ModelError
@@ -53,6 +53,7 @@ from .qwen35 import Qwen35, Qwen35Moe
 from .seed_oss import SeedOss
 from .smollm3 import SmolLM3
 from .starcoder2 import StarCoder2
+from .unsupported import refusal
 
 _PAGES: tuple[type[Family], ...] = (
     Qwen3,
@@ -111,21 +112,17 @@ FAMILIES = {family.architecture: family for family in _PAGES}
 
 def read_model(file: ModelFile) -> Family:
     """The family of an open file, over its tensors. Raises ModelError for one that is not supported."""
-    return _family_of(file.metadata, file.path).open(file)
+    return _family_of(file.metadata, file.path, file.tensors).open(file)
 
 
 def describe_model(metadata: Mapping[str, Any], path: str, vocab_size: int) -> Family:
     """The family that the metadata of `path` names, described but without tensors (see Family). Raises ModelError."""
-    return _family_of(metadata, path)(metadata, path, vocab_size)
+    return _family_of(metadata, path, ["token_embd.weight"])(metadata, path, vocab_size)
 
 
-def _family_of(metadata: Mapping[str, Any], path: str) -> type[Family]:
+def _family_of(metadata: Mapping[str, Any], path: str, tensors: Collection[str]) -> type[Family]:
+    """tensors: the names of those that the file has."""
     architecture = read_key(metadata, "general.architecture", lambda what: ModelError(f"{path}: {what}"))
-    if architecture is None:
-        raise ModelError(f"{path}: metadata general.architecture is missing; this is no language model")
-    if architecture == "clip":
-        raise ModelError(f"{path}: it has only what sees or hears (mmproj); give the language model's own file")
-    if architecture not in FAMILIES:
-        raise ModelError(f"{path}: architecture {architecture!r} is not supported; these are: {', '.join(FAMILIES)}")
-    family: type[Family] = FAMILIES[architecture]
-    return family
+    if (why_not := refusal(metadata, tensors, FAMILIES)) is not None:
+        raise ModelError(f"{path}: {why_not}")
+    return FAMILIES[architecture]

@@ -9,6 +9,7 @@ from .config import Rope
 
 class Cohere2(CommandR):
     architecture = "cohere2"
+    examples = "Command A 111B, Command R7B"
     norms_heads = False
 
     def read_hyper_parameters(self) -> None:

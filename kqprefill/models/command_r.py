@@ -14,6 +14,7 @@ _NORMED_LAYERS = 64  # from so many layers on q and k are normalised (llama.cpp,
 
 class CommandR(Family):
     architecture = "command-r"
+    examples = "Command R 35B, Command R+ 104B"
     rope_interleaved = True
     layer_norm = True
 

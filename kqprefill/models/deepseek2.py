@@ -19,6 +19,7 @@ _GLM_FLASH = 154880  # GLM-4.7-Flash's vocabulary: its first files do not say th
 
 class DeepSeek2(Family):
     architecture = "deepseek2"
+    examples = "DeepSeek V3, DeepSeek R1, DeepSeek V2-Lite, Kimi K2, GLM-4.7-Flash"
     rope_interleaved = True
     experts: Experts
 

@@ -12,11 +12,19 @@ from .weights import Parts, Shapes, Weights
 
 
 class Ernie45(Llama):
+    """ERNIE 4.5 (Baidu): Llama's layers."""
+
     architecture = "ernie4_5"
+    examples = "ERNIE 4.5 0.3B"
 
 
 class Ernie45Moe(Llama):
+    """ERNIE 4.5 (Baidu) with experts: after some dense layers, experts that a bias helps to choose among a
+    softmax's probabilities, beside one that every token goes through.
+    """
+
     architecture = "ernie4_5-moe"
+    examples = "ERNIE 4.5 21B-A3B, ERNIE 4.5 300B-A47B"
     experts: Experts
 
     def read_experts(self) -> Experts:

@@ -12,6 +12,7 @@ _HYBRID_LAYERS = 64  # llama.cpp, too, knows the 32B by the number of its layers
 
 class Exaone4(Family):
     architecture = "exaone4"
+    examples = "EXAONE 4.0 32B, EXAONE 4.0 1.2B"
 
     def block_shapes(self, index: int) -> Shapes:
         width, head = (self.config.embedding_length,), (self.config.head_dim,)

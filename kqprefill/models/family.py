@@ -48,6 +48,7 @@ class Family(ABC):
     """
 
     architecture = ""  # general.architecture
+    examples = ""  # models that people look for, the best known first, parted by ", "
     rope_interleaved = False  # which elements pair up; see Rope
     layer_norm = False  # see Config
     chunk: int | None = None  # tokens of a chunk of the sequence, where some layers' queries see no more than theirs

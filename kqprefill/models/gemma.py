@@ -14,6 +14,7 @@ from .weights import Weights
 
 class Gemma(Family):
     architecture = "gemma"
+    examples = "Gemma 2B, Gemma 7B"
 
     def attention_scale_of(self, blocks_27b: int) -> float:
         """1 / sqrt(head_dim); in the 27B models of Gemma 2 and 3, 1 / sqrt(embedding_length / head_count).

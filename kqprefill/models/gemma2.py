@@ -11,6 +11,7 @@ from .weights import Shapes, Weights
 
 class Gemma2(Gemma):
     architecture = "gemma2"
+    examples = "Gemma 2 9B, Gemma 2 27B"
 
     def block_shapes(self, index: int) -> Shapes:
         width = (self.config.embedding_length,)

@@ -10,6 +10,7 @@ from .weights import Shapes, Weights
 
 class Gemma3(Gemma):
     architecture = "gemma3"
+    examples = "Gemma 3 27B, Gemma 3 4B, Gemma 3 270M"
 
     def block_shapes(self, index: int) -> Shapes:
         width, head = (self.config.embedding_length,), (self.config.head_dim,)

@@ -19,6 +19,7 @@ _SOFTCAP = 30.0
 
 class Gemma3n(Gemma4):
     architecture = "gemma3n"
+    examples = "Gemma 3n E4B, Gemma 3n E2B"
 
     def read_config(self, vocab_size: int) -> Config:
         layers = self.meta.integer("block_count")

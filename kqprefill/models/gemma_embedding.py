@@ -11,6 +11,7 @@ from .weights import Shapes, Weight
 
 class GemmaEmbedding(Gemma3):
     architecture = "gemma-embedding"
+    examples = "EmbeddingGemma 300M"
     both_ways = True
 
     def shared_shapes(self) -> Shapes:

@@ -10,6 +10,7 @@ from .weights import Parts, Shapes, Weights
 
 class Glm4(Family):
     architecture = "glm4"
+    examples = "GLM-4-32B-0414, GLM-4-9B-0414, GLM-Z1-32B"
     rope_interleaved = True
 
     def block_shapes(self, index: int) -> Shapes:

@@ -11,6 +11,7 @@ from .weights import Shapes, Weights
 
 class Glm4Moe(Family):
     architecture = "glm4moe"
+    examples = "GLM-4.5-Air, GLM-4.6, GLM-4.7, Solar Open 100B"
     experts: Experts
 
     def read_experts(self) -> Experts:

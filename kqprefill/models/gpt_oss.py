@@ -11,6 +11,7 @@ from .weights import Shapes, Weights
 
 class GptOss(Family):
     architecture = "gpt-oss"
+    examples = "gpt-oss 20B, gpt-oss 120B"
     experts: Experts
 
     def block_shapes(self, index: int) -> Shapes:

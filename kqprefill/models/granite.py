@@ -11,6 +11,7 @@ from .weights import Weights
 
 class Granite(Family):
     architecture = "granite"
+    examples = "Granite 3.3 8B, Granite 3.3 2B"
     rope_interleaved = True  # as Llama's
     rotated = True
 

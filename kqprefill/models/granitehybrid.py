@@ -14,6 +14,7 @@ from .weights import Parts, Shapes, Weights
 
 class GraniteHybrid(GraniteMoe):
     architecture = "granitehybrid"
+    examples = "Granite 4.0 H-Tiny, Granite 4.0 H-Small, Granite 4.0 H-Micro"
 
     def read_config(self, vocab_size: int) -> Config:
         self.kv_heads = self.meta.of_layers("attention.head_count_kv", self.meta.integer("block_count"), least=0)

@@ -13,6 +13,7 @@ from .weights import Parts, Shapes, Weights
 
 class GraniteMoe(Granite):
     architecture = "granitemoe"
+    examples = "Granite 3.1 3B-A800M, Granite 3.1 1B-A400M"
 
     def read_experts(self) -> Experts | None:
         self.shared_width = self.meta.count("expert_shared_feed_forward_length")

@@ -13,7 +13,10 @@ from .weights import Parts, Shapes, Weights
 
 
 class HunyuanDense(Family):
+    """Hunyuan (Tencent): Llama's layers, with q and k normalised head by head after they are rotated."""
+
     architecture = "hunyuan-dense"
+    examples = "Hunyuan 7B, Hunyuan 1.8B"
 
     def block_shapes(self, index: int) -> Shapes:
         head = (self.config.head_dim,)
@@ -41,7 +44,12 @@ class HunyuanDense(Family):
 
 
 class HunyuanMoe(HunyuanDense):
+    """Hunyuan (Tencent, arXiv 2411.02265) with experts, beside one that every token goes through; q and k are
+    normalised head by head after they are rotated.
+    """
+
     architecture = "hunyuan-moe"
+    examples = "Hunyuan A13B"
     experts: Experts
 
     def read_experts(self) -> Experts:

@@ -7,3 +7,4 @@ from .llama import Llama
 
 class InternLm2(Llama):
     architecture = "internlm2"
+    examples = "InternLM 2.5 7B, InternLM 2.5 20B"

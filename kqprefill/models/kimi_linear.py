@@ -16,6 +16,7 @@ from .weights import Shapes, Weights
 
 class KimiLinear(DeepSeek2):
     architecture = "kimi-linear"
+    examples = "Kimi Linear 48B-A3B"
 
     def read_config(self, vocab_size: int) -> Config:
         layers = self.meta.integer("block_count")

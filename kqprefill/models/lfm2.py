@@ -14,7 +14,10 @@ from .weights import Parts, Shapes, Weights
 
 
 class Lfm2(Family):
+    """LFM2 (Liquid AI, arXiv 2511.23404): gated convolutions of a few tokens among layers of attention."""
+
     architecture = "lfm2"
+    examples = "LFM2 1.2B, LFM2 2.6B"
     last_norm = "token_embd_norm"
     short_taps: int
 
@@ -70,7 +73,12 @@ class Lfm2(Family):
 
 
 class Lfm2Moe(Lfm2):
+    """LFM2 (Liquid AI, arXiv 2511.23404) with experts after some dense layers; gated convolutions of a few tokens among
+    layers of attention.
+    """
+
     architecture = "lfm2moe"
+    examples = "LFM2 8B-A1B, LFM2 24B-A2B"
     experts: Experts
 
     def read_experts(self) -> Experts:

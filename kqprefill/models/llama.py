@@ -10,6 +10,7 @@ from .weights import Shapes, Weights
 
 class Llama(Family):
     architecture = "llama"
+    examples = "Llama 3.1 8B, Llama 3.3 70B, Mistral 7B, Mixtral 8x7B, Yi 34B, SmolLM2 1.7B"
     rope_interleaved = True  # llama.cpp's converter permutes q and k for it
 
     def block_shapes(self, index: int) -> Shapes:

@@ -20,6 +20,7 @@ _PLAIN_EXPERTS = 128  # Maverick's: its q and k are not normalised, which no met
 
 class Llama4(Family):
     architecture = "llama4"
+    examples = "Llama 4 Scout, Llama 4 Maverick"
     rope_interleaved = True
     chunk = 8192  # llama.cpp has this, and the numbers above, fixed, too (src/models/llama4.cpp)
     experts: Experts

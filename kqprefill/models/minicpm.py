@@ -9,6 +9,7 @@ from .granite import Granite
 
 class MiniCpm(Granite):
     architecture = "minicpm"
+    examples = "MiniCPM 2B, MiniCPM4 8B"
 
     def default_scales(self) -> tuple[float, float, float]:
         c = self.config

@@ -12,6 +12,7 @@ from .weights import Shapes
 
 class MiniMaxM2(Olmoe):
     architecture = "minimax-m2"
+    examples = "MiniMax M2.5, MiniMax M2"
 
     def block_shapes(self, index: int) -> Shapes:
         return {**super().block_shapes(index), "exp_probs_b.bias=": (self.experts.count,)}

@@ -10,6 +10,7 @@ from .llama import Llama
 
 class Mistral3(Llama):
     architecture = "mistral3"
+    examples = "Ministral 3 8B, Ministral 3 14B, Devstral Small 2 24B"
 
     def read_hyper_parameters(self) -> None:
         super().read_hyper_parameters()

@@ -8,3 +8,4 @@ from .deepseek2 import DeepSeek2
 
 class Mistral4(DeepSeek2):
     architecture = "mistral4"
+    examples = "Mistral Small 4 119B"

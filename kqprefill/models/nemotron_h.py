@@ -15,7 +15,12 @@ from .weights import Parts, Shapes, Weights
 
 
 class NemotronH(Family):
+    """Nemotron-H and Nemotron Nano 2 (arXiv 2504.03624): each layer is one of Mamba-2, attention without rotation, and
+    a feed-forward network without a gate.
+    """
+
     architecture = "nemotron_h"
+    examples = "Nemotron Nano 9B v2, Nemotron-H 8B"
 
     def read_config(self, vocab_size: int) -> Config:
         meta, layers = self.meta, self.meta.integer("block_count")
@@ -74,7 +79,12 @@ class NemotronH(Family):
 
 
 class NemotronHMoe(NemotronH):
+    """Nemotron 3 (arXiv 2512.20848): each layer is one of Mamba-2, attention without rotation, and experts without
+    gates, which may work on fewer values than a token has.
+    """
+
     architecture = "nemotron_h_moe"
+    examples = "Nemotron 3 Nano 30B-A3B, Nemotron 3 Super 120B-A12B"
     experts: Experts
 
     def read_experts(self) -> Experts:

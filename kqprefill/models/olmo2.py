@@ -10,6 +10,7 @@ from .weights import Shapes, Weights
 
 class Olmo2(Family):
     architecture = "olmo2"
+    examples = "OLMo 2 32B, OLMo 3 7B"
 
     def block_shapes(self, index: int) -> Shapes:
         c = self.config

@@ -10,6 +10,7 @@ from .weights import Shapes, Weights
 
 class Olmoe(Family):
     architecture = "olmoe"
+    examples = "OLMoE 1B-7B"
     experts: Experts
 
     def block_shapes(self, index: int) -> Shapes:

@@ -11,6 +11,7 @@ from .weights import Parts, Shapes, Weights
 
 class Phi3(Family):
     architecture = "phi3"
+    examples = "Phi 4 14B, Phi 4 mini, Phi 3.5 mini"
 
     def block_shapes(self, index: int) -> Shapes:
         c = self.config

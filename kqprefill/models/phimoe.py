@@ -13,6 +13,7 @@ from .weights import Parts, Shapes, Weights
 
 class PhiMoe(Phi3):
     architecture = "phimoe"
+    examples = "Phi 3.5 MoE"
     last_norm = "output_norm+"
     experts: Experts
 

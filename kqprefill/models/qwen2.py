@@ -7,4 +7,5 @@ from .llama import Llama
 
 class Qwen2(Llama):
     architecture = "qwen2"
+    examples = "Qwen 2.5 7B, Qwen 2.5 72B, QwQ 32B, DeepSeek-R1-Distill-Qwen 32B"
     rope_interleaved = False

@@ -11,6 +11,7 @@ from .weights import Shapes, Weights
 
 class Qwen2Moe(Qwen2):
     architecture = "qwen2moe"
+    examples = "Qwen 2 57B-A14B, Qwen 1.5 MoE A2.7B"
     experts: Experts
 
     def block_shapes(self, index: int) -> Shapes:

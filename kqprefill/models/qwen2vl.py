@@ -11,6 +11,7 @@ from .qwen2 import Qwen2
 
 class Qwen2Vl(Qwen2):
     architecture = "qwen2vl"
+    examples = "Qwen 2.5 VL 7B, Qwen 2 VL 72B"
 
     def read_config(self, vocab_size: int) -> Config:
         """Without an epsilon in the norms: llama.cpp does not read this architecture's."""

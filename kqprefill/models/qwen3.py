@@ -11,6 +11,7 @@ _RANK = 4  # pooling_type: a classifier's (llama.cpp's LLAMA_POOLING_TYPE_RANK)
 
 class Qwen3(Family):
     architecture = "qwen3"
+    examples = "Qwen 3 8B, Qwen 3 32B, Qwen3-Embedding 8B, Qwen3-Reranker 4B"
 
     def shared_shapes(self) -> Shapes:
         """Qwen3-Reranker's files may have a classifier: rows for "yes" and for "no"."""

@@ -25,7 +25,12 @@ def recurrent_layers(meta: ArchMetadata, layers: int) -> list[bool]:
 
 
 class Qwen35(Family):
+    """Qwen 3.5 and 3.6: three layers of four are a Gated DeltaNet (arXiv 2412.06464), the fourth attention whose output
+    is gated head by head.
+    """
+
     architecture = "qwen35"
+    examples = "Qwen 3.6 27B, Qwen 3.5 9B"
     by_turns = True  # value heads use key heads by turns: the converter has reordered them
 
     @cached_property
@@ -85,7 +90,12 @@ class Qwen35(Family):
 
 
 class Qwen35Moe(Qwen35):
+    """Qwen 3.5 and 3.6 with experts, beside one that every token goes through under a gate; three layers of four are a
+    Gated DeltaNet (arXiv 2412.06464).
+    """
+
     architecture = "qwen35moe"
+    examples = "Qwen 3.6 35B-A3B, Qwen 3.5 122B-A10B, Qwen 3.5 397B-A17B"
     experts: Experts
 
     def read_experts(self) -> Experts:

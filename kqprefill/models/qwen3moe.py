@@ -10,6 +10,7 @@ from .weights import Shapes, Weights
 
 class Qwen3Moe(Qwen3):
     architecture = "qwen3moe"
+    examples = "Qwen 3 30B-A3B, Qwen 3 235B-A22B, Qwen3-Coder 30B-A3B"
     experts: Experts
 
     def block_shapes(self, index: int) -> Shapes:

@@ -13,6 +13,7 @@ from .weights import Parts, Shapes
 
 class Qwen3Next(Qwen35Moe):
     architecture = "qwen3next"
+    examples = "Qwen3-Next 80B-A3B"
     by_turns = False
 
     def mixer_shapes(self, index: int) -> Shapes:

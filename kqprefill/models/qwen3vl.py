@@ -31,7 +31,12 @@ def text_rope(rope: Rope, meta: ArchMetadata) -> Rope:
 
 
 class Qwen3Vl(Qwen3):
+    """Qwen 3 VL (arXiv 2511.21631), what reads text: Qwen 3's layers, whose rotary pairs turn by one of several
+    position axes.
+    """
+
     architecture = "qwen3vl"
+    examples = "Qwen 3 VL 8B, Qwen 3 VL 32B"
 
     def read_hyper_parameters(self) -> None:
         super().read_hyper_parameters()
@@ -39,7 +44,12 @@ class Qwen3Vl(Qwen3):
 
 
 class Qwen3VlMoe(Qwen3Moe):
+    """Qwen 3 VL (arXiv 2511.21631) with experts, what reads text: Qwen 3's layers, whose rotary pairs turn by one of
+    several position axes.
+    """
+
     architecture = "qwen3vlmoe"
+    examples = "Qwen 3 VL 30B-A3B, Qwen 3 VL 235B-A22B"
 
     def read_hyper_parameters(self) -> None:
         super().read_hyper_parameters()

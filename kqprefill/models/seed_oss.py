@@ -10,6 +10,7 @@ from .weights import Shapes, Weights
 
 class SeedOss(Family):
     architecture = "seed_oss"
+    examples = "Seed-OSS 36B"
 
     def block_shapes(self, index: int) -> Shapes:
         shapes = super().block_shapes(index)

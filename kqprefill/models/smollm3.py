@@ -12,6 +12,7 @@ _NOPE_EVERY = 4
 
 class SmolLM3(Family):
     architecture = "smollm3"
+    examples = "SmolLM3 3B"
     rope_interleaved = True  # as Llama's
 
     def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:

@@ -9,6 +9,7 @@ from .weights import Shapes, Weights
 
 class StarCoder2(Family):
     architecture = "starcoder2"
+    examples = "StarCoder 2 15B, StarCoder 2 7B, StarCoder 2 3B"
     layer_norm = True
     last_norm = "output_norm+"
 
