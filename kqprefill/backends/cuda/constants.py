@@ -39,6 +39,7 @@ _THREADS = {
     "WEIGHT_THREADS": (256, "repack dequantize embed decode_transposed measure"),
     "SQUARES_THREADS": (512, "add_squares add_float_squares add_expert_squares"),
     "DELTA_INPUT_THREADS": (128, "delta_inputs delta_output"),
+    "KDA_THREADS": (256, "kda_rates kda_scan kda_output"),
     "MAMBA_THREADS": (128, "mamba_scales mamba_steps mamba_inputs mamba_output"),
     "CONVOLUTION_THREADS": (256, "convolution_scale convolution_inputs convolve"),
 }

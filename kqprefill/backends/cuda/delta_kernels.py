@@ -1,4 +1,4 @@
-"""The programs of Gated DeltaNet, by head dimension, and the shapes of their blocks."""
+"""The programs of Gated DeltaNet and Kimi Delta Attention, by head dimension, and the shapes of their blocks."""
 
 from __future__ import annotations
 
@@ -34,6 +34,12 @@ def prepare_program(head_dim: int) -> Program:
     """delta_prepare.cu."""
     shared_bytes = 2 * DELTA_CHUNK * _row(head_dim) + 4 * DELTA_CHUNK * (DELTA_CHUNK + 4) + 3 * 4 * DELTA_CHUNK
     return Program("delta_prepare.cu", (("HEAD_DIM", str(head_dim)),), _PREPARE_THREADS, shared_bytes)
+
+
+@cache
+def kda_program(head_dim: int) -> Program:
+    """kda.cu, of Kimi Delta Attention."""
+    return Program("kda.cu", (("HEAD_DIM", str(head_dim)),))
 
 
 @dataclass(frozen=True)
@@ -80,4 +86,5 @@ def delta_programs() -> Iterator[Program]:
     for head_dim in HEAD_DIMS:
         yield inputs_program(head_dim, 4)
         yield prepare_program(head_dim)
+        yield kda_program(head_dim)
         yield from (config.program for config in _scan_configs(head_dim))

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from ....models.kda import KimiDelta
-from ....models.ops import Input, Ops, Residual
+from ....models.ops import Ops, Residual
 from ....models.weights import Weight, Weights
 
 
 class CpuOnlyOps(Ops):
     """Part of CudaOps."""
-
-    def kda(self, h: Input, w: Weights, net: KimiDelta) -> Input:
-        raise NotImplementedError("Kimi Delta Attention is not on CUDA")
 
     def altup_streams(self, x: Residual, matrices: Weight) -> Residual:
         raise NotImplementedError("several residual streams are not on CUDA")

@@ -11,10 +11,11 @@ from .cpu_only import CpuOnlyOps
 from .delta import DeltaOps
 from .experts import ExpertOps
 from .head import HeadOps
+from .kda import KdaOps
 from .latent import LatentOps
 from .mamba import MambaOps
 from .per_layer import PerLayerOps
 
 
-class CudaOps(LatentOps, DeltaOps, MambaOps, ConvolutionOps, ExpertOps, PerLayerOps, HeadOps, CpuOnlyOps):
+class CudaOps(LatentOps, DeltaOps, KdaOps, MambaOps, ConvolutionOps, ExpertOps, PerLayerOps, HeadOps, CpuOnlyOps):
     """The operations of one batch."""

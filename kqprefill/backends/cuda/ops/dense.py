@@ -167,6 +167,10 @@ class DenseOps(BatchOps):
         return Operand(values, columns, self.scales.unit(), row_scale=row_scale)
 
     def projected(self, a: Operand, weight: Weight) -> Operand:
+        return self.project(a, weight, "projected")
+
+    def project(self, a: Operand, weight: Weight, name: str) -> Operand:
+        """As `projected`, in the work array of that name."""
         assert a.length is not None, "what is projected comes from a norm or a cast"
         self.hear([weight], a)
         self.enter("linear", [weight], self.n)
@@ -175,7 +179,7 @@ class DenseOps(BatchOps):
         self.multiply(a, [matrix], sums, bias)
         self.enter("rest")
         scale = self.scales.of_outputs(matrix, a.length, bias)
-        values = self.work.array("projected", HALVES.dtype, self.n, HALVES.padded(matrix.rows))
+        values = self.work.array(name, HALVES.dtype, self.n, HALVES.padded(matrix.rows))
         self._cast(sums, values, scale)
         return Operand(values, matrix.rows, scale)
 

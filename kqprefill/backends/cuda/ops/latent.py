@@ -81,7 +81,6 @@ class LatentOps(AttentionOps, DenseOps):
     def latent_attention(
         self, h: Operand, w: Weights, latent: LatentAttention, *, rope: Rope | None, scale: float
     ) -> Operand:
-        assert rope is not None, "latent attention without rotation is not on CUDA"
         rows = self._latent_rows(h, w, latent, rope)
         q = self._latent_queries(h, w, latent, rope)  # normalises: h is overwritten
         if self.collector is not None and not latent.joined:
@@ -89,10 +88,10 @@ class LatentOps(AttentionOps, DenseOps):
         k, v = self._expanded(rows, w, latent)
         return self.attention(q, k, v, scale=scale)
 
-    def _latent_rows(self, h: Operand, w: Weights, latent: LatentAttention, rope: Rope) -> _LatentRows:
+    def _latent_rows(self, h: Operand, w: Weights, latent: LatentAttention, rope: Rope | None) -> _LatentRows:
         """Make the batch's latent rows where the layer keeps them. Returns those of the tokens before, too."""
         assert h.length is not None, "what latent rows are made of comes from a norm"
-        weight, pairs = w.attn_kv_a_mqa, rope.width // 2
+        weight, pairs = w.attn_kv_a_mqa, rope.width // 2 if rope is not None else 0
         matrix, bias = self.matrix(weight), self.bias(weight)
         norm, host_norm = self.context.small.vector(w.attn_kv_a_norm.tensor)
         length = math.sqrt(latent.rank)  # of a row after division by the norm's weight
@@ -105,7 +104,8 @@ class LatentOps(AttentionOps, DenseOps):
             both = self.work.array("latent sums", FLOAT32, end - t, matrix.rows)
             self.multiply(h.part(t, end), [matrix], both, bias)
             self.enter("rest")
-            scale = self.scales.of_outputs(matrix, ROTATION_GROWTH * rope.magnitude * h.length, bias)
+            growth = ROTATION_GROWTH * rope.magnitude if rope is not None else 1.0
+            scale = self.scales.of_outputs(matrix, growth * h.length, bias)
             self.launcher.launch(
                 LATENT,
                 "latent_rows",
@@ -118,9 +118,9 @@ class LatentOps(AttentionOps, DenseOps):
                 stride=c.shape[1],
                 rotary=latent.rotary,
                 epsilon=self.config.norm_epsilon,
-                table=self._rope_table(rope).rows(t),
+                table=self._rope_table(rope).rows(t) if rope is not None else None,
                 pairs=pairs,
-                interleaved=int(rope.interleaved),
+                interleaved=int(rope is not None and rope.interleaved),
                 c_scale=c_scale,
                 r_scale=scale,
             )
@@ -128,7 +128,7 @@ class LatentOps(AttentionOps, DenseOps):
         self.states.note_scales(self.layer, c_scale, scale)
         return _LatentRows(Operand(c.rows(0, end), latent.rank, c_scale, norm, length), k_r.rows(0, end), scale)
 
-    def _latent_queries(self, h: Operand, w: Weights, latent: LatentAttention, rope: Rope) -> Heads:
+    def _latent_queries(self, h: Operand, w: Weights, latent: LatentAttention, rope: Rope | None) -> Heads:
         if latent.query_rank:
             self.enter("linear", [w.attn_q_a], self.n)
             self.hear([w.attn_q_a], h)
@@ -142,8 +142,10 @@ class LatentOps(AttentionOps, DenseOps):
         matrix, bias = self.matrix(weight), self.bias(weight)
         padded = self.attending(latent.head_dim, latent.value_dim).config.head_dim
         q = self.work.array("q", FLOAT16, self.n, latent.heads, padded)
-        hottest = float(rope.temperature(np.array(self.config.context_length)))
-        growth = hottest * max(1.0, ROTATION_GROWTH * rope.magnitude)
+        growth = 1.0
+        if rope is not None:
+            hottest = float(rope.temperature(np.array(self.config.context_length)))
+            growth = hottest * max(1.0, ROTATION_GROWTH * rope.magnitude)
         for t, end in _pieces(self.n, matrix.rows):
             self.enter("linear", [weight], end - t)
             sums = self.work.array("latent sums", FLOAT32, end - t, matrix.rows)
@@ -163,13 +165,13 @@ class LatentOps(AttentionOps, DenseOps):
                 still=latent.key_dim,
                 rotary=latent.rotary,
                 padded=padded,
-                table=self._rope_table(rope).rows(t),
-                pairs=rope.width // 2,
-                interleaved=int(rope.interleaved),
+                table=self._rope_table(rope).rows(t) if rope is not None else None,
+                pairs=rope.width // 2 if rope is not None else 0,
+                interleaved=int(rope is not None and rope.interleaved),
                 scale=scale,
                 positions=self.positions.rows(t),
-                beta=rope.beta,
-                beta_length=rope.beta_length,
+                beta=rope.beta if rope is not None else 0.0,
+                beta_length=rope.beta_length if rope is not None else 1,
             )
         return Heads(q, scale, latent.head_dim)
 

@@ -24,7 +24,7 @@ from .matrix import layer_matrices, tensors_outside, tile_bytes
 from .staging import STAGING_BYTES, STAGING_SLOTS
 
 # Architectures whose layers have ops that are not on CUDA yet.
-CPU_ONLY = frozenset("gemma3n kimi-linear".split())
+CPU_ONLY = frozenset(["gemma3n"])
 # Architectures that run on CUDA, whose kernels were held to the reference on the host (tests/emulator.py) and never run
 # on a GPU.
 NEVER_RUN = frozenset(
