@@ -17,7 +17,6 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 import kqprefill  # noqa: E402
-from kqprefill.backends.cuda.weights.plan import CPU_ONLY  # noqa: E402
 from kqprefill.errors import BackendError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,18 +89,9 @@ def pytest_collection_modifyitems(items):
     for item in marked:
         item.add_marker(pytest.mark.xdist_group("gpu"))  # one process has the GPU
     reason = why_no_gpu() if marked else None
-    for item in marked:
-        if reason:
+    if reason:
+        for item in marked:
             item.add_marker(pytest.mark.skip(reason=f"no GPU: {reason}"))
-        elif is_cpu_only(item):
-            item.add_marker(pytest.mark.skip(reason="an architecture that does not run on CUDA yet"))
-
-
-def is_cpu_only(item):
-    """Whether one of a test's parameters is a conformance model whose architecture CUDA refuses."""
-    values = item.callspec.params.values() if hasattr(item, "callspec") else ()
-    names = [value.stem if isinstance(value, Path) else value for value in values if isinstance(value, (Path, str))]
-    return any(name.startswith(f"{architecture}-") for name in names for architecture in CPU_ONLY)
 
 
 BACKENDS = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -27,6 +27,7 @@ from kqprefill.backends.cuda.kernel_set import kernel_set_of
 from kqprefill.backends.cuda.kv_cache import DeviceCache
 from kqprefill.backends.cuda.ops.context import Context
 from kqprefill.backends.cuda.ops.cuda_ops import CudaOps
+from kqprefill.backends.cuda.state_access import DeviceStates
 from kqprefill.backends.cuda.weights.matrix import matrix_of
 from kqprefill.backends.cuda.weights.small_arrays import SmallArrays
 from kqprefill.backends.cuda.weights.staging import repack
@@ -173,6 +174,10 @@ class EmulatedModel:
 
     def new_cache(self, capacity):
         return DeviceCache(self.gpu, self.family.layer_states, capacity)
+
+    def states(self, cache):
+        """The StateAccess to a cache."""
+        return DeviceStates(self.context, self.family, cache)
 
     def run(self, batch, logits="all", cache=None):
         """What the head gives of a batch."""

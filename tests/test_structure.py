@@ -11,7 +11,7 @@ PACKAGE = (
     "terminal errors core timeline collector states gguf models synthetic text backends engine serve cli lm_eval"
 ).split()
 CUDA = (
-    "constants units device programs attention_kernels delta_kernels "
+    "constants units device programs attention_kernels delta_kernels mamba_kernels "
     "weights gemm kv_cache kernel_set ops state_access rehearsal bounds batch_size backend"
 ).split()
 

@@ -172,12 +172,7 @@ def test_sizes_of_what_does_not_run(tmp_path):
 
 
 def test_where_a_model_runs():
-    """Not on CUDA where a layer has ops that CUDA has not."""
     data = EXAMPLE.parents[1] / "tests" / "data"
-    described = inspected(data / "lfm2-q2_k.gguf")
-    assert (described["backends"], described["problem"]) == (["cpu"], None)
-    assert described["note"] == "architecture lfm2 does not run on CUDA yet; use --backend cpu"
-    assert "kqprefill runs it (cpu); architecture lfm2" in said_of(data / "lfm2-q2_k.gguf")
     described = inspected(data / "seed_oss-q3_k.gguf")
     assert described["backends"] == ["cpu", "cuda"] and "on a GPU nobody has run" in described["note"]
     described = inspected(EXAMPLE)

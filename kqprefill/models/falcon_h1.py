@@ -26,6 +26,10 @@ class FalconH1(Family):
     def block_parts(self, index: int) -> Parts:
         return self.net.parts
 
+    @property
+    def recurrence(self) -> Mamba2:
+        return self.net
+
     def state(self, index: int) -> LayerState:
         return Several((super().state(index), self.net.state))
 

@@ -25,7 +25,10 @@ from ..core import (
 from ..errors import ModelError
 from ..gguf import ModelFile, dequantize
 from .config import ArchMetadata, Config, Rope, read_rope
+from .delta_net import DeltaNet
 from .experts import Experts
+from .kda import KimiDelta
+from .mamba2 import Mamba2
 from .ops import Ops, Residual
 from .weights import Parts, Shapes, Weight, Weights, bias_shape, tensor_names
 
@@ -207,6 +210,11 @@ class Family(ABC):
     def layer_states(self) -> tuple[LayerState, ...]:
         """What each layer of an opened family keeps of a sequence, so that the sequence can be continued."""
         return tuple(self.state(index) for index in range(self.config.block_count))
+
+    @property
+    def recurrence(self) -> DeltaNet | KimiDelta | Mamba2 | None:
+        """The recurrence that some layers are, where they are more than a convolution."""
+        return None
 
     @property
     def has_recurrence(self) -> bool:

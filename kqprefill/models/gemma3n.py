@@ -74,11 +74,10 @@ class Gemma3n(Gemma4):
     def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
         streams, x = ops.altup_predict(x, w)
         h = ops.norm(x, w.attn_norm)
-        augmented = ops.linear(ops.projected(h, w.laurel_l), w.laurel_r)
-        a = ops.linear(self.attention(ops, w, h, index), w.attn_output)
         # (x + laurel + attention) / sqrt(2), where laurel is h, the norm of x, and what is augmented to it.
         x = ops.add_rms_norm(x, x, w.attn_norm)
-        x = ops.add_rms_norm(x, augmented, w.laurel_post_norm)
+        x = ops.add_rms_norm(x, ops.linear(ops.projected(h, w.laurel_l), w.laurel_r), w.laurel_post_norm)
+        a = ops.linear(self.attention(ops, w, h, index), w.attn_output)
         x = ops.add_rms_norm(x, a, w.post_attention_norm, 1 / math.sqrt(2))
         h, gate, up, down = ops.norm(x, w.ffn_norm), w.ffn_gate, w.ffn_up, w.ffn_down
         m = ops.mlp(h, gate, up, down, activation="gelu_tanh", sparsity=self.sparsity[index])

@@ -39,6 +39,10 @@ class GraniteHybrid(GraniteMoe):
     def block_parts(self, index: int) -> Parts:
         return super().block_parts(index) | ({} if self.kv_heads[index] else self.net.parts)
 
+    @property
+    def recurrence(self) -> Mamba2:
+        return self.net
+
     def state(self, index: int) -> LayerState:
         heads = self.kv_heads[index]
         return KeysValues(heads, self.config.head_dim) if heads else self.net.state

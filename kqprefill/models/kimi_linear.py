@@ -32,6 +32,10 @@ class KimiLinear(DeepSeek2):
         hidden = self.config.embedding_length
         return self.latent.shapes(hidden) if self.is_latent[index] else self.net.shapes(hidden)
 
+    @property
+    def recurrence(self) -> KimiDelta:
+        return self.net
+
     def state(self, index: int) -> LayerState:
         return super().state(index) if self.is_latent[index] else self.net.state
 

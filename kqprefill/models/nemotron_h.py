@@ -58,6 +58,10 @@ class NemotronH(Family):
         hidden, width = self.config.embedding_length, self.widths[index]
         return {"ffn_up": (width, hidden), "ffn_down": (hidden, width)}
 
+    @property
+    def recurrence(self) -> Mamba2:
+        return self.net
+
     def state(self, index: int) -> LayerState:
         if self.kind(index) == "attention":
             return KeysValues(self.kv_heads[index], self.config.head_dim)

@@ -70,6 +70,10 @@ class Qwen35(Family):
         """How text is rotated, of the file's rotary embedding."""
         return text_rope(rope, self.meta)
 
+    @property
+    def recurrence(self) -> DeltaNet:
+        return self.net
+
     def state(self, index: int) -> LayerState:
         return self.net.state if self.recurrent[index] else super().state(index)
 

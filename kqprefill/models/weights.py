@@ -24,7 +24,7 @@ Parts: TypeAlias = dict[str, dict[str, int | NDArray[np.intp]]]
 
 # Tensors of two dimensions and more that nothing is multiplied by as by a matrix. Converters write them with dimensions
 # of 1 that say nothing.
-BY_ROW = re.compile(r"(?:_norm|\.conv|conv1d(?:_[qkv])?)\.weight$|\.ssm_[ad]$")
+BY_ROW = re.compile(r"(?:_norm|\.conv|conv1d(?:_[qkv])?|altup_\w+_coef)\.weight$|\.ssm_[ad]$")
 
 
 @dataclass(frozen=True)

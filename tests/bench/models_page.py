@@ -13,7 +13,7 @@ from pathlib import Path
 import re
 import sys
 
-from kqprefill.backends.cuda.weights.plan import CPU_ONLY, NEVER_RUN
+from kqprefill.backends.cuda.weights.plan import NEVER_RUN
 from kqprefill.gguf import GGUFFile
 from kqprefill.models import FAMILIES
 from kqprefill.models.family import Family
@@ -38,7 +38,7 @@ the part that reads text runs. A case is a small model in `tests/data/` whose lo
 column is the largest size that [performance.md](performance.md) has figures of: on an H100 with random weights of that
 shape, or on a CPU where it says so.
 
-\\* Made of ops that CUDA has, and held to the reference on the CPU; nobody has run it on a GPU yet."""
+\\* Nobody has run it on a GPU yet: its kernels were held to the reference on a host that emulates them, and the CPU."""
 
 
 def special(family: type[Family]) -> str:
@@ -50,8 +50,6 @@ def special(family: type[Family]) -> str:
 
 def runs_on(architecture: str) -> str:
     """Where it runs, for a table's cell."""
-    if architecture in CPU_ONLY:
-        return "CPU"
     return "CUDA\\*, CPU" if architecture in NEVER_RUN else "CUDA, CPU"
 
 

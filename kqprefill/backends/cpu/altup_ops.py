@@ -6,20 +6,23 @@ import numpy as np
 
 from ...core import Float32Array
 from ...models.weights import Weight, Weights
-from .functions import GATES, vector_of
+from .functions import GATES, multiply, vector_of
 from .per_layer_ops import PerLayerOps
+from .weights import DecodedWeights
 
 
 class AltUpOps(PerLayerOps):
     """Ops that are made of others."""
 
+    _weights: DecodedWeights
+
     def altup_streams(self, x: Float32Array, matrices: Weight) -> Float32Array:
-        made = (self.linear(x, matrices.expert(number)) for number in range(matrices.shape[0]))
+        made = (self._by_one(x, matrices, number) for number in range(matrices.shape[0]))
         return np.stack([x, *(_as_long_as(x, own) for own in made)])
 
     def altup_predict(self, x: Float32Array, w: Weights) -> tuple[Float32Array, Float32Array]:
         streams = len(x)
-        c = self.linear(self._modalities(x[0], w), w.altup_predict_coef).reshape(-1, streams, streams)
+        c = self._mixed(x[0], w, w.altup_predict_coef).reshape(-1, streams, streams)
         predicted = x.copy()
         for to in range(streams):
             for source in range(streams):
@@ -27,7 +30,7 @@ class AltUpOps(PerLayerOps):
         return predicted, predicted[0].copy()
 
     def altup_correct(self, x: Float32Array, made: Float32Array, w: Weights) -> Float32Array:
-        c = self.linear(self._modalities(made, w), w.altup_correct_coef) + np.float32(1)
+        c = self._mixed(made, w, w.altup_correct_coef) + np.float32(1)
         corrected: Float32Array = x + c.T[:, :, None] * (made - x[0])
         first = corrected[0] * vector_of(w.altup_correct_scale.tensor)
         gated = GATES["gelu_tanh"](self.linear(first, w.inp_gate), self.layer_embeddings())
@@ -37,15 +40,23 @@ class AltUpOps(PerLayerOps):
     def altup_merge(self, x: Float32Array, matrices: Weight) -> Float32Array:
         total: Float32Array = x[0].copy()
         for number in range(matrices.shape[0]):
-            total += _as_long_as(x[0], self.linear(x[1 + number], matrices.expert(number)))
+            total += _as_long_as(x[0], self._by_one(x[1 + number], matrices, number))
         total /= np.float32(len(x))
         return total
 
-    def _modalities(self, x: Float32Array, w: Weights) -> Float32Array:
-        """What the coefficients are made of, [T, streams]."""
+    def _by_one(self, x: Float32Array, stack: Weight, number: int) -> Float32Array:
+        """x through one matrix of a stack; no collector hears of these few."""
+        tensor = stack.expert(number).tensor
+        made = np.empty((len(x), tensor.shape[0]), np.float32)
+        bounds = [*(segment.first for segment in self.batch.segments), len(x)]
+        multiply(x, self._weights.rows(tensor, 0, tensor.shape[0]), bounds, made)
+        return made
+
+    def _mixed(self, x: Float32Array, w: Weights, matrix: Weight) -> Float32Array:
+        """The coefficients that a matrix [n, streams] makes of x."""
         routed = self.linear(self.norm(x, w.altup_router_norm), w.altup_router, scale=1 / x.shape[1])
-        modalities: Float32Array = np.tanh(routed)
-        return modalities
+        coefficients: Float32Array = (np.tanh(routed)[:, None] * vector_of(matrix.tensor)).sum(axis=-1)
+        return coefficients
 
 
 def _as_long_as(x: Float32Array, y: Float32Array) -> Float32Array:

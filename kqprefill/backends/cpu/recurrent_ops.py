@@ -26,6 +26,9 @@ def first_state(state: Recurrent) -> State:
     return matrices, np.zeros((state.taps, state.channels), np.float32)
 
 
+Recurrence: TypeAlias = DeltaNet | KimiDelta | Mamba2
+
+
 class RecurrentOps(HearingOps):
     """Part of CpuOps."""
 
@@ -33,68 +36,23 @@ class RecurrentOps(HearingOps):
 
     def delta_net(self, h: Float32Array, w: Weights, net: DeltaNet) -> Float32Array:
         rows, z = self.linear(h, w.attn_qkv), self.linear(h, w.attn_gate)
-        rate, bias = vector_of(w.ssm_a.tensor), vector_of(w.ssm_dt_bias.tensor)
-        beta, decay = gates(self.linear(h, w.ssm_beta), self.linear(h, w.ssm_alpha), rate, bias)
-        self.enter("rest")
-        taps = vector_of(w.ssm_conv1d.tensor)
-        out = np.empty((len(h), net.value_heads, net.head_dim), np.float32)
-
-        def advance(own: slice, matrices: Float32Array, before: Float32Array) -> State:
-            u, before = convolve(rows[own], before, taps)
-            out[own], matrices = recur(silu(u), beta[own], decay[own], net, self.config.norm_epsilon, matrices)
-            return matrices, before
-
-        self._advance(net.state, advance)
+        rates = np.concatenate([self.linear(h, w.ssm_beta), self.linear(h, w.ssm_alpha)], axis=1)
+        out = self._through(net, w, rows, rates)
         normed: Float32Array = self.norm(out, w.ssm_norm)
         return normed.reshape(len(h), -1) * silu(z)
 
     def kda(self, h: Float32Array, w: Weights, net: KimiDelta) -> Float32Array:
-        heads, d = net.heads, net.head_dim
-        parts = [self.linear(h, weight) for weight in (w.attn_q, w.attn_k, w.attn_v)]
-        rows = np.concatenate(parts, axis=1)
-        taps = np.concatenate(
-            [vector_of(c.tensor).reshape(-1, net.kernel) for c in (w.ssm_conv1d_q, w.ssm_conv1d_k, w.ssm_conv1d_v)]
-        )
+        rows = np.concatenate([self.linear(h, weight) for weight in (w.attn_q, w.attn_k, w.attn_v)], axis=1)
         step = softplus(self.linear(self.linear(h, w.ssm_f_a), w.ssm_f_b) + vector_of(w.ssm_dt_bias.tensor))
-        decay = np.exp(vector_of(w.ssm_a.tensor).reshape(-1, 1) * step.reshape(-1, heads, d))
+        decay = np.exp(np.repeat(vector_of(w.ssm_a.tensor).reshape(-1), net.head_dim) * step)
         beta, z = sigmoid(self.linear(h, w.ssm_beta)), self.linear(self.linear(h, w.ssm_g_a), w.ssm_g_b)
-        self.enter("rest")
-        out = np.empty((len(h), heads, d), np.float32)
-
-        def advance(own: slice, matrices: Float32Array, before: Float32Array) -> State:
-            u, before = convolve(rows[own], before, taps)
-            q, k, v = silu(u).reshape(-1, 3, heads, d).transpose(1, 0, 2, 3)
-            q, k = (unit(x, self.config.norm_epsilon) for x in (q, k))
-            out[own], matrices = delta_rule(q * np.float32(1 / math.sqrt(d)), k, v, beta[own], decay[own], matrices)
-            return matrices, before
-
-        self._advance(net.state, advance)
+        out = self._through(net, w, rows, np.concatenate([decay, beta], axis=1))
         normed: Float32Array = self.norm(out, w.ssm_norm)
         return normed.reshape(len(h), -1) * sigmoid(z)
 
     def mamba2(self, h: Float32Array, w: Weights, net: Mamba2) -> Float32Array:
         z, rows, dt = (self.linear(h, weight) for weight in (w.ssm_in_z, w.ssm_in_xbc, w.ssm_in_dt))
-        step = softplus(dt + vector_of(w.ssm_dt_bias.tensor))
-        decay = np.exp(vector_of(w.ssm_a.tensor).reshape(-1) * step)
-        skip = vector_of(w.ssm_d.tensor).reshape(-1, 1)
-        self.enter("rest")
-        taps, bias = vector_of(w.ssm_conv1d.tensor), w.ssm_conv1d.bias
-        added = np.float32(0) if bias is None else vector_of(bias)
-        out = np.empty((len(h), net.heads, net.head_dim), np.float32)
-
-        def advance(own: slice, matrices: Float32Array, before: Float32Array) -> State:
-            u, before = convolve(rows[own], before, taps)
-            x, b, c = np.split(silu(u + added), np.cumsum([net.width, net.groups * net.state_size]), axis=1)
-            x = x.reshape(-1, net.heads, net.head_dim)
-            b, c = (of_heads(part, net) for part in (b, c))
-            matrices, scaled = matrices.copy(), x * step[own, :, None]
-            for t, y in enumerate(out[own]):
-                matrices *= decay[own][t][:, None, None]
-                matrices += b[t][:, :, None] * scaled[t][:, None]
-                y[...] = np.matmul(c[t][:, None], matrices)[:, 0] + skip * x[t]
-            return matrices, before
-
-        self._advance(net.state, advance)
+        out = self._through(net, w, rows, dt)
         gated: Float32Array = out.reshape(len(h), -1) * silu(z)
         weight = w.get("ssm_norm_weight")
         if weight is None:
@@ -102,6 +60,18 @@ class RecurrentOps(HearingOps):
         normed = normalised(gated.reshape(len(h), net.groups, -1), self.config.norm_epsilon)
         result: Float32Array = (normed * vector_of(weight.tensor)).reshape(len(h), -1)
         return result
+
+    def _through(self, net: Recurrence, w: Weights, rows: Float32Array, rates: Float32Array) -> Float32Array:
+        """What a recurrence gives of all tokens, [T, heads, value_dim]; rows, rates: as for `advance`."""
+        self.enter("rest")
+        out = np.empty((len(rows), net.state.heads, net.state.value_dim), np.float32)
+
+        def advance_segment(own: slice, matrices: Float32Array, before: Float32Array) -> State:
+            out[own], state = advance(net, w, rows[own], rates[own], (matrices, before), self.config.norm_epsilon)
+            return state
+
+        self._advance(net.state, advance_segment)
+        return out
 
     def short_convolution(self, h: Float32Array, w: Weights) -> Float32Array:
         b, c, u = np.split(self.linear(h, w.shortconv_in_proj), 3, axis=1)
@@ -132,6 +102,66 @@ class RecurrentOps(HearingOps):
             if self.cache is not None:
                 for kept, new in zip(self.cache.recurrences[self.layer], ends[-1]):
                     kept[...] = new
+
+
+def advance(
+    net: Recurrence, w: Weights, rows: Float32Array, rates: Float32Array, before: State, epsilon: float
+) -> tuple[Float32Array, State]:
+    """Tokens that follow one another through a recurrence, and the state after them; before: the state before.
+
+    rows: what goes into the convolution, [T, channels]. rates: what the steps are made of, [T, rates]: of Gated
+    DeltaNet what ssm_beta and ssm_alpha give; of Mamba-2 what ssm_in's last rows give; of Kimi Delta Attention the
+    decays themselves, then beta. Returns [T, heads, value_dim].
+    """
+    if isinstance(net, DeltaNet):
+        return _advance_delta(net, w, rows, rates, before, epsilon)
+    if isinstance(net, KimiDelta):
+        return _advance_kda(net, w, rows, rates, before, epsilon)
+    return _advance_mamba(net, w, rows, rates, before)
+
+
+def _advance_delta(
+    net: DeltaNet, w: Weights, rows: Float32Array, rates: Float32Array, before: State, epsilon: float
+) -> tuple[Float32Array, State]:
+    u, tail = convolve(rows, before[1], vector_of(w.ssm_conv1d.tensor))
+    rate, bias, heads = vector_of(w.ssm_a.tensor), vector_of(w.ssm_dt_bias.tensor), net.value_heads
+    beta, decay = gates(rates[:, :heads], rates[:, heads:], rate, bias)
+    out, matrices = recur(silu(u), beta, decay, net, epsilon, before[0])
+    return out, (matrices, tail)
+
+
+def _advance_kda(
+    net: KimiDelta, w: Weights, rows: Float32Array, rates: Float32Array, before: State, epsilon: float
+) -> tuple[Float32Array, State]:
+    heads, d = net.heads, net.head_dim
+    convolutions = w.ssm_conv1d_q, w.ssm_conv1d_k, w.ssm_conv1d_v
+    taps = np.concatenate([vector_of(weight.tensor).reshape(-1, net.kernel) for weight in convolutions])
+    u, tail = convolve(rows, before[1], taps)
+    q, k, v = silu(u).reshape(-1, 3, heads, d).transpose(1, 0, 2, 3)
+    q, k = (unit(x, epsilon) for x in (q, k))
+    decay, beta = rates[:, : net.width].reshape(-1, heads, d), rates[:, net.width :]
+    out, matrices = delta_rule(q * np.float32(1 / math.sqrt(d)), k, v, beta, decay, before[0])
+    return out, (matrices, tail)
+
+
+def _advance_mamba(
+    net: Mamba2, w: Weights, rows: Float32Array, rates: Float32Array, before: State
+) -> tuple[Float32Array, State]:
+    step = softplus(rates + vector_of(w.ssm_dt_bias.tensor))
+    decay = np.exp(vector_of(w.ssm_a.tensor).reshape(-1) * step)
+    u, tail = convolve(rows, before[1], vector_of(w.ssm_conv1d.tensor))
+    if w.ssm_conv1d.bias is not None:
+        u += vector_of(w.ssm_conv1d.bias)
+    x, b, c = np.split(silu(u), np.cumsum([net.width, net.groups * net.state_size]), axis=1)
+    x = x.reshape(-1, net.heads, net.head_dim)
+    b, c = (of_heads(part, net) for part in (b, c))
+    out = x * vector_of(w.ssm_d.tensor).reshape(-1, 1)
+    matrices, scaled = before[0].copy(), x * step[:, :, None]
+    for t, y in enumerate(out):
+        matrices *= decay[t][:, None, None]
+        matrices += b[t][:, :, None] * scaled[t][:, None]
+        y += np.matmul(c[t][:, None], matrices)[:, 0]
+    return out, (matrices, tail)
 
 
 def convolve(rows: Float32Array, before: Float32Array, taps: Float32Array) -> tuple[Float32Array, Float32Array]:

@@ -10,6 +10,7 @@ MOST_EXPERTS = 1024  # of a layer (experts.cu)
 MOST_USED_EXPERTS = 32  # by a token
 ENTRIES_AT_ONCE = 512  # tokens' copies that a warp counts and places by expert
 DELTA_CHUNK = 64  # positions of a sequence that Gated DeltaNet takes at a time (kernels/include/chunks.cuh)
+ALTUP_STREAMS = 4  # residual streams of Gemma 3n (altup.cu)
 MOST_EXPERT_GROUPS = 32  # that experts are chosen from
 
 # The activations of feed-forward networks, by the numbers that the kernels are told (kernels/include/activation.cuh;
@@ -39,6 +40,10 @@ _THREADS = {
     "WEIGHT_THREADS": (256, "repack dequantize embed decode_transposed measure"),
     "SQUARES_THREADS": (512, "add_squares add_float_squares add_expert_squares"),
     "DELTA_INPUT_THREADS": (128, "delta_inputs delta_output"),
+    "ALTUP_THREADS": (
+        256,
+        "altup_streams altup_predict altup_correct altup_merge scale_rows sparse_gates",
+    ),
     "KDA_THREADS": (256, "kda_rates kda_scan kda_output"),
     "MAMBA_THREADS": (128, "mamba_scales mamba_steps mamba_inputs mamba_output"),
     "CONVOLUTION_THREADS": (256, "convolution_scale convolution_inputs convolve"),
@@ -54,6 +59,7 @@ SHARED_DEFINES = {
     "ENTRIES_AT_ONCE": ENTRIES_AT_ONCE,
     "MOST_EXPERT_GROUPS": MOST_EXPERT_GROUPS,
     "DELTA_CHUNK": DELTA_CHUNK,
+    "ALTUP_STREAMS": ALTUP_STREAMS,
     **{f"ACTIVATION_{name.upper()}": number for name, number in ACTIVATIONS.items()},
     **{name: threads for name, (threads, _) in _THREADS.items()},
 }

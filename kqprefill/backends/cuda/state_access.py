@@ -20,12 +20,10 @@ from numpy.typing import NDArray
 
 from ...core import Float32Array, KeysValues, Latent, LayerState, Recurrent
 from ...errors import InputError, StateError
-from ...models.delta_net import DeltaNet
 from ...models.family import Family
-from ...models.qwen35 import Qwen35
+from ...models.kda import KimiDelta
 from ..base import StateAccess, TakeRows
-from ..cpu.functions import silu, vector_of
-from ..cpu.recurrent_ops import convolve, gates, recur
+from ..cpu.recurrent_ops import Recurrence, advance
 from .constants import DELTA_CHUNK
 from .device.arrays import FLOAT16, FLOAT32, INT32, DeviceArray
 from .device.gpu import check, cuda_errors
@@ -37,7 +35,7 @@ from .programs import STATES
 
 _SLOTS, _SLOT_BYTES = 8, 16 << 20
 SLOTS_BYTES = _SLOTS * _SLOT_BYTES  # of device memory, which is planned for
-_NEVER = np.float32(-1e30)  # of a token that changes no recurrence: its beta is sigmoid(this), and its decay e^0
+_NEVER = np.float32(-1e30)  # of a token that changes no recurrence: its step is softplus(this), its beta sigmoid(this)
 _HOST_PIECE = 4096  # tokens
 
 
@@ -96,14 +94,13 @@ class DeviceStates(StateAccess):
                 take(begin, self._landed(slot, arrays, parts, layer))
 
     def _parts(self, layer: int) -> tuple[_Part, _Part]:
-        state, (first_scale, second_scale) = self._family.layer_states[layer], self._cache.scales[layer]
+        state, (first_scale, second_scale) = self._with_rows(layer), self._cache.scales[layer]
         if isinstance(state, Latent):
             c, k_r = self._cache.latent(layer)
             return (
                 _Part(c, first_scale, (state.rank,), state.rank, c.shape[1], True),
                 _Part(k_r, second_scale, (state.rotary,), state.rotary, state.rotary, False),
             )
-        assert isinstance(state, KeysValues), "a layer with rows of its own"
         k, v = self._cache.keys_values(layer)
         shape = state.heads, state.head_dim
         return (
@@ -171,7 +168,7 @@ class DeviceStates(StateAccess):
             self._free.put(slot)
 
     def _rows_on_host(self, layer: int, end: int, take: TakeRows) -> None:
-        kept, state = self._halves(layer), self._family.layer_states[layer]
+        kept, state = self._halves(layer), self._with_rows(layer)
         factors = [1 / self._scale(scale) for scale in self._cache.scales[layer]]
         for begin in range(0, end, _HOST_PIECE):
             rows = [a[begin : min(end, begin + _HOST_PIECE)].astype(np.float32) * f for a, f in zip(kept, factors)]
@@ -179,9 +176,9 @@ class DeviceStates(StateAccess):
 
     def _halves(self, layer: int) -> list[NDArray[np.float16]]:
         """Both arrays of a layer as they are kept, of all the cache's capacity."""
-        state = self._family.layer_states[layer]
-        assert isinstance(state, (KeysValues, Latent)), "a layer with rows of its own"
-        raw, arrays = self._cache.kept_bytes(layer), token_arrays(0, state, self._cache.capacity)
+        state = self._with_rows(layer)
+        raw = self._cache.kept_bytes(layer)
+        arrays = token_arrays(self._cache.offset(layer, type(state)), state, self._cache.capacity)
         return [raw[a.address : a.address + a.nbytes].view(np.float16).reshape(a.shape) for a in arrays]
 
     def _scale(self, scale: DeviceArray) -> np.float32:
@@ -192,32 +189,37 @@ class DeviceStates(StateAccess):
 
     def recurrence(self, layer: int) -> tuple[Float32Array, Float32Array]:
         """What is kept is the state after the last whole chunk, and the rows since: they are gone through here."""
-        state, net = self._recurrent(layer)
+        state = self._recurrent(layer)
         with cuda_errors("reading a state"):
-            arrays = _recurrent_views(self._cache.kept_bytes(layer), state)
-        weights, length, halo = self._family.blocks[layer], self._cache.length, halo_rows(state)
+            raw = self._cache.kept_bytes(layer)[self._cache.offset(layer, Recurrent) :]
+        arrays = _recurrent_views(raw, state)
+        length, halo = self._cache.length, halo_rows(state)
         matrices, sums, rates = arrays[0][0].copy(), arrays[1].copy(), arrays[2]
         sums[: max(0, halo - length)] = 0  # before the sequence's first token
-        since = halo - length % DELTA_CHUNK
+        since = halo - (length % DELTA_CHUNK if state.heads else 0)
         if since == halo:
             return matrices, sums[halo - state.taps :]
-        rate, bias, taps = (vector_of(w.tensor) for w in (weights.ssm_a, weights.ssm_dt_bias, weights.ssm_conv1d))
-        own = rates[since:]
-        beta, decay = gates(own[:, : state.heads], own[:, state.heads :], rate, bias)
-        u, tail = convolve(sums[since:], sums[since - state.taps : since], taps)
-        _, matrices = recur(silu(u), beta, decay, net, self._family.config.norm_epsilon, matrices)
-        return matrices, tail
+        net, weights = self._family.recurrence, self._family.blocks[layer]
+        rows, before, epsilon = sums[since:], sums[since - state.taps : since], self._family.config.norm_epsilon
+        assert net is not None, "a family with a recurrence"
+        _, after = advance(net, weights, rows, rates[since:], (matrices, before), epsilon)
+        return after
 
-    def _recurrent(self, layer: int) -> tuple[Recurrent, DeltaNet]:
+    def _recurrent(self, layer: int) -> Recurrent:
+        state = self._family.layer_states[layer].part(Recurrent)
+        assert state is not None, "a layer with a recurrence"
+        return state
+
+    def _with_rows(self, layer: int) -> KeysValues | Latent:
         state = self._family.layer_states[layer]
-        assert isinstance(state, Recurrent) and isinstance(self._family, Qwen35), "a layer with a recurrence"
-        return state, self._family.net
+        rows = state.part(KeysValues) or state.part(Latent)
+        assert rows is not None, "a layer with rows of its own"
+        return rows
 
     def write(self, layer: int, first: Float32Array, second: Float32Array) -> None:
-        state, capacity = self._family.layer_states[layer], self._cache.capacity
+        state, capacity = self._with_rows(layer), self._cache.capacity
         with cuda_errors("writing a state"):
-            assert isinstance(state, (KeysValues, Latent)), "a layer with rows of its own"
-            arrays = token_arrays(0, state, capacity)
+            arrays = token_arrays(self._cache.offset(layer, type(state)), state, capacity)
             for number, (rows, scale, array) in enumerate(zip((first, second), self._cache.scales[layer], arrays)):
                 with np.errstate(over="ignore"):
                     halves = (rows * self._scale(scale)).astype(np.float16)
@@ -227,9 +229,9 @@ class DeviceStates(StateAccess):
                 self._cache.keep_bytes(layer, array.address, padded.view(np.uint8).reshape(-1))
 
     def write_recurrence(self, layer: int, matrices: Float32Array, rows: Float32Array) -> None:
-        state, _ = self._recurrent(layer)
+        kept = _as_kept(self._recurrent(layer), self._family.recurrence, matrices, rows)
         with cuda_errors("writing a state"):
-            self._cache.keep_bytes(layer, 0, _as_kept(state, matrices, rows))
+            self._cache.keep_bytes(layer, self._cache.offset(layer, Recurrent), kept)
 
     def close(self) -> None:
         for slot in self._slots:
@@ -267,11 +269,13 @@ def _recurrent_views(raw: NDArray[np.uint8], state: Recurrent) -> list[Float32Ar
     return [raw[a.address : a.address + a.nbytes].view(np.float32).reshape(a.shape) for a in arrays]
 
 
-def _as_kept(state: Recurrent, matrices: Float32Array, rows: Float32Array) -> NDArray[np.uint8]:
+def _as_kept(state: Recurrent, net: Recurrence | None, matrices: Float32Array, rows: Float32Array) -> NDArray[np.uint8]:
     """The bytes that a cache keeps of a recurrence after any token: the state as if it were that after the last whole
     chunk, and since then only tokens that change nothing."""
     raw = np.zeros(RecurrentArrays.at(0, state).nbytes, np.uint8)
     kept, sums, rates = _recurrent_views(raw, state)
     kept[0], rates[...] = matrices, _NEVER
+    if isinstance(net, KimiDelta):  # whose rates are decays and beta themselves
+        rates[:, : net.width], rates[:, net.width :] = 1, 0
     sums[len(sums) - state.taps :] = rows
     return raw

@@ -6,16 +6,15 @@ residual stream and all sums are float32.
 
 from __future__ import annotations
 
+from .altup import AltUpOps
 from .convolution import ConvolutionOps
-from .cpu_only import CpuOnlyOps
 from .delta import DeltaOps
 from .experts import ExpertOps
 from .head import HeadOps
 from .kda import KdaOps
 from .latent import LatentOps
 from .mamba import MambaOps
-from .per_layer import PerLayerOps
 
 
-class CudaOps(LatentOps, DeltaOps, KdaOps, MambaOps, ConvolutionOps, ExpertOps, PerLayerOps, HeadOps, CpuOnlyOps):
+class CudaOps(LatentOps, DeltaOps, KdaOps, MambaOps, ConvolutionOps, ExpertOps, AltUpOps, HeadOps):
     """The operations of one batch."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import replace
 import math
 
@@ -216,7 +217,7 @@ class DenseOps(BatchOps):
             "add_rms_norm",
             grid=self.n,
             x=x.values,
-            y=y,
+            y=y.values if isinstance(y, Residual) else y,
             row_scale=row_scale,
             weight=self.vector(weight),
             columns=weight.shape[0],
@@ -311,9 +312,11 @@ class DenseOps(BatchOps):
         scale: float = 1.0,
         sparsity: float | None = None,
     ) -> DeviceArray | Residual:
-        assert sparsity is None, "sparse gates are not on CUDA"
         if gate is None:
             return self._ungated(h, up, down, activation, residual, scale)
+        if sparsity is not None:
+            assert residual is None and activation == "gelu_tanh", "sparse gates as Gemma 3n's"
+            return self.sparse(h, gate, up, down, sparsity)
         self.enter("linear", [gate, up, down], self.n)
         self.hear([gate, up], h)
         g, u, d = (self.matrix(weight) for weight in (gate, up, down))
@@ -330,6 +333,10 @@ class DenseOps(BatchOps):
             self.hear([down], act, t)
             self.multiply(self.scaled(act, scale), [d], out.rows(t, end), self.bias(down), add=residual is not None)
         return out if residual is None else Residual(out)
+
+    @abstractmethod
+    def sparse(self, h: Operand, gate: Weight, up: Weight, down: Weight, sparsity: float) -> DeviceArray:
+        """As `mlp`, with sparse gates, without a residual stream."""
 
     def _ungated(
         self, h: Operand, up: Weight, down: Weight, activation: str, residual: Residual | None, scale: float

@@ -62,6 +62,16 @@ class PerLayerOps(DenseOps):
         self.enter("linear", [gate], self.n)
         self.hear([gate], h)
         self.multiply(h, [self.matrix(gate)], gates)
+        gated = self.gated_embedding(gates)
+        self.hear([matrix], gated)
+        self.enter("linear", [matrix], self.n)
+        sums = self.work.array("linear", FLOAT32, self.n, matrix.shape[0])
+        self.multiply(gated, [self.matrix(matrix)], sums)
+        return self.add_rms_norm(x, sums, norm, factor, gated.row_scale)
+
+    def gated_embedding(self, gates: DeviceArray) -> Operand:
+        """gelu(gates) * e, where e are the tokens' embeddings for this layer; gates: float32 [T, P]."""
+        width = gates.shape[1]
         values = self.work.array("gated embedding", HALVES.dtype, self.n, HALVES.padded(width))
         row_scale = self.work.array("row scales", FLOAT32, self.n)
         self.launcher.launch(
@@ -77,7 +87,4 @@ class PerLayerOps(DenseOps):
             stride=values.shape[1],
             row_scale=row_scale,
         )
-        gated = Operand(values, width, self.scales.unit())
-        self.hear([matrix], gated, row_scale=row_scale)
-        sums = self.linear_unheard(gated, matrix)
-        return self.add_rms_norm(x, sums, norm, factor, row_scale)
+        return Operand(values, width, self.scales.unit(), row_scale=row_scale)

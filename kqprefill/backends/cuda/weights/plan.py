@@ -23,14 +23,12 @@ from .host_pages import WINDOW
 from .matrix import layer_matrices, tensors_outside, tile_bytes
 from .staging import STAGING_BYTES, STAGING_SLOTS
 
-# Architectures whose layers have ops that are not on CUDA yet.
-CPU_ONLY = frozenset(["gemma3n"])
 # Architectures that run on CUDA, whose kernels were held to the reference on the host (tests/emulator.py) and never run
 # on a GPU.
 NEVER_RUN = frozenset(
     "seed_oss ernie4_5 ernie4_5-moe exaone4 internlm2 minicpm qwen2vl mistral4 minimax-m2 granitemoe lfm2 lfm2moe "
-    "nemotron_h nemotron_h_moe granitehybrid llama4 cohere2 hunyuan-dense hunyuan-moe phimoe command-r starcoder2 "
-    "falcon-h1".split()
+    "nemotron_h nemotron_h_moe granitehybrid llama4 cohere2 hunyuan-dense hunyuan-moe gemma3n phimoe command-r "
+    "starcoder2 falcon-h1 kimi-linear".split()
 )
 CONTEXT_BYTES = 560 << 20  # that the driver takes for a context and our kernels (an H100: 540 MiB)
 _SLACK_BYTES, _SLACK_SHARE = (
@@ -119,10 +117,6 @@ def budget_of(gpu: Gpu, vram: Budget | None) -> int:
 
 def refuse_unsupported(family: Family) -> None:
     """Raises BackendError for a model whose layers CUDA does not have all of."""
-    if family.architecture in CPU_ONLY:
-        raise BackendError(
-            f"{family.file.path}: architecture {family.architecture} does not run on CUDA yet; use --backend cpu"
-        )
     experts = family.experts
     if experts is not None and experts.groups > MOST_EXPERT_GROUPS:
         raise BackendError(
