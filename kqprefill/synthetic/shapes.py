@@ -205,6 +205,29 @@ def _gemma4(
     )
 
 
+def _nemotron_h(pattern: str, ssm: tuple[int, int, int, int], kv_heads: int, ffn: int) -> dict[str, Any]:
+    """Nemotron-H's metadata. pattern: of each layer M (Mamba-2), * (attention) or - (a network), as the published
+    configurations have it. ssm: heads, elements of each, groups, rows of a state."""
+    heads, head_dim, groups, state = ssm
+    return {
+        "attention.head_count_kv": [kv_heads * (kind == "*") for kind in pattern],
+        "feed_forward_length": [ffn * (kind == "-") for kind in pattern],
+        "ssm.conv_kernel": 4,
+        "ssm.inner_size": heads * head_dim,
+        "ssm.state_size": state,
+        "ssm.time_step_rank": heads,
+        "ssm.group_count": groups,
+    }
+
+
+_NEMOTRON_9B = _nemotron_h("M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-", (128, 80, 8, 128), 8, 15680)
+_LFM2_8B = {
+    "attention.head_count_kv": [8 * (index in (2, 6, 10, 14, 18, 21)) for index in range(24)],
+    "shortconv.l_cache": 3,
+    "feed_forward_length": 7168,
+    "leading_dense_block_count": 2,
+    "expert_gating_func": 2,
+}
 _GEMMA4_E4B = {"attention.shared_kv_layers": 18, "embedding_length_per_layer_input": 256}
 
 SHAPES = {
@@ -246,6 +269,10 @@ SHAPES = {
     "gemma4-31b": _gemma4(60, 5376, 32, (16, 4), 21504, 1024, {}),
     "gemma4-26b-a4b": _gemma4(30, 2816, 16, (8, 2), 704, 1024, {"feed_forward_length": 2112}, experts=128, used=8),
     "gemma4-e4b": _gemma4(42, 2560, 8, (2, 2), 10240, 512, _GEMMA4_E4B),
+    "nemotron-nano-9b-v2": Shape("nemotron_h", 56, 4480, 40, 8, 128, 15680, 131072, 131072, 1e4, more=_NEMOTRON_9B),
+    "lfm2-8b-a1b": Shape(
+        "lfm2moe", 24, 2048, 32, 8, 64, 1792, 65536, 128000, 1e6, tied=True, experts=32, used=4, more=_LFM2_8B
+    ),
     "llama3-8b": Shape("llama", 32, 4096, 32, 8, 128, 14336, 128256, 131072, 5e5),
     "llama3-70b": Shape("llama", 80, 8192, 64, 8, 128, 28672, 128256, 131072, 5e5),
 }

@@ -46,7 +46,8 @@ LARGEST_HEAD = 256  # that flash attention takes
 TOGETHER = (
     ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_gate", "ssm_beta", "ssm_alpha", "attn_q_a", "attn_kv_a_mqa"),
     ("attn_q_b",),
-    ("attn_output", "ssm_out"),
+    ("ssm_in_z", "ssm_in_xbc", "ssm_in_dt", "shortconv_in_proj"),
+    ("attn_output", "ssm_out", "shortconv_out_proj"),
     ("ffn_gate", "ffn_up"),
     ("ffn_down",),
     ("ffn_gate_shexp", "ffn_up_shexp"),
