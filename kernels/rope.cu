@@ -136,8 +136,8 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps)
     else rotation.rotate(threadIdx.x % 32, heads[warp], interleaved);
 }
 
-// Copies rows of k and v, k_chunks and v_chunks times 16 bytes: row copies[i].x becomes row copies[i].y. A block makes a
-// copy. These are rows that sequences which begin alike have each for itself (softmax.cuh: QueryTile).
+// Copies rows of k and v, k_chunks and v_chunks times 16 bytes: row copies[i].x becomes row copies[i].y. A block makes
+// a copy. These are rows that sequences which begin alike have each for itself (softmax.cuh: QueryTile).
 extern "C" __global__ void __launch_bounds__(COPY_THREADS)
     copy_rows(uint4* k, uint4* v, int k_chunks, int v_chunks, const int2* copies) {
     begin_kernel();
