@@ -1,5 +1,5 @@
-// Several residual streams (AltUp, arXiv 2301.13310), float32 [kStreams, n, columns], and gates of which few are open, as
-// Gemma 3n has them. A block takes a token.
+// Several residual streams (AltUp, arXiv 2301.13310), float32 [kStreams, n, columns], and gates of which few are open,
+// as Gemma 3n has them. A block takes a token.
 #include "include/activation.cuh"
 #include "include/operand.cuh"
 #include "include/reduce.cuh"
@@ -13,7 +13,8 @@ __device__ __forceinline__ float length_of(const float* x, int columns) {
     return sqrtf(block_sum<kThreads>(squares));
 }
 
-// coefficients[i] = the sum over j of matrix[i, j] * tanh(modalities[j]), of `count` of them, for all of a block's threads.
+// coefficients[i] = the sum over j of matrix[i, j] * tanh(modalities[j]), of `count` of them, for all of a block's
+// threads.
 __device__ __forceinline__ void mix(const float* matrix, const float* modalities, int count, float* coefficients) {
     if (threadIdx.x < count) {
         float sum = 0.0f;
@@ -38,8 +39,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     }
 }
 
-// streams[to] += the sum over sources of c[to, source] * streams[source], where c is the matrix [kStreams², kStreams] times
-// tanh(modalities [n, kStreams]); x is the first of them.
+// streams[to] += the sum over sources of c[to, source] * streams[source], where c is the matrix [kStreams², kStreams]
+// times tanh(modalities [n, kStreams]); x is the first of them.
 extern "C" __global__ void __launch_bounds__(kThreads)
     altup_predict(float* streams, const float* modalities, const float* matrix, int columns, float* x) {
     begin_kernel();
@@ -61,8 +62,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     }
 }
 
-// streams[k] += (1 + c[k]) * (made - streams[0]), where c is the matrix [kStreams, kStreams] times tanh(modalities); first
-// = stream 0 then, times weight.
+// streams[k] += (1 + c[k]) * (made - streams[0]), where c is the matrix [kStreams, kStreams] times tanh(modalities);
+// first = stream 0 then, times weight.
 extern "C" __global__ void __launch_bounds__(kThreads)
     altup_correct(float* streams, const float* modalities, const float* matrix, const float* made, const float* weight,
                   int columns, float* first) {
@@ -103,8 +104,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) scale_rows(float* x, cons
     for (int i = threadIdx.x; i < columns; i += kThreads) x[i] *= row_scale[blockIdx.x];
 }
 
-// out[t, :] = *scale * gelu(max(g - mean - sparsity * deviation, 0)) * u, an operand with rows `stride` apart; g and u: the
-// halves of x [n, 2 * columns], mean and (sample) deviation those of a token's g.
+// out[t, :] = *scale * gelu(max(g - mean - sparsity * deviation, 0)) * u, an operand with rows `stride` apart; g and u:
+// the halves of x [n, 2 * columns], mean and (sample) deviation those of a token's g.
 extern "C" __global__ void __launch_bounds__(kThreads)
     sparse_gates(const float* x, int columns, float sparsity, const float* scale, half_t* out, int stride) {
     begin_kernel();

@@ -3,9 +3,9 @@
 // A block takes one query tile of one head. Each warp has 16 of its queries, keeps their softmax state and outputs in
 // registers, and walks the keys in key blocks that begin at multiples of BLOCK_KV of the sequence. What a query sees,
 // and in which order it sums, thus depends on its position alone: not on how the prompt was cut or tiled. Compiled for
-// one HEAD_DIM of q and k and one VALUE_DIM of v, padded to multiples of 16; with Q_IN_REGISTERS where the fragments of q
-// fit there. A block makes PART_DIM columns of the output: where these are not all, as many blocks as there are parts go
-// through the same scores.
+// one HEAD_DIM of q and k and one VALUE_DIM of v, padded to multiples of 16; with Q_IN_REGISTERS where the fragments of
+// q fit there. A block makes PART_DIM columns of the output: where these are not all, as many blocks as there are parts
+// go through the same scores.
 #include "include/operand.cuh"
 #include "include/ptx.cuh"
 #include "include/softmax.cuh"

@@ -6,8 +6,8 @@
 // BLOCK_KV of the sequence. A producer warp has the copy engine bring keys and values. While the matrix units multiply
 // one key block's weights by its values, the scores of the next, which were multiplied before, become weights. As in
 // attention_sm80.cu, what a query sees, and in which order it sums, depends on its position alone. Compiled for one
-// HEAD_DIM of q and k and one VALUE_DIM of v, multiples of 64. A block makes PART_DIM columns of the output: where these
-// are not all, as many blocks as there are parts go through the same scores.
+// HEAD_DIM of q and k and one VALUE_DIM of v, multiples of 64. A block makes PART_DIM columns of the output: where
+// these are not all, as many blocks as there are parts go through the same scores.
 #include "include/operand.cuh"
 #include "include/sm90.cuh"
 #include "include/softmax.cuh"

@@ -1,13 +1,13 @@
-// Gated causal convolutions by themselves (LFM2, arXiv 2511.23404), for KERNEL taps: three thirds of what a matrix makes,
-// of which the first and the last are multiplied, convolved, and multiplied by the second.
+// Gated causal convolutions by themselves (LFM2, arXiv 2511.23404), for KERNEL taps: three thirds of what a matrix
+// makes, of which the first and the last are multiplied, convolved, and multiplied by the second.
 #include "include/operand.cuh"
 #include "include/reduce.cuh"
 #include "include/types.cuh"
 
 constexpr int kThreads = CONVOLUTION_THREADS, kTaps = KERNEL, kHalfTop = 15;
 
-// *scale for the outcome. row_norms: of the matrix's rows, an input row's length being at most gain; sum_bias: null or its
-// biases. One block.
+// *scale for the outcome. row_norms: of the matrix's rows, an input row's length being at most gain; sum_bias: null or
+// its biases. One block.
 extern "C" __global__ void __launch_bounds__(kThreads)
     convolution_scale(const float* row_norms, const float* sum_bias, const float* taps, int columns, float gain,
                       float* scale) {
@@ -38,8 +38,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 }
 
 // out[t, :] = *scale * sums[t, second third] * the sum over j of taps[:, j] * product[row j of t], an operand with rows
-// `stride` apart, zeros from `columns` on. rows: int32 [n, KERNEL], the rows of product that the taps go over, the token's
-// own last; -32768 or less where the sequence has none. A block takes a token.
+// `stride` apart, zeros from `columns` on. rows: int32 [n, KERNEL], the rows of product that the taps go over, the
+// token's own last; -32768 or less where the sequence has none. A block takes a token.
 extern "C" __global__ void __launch_bounds__(kThreads)
     convolve(const float* sums, const float* product, const float* taps, const int* rows, int columns,
              const float* scale, half_t* out, int stride) {

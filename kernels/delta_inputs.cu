@@ -1,5 +1,5 @@
-// Gated DeltaNet (arXiv 2412.06464), what comes before the recurrence and what comes after it: the causal convolution of
-// q, k and v and the norms of q and k; and the gated norm of what the recurrence gives. For heads of HEAD_DIM, and
+// Gated DeltaNet (arXiv 2412.06464), what comes before the recurrence and what comes after it: the causal convolution
+// of q, k and v and the norms of q and k; and the gated norm of what the recurrence gives. For heads of HEAD_DIM, and
 // KERNEL taps.
 #include "include/activation.cuh"
 #include "include/chunks.cuh"
@@ -12,9 +12,10 @@ constexpr int kAhead = 16;                                               // rows
 static_assert(kThreads % kDim == 0 && kDim % 32 == 0, "whole groups of threads, whole warps of columns");
 static_assert(kGroupRows % kAhead == 0, "a group's rows in whole steps");
 
-// sums: float32 rows of `channels` values, the heads of q, k and v side by side; taps: [channels, KERNEL]. Writes of each
-// chunk and head HEAD_DIM halves of each position, zeros from `count` on: q and k, [chunks, key_heads, kChunk, HEAD_DIM],
-// of Euclidean length 1, and v, [chunks, value_heads, ...], times *v_scale. A block takes a chunk (x) of one head (y).
+// sums: float32 rows of `channels` values, the heads of q, k and v side by side; taps: [channels, KERNEL]. Writes of
+// each chunk and head HEAD_DIM halves of each position, zeros from `count` on: q and k, [chunks, key_heads, kChunk,
+// HEAD_DIM], of Euclidean length 1, and v, [chunks, value_heads, ...], times *v_scale. A block takes a chunk (x) of one
+// head (y).
 extern "C" __global__ void __launch_bounds__(kThreads)
     delta_inputs(const float* sums, const float* taps, const Chunk* chunks, int channels, int key_heads,
                  int value_heads, float epsilon, const float* v_scale, half_t* q, half_t* k, half_t* v) {

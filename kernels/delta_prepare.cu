@@ -15,11 +15,11 @@ constexpr int kGates = kSums + kChunk * kSumRow * 4, kShared = kGates + 3 * kChu
 static_assert(kThreads == THREADS && kShared <= SHARED_BYTES, "what the host launches with");
 static_assert(2 * kDim <= kThreads, "a thread has a column of U or of W");
 
-// q, k: [chunks, key_heads, kChunk, HEAD_DIM], v: [chunks, value_heads, ...] times *v_scale (delta_inputs). gates: rows of
-// the sums of 2 * value_heads values, those for beta, then those for the decay; rate: ssm_a, step_bias: ssm_dt. Writes for
-// each chunk and value head w [kChunk, HEAD_DIM], u the same, times *v_scale / kChunk, p [kChunk, kChunk] and the sums G
-// [kChunk]. by_turns: value head h uses key head h % key_heads, else h / (value_heads / key_heads). A block takes a chunk
-// (x) of a value head (y).
+// q, k: [chunks, key_heads, kChunk, HEAD_DIM], v: [chunks, value_heads, ...] times *v_scale (delta_inputs). gates: rows
+// of the sums of 2 * value_heads values, those for beta, then those for the decay; rate: ssm_a, step_bias: ssm_dt.
+// Writes for each chunk and value head w [kChunk, HEAD_DIM], u the same, times *v_scale / kChunk, p [kChunk, kChunk]
+// and the sums G [kChunk]. by_turns: value head h uses key head h % key_heads, else h / (value_heads / key_heads). A
+// block takes a chunk (x) of a value head (y).
 extern "C" __global__ void __launch_bounds__(kThreads)
     delta_prepare(const half_t* q, const half_t* k, const half_t* v, const float* gates, const float* rate,
                   const float* step_bias, const Chunk* chunks, int key_heads, int value_heads, int by_turns, half_t* w,

@@ -1,8 +1,8 @@
 // Gated DeltaNet (arXiv 2412.06464) in chunks: the part that goes through a sequence's chunks one after another, with
 // what delta_prepare.cu has made of each. With the state S [HEAD_DIM, HEAD_DIM] before a chunk:
 //     U' = U - W S,    O = diag(e^G) Q S / sqrt(HEAD_DIM) + P U',    S = e^(G_last) S + (diag(e^(G_last - G)) K)^T U'
-// The columns of S do not know of one another: a block has SLICE of them, in registers and float32; what the matrix units
-// multiply of it are halves.
+// The columns of S do not know of one another: a block has SLICE of them, in registers and float32; what the matrix
+// units multiply of it are halves.
 #include "include/chunks.cuh"
 #include "include/ptx.cuh"
 
@@ -16,8 +16,8 @@ constexpr int kDecayed = kChange + kChunk * kSliceRow * 2, kShared = kDecayed + 
 constexpr int kStateTiles = (kDim + 63) / 64;  // of 16 rows of S that a warp has
 static_assert(THREADS == kThreads && kShared <= SHARED_BYTES, "what the host launches with");
 
-// A sequence's part of a batch (made by the host): chunks first .. first + count - 1, from state `from` (zeros where that
-// is -1), which becomes state `to` (if it is not -1) after the last whole chunk.
+// A sequence's part of a batch (made by the host): chunks first .. first + count - 1, from state `from` (zeros where
+// that is -1), which becomes state `to` (if it is not -1) after the last whole chunk.
 struct Sequence {
     int first, count, from, to;
 };
@@ -30,9 +30,9 @@ __device__ __forceinline__ void copy_rows(uint32_t to, int to_row, const half_t*
     }
 }
 
-// q, k, w, u, p, decay: as delta_prepare has them. state_factor: by what S is multiplied to be halves, where u is scaled
-// by *v_scale / kChunk and S is in units of that. states: float32 [states, value_heads, HEAD_DIM, HEAD_DIM]. Writes o, rows
-// of value_heads * HEAD_DIM values. A block takes a sequence (x) of SLICE columns of a value head (y).
+// q, k, w, u, p, decay: as delta_prepare has them. state_factor: by what S is multiplied to be halves, where u is
+// scaled by *v_scale / kChunk and S is in units of that. states: float32 [states, value_heads, HEAD_DIM, HEAD_DIM].
+// Writes o, rows of value_heads * HEAD_DIM values. A block takes a sequence (x) of SLICE columns of a value head (y).
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     delta_scan(const half_t* q, const half_t* k, const half_t* w, const half_t* u, const half_t* p, const float* decay,
                const Chunk* chunks, const Sequence* sequences, int key_heads, int value_heads, int by_turns,

@@ -30,8 +30,8 @@ __device__ __forceinline__ void best_of_warp(float& best, int& expert) {
 
 // Finds the `used` largest of each of n tokens' scores, of equals the ones with the lowest numbers, and their shares. A
 // share comes from a softmax over all scores or, with routed_after, over the chosen ones; with normalise, the shares of
-// a token are made to add up to 1. Where expert_scale is not null, a share is at last multiplied by its expert's. A warp
-// takes a token.
+// a token are made to add up to 1. Where expert_scale is not null, a share is at last multiplied by its expert's. A
+// warp takes a token.
 extern "C" __global__ void __launch_bounds__(kThreads)
     route(const float* scores, const float* expert_scale, int n, int experts, int used, int normalise, int routed_after,
           int* expert_of, float* share_of) {
@@ -68,8 +68,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
 // The same where the choice is by another value than the share (arXiv 2412.19437): a score becomes a probability, by a
 // sigmoid or by the softmax over all scores; the choice is by probability + bias (bias may be null), among the experts
-// of the best `groups_used` of `groups` groups of neighbours, a group being worth its two best experts together; a share
-// is scale * probability, with normalise over the chosen ones' sum. A warp takes a token.
+// of the best `groups_used` of `groups` groups of neighbours, a group being worth its two best experts together; a
+// share is scale * probability, with normalise over the chosen ones' sum. A warp takes a token.
 constexpr float kLeastSum = 6.103515625e-5f;  // of shares that are normalised: 2^-14, as llama.cpp has it
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     route_biased(const float* scores, const float* bias, const float* expert_scale, int n, int experts, int used,
@@ -244,8 +244,8 @@ extern "C" __global__ void __launch_bounds__(COPY_THREADS)
 }
 
 // x[t, :] = the sum over slots of share_of[entry] * sums[place_of[entry], :] / *scale, in the order of the slots (+
-// sigmoid(h[t, :] · gate) * shared[t, :], if shared is not null) (+ x[t, :], if add). sums: halves, rows of `columns`, a
-// multiple of 8. h: an operand, scaled by *h_scale, with rows `stride` apart. A block takes a token.
+// sigmoid(h[t, :] · gate) * shared[t, :], if shared is not null) (+ x[t, :], if add). sums: halves, rows of `columns`,
+// a multiple of 8. h: an operand, scaled by *h_scale, with rows `stride` apart. A block takes a token.
 extern "C" __global__ void __launch_bounds__(kThreads, 4)
     combine(float* x, const half_t* sums, const float* scale, int used, int columns, const int* place_of,
             const float* share_of, const float* shared, const half_t* h, int stride, const float* h_scale,

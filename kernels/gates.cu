@@ -1,12 +1,13 @@
-// The gates of attention's output (Qwen 3.5): each head's values are multiplied by a sigmoid of what its query's matrix made
-// beside the query.
+// The gates of attention's output (Qwen 3.5): each head's values are multiplied by a sigmoid of what its query's matrix
+// made beside the query.
 #include "include/activation.cuh"
 #include "include/operand.cuh"
 
 constexpr int kThreads = NORM_THREADS;
 
-// qkv: float32 rows of `row` values, which begin with each head's query and then its gates, head_dim values each. Writes
-// gates, an operand: sigmoid of each head's gates, where attention writes the head's output. A block takes a token.
+// qkv: float32 rows of `row` values, which begin with each head's query and then its gates, head_dim values each.
+// Writes gates, an operand: sigmoid of each head's gates, where attention writes the head's output. A block takes a
+// token.
 extern "C" __global__ void __launch_bounds__(kThreads)
     store_gates(const float* qkv, int row, int heads, int head_dim, half_t* gates, int stride) {
     begin_kernel();

@@ -155,8 +155,8 @@ struct Consumer {
     ConsumerPosition<Config::kStages> stage;
     ConsumerPosition<Config::kRawStages> raw;
 
-    // acc = W · Xᵀ for this warpgroup's row tiles, of one format. Of an expert's last token tile only so many tokens are
-    // multiplied as it may have.
+    // acc = W · Xᵀ for this warpgroup's row tiles, of one format. Of an expert's last token tile only so many tokens
+    // are multiplied as it may have.
     template <class Format>
     __device__ __forceinline__ void multiply_tile(Accumulators& acc) {
         constexpr int kTokens = Config::kTokens;
@@ -171,8 +171,8 @@ struct Consumer {
         multiply_tokens<Format, kTokens>(acc);
     }
 
-    // The same for the first kTokens of the token tile. Weights go through two steps of work: what is multiplied in step
-    // i was decoded in step i - 1, and loaded in step i - 2.
+    // The same for the first kTokens of the token tile. Weights go through two steps of work: what is multiplied in
+    // step i was decoded in step i - 1, and loaded in step i - 2.
     template <class Format, int kTokens>
     __device__ __forceinline__ void multiply_tokens(Accumulators& all) {
         float (&acc)[kTokens / 2] = reinterpret_cast<float (&)[kTokens / 2]>(all);
@@ -307,8 +307,8 @@ __device__ __forceinline__ void run(const Matrices& matrices, const void* x_map,
 #if !GATED
 
 // out = sums / (*x_scale * *w_scale) + bias (+ out, if `add`), float32, rows `ldo` apart: the matrices' outputs side by
-// side. Grouped: halves, times *out_scale, and no `add`. bias, a row for each expert, may be null. x_map: x's tensor map,
-// boxes of 64 halves by TOKENS / CLUSTER rows. groups and group_count: the token tiles, where they are grouped.
+// side. Grouped: halves, times *out_scale, and no `add`. bias, a row for each expert, may be null. x_map: x's tensor
+// map, boxes of 64 halves by TOKENS / CLUSTER rows. groups and group_count: the token tiles, where they are grouped.
 extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bounds__(Config::kThreads, Config::kBlocks)
     gemm_linear(const uint8_t* w0, int rows0, int format0, const uint8_t* w1, int rows1, int format1, const uint8_t* w2,
                 int rows2, int format2, const void* x_map, int m, int k, void* out, int ldo, const float* x_scale,

@@ -1,5 +1,5 @@
-// Kimi Delta Attention (arXiv 2510.26692) between its convolutions (delta_inputs.cu) and its output matrix, for heads of
-// HEAD_DIM: decays by key element, the recurrence token by token, and the gated norm.
+// Kimi Delta Attention (arXiv 2510.26692) between its convolutions (delta_inputs.cu) and its output matrix, for heads
+// of HEAD_DIM: decays by key element, the recurrence token by token, and the gated norm.
 #include "include/activation.cuh"
 #include "include/chunks.cuh"
 #include "include/operand.cuh"
@@ -14,8 +14,8 @@ struct Sequence {  // as delta_scan.cu has it
     int first, count, from, to;
 };
 
-// rates[t, :] = what a token's state decays by, e^(rate * softplus(f + step_bias)) for each of `width` key elements, then
-// sigmoid(b) of each head. A block takes a token.
+// rates[t, :] = what a token's state decays by, e^(rate * softplus(f + step_bias)) for each of `width` key elements,
+// then sigmoid(b) of each head. A block takes a token.
 extern "C" __global__ void __launch_bounds__(kThreads)
     kda_rates(const float* f, const float* b, const float* step_bias, const float* rate, int heads, float* rates) {
     begin_kernel();
@@ -30,9 +30,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     for (int h = threadIdx.x; h < heads; h += kThreads) rates[width + h] = sigmoid(b[h]);
 }
 
-// S = diag(decay) S, S = S + k (beta (v - S^T k))^T, o = S^T q / sqrt(HEAD_DIM). q, k, v: as delta_inputs makes them, a key
-// head for each value head; rates: as kda_rates does, their rows as its sums'. states: float32 [states, heads, HEAD_DIM,
-// HEAD_DIM]. Writes o, rows of heads * HEAD_DIM values. A block takes a sequence (x) and kColumns columns of a head (y).
+// S = diag(decay) S, S = S + k (beta (v - S^T k))^T, o = S^T q / sqrt(HEAD_DIM). q, k, v: as delta_inputs makes them, a
+// key head for each value head; rates: as kda_rates does, their rows as its sums'. states: float32 [states, heads,
+// HEAD_DIM, HEAD_DIM]. Writes o, rows of heads * HEAD_DIM values. A block takes a sequence (x) and kColumns columns of
+// a head (y).
 extern "C" __global__ void __launch_bounds__(kThreads)
     kda_scan(const half_t* q, const half_t* k, const half_t* v, const float* rates, const Chunk* chunks,
              const Sequence* sequences, int heads, const float* v_scale, float* states, float* o) {
@@ -93,8 +94,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     if (whole) keep();
 }
 
-// out[t, :] = *scale * rms_norm(o[t, head, :]) * norm * sigmoid(z[t, head, :]), an operand with rows `stride` apart, zeros
-// behind the heads' columns. A block takes a token, a warp its heads in turn.
+// out[t, :] = *scale * rms_norm(o[t, head, :]) * norm * sigmoid(z[t, head, :]), an operand with rows `stride` apart,
+// zeros behind the heads' columns. A block takes a token, a warp its heads in turn.
 extern "C" __global__ void __launch_bounds__(kThreads)
     kda_output(const float* o, const float* z, const float* norm, int heads, float epsilon, const float* scale,
                half_t* out, int stride) {

@@ -1,6 +1,6 @@
-// Multi-head latent attention (arXiv 2405.04434): from what the matrices give to the latent rows that a layer keeps, and
-// to the queries, keys and values that attention reads. Elements of a head's query or key are first `still` that are not
-// rotated, then `rotary`; of these the first 2 * `pairs` turn by the angles of `table`.
+// Multi-head latent attention (arXiv 2405.04434): from what the matrices give to the latent rows that a layer keeps,
+// and to the queries, keys and values that attention reads. Elements of a head's query or key are first `still` that
+// are not rotated, then `rotary`; of these the first 2 * `pairs` turn by the angles of `table`.
 #include "include/operand.cuh"
 #include "include/reduce.cuh"
 #include "include/rotation.cuh"
@@ -64,11 +64,11 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     });
 }
 
-// keys and values: float32, what the matrices make of latent rows. Head h of a row has its `still` elements of the key at
-// h * key_step, its value_dim elements of the value at h * value_step, and rows are `heads` such steps apart. k_r: halves
-// [rows, rotary] of *r_scale, the same for all heads. k: halves [key rows, heads, key_padded] of *k_scale; v: halves [key
-// rows, heads, value_padded] of *v_scale; zeros in what is padded. key_rows: which rows of k and v are these rows'; null
-// where they are in order. A warp takes a head; blockIdx.x is the row.
+// keys and values: float32, what the matrices make of latent rows. Head h of a row has its `still` elements of the key
+// at h * key_step, its value_dim elements of the value at h * value_step, and rows are `heads` such steps apart. k_r:
+// halves [rows, rotary] of *r_scale, the same for all heads. k: halves [key rows, heads, key_padded] of *k_scale; v:
+// halves [key rows, heads, value_padded] of *v_scale; zeros in what is padded. key_rows: which rows of k and v are
+// these rows'; null where they are in order. A warp takes a head; blockIdx.x is the row.
 extern "C" __global__ void __launch_bounds__(kThreads)
     latent_heads(const float* keys, const float* values, int key_step, int value_step, const half_t* k_r, half_t* k,
                  half_t* v, int heads, int still, int rotary, int value_dim, int key_padded, int value_padded,
@@ -90,9 +90,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
                [&](int i) { return i < value_dim ? values[i] * value_factor : 0.0f; });
 }
 
-// v[row, h, :] = columns first .. first + value_dim - 1 of latent row c, the same in all heads; zeros from rank on, and in
-// what is padded. c: an operand, rows `stride` apart. v: halves [rows, heads, value_padded] under the same scale. A warp
-// takes a head; blockIdx.x is the row.
+// v[row, h, :] = columns first .. first + value_dim - 1 of latent row c, the same in all heads; zeros from rank on, and
+// in what is padded. c: an operand, rows `stride` apart. v: halves [rows, heads, value_padded] under the same scale. A
+// warp takes a head; blockIdx.x is the row.
 extern "C" __global__ void __launch_bounds__(kThreads)
     latent_values(const half_t* c, int stride, int rank, int first, int value_dim, half_t* v, int heads,
                   int value_padded) {

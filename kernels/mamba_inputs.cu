@@ -54,8 +54,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     scales[3] = scale_for(found[0] * found[1] * (found[3] + found[4]) * scales[0] * scales[1]);
 }
 
-// rates: float32 rows of what gives the steps, a value a head. Writes for each chunk and head [kChunk] steps, and the sums
-// of step * rate up to each position; steps are zero from `count` on. A block takes a chunk, a warp its heads in turn.
+// rates: float32 rows of what gives the steps, a value a head. Writes for each chunk and head [kChunk] steps, and the
+// sums of step * rate up to each position; steps are zero from `count` on. A block takes a chunk, a warp its heads in
+// turn.
 extern "C" __global__ void __launch_bounds__(kThreads)
     mamba_steps(const float* rates, const float* step_bias, const float* rate, const Chunk* chunks, int heads,
                 float* steps, float* decay) {
@@ -88,8 +89,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
 // sums: float32 rows of `channels` values, the heads of x, then the groups of B and of C; taps [channels, KERNEL], bias
 // [channels] or null. Writes of each chunk halves of each position, zeros from `count` on: u = step * x [chunks, heads,
-// kChunk, padded], zeros from head_dim on, and b and c [chunks, groups, kChunk, state], times their scales (mamba_scales);
-// and of the chunk's own rows o [n, heads * head_dim] = skip * x. A block takes a chunk (x), a thread a channel (y).
+// kChunk, padded], zeros from head_dim on, and b and c [chunks, groups, kChunk, state], times their scales
+// (mamba_scales); and of the chunk's own rows o [n, heads * head_dim] = skip * x. A block takes a chunk (x), a thread a
+// channel (y).
 extern "C" __global__ void __launch_bounds__(kThreads)
     mamba_inputs(const float* sums, const float* taps, const float* bias, const float* skip, const float* steps,
                  const Chunk* chunks, int heads, int head_dim, int padded, int groups, int state, const float* scales,
@@ -140,9 +142,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     }
 }
 
-// y = o * silu(z), [n, groups * columns], RMS-normalised over each group's columns (where norm is not null) and times norm:
-// out[t, :] = *scale * y[t, :], an operand with rows `stride` apart, zeros behind the groups' columns. Without a norm y
-// goes to o itself, and out is null. A block takes a token (x) and a group (y).
+// y = o * silu(z), [n, groups * columns], RMS-normalised over each group's columns (where norm is not null) and times
+// norm: out[t, :] = *scale * y[t, :], an operand with rows `stride` apart, zeros behind the groups' columns. Without a
+// norm y goes to o itself, and out is null. A block takes a token (x) and a group (y).
 extern "C" __global__ void __launch_bounds__(kThreads)
     mamba_output(float* o, const float* z, const float* norm, int columns, float epsilon, const float* scale,
                  half_t* out, int stride) {

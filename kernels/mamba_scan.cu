@@ -1,10 +1,10 @@
-// Mamba-2 (arXiv 2405.21060) in chunks, on the matrix units. With rows for positions, G the sums of step * rate up to each,
-// U = step * x, and the state S [STATE, head_dim] before a chunk:
+// Mamba-2 (arXiv 2405.21060) in chunks, on the matrix units. With rows for positions, G the sums of step * rate up to
+// each, U = step * x, and the state S [STATE, head_dim] before a chunk:
 //     P = the part up to the diagonal of  C B^T * D,  D[t][s] = e^(G_t - G_s)
 //     O = diag(e^G) C S + P U,    S = e^(G_last) S + (diag(e^(G_last - G)) B)^T U
-// mamba_prepare makes P, for all chunks at once; mamba_scan goes through a sequence's chunks one after another. The columns
-// of S do not know of one another: a block has SLICE of them, in registers and float32; what the matrix units multiply of
-// it are halves.
+// mamba_prepare makes P, for all chunks at once; mamba_scan goes through a sequence's chunks one after another. The
+// columns of S do not know of one another: a block has SLICE of them, in registers and float32; what the matrix units
+// multiply of it are halves.
 #include "include/chunks.cuh"
 #include "include/ptx.cuh"
 
@@ -85,9 +85,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         }
 }
 
-// u: [chunks, heads, kChunk, padded]; b, c, p, decay as above; scales: as mamba_scales makes them. states: float32 [states,
-// heads, STATE, head_dim]. Adds to o, rows of heads * head_dim values. A block takes a sequence (x) and SLICE columns of a
-// head (y).
+// u: [chunks, heads, kChunk, padded]; b, c, p, decay as above; scales: as mamba_scales makes them. states: float32
+// [states, heads, STATE, head_dim]. Adds to o, rows of heads * head_dim values. A block takes a sequence (x) and SLICE
+// columns of a head (y).
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     mamba_scan(const half_t* u, const half_t* b, const half_t* c, const half_t* p, const float* decay,
                const Chunk* chunks, const Sequence* sequences, int heads, int groups, int head_dim, int padded,

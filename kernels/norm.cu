@@ -1,4 +1,5 @@
-// RMSNorm (arXiv 1910.07467) and LayerNorm (arXiv 1607.06450) over rows of the float32 residual stream, one block a row.
+// RMSNorm (arXiv 1910.07467) and LayerNorm (arXiv 1607.06450) over rows of the float32 residual stream, one block a
+// row.
 #include "include/operand.cuh"
 #include "include/reduce.cuh"
 #include "include/types.cuh"
@@ -49,8 +50,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     for (int i = 4 * (threadIdx.x + kKept * kThreads); i < stride; i += 4 * kThreads) write(load(x, i), i);
 }
 
-// As rms_norm, of x less its mean where `centred` is 1, and with a bias (null for none): out = *scale * (norm(x) * weight
-// + bias).
+// As rms_norm, of x less its mean where `centred` is 1, and with a bias (null for none): out = *scale * (norm(x) *
+// weight + bias).
 extern "C" __global__ void __launch_bounds__(kThreads)
     biased_norm(const float* x, const float* weight, const float* bias, half_t* out, int columns, int stride,
                 float epsilon, int centred, const float* scale, const int* rows) {

@@ -148,10 +148,10 @@ __device__ __forceinline__ float2 moments(const float* x, int head_dim, bool cen
     return make_float2(mean, 1.0f / sqrtf(warp_sum(squares) / static_cast<float>(head_dim) + epsilon));
 }
 
-// As rotate_qkv, without gates and with v of its own, for what few models do. normed: 0 where q and k are not normalised,
-// 1 where they are before they are rotated, 2 where they are after. q_norm and k_norm: null for weights of 1; norm_step:
-// from one head's weights to the next's. centred: 1 for LayerNorm. q at position p is multiplied by 1 + beta ln(1 + (p +
-// beta_offset) / beta_length).
+// As rotate_qkv, without gates and with v of its own, for what few models do. normed: 0 where q and k are not
+// normalised, 1 where they are before they are rotated, 2 where they are after. q_norm and k_norm: null for weights of
+// 1; norm_step: from one head's weights to the next's. centred: 1 for LayerNorm. q at position p is multiplied by 1 +
+// beta ln(1 + (p + beta_offset) / beta_length).
 extern "C" __global__ void __launch_bounds__(32 * kWarps)
     rotate_and_norm(const float* qkv, half_t* q, half_t* k, half_t* v, int nq, int nkv, int head_dim, int padded,
                     const float* q_norm, const float* k_norm, int norm_step, int normed, int centred, float epsilon,
@@ -190,8 +190,8 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps)
     for (int i = lane; i < padded; i += 32) out[i] = float_to_half(i < head_dim ? y[i] * scale : 0.0f);
 }
 
-// Copies rows of k and v, k_chunks and v_chunks times 16 bytes: row copies[i].x becomes row copies[i].y. A block makes a
-// copy. These are rows that sequences which begin alike have each for itself (softmax.cuh: QueryTile).
+// Copies rows of k and v, k_chunks and v_chunks times 16 bytes: row copies[i].x becomes row copies[i].y. A block makes
+// a copy. These are rows that sequences which begin alike have each for itself (softmax.cuh: QueryTile).
 extern "C" __global__ void __launch_bounds__(COPY_THREADS)
     copy_rows(uint4* k, uint4* v, int k_chunks, int v_chunks, const int2* copies) {
     begin_kernel();

@@ -1,6 +1,7 @@
 // Sums of the squares of a product's inputs, column by column, for importance matrices (llama.cpp, tools/imatrix). They
 // are float64: the square of a half is exact in it, and so is that of a float. Columns stay in operand order; the host
-// undoes that, and the inputs' scale. A lane has two neighbouring columns, a warp 64, which block x of the grid begins at.
+// undoes that, and the inputs' scale. A lane has two neighbouring columns, a warp 64, which block x of the grid begins
+// at.
 #include "include/operand.cuh"
 #include "include/types.cuh"
 
@@ -49,9 +50,9 @@ __device__ __forceinline__ double2 add_rows(double2 sum, const Value* x, int str
     return sum;
 }
 
-// sums[i] += the squares of column i of x, [rows, columns] with rows `stride` apart; both even. The rows are from number
-// `offset` on of sequences of `length` rows each. Pieces of a sequence are summed at once, a warp each, and then one
-// after the other: a sum's bits do not depend on how many sequences a batch has.
+// sums[i] += the squares of column i of x, [rows, columns] with rows `stride` apart; both even. The rows are from
+// number `offset` on of sequences of `length` rows each. Pieces of a sequence are summed at once, a warp each, and then
+// one after the other: a sum's bits do not depend on how many sequences a batch has.
 template <typename Value>
 __device__ __forceinline__ void add_sequences(const Value* x, int stride, int columns, int rows, int length, int offset,
                                               const float* row_scale, double* sums) {
@@ -94,8 +95,8 @@ extern "C" __global__ void __launch_bounds__(SQUARES_THREADS)
 }
 
 // sums[e, i] += the squares of column i of expert e's rows; rows_of[e] += how many it has. x: an operand whose rows are
-// sorted by expert, `rows` of them `stride` apart; firsts: each expert's first. A warp takes an expert, one row after the
-// other.
+// sorted by expert, `rows` of them `stride` apart; firsts: each expert's first. A warp takes an expert, one row after
+// the other.
 extern "C" __global__ void __launch_bounds__(SQUARES_THREADS)
     add_expert_squares(const half_t* x, int stride, int rows, const int* firsts, int experts, double* sums,
                        double* rows_of) {

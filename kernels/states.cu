@@ -5,9 +5,9 @@
 constexpr int kThreads = STATE_THREADS;
 constexpr float kLargestHalf = 65504.0f;
 
-// kept: halves of *scale, rows `stride` apart, of heads `padded` apart; in operand order where `operand`. Writes rows of
-// `columns` values, heads of `head_dim` side by side: to `halves`, or where that is null to `floats`. *beyond becomes 1
-// where a half cannot hold one. A block takes a row.
+// kept: halves of *scale, rows `stride` apart, of heads `padded` apart; in operand order where `operand`. Writes rows
+// of `columns` values, heads of `head_dim` side by side: to `halves`, or where that is null to `floats`. *beyond
+// becomes 1 where a half cannot hold one. A block takes a row.
 extern "C" __global__ void __launch_bounds__(kThreads)
     real_rows(const half_t* kept, int stride, int padded, int head_dim, int columns, int operand, const float* scale,
               half_t* halves, float* floats, int* beyond) {

@@ -37,7 +37,7 @@ class KqprefillLM(TemplateLM):  # type: ignore[misc]  # the harness need not be 
 
     def __init__(
         self,
-        path: str,
+        path: str | None = None,
         backend: str = "auto",
         device: str | int | None = None,
         kernels: str = "auto",
@@ -52,8 +52,9 @@ class KqprefillLM(TemplateLM):  # type: ignore[misc]  # the harness need not be 
     ) -> None:
         """What `--model_args` may name.
 
-        path: the model, as commands name it. backend, kernels, vram: as for `kqprefill.load`. device: `--device` of the
-        harness: `cpu`, `cuda`, `cuda:1` or a CUDA device's number. batch_tokens: of a batch, at most, as in
+        path: the model, as commands name it; there must be one. backend, kernels, vram: as for `kqprefill.load`.
+        device: `--device` of the harness: `cpu`, `cuda`, `cuda:1` or a CUDA device's number. batch_tokens: of a batch,
+        at most, as in
         `Model.score`. max_length: tokens of a context with its continuation, or of a window of a long text, at most;
         the model's context length unless given. add_bos_token: whether texts begin with BOS; as the file says unless
         given.
@@ -67,6 +68,8 @@ class KqprefillLM(TemplateLM):  # type: ignore[misc]  # the harness need not be 
         if unknown:
             known = "backend, kernels, vram, batch_tokens, max_length, add_bos_token and prefix_token_id"
             raise InputError(f"model_args: {next(iter(unknown))} is unknown; there are path, {known}")
+        if path is None:
+            raise InputError("model_args: there is no path; give the model as --model_args path=model.gguf")
         number, backend = _device_of(device, backend)
         self._batch_tokens = batch_tokens
         self._path = model_path(str(path))

@@ -56,6 +56,17 @@ def print_json(value: object, file: TextIO | None = None, indent: int | None = N
     _write(shown_json(encoded) if file.isatty() else encoded, file)
 
 
+def json_line(value: object, terminal: bool) -> bytes:
+    """A value as a line of JSON, in UTF-8; for a terminal as `shown_json`. Raises ValueError as `print_json` does."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    if terminal:
+        text = shown_json(text)
+    try:
+        return text.encode() + b"\n"
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell but UTF-8 cannot
+        return json.dumps(value, allow_nan=False).encode() + b"\n"
+
+
 def json_value(value: Any) -> Any:
     """The same value with NaN and infinities, which JSON has not, as the texts "NaN", "Infinity" and "-Infinity"."""
     if isinstance(value, float) and not isfinite(value):

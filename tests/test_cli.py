@@ -287,8 +287,8 @@ def test_plan():
         (["qwen3-32b", "--vram", "1G"], 1, b"tokens need at least 2."),
         (["qwen3-32b", "--vram", "lots"], 2, b"memory budget"),
         (["qwen3-32b", "--vram", "8G", "-p", "50000"], 2, b"context"),
-        (["no-such-model", "--vram", "8G"], 2, b"no file, and there is no shape 'no-such-model'; there are tiny"),
-        (["qwen3-32", "--vram", "8G"], 2, b"did you mean qwen3-32b or"),
+        (["no-such-model", "--vram", "8G"], 1, b"no file, and there is no shape 'no-such-model'; there are tiny"),
+        (["qwen3-32", "--vram", "8G"], 1, b"did you mean qwen3-32b or"),
         (["qwen3-8b:Q4_KM", "--vram", "8G"], 2, b"there is no recipe 'Q4_KM'; did you mean Q4_K_M or"),
     ],
 )

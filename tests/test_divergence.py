@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from conftest import BACKENDS, ROOT, kl_divergence, log_softmax
+from kqprefill.backends.cpu.ops import CpuOps
 from kqprefill.cli.kld import _lines
 from kqprefill.core import Batch, Segment, Targets
 from kqprefill.engine import windows as windows_module
@@ -199,8 +200,24 @@ def test_logits_that_are_not_finite(models, monkeypatch):
     monkeypatch.setattr(
         "kqprefill.backends.cpu.ops.vector_of", lambda tensor: broken if tensor is norm else _real(tensor)
     )
-    with pytest.raises(BackendError, match=r"NaN|token 33 of the text is not finite"):
+    with pytest.raises(BackendError, match="token 33 of the text is not finite"):
         window_logits(base, windows, slice(0, 2))
+
+
+def test_the_last_row_of_a_batch_is_named_too(models, monkeypatch):
+    """The row from which a prompt's greedy token would come."""
+    windows = cut(models, most=2)
+    head = CpuOps.head
+
+    def broken(self, x, *args, **options):
+        x[-1] = np.nan
+        return head(self, x, *args, **options)
+
+    monkeypatch.setattr(CpuOps, "head", broken)
+    with pytest.raises(BackendError, match="token 127 of the text is not finite"):
+        window_logits(models[0], windows, slice(0, 2))
+    with pytest.raises(BackendError, match="the logits of position 2 hold NaN"):
+        models[0].prefill([1, 2, 3])
 
 
 def _real(tensor):

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 import json
+import re
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from kqprefill.engine.model import open_model
 from kqprefill.engine.reranking import question_of, relevances
 from kqprefill.gguf.types import GGML
 from kqprefill.synthetic import Shape, SyntheticFile, write_gguf
+from test_cli_shell import in_a_terminal
 
 SHAPE = Shape("qwen3", 2, 256, 4, 2, 64, 512, 256, 4096, 1e6)
 
@@ -153,6 +155,32 @@ def test_lines_in_and_out(tmp_path):
         assert words in embed(EXAMPLE, "--pooling", "last", text=line + "\n", status=1)
 
 
+@pytest.mark.parametrize("ending", [".txt", ".csv", ".npy.gz", ".bin"])
+def test_an_output_whose_ending_says_no_format_is_refused(tmp_path, ending):
+    out = tmp_path / f"vectors{ending}"
+    said = embed(EXAMPLE, "--text", "--pooling", "last", "-o", out, text="Hello\n", status=2)
+    assert f"-o {out}: its ending says no format; there are .jsonl" in said and not out.exists()
+
+
+@pytest.mark.parametrize("name", ["vectors", "vectors.jsonl", "vectors.JSON", "vectors.npy", "vectors.npz"])
+def test_outputs_by_their_ending(tmp_path, name):
+    out = tmp_path / name
+    embed(EXAMPLE, "--text", "--pooling", "last", "-o", out, text="Hello\nYou\n")
+    if "npz" in name:
+        vectors = np.load(out)["embeddings"]
+    elif "npy" in name:
+        vectors = np.load(out)
+    else:
+        vectors = np.array([json.loads(line)["embedding"] for line in out.read_text().splitlines()])
+    assert vectors.shape == (2, 256)
+
+
+def test_half_of_a_pair_is_handed_on():
+    """Which JSON can spell, and UTF-8 cannot."""
+    line = embed(EXAMPLE, "--pooling", "last", text='{"text": "Hello", "id": "\\ud800"}\n')
+    assert json.loads(line)["id"] == "\ud800"
+
+
 def test_parquet(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     out = tmp_path / "vectors.parquet"
@@ -214,4 +242,21 @@ def test_rerank_on_the_command_line(tmp_path):
 
     scores = [line["score"] for line in lines()]
     assert [line["index"] for line in lines()] == [0, 1, 2] and all(0 < score < 1 for score in scores)
-    assert [line["score"] for line in lines("--top", "2")] == sorted(scores, reverse=True)[:2]
+    assert [line["text"] for line in lines()] == DOCUMENTS
+    best = lines("--top", "2")
+    assert [line["score"] for line in best] == sorted(scores, reverse=True)[:2]
+    assert [line["rank"] for line in best] == [0, 1]
+    assert all(line["text"] == DOCUMENTS[line["index"]] for line in best)
+
+
+def test_reranked_documents_on_a_terminal(tmp_path):
+    """A table for people, which shows what a text could do to a terminal and does not do it."""
+    path = reranker(tmp_path / "reranker.gguf", RERANKER)
+    texts = tmp_path / "texts"
+    texts.write_text("Paris is in France.\nBread\x1b[2J\n")
+    ours = ["rerank", path, texts, "--text", "-p", "capital", "--backend", "cpu", "-q"]
+    status, out = in_a_terminal(*ours, "--top", "2")
+    assert status == 0 and re.search(r"\| +rank \| +score \| +index \| text", out), out
+    assert "Paris is in France." in out and "Bread\\x1b[2J" in out and "\x1b[2J" not in out
+    status, out = in_a_terminal(*ours)
+    assert status == 0 and out.count('"score"') == 2 and "\x1b[2J" not in out

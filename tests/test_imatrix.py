@@ -18,7 +18,7 @@ from kqprefill.backends.cpu.functions import normalised
 from kqprefill.collector import Squares
 from kqprefill.engine.imatrix import Progressed, importance_matrix, read_checkpoint
 from kqprefill.engine.imatrix_file import ImportanceMatrix, read_matrix, statistics, write_matrix
-from kqprefill.errors import BackendError, GGUFError, InputError
+from kqprefill.errors import BackendError, InputError, KqprefillError
 from kqprefill.gguf import dequantize
 
 CONTEXT = 32
@@ -259,9 +259,9 @@ def test_damaged_files(rng, tmp_path):
             (tmp_path / "damaged").write_bytes(damaged)
             try:
                 read_matrix(tmp_path / "damaged", CONTEXT)
-            except (InputError, GGUFError) as error:
+            except KqprefillError as error:
                 assert "\n" not in str(error)
-    with pytest.raises(InputError, match="no importance matrix"):
+    with pytest.raises(KqprefillError, match="no importance matrix"):
         read_matrix(EXAMPLE, CONTEXT)
 
 
@@ -345,7 +345,7 @@ def test_wrong_usage(tmp_path):
     assert "needs a MODEL" in fails("-f", text, "-o", out)
     assert "files to add up (--in-file)" in fails("-o", out)
     assert "has 9 tokens, but a chunk takes 512" in fails(EXAMPLE, "-f", text, "-o", out, "--backend", "cpu")
-    assert "no importance matrix" in fails("--in-file", text, "-o", out)
+    assert "no importance matrix" in fails("--in-file", text, "-o", out, status=1)
     other = written(
         ImportanceMatrix({"blk.0.ffn_up.weight": Squares(np.ones(9), np.array([1]))}, 512), "dat", tmp_path / "x"
     )
@@ -358,7 +358,7 @@ def test_wrong_usage(tmp_path):
     assert "empty: the sums of name are not sums of squares" in fails(
         "--in-file", tmp_path / "empty", "-o", out, status=1
     )
-    assert "No such file" in fails("--in-file", tmp_path / "none", "-o", out)
+    assert "No such file" in fails("--in-file", tmp_path / "none", "-o", out, status=1)
     assert not out.exists()
     out.write_bytes(b"GGUF")
     assert "is a GGUF, which is never replaced" in fails(EXAMPLE, "-f", text, "-o", out, "--force")

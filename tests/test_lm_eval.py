@@ -171,6 +171,8 @@ def test_what_the_class_refuses(lm):
     ):
         with pytest.raises(InputError, match=complaint):
             KqprefillLM(str(EXAMPLE), **{"backend": "cpu", **options})
+    with pytest.raises(InputError, match="model_args: there is no path; give the model as --model_args path="):
+        KqprefillLM(backend="cpu")
     with pytest.raises(InputError, match=r"kq_written: output_type generate_until"):
         lm.generate_until([types.SimpleNamespace(task_name="kq_written", args=("a", {}))])
 
@@ -190,6 +192,8 @@ def test_the_command(tmp_path):
     assert b"Traceback" not in done.stderr
     done = kq("lm-eval", "--model_args", "path=absent.gguf", "--tasks", "kq_texts", "--include_path", tmp_path)
     assert done.returncode == 1 and b"absent.gguf" in done.stderr.splitlines()[-1]
+    done = kq("lm-eval", "--model_args", "backend=cpu", "--tasks", "kq_texts", "--include_path", tmp_path)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(b"kqprefill: model_args: there is no path")
     done = kq("lm-eval", "--tasks", "there_is_no_such_task", "--model_args", f"path={EXAMPLE}")
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(b"kqprefill: lm-evaluation-harness: ")
 

@@ -122,12 +122,16 @@ def documented():
     return found
 
 
+JSON_LINES = "score", "embed", "rerank"
 RECORDS = b'{"prompt": "Hello"}\n{"prompt": "Hello", "choices": [" a", " b"]}\n{"prompt": ""}\n'
 OUTPUTS = [
     ("run --json", ["run", EXAMPLE, "-p", "Hi", "--top", "2", "--json", *CPU], None),
     ("run --json", ["run", EXAMPLE, "-p", "Hi", "--json", *CPU], None),
     ("run --top", ["run", EXAMPLE, "-p", "Hi", "--top", "2", *CPU], None),
     ("score", ["score", EXAMPLE, "--per-token", "--greedy", "--top", "2", "--on-error", "skip", *CPU], RECORDS),
+    ("embed", ["embed", EXAMPLE, "--text", "--pooling", "last", *CPU], b"Hello\n"),
+    ("rerank", ["rerank", EXAMPLE, "--text", "-p", "q", "--answers", "y,n", *CPU], b"Hello\n"),
+    ("rerank", ["rerank", EXAMPLE, "--text", "-p", "q", "--answers", "y,n", "--top", "1", *CPU], b"Hello\n"),
     ("perplexity --json", ["perplexity", EXAMPLE, "-c", "8", "--json", *CPU], b"1234567890" * 3),
     (
         "imatrix --json",
@@ -152,7 +156,7 @@ OUTPUTS = [
 def test_outputs_are_as_documented(title, command, stdin):
     always, sometimes = documented()[f"kqprefill {title}"]
     printed = kq(*command, stdin=stdin).stdout
-    objects = [json.loads(line) for line in printed.splitlines()] if title == "score" else json.loads(printed)
+    objects = [json.loads(line) for line in printed.splitlines()] if title in JSON_LINES else json.loads(printed)
     version = isinstance(objects, dict)
     for described in [objects] if version else objects:
         assert always <= described.keys() <= always | sometimes

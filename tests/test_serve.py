@@ -122,6 +122,11 @@ def test_what_the_tokenizer_adds_is_no_part_of_the_text():
             "tokenizer.ggml.token_type": [3, *[1] * (SHAPE.vocab - 1)],
             "tokenizer.ggml.bos_token_id": 0,
         }
+        asked = {"prompt": "ab a", "add_special_tokens": False}
+        without = answered(server_of(model), Tokenize, asked)["tokens"]
+        always = replace(server_of(model), always_bos=True)
+        assert answered(always, Tokenize, asked)["tokens"] == [0, *without] == model.tokenize("ab a")
+        assert answered(always, Tokenize, {"prompt": "ab a"})["tokens"] == [0, *without]
         choice = completion(model, "ab a", echo=True, logprobs=0)["choices"][0]
         assert choice["text"] == "ab a" and choice["logprobs"]["tokens"] == ["<s>", " a", "b", " a"]
         assert choice["logprobs"]["text_offset"] == [0, 0, 1, 2]
@@ -229,8 +234,12 @@ def test_what_tools_ask_for(model):
     assert found["tokens"] == model.tokenize("Hello", False) and found["count"] == 5
     assert answered(server, Detokenize, {"tokens": found["tokens"]})["prompt"] == "Hello"
     assert answered(server, Detokenize, {"tokens": []})["prompt"] == ""
+    assert answered(replace(server, always_bos=True), Tokenize, {"prompt": "Hello"})["tokens"] == found["tokens"]
     info = tokenizer_info(server)
-    assert info["eos_token"] == model.tokenizer().named("eos") and info["chat_template"] is None
+    assert info["chat_template"] is None
+    for name in ("bos", "eos"):  # the text that /tokenize makes the token of
+        token = model.file.metadata[f"tokenizer.ggml.{name}_token_id"]
+        assert model.tokenize(info[f"{name}_token"], False) == [token]
 
 
 # The queue -----------------------------------------------------------------------------------------------------------

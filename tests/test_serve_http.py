@@ -314,6 +314,26 @@ def test_a_signal_has_what_waits_answered_first(number):
             socket.create_connection(("127.0.0.1", server.port), timeout=5)
 
 
+def test_a_client_that_does_not_read_is_left():
+    """Its answer, 6 MB, is larger than what the system keeps for it."""
+    asked = {"prompt": [[7] * 1500] * 10, "max_tokens": 0, "echo": True, "logprobs": 20}
+    with served("--drain", 1) as server:
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", server.port))
+        body = json.dumps(asked).encode()
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        wait_until(lambda: server.metric("prompts_total") == 10)
+        begin = time.monotonic()
+        status, said = server.end()
+        assert status == 0 and 1 <= time.monotonic() - begin < 20
+        assert said == (
+            "kqprefill: connections closed at the end: 1; their clients took no answer, or sent no whole request, for "
+            "1 s (--drain)\n"
+        )
+        connection.close()
+
+
 def test_a_second_signal_ends_it_at_once():
     with served("--batch-tokens", 100) as server:
         connection = server.connect()

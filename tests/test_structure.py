@@ -80,3 +80,11 @@ def test_files_fit_in_one_read():
     files = [p for folder in folders for end in ("py", "cu", "cuh") for p in folder.rglob(f"*.{end}")]
     long = {str(p.relative_to(ROOT)): n for p in files if (n := len(p.read_text(encoding="utf-8").splitlines())) > 400}
     assert not long
+
+
+def test_lines_of_kernels_fit_120_columns():
+    """Comments too, which clang-format leaves as they are."""
+    kernels = sorted((ROOT / "kernels").rglob("*.cu*"))
+    lines = ((path, number, line) for path in kernels for number, line in enumerate(path.read_text().splitlines(), 1))
+    wrong = [f"{path.relative_to(ROOT)}:{number}" for path, number, line in lines if len(line) > 120]
+    assert kernels and not wrong, "\n".join(wrong)

@@ -244,17 +244,38 @@ def test_prompts_on_the_command_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "args,stdin,complaint",
+    "args,stdin,status,complaint",
     [
-        ([], None, b"--tokens IDS, --prompt TEXT, --file FILE, or piped"),
-        (["--tokens", "1", "--prompt", "x"], None, b"give the prompt once"),
-        (["--prompt", "-"], b"\xff", b"no UTF-8"),
-        (["--prompt", ""], None, b"empty"),
+        ([], None, 2, b"--tokens IDS, --prompt TEXT, --file FILE, or piped"),
+        (["--tokens", "1", "--prompt", "x"], None, 2, b"give the prompt once"),
+        (["--prompt", "-"], b"\xff", 1, b"no UTF-8"),
+        (["--prompt", "-"], b"", 1, b"empty"),
+        (["--prompt", ""], None, 2, b"empty"),
     ],
 )
-def test_prompts_that_are_none(args, stdin, complaint):
+def test_prompts_that_are_none(args, stdin, status, complaint):
     done = kq("run", EXAMPLE, "--backend", "cpu", *args, stdin=stdin)
-    assert done.returncode == 2 and complaint in done.stderr and b"Traceback" not in done.stderr
+    assert done.returncode == status and complaint in done.stderr and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "key,value,words",
+    [
+        ("model", None, "has no vocabulary"),
+        ("model", "rwkv", "is of kind 'rwkv'"),
+        ("pre", "none-such", "pre-tokenizer 'none-such' is not supported"),
+    ],
+)
+def test_a_vocabulary_that_cannot_be_used_names_no_option_that_is_not_there(tmp_path, key, value, words):
+    model = SyntheticFile.named("tiny:Q4_0")
+    if value is None:
+        del model.metadata[f"tokenizer.ggml.{key}"]
+    else:
+        model.metadata[f"tokenizer.ggml.{key}"] = value
+    write_gguf(model, tmp_path / "model.gguf")
+    done = kq("tokenize", tmp_path / "model.gguf", "x")
+    said = done.stderr.decode()
+    assert done.returncode == 1 and words in said and "it takes token ids, not text" in said and "--" not in said
 
 
 def test_tokenizing_without_the_library_says_what_to_install(tmp_path):

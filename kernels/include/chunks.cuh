@@ -7,8 +7,8 @@
 constexpr int kChunk = DELTA_CHUNK;
 static_assert(kChunk == 64, "four warps have 16 rows each");
 
-// A chunk (made by the host, of a segment of a batch). Its positions are numbered from 0; those before `begin`, which may
-// be negative, came before the segment, and are gone through again. Rows are of the sums of the segment's matrices.
+// A chunk (made by the host, of a segment of a batch). Its positions are numbered from 0; those before `begin`, which
+// may be negative, came before the segment, and are gone through again. Rows are of the sums of the segment's matrices.
 struct Chunk {
     int row;           // where position 0 would be by the rows of the segment itself
     int before_row;    // where it is by the rows of what came before the segment

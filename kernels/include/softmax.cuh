@@ -18,8 +18,8 @@ struct QueryTile {
         return (index < shared ? shared_row : kv_row) + index * block;
     }
 
-    // Some query of the tile sees keys first_key .. end_key - 1. window: how many keys a query sees, itself included (0:
-    // all); with BOTH_WAYS as many after it, too.
+    // Some query of the tile sees keys first_key .. end_key - 1. window: how many keys a query sees, itself included
+    // (0: all); with BOTH_WAYS as many after it, too.
     __device__ int first_key(int window) const { return window > 0 ? max(0, position - window + 1) : 0; }
     __device__ int end_key(int window) const {
         if (!BOTH_WAYS) return position + rows;

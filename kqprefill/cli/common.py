@@ -9,7 +9,7 @@ import re
 import shutil
 import stat
 import sys
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import click
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from ..models.family import Family
     from ..synthetic import SyntheticFile
 
+LARGEST_TEXT = 1 << 30  # bytes of a text that is read whole: what has more is cut by who gives it, or never ends
+_READ_AT_ONCE = 1 << 22
 # A command's function, which an option is added to.
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -73,15 +75,24 @@ def batch_option(command: Command) -> Command:
 
 
 def open_file(name: str, layers: int | None = None) -> GGUFFile | SyntheticFile:
-    """A GGUFFile, or the SyntheticFile of a SHAPE:RECIPE, perhaps of its first layers. Raises GGUFError, InputError."""
+    """A GGUFFile, or the SyntheticFile of a SHAPE:RECIPE, perhaps of its first layers. Raises GGUFError, InputError;
+    KqprefillError for a name that may be of a file that is missing."""
     from ..gguf import GGUFFile
     from ..synthetic import SyntheticFile
+    from ..synthetic.shapes import SHAPES
 
     path = model_path(name)
     is_file = path != name or os.path.exists(name) or name.endswith(".gguf") or os.sep in name
     if is_file and layers is not None:
         raise click.UsageError(f"--layers {layers}: {name} is a file; only a SHAPE:RECIPE is made with fewer layers")
-    return GGUFFile(path) if is_file else SyntheticFile.named(name, layers)
+    if is_file:
+        return GGUFFile(path)
+    try:
+        return SyntheticFile.named(name, layers)
+    except InputError as error:
+        if ":" in name or name in SHAPES:
+            raise
+        raise KqprefillError(error) from None
 
 
 def refuse_too_large(file: SyntheticFile, size_of: Callable[[SyntheticFile], int], room: int, words: str) -> None:
@@ -125,35 +136,66 @@ def say_batches(model: Model, batch_tokens: int | None, top: int = 0) -> None:
         say_plain(why)
 
 
-def read_text(text: str, option: str) -> str:
+def is_in_file(text: str) -> bool:
+    """Whether an option's text is somewhere else: in stdin (`-`) or a file (`@FILE`)."""
+    return text == STDIO or text.startswith("@")
+
+
+def read_text(text: str, option: str, may_be_empty: bool = False) -> str:
     """A prompt as it is, from stdin (`-`) or from a file (`@FILE`). Raises as `read_text_file` does."""
-    if text == STDIO or text.startswith("@"):
-        return read_text_file(text.removeprefix("@"), option)
-    return text
+    return read_text_file(text.removeprefix("@"), option, may_be_empty) if is_in_file(text) else text
 
 
-def read_text_file(path: str, option: str) -> str:
+def read_text_file(path: str, option: str, may_be_empty: bool = False) -> str:
     """The text in a file (`-`: stdin), without the mark that some editors begin a file with.
 
-    Raises KqprefillError where it cannot be read, InputError where it is no text.
+    Raises KqprefillError where it cannot be read, is no text, is too large, or holds nothing.
     """
     try:
         if path == STDIO:
-            return sys.stdin.buffer.read().decode("utf-8-sig")
-        with open(from_home(path), "rb") as file:
-            return file.read().decode("utf-8-sig")
+            text = _read_whole(sys.stdin.buffer).decode("utf-8-sig")
+        else:
+            with open(from_home(path), "rb") as file:
+                text = _read_whole(file).decode("utf-8-sig")
+    except _TooLargeError:
+        raise KqprefillError(
+            f"{option} {path}: a text of more than {size(LARGEST_TEXT)}; give a part of it (head -c)"
+        ) from None
     except OSError as error:
         raise KqprefillError(f"{option} {path}: {reason(error)}") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{option} {path}: not a text file (byte {error.start} is no UTF-8)") from None
+        raise KqprefillError(f"{option} {path}: not a text file (byte {error.start} is no UTF-8)") from None
+    if not (text or may_be_empty):
+        raise KqprefillError(f"{option} {path}: it is empty")
+    return text
+
+
+class _TooLargeError(Exception):
+    """There is more than LARGEST_TEXT bytes."""
+
+
+def _read_whole(file: BinaryIO) -> bytes:
+    """All of a file or a stream, of which some never end (/dev/zero). Raises _TooLargeError, OSError."""
+    status = os.fstat(file.fileno())
+    if stat.S_ISREG(status.st_mode) and status.st_size > LARGEST_TEXT:
+        raise _TooLargeError
+    pieces, left = list[bytes](), LARGEST_TEXT
+    while piece := file.read(_READ_AT_ONCE):
+        left -= len(piece)
+        if left < 0:
+            raise _TooLargeError
+        pieces.append(piece)
+    return b"".join(pieces)
 
 
 def read_tokens(text: str, option: str = "--tokens") -> list[int]:
-    """IDs from `1,2,3` or `1 2 3`, from stdin (`-`) or from a file (`@FILE`). Raises KqprefillError, InputError."""
+    """IDs from `1,2,3` or `1 2 3`, from stdin (`-`) or from a file (`@FILE`). Raises InputError where what is given in
+    the command itself is wrong, KqprefillError where a file is."""
     where = "stdin" if text == STDIO else text[1:] if text.startswith("@") else option
-    ids = [_integer(word, where, "a token id") for word in read_text(text, option).replace(",", " ").split()]
+    kind = KqprefillError if is_in_file(text) else InputError
+    ids = [_integer(word, where, "a token id", kind) for word in read_text(text, option).replace(",", " ").split()]
     if not ids:
-        raise InputError(f"{where}: the prompt is empty; give at least one token id")
+        raise kind(f"{where}: the prompt is empty; give at least one token id")
     return ids
 
 
@@ -162,10 +204,11 @@ def read_lengths(texts: Sequence[str], option: str) -> list[int]:
     return [_integer(word.strip(), option, "a prompt length") for text in texts for word in text.split(",")]
 
 
-def _integer(word: str, where: str, what: str) -> int:
-    """Of ASCII digits only: int() would read 1_0 and other scripts' digits as well."""
+def _integer(word: str, where: str, what: str, kind: type[KqprefillError] = InputError) -> int:
+    """Of ASCII digits only: int() would read 1_0 and other scripts' digits as well. kind: of the error, where it is no
+    integer."""
     if not re.fullmatch("-?[0-9]{1,30}", word):
-        raise InputError(f"{where}: {word[:40]!r} is not {what}; give integers, separated by commas or spaces")
+        raise kind(f"{where}: {word[:40]!r} is not {what}; give integers, separated by commas or spaces")
     return int(word)
 
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 import json
+import os
+import sys
 import time
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
 from ..errors import DAMAGED_WEIGHTS, InputError, KqprefillError
+from ..terminal import json_line
+from .arrays import FORMATS, write_arrays
 from .common import (
     batch_option,
     open_file,
@@ -30,6 +35,7 @@ if TYPE_CHECKING:
 
 _ASKED = "text", "prompt", "tokens"  # keys of a record that say what to compute
 _OURS = frozenset(("index", "n_tokens", "embedding"))  # keys of a result
+_LINES = "", ".jsonl", ".ndjson", ".json"  # endings of files that get JSON lines
 
 
 @click.command()
@@ -40,7 +46,8 @@ _OURS = frozenset(("index", "n_tokens", "embedding"))  # keys of a result
     "--output",
     metavar="FILE",
     default=STDIO,
-    help="Where the vectors go: JSON lines; an array of NumPy's (.npy) or Parquet by its ending. stdout unless given.",
+    help="Where the vectors go, by its ending: JSON lines (.jsonl, or none), an array (.npy, .npz, .safetensors), "
+    ".parquet. stdout unless given.",
 )
 @click.option("--text", "plain", is_flag=True, help="Each line is a text; else it is JSON.")
 @click.option(
@@ -164,31 +171,39 @@ _Write = Callable[[BinaryIO, Iterator[tuple[Record, "Float32Array"]]], None]
 
 
 def _writer(output: str) -> _Write:
-    """What writes the vectors, by the output's ending. Raises InputError where it takes a library that is missing."""
-    if output.endswith(".npy"):
-        return _write_npy
-    if output.endswith(".parquet"):
+    """What writes the vectors, by the output's ending, which stdout, pipes and devices need not have. Raises InputError
+    for one that says no format, and where a library is missing."""
+    name = output.lower()
+    if name.endswith(FORMATS):
+        return partial(_write_array, output)
+    if name.endswith(".parquet"):
         try:
             import pyarrow  # noqa: F401
         except ImportError:
             raise InputError("-o …parquet needs pyarrow: pip install 'kqprefill[parquet]'") from None
         return _write_parquet
-    return _write_lines
+    is_file = output != STDIO and (os.path.isfile(output) or not os.path.exists(output))
+    if is_file and os.path.splitext(name)[1] not in _LINES:
+        raise InputError(
+            f"-o {output}: its ending says no format; there are {', '.join(_LINES[1:])} (JSON lines, as without an "
+            f"ending), {', '.join(FORMATS)} (an array) and .parquet"
+        )
+    return partial(_write_lines, output == STDIO and sys.stdout.isatty())
 
 
-def _write_lines(to: BinaryIO, results: Iterator[tuple[Record, Float32Array]]) -> None:
+def _write_lines(terminal: bool, to: BinaryIO, results: Iterator[tuple[Record, Float32Array]]) -> None:
     for record, vector in results:
         numbers = [float(str(x)) for x in vector]  # float32 as the shortest decimals that stand for them
         line = {"index": record.index, "n_tokens": record.item.tokens if record.item else 0, "embedding": numbers}
-        to.write(json.dumps(line | record.extras, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        to.write(json_line(line | record.extras, terminal))
         to.flush()
 
 
-def _write_npy(to: BinaryIO, results: Iterator[tuple[Record, Float32Array]]) -> None:
-    """One array, float32 [texts, H]."""
+def _write_array(path: str, to: BinaryIO, results: Iterator[tuple[Record, Float32Array]]) -> None:
+    """One array, float32 [texts, H], which has the name "embeddings" where arrays have names."""
     import numpy as np
 
-    np.save(to, np.array([vector for _, vector in results], np.float32))
+    write_arrays(to, path, {"embeddings": np.array([vector for _, vector in results], np.float32)})
 
 
 def _write_parquet(to: BinaryIO, results: Iterator[tuple[Record, Float32Array]]) -> None:

@@ -15,7 +15,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from ..errors import InputError, KqprefillError
-from ..terminal import shown_json
+from ..terminal import json_line
 from .interrupts import on_signals, raise_signal, reason
 from .outputs import STDIO
 
@@ -99,14 +99,7 @@ class Lines:
     def write(self, content: dict[str, Any]) -> None:
         """One line of JSON. An interrupt waits until it is whole; a second one does not, nor one where a reader
         stalls."""
-        text = json.dumps(content, ensure_ascii=False, allow_nan=False)
-        if self._is_terminal:
-            text = shown_json(text)
-        try:
-            data = text.encode()
-        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell but UTF-8 cannot
-            data = json.dumps(content, allow_nan=False).encode()
-        data, self._writing = data + b"\n", True
+        data, self._writing = json_line(content, self._is_terminal), True
         try:
             self._drop_cut()
             while data:

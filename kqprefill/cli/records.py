@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 import json
 import math
 import os
@@ -31,6 +32,7 @@ OURS = frozenset(  # keys of a result
     ).split()
 )
 _MOST_NESTED = 100  # lists and objects in one another: far below where Python's JSON gives up
+LONGEST_LINE = 256 << 20  # bytes; some files have no end of a line (/dev/zero)
 _LINGER = 0.05  # seconds to wait for more, before what there is runs in a smaller batch
 _BOM = b"\xef\xbb\xbf"
 
@@ -163,7 +165,9 @@ class Records:
             try:
                 # Its thread reads it until the process ends.
                 file: BinaryIO = sys.stdin.buffer if path == STDIO else open(path, "rb")  # noqa: SIM115
-                for number, text in enumerate(file, 1):
+                for number, text in enumerate(iter(partial(file.readline, LONGEST_LINE + 1), b""), 1):
+                    if len(text) > LONGEST_LINE:
+                        raise KqprefillError(f"{name}: line {number} is longer than {LONGEST_LINE >> 20} MiB")
                     end += len(text)
                     yield name, number, end, text.removeprefix(_BOM) if number == 1 else text
             except OSError as error:

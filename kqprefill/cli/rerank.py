@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
-import json
 import math
 import sys
 import time
@@ -15,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InputError, KqprefillError
+from ..terminal import json_line, print_text
 from .common import (
     batch_option,
     open_file,
     read_text,
     say_loaded,
+    table,
 )
 from .outputs import STDIO, Outputs, force_option
 from .progress import progress_bars
@@ -65,7 +66,8 @@ def rerank(
     """Say how well documents answer a query.
 
     By a model that was trained for it (Qwen3-Reranker), of each line of files (or stdin): a JSON object with "text",
-    whose other keys are handed on; with --text, the document itself. score is the probability of "yes".
+    whose keys are handed on; with --text, the document itself. score is the probability of "yes". A line of JSON comes
+    out for each document; with --top on a terminal, a table.
 
     \b
     echo '{"text": "Bread."}' | kqprefill rerank examples/tiny-qwen3.gguf -p "What is it?" --answers y,n
@@ -87,18 +89,22 @@ def rerank(
         to = stack.enter_context(outputs.open(output, "-o"))
         model = on.open(open_file(name), bars, batch_tokens, ranks=True)
         stack.enter_context(model)
-        records = Records(paths, partial(_item, model, asked), asked=("text",), ours=_OURS, plain=plain)
-        begin = time.perf_counter()
-        results = _results(model, records, (words[0], words[1]))
-        lines = list(results) if top else results
-        if top:
-            best = sorted(lines, key=lambda line: -line["score"])[:top]
-            lines = [{"rank": rank, **line} for rank, line in enumerate(best)]
-        count = 0
-        for line in lines:
-            to.write(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        records = Records(paths, partial(_item, model, asked), asked=(), ours=_OURS, plain=plain)
+        begin, count = time.perf_counter(), 0
+        terminal = output == STDIO and sys.stdout.isatty()
+        lines: Iterable[dict[str, Any]] = _results(model, records, (words[0], words[1]))
+        if top is not None:
+            every = sorted(lines, key=lambda line: -line["score"])
+            count = len(every)
+            lines = [{"rank": rank, **line} for rank, line in enumerate(every[:top])]
+        if top is not None and terminal:
+            cells = [[str(line["rank"]), f"{line['score']:.4f}", str(line["index"]), line["text"]] for line in lines]
+            print_text(table(["rank", "score", "index", "text"], cells))
+            lines = ()
+        for number, line in enumerate(lines, 1):
+            to.write(json_line(line, terminal))
             to.flush()
-            count += 1
+            count = number if top is None else count
         if on.verbose:
             say_loaded(model)
     seconds = time.perf_counter() - begin

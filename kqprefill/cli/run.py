@@ -136,9 +136,9 @@ def run(
         if states.save is not None:
             outputs.claim(states.save, "--save-state")
     ids = None if tokens is None else read_tokens(tokens)
-    words = None if prompt is None else read_text(prompt, "--prompt")
+    words = None if prompt is None else read_text(prompt, "--prompt", may_be_empty=goes_on)
     if file is not None:
-        words = read_text_file(file, "--file")
+        words = read_text_file(file, "--file", may_be_empty=goes_on)
     template = read_template(chat_template)
     on.wake()
     import numpy as np

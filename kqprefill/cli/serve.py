@@ -39,6 +39,20 @@ _LOCAL = "127.0.0.1", "::1", "localhost"
 @click.option("--alias", metavar="NAME", help="The model's name for clients.  [default: the file's]")
 @click.option("--pooling", type=click.Choice(["last", "mean", "cls"]), help="Of vectors.  [default: the file's]")
 @click.option(
+    "--tokenize-bos",
+    is_flag=True,
+    help="/tokenize begins with the BOS that the file asks for, whatever a client says: lm-evaluation-harness never "
+    "asks for it.",
+)
+@click.option(
+    "--drain",
+    default=10.0,
+    show_default=True,
+    metavar="SECONDS",
+    type=click.FloatRange(0),
+    help="After SIGTERM: how long clients may take for their answers, once all are computed.",
+)
+@click.option(
     "--max-logprobs",
     default=20,
     show_default=True,
@@ -79,6 +93,8 @@ def serve(
     api_key: str | None,
     alias: str | None,
     pooling: str | None,
+    tokenize_bos: bool,
+    drain: float,
     max_logprobs: int,
     max_body: int,
     max_request_tokens: int,
@@ -90,8 +106,8 @@ def serve(
 
     /v1/completions gives log-probabilities of prompts (`echo`, `logprobs`; `max_tokens` 0 or 1), /v1/embeddings
     vectors, /v1/rerank relevances; /tokenize, /tokenizer_info, /v1/models, /health and /metrics are there for tools.
-    What waits is packed into the next batch. SIGTERM, or Ctrl-C, ends it once what waits is answered; a second one at
-    once.
+    What waits is packed into the next batch. SIGTERM, or Ctrl-C, ends it once what waits is answered, and the answers
+    are read (--drain); a second one at once.
 
     \b
     kqprefill serve examples/tiny-qwen3.gguf --port 8080
@@ -132,10 +148,11 @@ def serve(
             min(max_logprobs, model.config.vocab_size),
             max_request_tokens,
             pooling,
+            tokenize_bos,
         )
         engine = Engine(model, server.top, batch_tokens, max_queue_tokens)
         app = App(server, engine, Gate(key, max_body << 20), warn)
-        serving = Serving(app.asgi, engine, listening, warn)
+        serving = Serving(app.asgi, engine, listening, warn, drain)
 
         def end(number: int, frame: FrameType | None) -> None:
             signal.signal(number, raise_signal)

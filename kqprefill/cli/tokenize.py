@@ -33,7 +33,7 @@ def tokenize(
 ) -> None:
     """Print a text's token ids.
 
-    By the tokenizer in the model's file, as --tokens takes them; with --decode, the text of ids.
+    By the tokenizer in the model's file, as --tokens of other commands takes them; with --decode, the text of ids.
 
     TEXT is the text itself, `@FILE`, or `-` for stdin, which is read where there is none.
 
@@ -55,9 +55,9 @@ def tokenize(
     if decode:
         ids = read_tokens(text if path_of_text is None else f"@{path_of_text}", "IDS")
     elif path_of_text is not None:
-        text = read_text_file(path_of_text, "--file")
+        text = read_text_file(path_of_text, "--file", may_be_empty=True)
     else:
-        text = read_text(text, "TEXT")
+        text = read_text(text, "TEXT", may_be_empty=True)
     with GGUFFile(model_path(path)) as file:
         tokenizer = Tokenizer(file.metadata, path)
         if decode:

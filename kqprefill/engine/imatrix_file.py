@@ -12,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 
 from ..collector import Float64Array, Squares
-from ..errors import GGUFError, InputError
+from ..errors import GGUFError, InputError, KqprefillError
 from ..gguf import GGUFFile
 from ..gguf.types import GGML
 
@@ -63,8 +63,8 @@ def read_matrix(path: str | os.PathLike[str], chunk_size: int) -> ImportanceMatr
     """The ImportanceMatrix in a file of either kind.
 
     chunk_size: tokens of a chunk of the matrix that it will be added to, which a .dat's sums are multiplied by, as
-    llama-imatrix does: the file says how many chunks there were, and not of how many tokens. Raises InputError for a
-    file that is no importance matrix; GGUFError for one that is damaged.
+    llama-imatrix does: the file says how many chunks there were, and not of how many tokens. Raises KqprefillError for
+    a file that cannot be read or is no importance matrix; GGUFError for one that is damaged.
     """
     try:
         with open(path, "rb") as file:
@@ -73,7 +73,7 @@ def read_matrix(path: str | os.PathLike[str], chunk_size: int) -> ImportanceMatr
                 file.seek(0)
                 return _read_dat(_Reader(file, os.fspath(path)), chunk_size)
     except OSError as error:
-        raise InputError(f"{os.fspath(path)}: {error.strerror or error}") from None
+        raise KqprefillError(f"{os.fspath(path)}: {error.strerror or error}") from None
     return _read_gguf(os.fspath(path), chunk_size)
 
 
@@ -81,7 +81,7 @@ def _read_gguf(path: str, chunk_size: int) -> ImportanceMatrix:
     with GGUFFile(path) as file:
         names = [name.removesuffix(_SUMS) for name in file.tensors if name.endswith(_SUMS)]
         if not names:
-            raise InputError(f"{path}: no importance matrix: it has no tensor whose name ends in {_SUMS}")
+            raise KqprefillError(f"{path}: no importance matrix: it has no tensor whose name ends in {_SUMS}")
         entries = {}
         for name in names:
             parts = [file.tensors.get(name + suffix) for suffix in (_SUMS, _COUNTS)]
@@ -114,7 +114,9 @@ class _Reader:
     def take(self, nbytes: int) -> bytes:
         """The next bytes."""
         if not 0 <= nbytes <= self.left:
-            raise InputError(f"{self.path}: no importance matrix, or one that was cut short (neither GGUF nor .dat)")
+            raise KqprefillError(
+                f"{self.path}: no importance matrix, or one that was cut short (neither GGUF nor .dat)"
+            )
         self.left -= nbytes
         return self.file.read(nbytes)
 
@@ -128,7 +130,7 @@ def _read_dat(reader: _Reader, chunk_size: int) -> ImportanceMatrix:
     entries = {}
     count = reader.int32()
     if count < 1:
-        raise InputError(f"{reader.path}: no importance matrix: it has {count} entries")
+        raise KqprefillError(f"{reader.path}: no importance matrix: it has {count} entries")
     for _ in range(count):
         length = reader.int32()
         name = reader.take(length if length <= _LONGEST_NAME else -1).decode("utf-8", "replace")

@@ -321,7 +321,7 @@ class Ops(ABC):
         """rms_norm, the output matrix, and what is told of the logits; the greedy token is the lowest id of equals.
 
         Logits are multiplied by scale, and then y becomes softcap * tanh(y / softcap). Returns a function that waits
-        for Ranks where logits are "ranks" and for a HeadResult otherwise, and raises BackendError if a logit that
-        decides the greedy token is NaN. Where a collector listens, it hears the output matrix's input at all positions,
-        and the function gives a HeadResult of nothing.
+        for Ranks where logits are "ranks" and for a HeadResult otherwise, whose own logit and log-probability are NaN
+        where a logit that decides the greedy token is. Where a collector listens, it hears the output matrix's input at
+        all positions, and the function gives a HeadResult of nothing.
         """

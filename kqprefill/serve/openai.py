@@ -29,13 +29,15 @@ Answer: TypeAlias = "dict[str, Any] | list[dict[str, Any]]"
 @dataclass(frozen=True)
 class Server:
     """What all requests are answered by. name: the model's, for clients. top: the likeliest tokens that a client may
-    ask for, at most; most_tokens: of a request. pooling: of vectors, None for what the file says."""
+    ask for, at most; most_tokens: of a request. pooling: of vectors, None for what the file says. always_bos: whether
+    /tokenize begins with the BOS that the file asks for even where a client wants none."""
 
     model: Model
     name: str
     top: int
     most_tokens: int
     pooling: str | None = None
+    always_bos: bool = False
 
     def check_tokens(self, items: Sequence[Item]) -> None:
         """Raise ApiError (413) where prompts have more tokens than a request may."""
@@ -252,6 +254,9 @@ class Tokenize(Asked):
         fields.ignore("model")
         fields.end()
         self._ids = server.model.tokenize(text, special, parse_special)
+        bos = server.model.tokenizer().bos if server.always_bos else None
+        if bos is not None and self._ids[:1] != [bos]:
+            self._ids = [bos, *self._ids]
         self._most = server.model.config.context_length
 
     def answer(self, results: list[Any]) -> Answer:
@@ -277,13 +282,14 @@ class Detokenize(Asked):
 def tokenizer_info(server: Server) -> dict[str, Any]:
     """GET /tokenizer_info: what lm-evaluation-harness asks for; null where the file does not say. Raises ModelError."""
     tokenizer, metadata = server.model.tokenizer(), server.model.file.metadata
-    named = {f"{name}_token": tokenizer.named(name) or None for name in ("bos", "eos")}
-    padding = metadata.get("tokenizer.ggml.padding_token_id")
+    ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "padding")}
+    named = {name: server.model.token_text(token) if isinstance(token, int) else None for name, token in ids.items()}
     template = metadata.get("tokenizer.chat_template")
     return {
         "tokenizer_class": str(metadata.get("tokenizer.ggml.model")),
-        **named,
-        "pad_token": None if padding is None else server.model.token_text(int(padding)),
+        "bos_token": named["bos"],
+        "eos_token": named["eos"],
+        "pad_token": named["padding"],
         "chat_template": template if isinstance(template, str) else None,
         "add_bos_token": tokenizer.bos is not None,
     }

@@ -121,6 +121,12 @@ class Engine:
             return sum(map(len, self._waiting.values()))
 
     @property
+    def has_work(self) -> bool:
+        """Whether something waits or is being computed."""
+        with self._changed:
+            return bool(self._computing) or any(self._waiting.values())
+
+    @property
     def busy_seconds(self) -> float:
         """How long there was something to compute."""
         return time.monotonic() - self._start - self._idle

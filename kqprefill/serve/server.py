@@ -8,6 +8,7 @@ import logging
 import socket
 import sys
 from threading import Thread
+import time
 from typing import Any
 
 import uvicorn
@@ -16,6 +17,7 @@ from ..errors import InputError, KqprefillError
 from .queue import Engine
 
 _BACKLOG = 2048  # connections that the system keeps while none of them is accepted
+_LOOK_SECONDS = 0.1  # after which it is looked again whether the server can end
 _SWITCH_SECONDS = 1e-4  # after which a thread that computes in Python lets the engine's go on with its launches
 
 
@@ -46,11 +48,14 @@ def address_of(listening: socket.socket) -> str:
 class Serving:
     """uvicorn in a thread, with an ASGI application behind a socket; the engine computes in the caller's thread.
 
-    warn(line) hears of what uvicorn complains of.
+    warn(line) hears of what uvicorn complains of. patience: seconds that clients may take for their answers when the
+    server is to end and all is computed.
     """
 
-    def __init__(self, app: Any, engine: Engine, listening: socket.socket, warn: Callable[[str], None]) -> None:
-        self._engine, self._listening = engine, listening
+    def __init__(
+        self, app: Any, engine: Engine, listening: socket.socket, warn: Callable[[str], None], patience: float
+    ) -> None:
+        self._engine, self._listening, self._warn, self._patience = engine, listening, warn, patience
         self._error: BaseException | None = None
         listening.listen(_BACKLOG)
         _hear("uvicorn", warn)
@@ -71,12 +76,33 @@ class Serving:
             raise self._error
 
     def drain(self) -> None:
-        """Accept no more; `run` returns when what waits is answered. No lock is taken: it may be called on a signal."""
+        """Accept no more; `run` returns when what waits is answered, and the answers are read or patience has ended. No
+        lock is taken: it may be called on a signal."""
         self._uvicorn.should_exit = True
+
+    async def _answer(self) -> None:
+        """Run uvicorn, and part with the clients that keep it from ending."""
+        ended = asyncio.create_task(self._uvicorn.serve(sockets=[self._listening]))
+        idle_since: float | None = None
+        while not (await asyncio.wait((ended,), timeout=_LOOK_SECONDS))[0]:
+            if not self._uvicorn.should_exit or self._engine.has_work:
+                idle_since = None
+                continue
+            now = time.monotonic()
+            idle_since = now if idle_since is None else idle_since
+            connections = list(self._uvicorn.server_state.connections)
+            if connections and now - idle_since >= self._patience:
+                what = "their clients took no answer, or sent no whole request,"
+                self._warn(
+                    f"connections closed at the end: {len(connections)}; {what} for {self._patience:g} s (--drain)"
+                )
+                for connection in connections:
+                    connection.transport.abort()
+        await ended
 
     def _serve(self) -> None:
         try:
-            asyncio.run(self._uvicorn.serve(sockets=[self._listening]))
+            asyncio.run(self._answer())
         except BaseException as error:
             self._error = error
         finally:

@@ -100,7 +100,8 @@ class BytePairs:
         """
         if pre not in _PATTERNS_OF:
             raise error(
-                f"its pre-tokenizer {pre!r} is not supported; give --tokens ({', '.join(sorted(_PATTERNS_OF))} are)"
+                f"its pre-tokenizer {pre!r} is not supported ({', '.join(sorted(_PATTERNS_OF))} are): it takes token "
+                "ids, not text"
             )
         vocabulary = {piece: i for i, piece in enumerate(pieces)}
         self._pieces = pieces

@@ -46,7 +46,7 @@ class Tokenizer:
         kind = self._key("model")
         self._pieces: list[str] = self._key("tokens", [])
         if kind is None or not self._pieces:
-            raise self._error("it has no vocabulary (tokenizer.ggml.model and tokens); give --tokens")
+            raise self._error("it has no vocabulary (tokenizer.ggml.model and tokens): it takes token ids, not text")
         types = self._list("token_type", [_NORMAL] * len(self._pieces))
         if kind == "llama":
             self._bpe = SentencePieces(self._pieces, self._list("scores", [0.0] * len(self._pieces)))
@@ -60,7 +60,7 @@ class Tokenizer:
             add_bos, self._space_prefix = True, False
         else:
             known = "'llama', 'gpt2' and 'gemma4' are supported"
-            raise self._error(f"its vocabulary is of kind {kind!r}; {known}: give --tokens")
+            raise self._error(f"its vocabulary is of kind {kind!r}; {known}: without one it takes token ids, not text")
         # GPT-2's kind may have no BOS, whatever it is that asks for one.
         has_bos = kind == "gemma4" or self._key("add_bos_token", add_bos)  # Gemma 4's always, whatever the file says
         self.bos = self._special("bos", None if kind == "gpt2" else -1) if has_bos else None
@@ -169,7 +169,7 @@ class Tokenizer:
                 at = start + error.at - len(prefix)
                 which = f"{error.character!r}, character {at} of the text" if at >= 0 else "the space before a text"
                 raise InputError(
-                    f"{self._path}: its vocabulary has no token for {which}; leave it out, or give --tokens"
+                    f"{self._path}: its vocabulary has no token for {which}; leave it out, or give token ids"
                 ) from None
             after_special = False
         return ids
