@@ -18,8 +18,7 @@ __device__ __forceinline__ float length_of(const float* x, int columns) {
 __device__ __forceinline__ void mix(const float* matrix, const float* modalities, int count, float* coefficients) {
     if (threadIdx.x < count) {
         float sum = 0.0f;
-        for (int j = 0; j < kStreams; ++j)
-            sum = fmaf(matrix[threadIdx.x * kStreams + j], tanhf(modalities[j]), sum);
+        for (int j = 0; j < kStreams; ++j) sum = fmaf(matrix[threadIdx.x * kStreams + j], tanhf(modalities[j]), sum);
         coefficients[threadIdx.x] = sum;
     }
     __syncthreads();

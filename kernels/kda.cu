@@ -6,8 +6,9 @@
 #include "include/reduce.cuh"
 
 constexpr int kThreads = KDA_THREADS, kDim = HEAD_DIM;
-constexpr int kParts = 8, kRows = kDim / kParts;                        // lanes that share a column of a state, and its rows
-constexpr int kColumns = kThreads / kParts, kSlices = kDim / kColumns;  // columns of a block, and blocks of a head
+// kParts lanes share a column of a state, of which each has kRows rows; a head has kSlices blocks of kColumns columns.
+constexpr int kParts = 8, kRows = kDim / kParts;
+constexpr int kColumns = kThreads / kParts, kSlices = kDim / kColumns;
 static_assert(kDim % kColumns == 0 && kRows % 4 == 0, "whole blocks of columns, and rows in fours");
 
 struct Sequence {  // as delta_scan.cu has it

@@ -202,13 +202,13 @@ class ArchMetadata:
         return ArchMetadata({**self._metadata, f"{self.architecture}.{key}": value}, self._path, self.architecture)
 
     def with_largest(self, *keys: str) -> ArchMetadata:
-        """The same metadata, where of those keys' arrays of integers only the largest is left."""
+        """The same metadata, where of those keys' arrays of integers only the largest is left, or 1 of zeros."""
         meta = self
         for key in keys:
             value = self._metadata.get(f"{self.architecture}.{key}")
             value = np.asarray(value) if isinstance(value, list) else value
             if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.size:
-                meta = meta.replaced(key, int(value.max()))
+                meta = meta.replaced(key, max(1, int(value.max())))
         return meta
 
     def integer_or_none(self, key: str) -> int | None:
