@@ -113,13 +113,14 @@ class Emulator:
 class EmulatedGpu(HostGpu):
     """With the facts that kernels are chosen by."""
 
-    capability, multiprocessors, shared_memory = (8, 0), MULTIPROCESSORS, 99 << 10
+    capability, multiprocessors = (8, 0), MULTIPROCESSORS
+
+    def __init__(self, shared_memory):
+        super().__init__()
+        self.shared_memory = shared_memory
 
     def copy(self, to, source, nbytes):
         ctypes.memmove(to, source, nbytes)
-
-    def upload(self, address, array, stream=None):
-        super().upload(address, array, stream)
 
 
 class EmulatedWeights:
@@ -154,12 +155,12 @@ class EmulatedWeights:
 
 
 class EmulatedModel:
-    """A model whose batches run on emulated kernels."""
+    """A model whose batches run on emulated kernels. shared_memory: bytes that a block may have."""
 
-    def __init__(self, path):
+    def __init__(self, path, shared_memory=99 << 10):
         self.file = GGUFFile(str(path))
         self.family = read_model(self.file)
-        self.gpu, launcher = EmulatedGpu(), Emulator()
+        self.gpu, launcher = EmulatedGpu(shared_memory), Emulator()
         kernel_set = kernel_set_of(self.gpu.capability, "portable")
         self.context = Context.of(
             self.gpu,

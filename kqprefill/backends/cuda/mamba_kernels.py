@@ -57,15 +57,16 @@ def padded_head(head_dim: int) -> int:
 
 
 @cache
-def scan_config(state: int, shared_memory: int) -> ScanConfig:
-    """The configuration for states of so many rows: the most stages that a block with this much shared memory (bytes)
-    can have. Raises ModelError for states that the kernel does not take."""
+def scan_config(state: int, shared_memory: int, alone: bool) -> ScanConfig:
+    """The configuration for states of so many rows, in this much shared memory (bytes) of a block: with two stages
+    where a block has a multiprocessor alone; elsewhere with one, so that more of them share it. Raises ModelError for
+    states that the kernel does not take."""
     if state % 16 or state > MOST_STATE:
         raise ModelError(
             f"Mamba-2 with ssm.state_size {state} is not supported on CUDA (multiples of 16 up to {MOST_STATE} are); "
             "use --backend cpu"
         )
-    for stages in (2, 1):
+    for stages in (2, 1) if alone else (1,):
         config = ScanConfig(state, stages)
         if config.program.shared_bytes <= shared_memory:
             return config

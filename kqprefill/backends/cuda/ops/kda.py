@@ -7,7 +7,6 @@ import math
 
 import numpy as np
 
-from ....gguf import dequantize
 from ....models.kda import KimiDelta
 from ....models.weights import Weights
 from ..constants import DELTA_CHUNK, THREADS
@@ -96,17 +95,18 @@ class KdaOps(RecurrenceOps):
     ) -> tuple[DeviceArray, DeviceArray, DeviceArray, DeviceArray]:
         """q, k and v of each chunk and head, as halves, and the scale of v."""
         d, heads, count, room = net.head_dim, net.heads, chunks.shape[0], self.room_for(chunks)
-        convolutions = [weight.tensor for weight in (w.ssm_conv1d_q, w.ssm_conv1d_k, w.ssm_conv1d_v)]
-        taps = np.concatenate([dequantize(c.data, c.type).reshape(-1, net.kernel) for c in convolutions])
+        convolutions = w.ssm_conv1d_q, w.ssm_conv1d_k, w.ssm_conv1d_v
+        taps, host_taps = self.context.small.vector(*(weight.tensor for weight in convolutions))
+        of_v = host_taps.reshape(3, -1, net.kernel)[2]
         q, k, v = (self.work.array(f"kda {name}", FLOAT16, room, heads, DELTA_CHUNK, d) for name in "qkv")
-        largest_tap = float(np.abs(taps[2 * net.width :]).sum(axis=1).max())
+        largest_tap = float(np.abs(of_v).sum(axis=1).max())
         v_scale = self.scales.of_outputs(self.matrix(w.attn_v), length * largest_tap, None)
         self.launcher.launch(
             inputs_program(d, net.kernel),
             "delta_inputs",
             grid=(count, 3 * heads),
             sums=sums,
-            taps=self.context.small.constant(taps),
+            taps=taps,
             chunks=chunks,
             channels=3 * net.width,
             key_heads=heads,

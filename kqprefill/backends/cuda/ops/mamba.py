@@ -168,7 +168,7 @@ class MambaOps(RecurrenceOps):
             o=o,
         )
         self.launcher.launch(
-            self._scan_program(net),
+            self._scan_program(net, count * net.heads),
             "mamba_prepare",
             grid=(count, net.heads),
             b=made.b,
@@ -185,10 +185,11 @@ class MambaOps(RecurrenceOps):
     ) -> None:
         padded = padded_head(net.head_dim)
         for sequences in piece.sequences:
+            grid = sequences.shape[0], net.heads * (padded // SLICE)
             self.launcher.launch(
-                self._scan_program(net),
+                self._scan_program(net, grid[0] * grid[1]),
                 "mamba_scan",
-                grid=(sequences.shape[0], net.heads * (padded // SLICE)),
+                grid=grid,
                 u=made.u,
                 b=made.b,
                 c=made.c,
@@ -205,5 +206,6 @@ class MambaOps(RecurrenceOps):
                 o=o,
             )
 
-    def _scan_program(self, net: Mamba2) -> Program:
-        return scan_config(net.state_size, self.context.gpu.shared_memory).program
+    def _scan_program(self, net: Mamba2, blocks: int) -> Program:
+        gpu = self.context.gpu
+        return scan_config(net.state_size, gpu.shared_memory, blocks <= gpu.multiprocessors).program
