@@ -10,7 +10,6 @@ constexpr int kThreads = DELTA_INPUT_THREADS, kDim = HEAD_DIM, kTaps = KERNEL;
 constexpr int kGroups = kThreads / kDim, kGroupRows = kChunk / kGroups;  // of threads that have a column each, and rows
 constexpr int kAhead = 16;                                               // rows that are on their way at a time
 static_assert(kThreads % kDim == 0 && kDim % 32 == 0, "whole groups of threads, whole warps of columns");
-static_assert(kGroupRows % kAhead == 0, "a group's rows in whole steps");
 
 // sums: float32 rows of `channels` values, the heads of q, k and v side by side; taps: [channels, KERNEL]. Writes of
 // each chunk and head HEAD_DIM halves of each position, zeros from `count` on: q and k, [chunks, key_heads, kChunk,
@@ -24,30 +23,13 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     Chunk chunk = chunks[blockIdx.x];
     int head = blockIdx.y, column = threadIdx.x % kDim, first = threadIdx.x / kDim * kGroupRows;
     int channel = head * kDim + column;
-    float tap[kTaps], window[kTaps];
-#pragma unroll
-    for (int j = 0; j < kTaps; ++j) tap[j] = taps[channel * kTaps + j];
     auto load = [&](int position) {
         bool inside = position + chunk.behind >= 0 && position < chunk.count;
         return inside ? sums[static_cast<int64_t>(chunk.row_of(position)) * channels + channel] : 0.0f;
     };
-#pragma unroll
-    for (int j = 1; j < kTaps; ++j) window[j] = load(first - kTaps + j);
-    for (int row = first; row < first + kGroupRows; row += kAhead) {
-        float next[kAhead];
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) next[i] = load(row + i);
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-#pragma unroll
-            for (int j = 1; j < kTaps; ++j) window[j - 1] = window[j];
-            window[kTaps - 1] = next[i];
-            float sum = 0.0f;
-#pragma unroll
-            for (int j = 0; j < kTaps; ++j) sum = fmaf(tap[j], window[j], sum);
-            convolved[row + i][column] = row + i < chunk.count ? silu(sum) : 0.0f;
-        }
-    }
+    convolve<kTaps, kGroupRows, kAhead>(taps + channel * kTaps, 0.0f, first, load, [&](int row, float sum) {
+        convolved[row][column] = row < chunk.count ? silu(sum) : 0.0f;
+    });
     __syncthreads();
     bool is_v = head >= 2 * key_heads, is_k = head >= key_heads;
     int own = is_v ? head - 2 * key_heads : is_k ? head - key_heads : head, heads = is_v ? value_heads : key_heads;

@@ -16,20 +16,6 @@ constexpr int kDecayed = kChange + kChunk * kSliceRow * 2, kShared = kDecayed + 
 constexpr int kStateTiles = (kDim + 63) / 64;  // of 16 rows of S that a warp has
 static_assert(THREADS == kThreads && kShared <= SHARED_BYTES, "what the host launches with");
 
-// A sequence's part of a batch (made by the host): chunks first .. first + count - 1, from state `from` (zeros where
-// that is -1), which becomes state `to` (if it is not -1) after the last whole chunk.
-struct Sequence {
-    int first, count, from, to;
-};
-
-__device__ __forceinline__ void copy_rows(uint32_t to, int to_row, const half_t* from, int from_row, int columns) {
-    int pieces = columns / 8;
-    for (int i = threadIdx.x; i < kChunk * pieces; i += kThreads) {
-        int row = i / pieces, piece = i % pieces * 8;
-        cp_async16(to + (row * to_row + piece) * 2, from + row * from_row + piece, true);
-    }
-}
-
 // q, k, w, u, p, decay: as delta_prepare has them. state_factor: by what S is multiplied to be halves, where u is
 // scaled by *v_scale / kChunk and S is in units of that. states: float32 [states, value_heads, HEAD_DIM, HEAD_DIM].
 // Writes o, rows of value_heads * HEAD_DIM values. A block takes a sequence (x) of SLICE columns of a value head (y).
@@ -54,11 +40,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
             uint64_t chunk = sequence.first + index, own = chunk * value_heads + head;
             uint32_t stage = base + index % kStages * kStage;
             uint64_t keys = (chunk * key_heads + key_head) * (kChunk * kDim);
-            copy_rows(stage + kW, kRow, w + own * (kChunk * kDim), kDim, kDim);
-            copy_rows(stage + kQ, kRow, q + keys, kDim, kDim);
-            copy_rows(stage + kK, kRow, k + keys, kDim, kDim);
-            copy_rows(stage + kP, kWeightRow, p + own * (kChunk * kChunk), kChunk, kChunk);
-            copy_rows(stage + kU, kSliceRow, u + own * (kChunk * kDim) + first_column, kDim, kSlice);
+            copy_chunk<kThreads>(stage + kW, kRow, w + own * (kChunk * kDim), kDim, kDim);
+            copy_chunk<kThreads>(stage + kQ, kRow, q + keys, kDim, kDim);
+            copy_chunk<kThreads>(stage + kK, kRow, k + keys, kDim, kDim);
+            copy_chunk<kThreads>(stage + kP, kWeightRow, p + own * (kChunk * kChunk), kChunk, kChunk);
+            copy_chunk<kThreads>(stage + kU, kSliceRow, u + own * (kChunk * kDim) + first_column, kDim, kSlice);
             if (threadIdx.x < kChunk / 4)
                 cp_async16(stage + kDecay + threadIdx.x * 16, decay + own * kChunk + threadIdx.x * 4, true);
         }

@@ -11,10 +11,6 @@ constexpr int kParts = 8, kRows = kDim / kParts;
 constexpr int kColumns = kThreads / kParts, kSlices = kDim / kColumns;
 static_assert(kDim % kColumns == 0 && kRows % 4 == 0, "whole blocks of columns, and rows in fours");
 
-struct Sequence {  // as delta_scan.cu has it
-    int first, count, from, to;
-};
-
 // rates[t, :] = what a token's state decays by, e^(rate * softplus(f + step_bias)) for each of `width` key elements,
 // then sigmoid(b) of each head. A block takes a token.
 extern "C" __global__ void __launch_bounds__(kThreads)

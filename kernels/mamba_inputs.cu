@@ -8,7 +8,6 @@
 constexpr int kThreads = MAMBA_THREADS, kWarps = kThreads / 32, kTaps = KERNEL;
 constexpr int kAhead = 16;  // rows that are on their way at a time
 constexpr int kHalfTop = 15;
-static_assert(kChunk % kAhead == 0, "a chunk's rows in whole steps");
 
 __device__ __forceinline__ float softplus(float x) {
     return x > 20.0f ? x : log1pf(expf(x));
@@ -101,9 +100,6 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     int width = heads * head_dim, of_state = groups * state, channels = width + 2 * of_state;
     int channel = blockIdx.y * kThreads + threadIdx.x;
     if (channel >= channels) return;
-    float tap[kTaps], window[kTaps], added = bias != nullptr ? bias[channel] : 0.0f;
-#pragma unroll
-    for (int j = 0; j < kTaps; ++j) tap[j] = taps[channel * kTaps + j];
     auto load = [&](int position) {
         bool inside = position + chunk.behind >= 0 && position < chunk.count;
         return inside ? sums[static_cast<int64_t>(chunk.row_of(position)) * channels + channel] : 0.0f;
@@ -118,28 +114,14 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     const float* own_steps = steps + (static_cast<uint64_t>(blockIdx.x) * heads + head) * kChunk;
     float scale = scales[is_x ? 0 : is_c ? 2 : 1], share = is_x ? skip[head] : 0.0f;
     bool pads = is_x && column < padded - head_dim;  // a column behind the head's
-#pragma unroll
-    for (int j = 1; j < kTaps; ++j) window[j] = load(j - kTaps);
-    for (int row = 0; row < kChunk; row += kAhead) {
-        float next[kAhead];
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) next[i] = load(row + i);
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-#pragma unroll
-            for (int j = 1; j < kTaps; ++j) window[j - 1] = window[j];
-            window[kTaps - 1] = next[i];
-            float sum = added;
-#pragma unroll
-            for (int j = 0; j < kTaps; ++j) sum = fmaf(tap[j], window[j], sum);
-            int t = row + i;
-            float value = t < chunk.count ? silu(sum) : 0.0f;
-            out[t * step] = float_to_half(value * scale * (is_x ? own_steps[t] : 1.0f));
-            if (pads) out[t * step + head_dim] = 0;
-            if (is_x && t >= chunk.begin && t < chunk.count)
-                o[static_cast<int64_t>(chunk.row + t) * width + channel] = share * value;
-        }
-    }
+    float added = bias != nullptr ? bias[channel] : 0.0f;
+    convolve<kTaps, kChunk, kAhead>(taps + channel * kTaps, added, 0, load, [&](int t, float sum) {
+        float value = t < chunk.count ? silu(sum) : 0.0f;
+        out[t * step] = float_to_half(value * scale * (is_x ? own_steps[t] : 1.0f));
+        if (pads) out[t * step + head_dim] = 0;
+        if (is_x && t >= chunk.begin && t < chunk.count)
+            o[static_cast<int64_t>(chunk.row + t) * width + channel] = share * value;
+    });
 }
 
 // y = o * silu(z), [n, groups * columns], RMS-normalised over each group's columns (where norm is not null) and times

@@ -19,19 +19,6 @@ constexpr int kStateTiles = (kState + 63) / 64;  // of 16 rows of S that a warp 
 static_assert(THREADS == kThreads && kShared <= SHARED_BYTES, "what the host launches with");
 static_assert(kState % 16 == 0 && kSlice % 32 == 0, "whole steps of mma");
 
-// A sequence's part of a batch (made by the host), as delta_scan.cu has it.
-struct Sequence {
-    int first, count, from, to;
-};
-
-__device__ __forceinline__ void copy_rows(uint32_t to, int to_row, const half_t* from, int from_row, int columns) {
-    int pieces = columns / 8;
-    for (int i = threadIdx.x; i < kChunk * pieces; i += kThreads) {
-        int row = i / pieces, piece = i % pieces * 8;
-        cp_async16(to + (row * to_row + piece) * 2, from + row * from_row + piece, true);
-    }
-}
-
 // P, and O, in units of halves: what C B^T is divided by, a power of two that is STATE * 2^15 or more.
 __device__ __forceinline__ float weight_unit() {
     int exponent = 15;
@@ -49,8 +36,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     int head = blockIdx.y, group = head / (heads / groups);
     uint64_t own = static_cast<uint64_t>(blockIdx.x) * heads + head;
     uint64_t rows = (static_cast<uint64_t>(blockIdx.x) * groups + group) * (kChunk * kState);
-    copy_rows(base + kC, kRow, c + rows, kState, kState);
-    copy_rows(base + kB, kRow, b + rows, kState, kState);
+    copy_chunk<kThreads>(base + kC, kRow, c + rows, kState, kState);
+    copy_chunk<kThreads>(base + kB, kRow, b + rows, kState, kState);
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
@@ -109,10 +96,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
             uint64_t chunk = sequence.first + index, own = chunk * heads + head;
             uint32_t stage = base + index % kStages * kStage;
             uint64_t rows = (chunk * groups + group) * (kChunk * kState);
-            copy_rows(stage + kC, kRow, c + rows, kState, kState);
-            copy_rows(stage + kB, kRow, b + rows, kState, kState);
-            copy_rows(stage + kP, kWeightRow, p + own * (kChunk * kChunk), kChunk, kChunk);
-            copy_rows(stage + kU, kSliceRow, u + own * (kChunk * padded) + first_column, padded, kSlice);
+            copy_chunk<kThreads>(stage + kC, kRow, c + rows, kState, kState);
+            copy_chunk<kThreads>(stage + kB, kRow, b + rows, kState, kState);
+            copy_chunk<kThreads>(stage + kP, kWeightRow, p + own * (kChunk * kChunk), kChunk, kChunk);
+            copy_chunk<kThreads>(stage + kU, kSliceRow, u + own * (kChunk * padded) + first_column, padded, kSlice);
             if (threadIdx.x < kChunk / 4)
                 cp_async16(stage + kDecay + threadIdx.x * 16, decay + own * kChunk + threadIdx.x * 4, true);
         }
