@@ -18,8 +18,8 @@ struct Chunk {
     __device__ int row_of(int position) const { return (position >= begin ? row : before_row) + position; }
 };
 
-// A sequence's part of a batch (made by the host): chunks first .. first + count - 1, from state `from` (zeros where that
-// is -1), which becomes state `to` (if it is not -1) after the last whole chunk.
+// A sequence's part of a batch (made by the host): chunks first .. first + count - 1, from state `from` (zeros where
+// that is -1), which becomes state `to` (if it is not -1) after the last whole chunk.
 struct Sequence {
     int first, count, from, to;
 };
@@ -35,7 +35,8 @@ __device__ __forceinline__ void copy_chunk(uint32_t to, int to_row, const half_t
 }
 
 // A causal convolution of kTaps taps over rows first .. first + kRows - 1 of a chunk, in one channel: use(row, added +
-// the sum). load(position) gives a value, of positions before the chunk, too; kAhead of them are on their way at a time.
+// the sum). load(position) gives a value, of positions before the chunk, too; kAhead of them are on their way at a
+// time.
 template <int kTaps, int kRows, int kAhead, class Load, class Use>
 __device__ __forceinline__ void convolve(const float* taps, float added, int first, Load load, Use use) {
     static_assert(kRows % kAhead == 0, "rows in whole steps");
