@@ -1,7 +1,7 @@
-"""The portable CUDA kernels on the host: compiled by g++ over emulator/cuda.hpp, and launched by the ops as on a GPU.
+"""The CUDA kernels on the host, the portable ones and Hopper's: compiled by g++ over emulator/cuda.hpp, and launched by
+the ops as on a GPU.
 
-It is slow, and shows nothing of Hopper's own kernels, of races, or of how fast anything is. It needs g++ and an x86-64
-processor with F16C.
+It is slow, and shows nothing of races, or of how fast anything is. It needs g++ and an x86-64 processor with AVX2.
 """
 
 import ctypes
@@ -54,6 +54,8 @@ def _flat(path, seen):
     if path in seen or path.name in IN_ITS_PLACE:
         return ""
     seen.add(path)
+    if path.name == "sm90.cuh":  # of which there are the barriers' rings in the place
+        return _flat(path.with_name("barriers.cuh"), seen)
     lines = []
     for line in path.read_text().splitlines():
         match = re.match(r'\s*#include\s+"([^"]+)"', line)
@@ -65,12 +67,18 @@ def _source(program):
     """A program in C++."""
     names = [name for key, value in program.constants if key in ("FORMAT", "FORMATS") for name in value.split(",")]
     text = definitions(names) + _flat((kernel_folder() / program.source).resolve(), set())
-    text = text.replace("extern __shared__", "extern").replace("__shared__", "static")
+    text = re.sub(r"extern __shared__ (__align__\(\d+\) )?uint8_t shared\[\];", "uint8_t* shared = own_memory();", text)
+    for has in (r"^struct Barrier \{.*?^\};", r"^__device__ __forceinline__ void fence_barrier_init\(\) \{.*?^\}"):
+        text = re.sub(has, "", text, flags=re.S | re.M)  # SHIM has it
+    text = text.replace("__shared__", "static")
     defines = "".join(f"#define {name} {value}\n" for name, value in program.defines)
+    constants = dict(program.constants)
+    cluster, left_out = constants.get("CLUSTER", 1), {"0": "gemm_gated", "1": "gemm_linear"}.get(constants.get("GATED"))
     launches = "".join(
         f'extern "C" void launch_{kernel}(const uint64_t* values, unsigned x, unsigned y, unsigned z, unsigned n) '
-        f"{{ launch({kernel}, values, {{x, y, z}}, n); }}\n"
+        f"{{ launch({kernel}, values, {{x, y, z}}, n, {cluster}); }}\n"
         for kernel in signatures_of(program.source)
+        if kernel != left_out
     )
     return f"{SHIM.read_text()}\n{defines}{text}\n{launches}"
 
@@ -113,14 +121,22 @@ class Emulator:
 class EmulatedGpu(HostGpu):
     """With the facts that kernels are chosen by."""
 
-    capability, multiprocessors = (8, 0), MULTIPROCESSORS
+    multiprocessors = MULTIPROCESSORS
 
-    def __init__(self, shared_memory):
+    def __init__(self, capability, shared_memory):
         super().__init__()
-        self.shared_memory = shared_memory
+        self.capability, self.shared_memory = capability, shared_memory
 
     def copy(self, to, source, nbytes):
         ctypes.memmove(to, source, nbytes)
+
+
+class EmulatedMaps(TensorMaps):
+    """Tensor maps as cuda.hpp reads them."""
+
+    def _encode(self, array, box_rows, format):
+        rows, columns = array.shape
+        return np.array([array.address, rows, columns, array.row_bytes, box_rows, *[0] * 11], np.uint64)
 
 
 class EmulatedWeights:
@@ -155,20 +171,22 @@ class EmulatedWeights:
 
 
 class EmulatedModel:
-    """A model whose batches run on emulated kernels. shared_memory: bytes that a block may have."""
+    """A model whose batches run on emulated kernels: Hopper's own, or the portable ones with so many bytes of shared
+    memory for a block."""
 
-    def __init__(self, path, shared_memory=99 << 10):
+    def __init__(self, path, shared_memory=99 << 10, hopper=False):
         self.file = GGUFFile(str(path))
         self.family = read_model(self.file)
-        self.gpu, launcher = EmulatedGpu(shared_memory), Emulator()
-        kernel_set = kernel_set_of(self.gpu.capability, "portable")
+        capability, shared_memory = ((9, 0), 227 << 10) if hopper else ((8, 0), shared_memory)
+        self.gpu, launcher = EmulatedGpu(capability, shared_memory), Emulator()
+        kernel_set = kernel_set_of(self.gpu.capability)
         self.context = Context.of(
             self.gpu,
             kernel_set,
             launcher,
             Workspace(self.gpu),
             Downloads(self.gpu),
-            TensorMaps(self.gpu),
+            EmulatedMaps(self.gpu),
             EmulatedWeights(self.gpu, launcher),
             SmallArrays(self.gpu),
         )

@@ -1,4 +1,4 @@
-"""What the portable kernels compute, without a GPU: the released models on the host (emulator.py)."""
+"""What the kernels compute, without a GPU: the released models on the host (emulator.py)."""
 
 import numpy as np
 import pytest
@@ -12,19 +12,27 @@ from kqprefill.models.llama4 import Llama4
 from test_conformance import limit
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"kernels are not emulated: {why_not()}")
-QUICK = ["qwen35-tied-nextn"]  # whose programs are compiled soon
-NAMES = [
-    pytest.param(path.stem, marks=() if path.stem in QUICK else pytest.mark.slow)
-    for path in sorted(CONFORMANCE_FOLDERS[0].glob("*.gguf"))
-]
+QUICK = "qwen35-tied-nextn"  # whose programs are compiled soon
+RELEASED = sorted(path.stem for path in CONFORMANCE_FOLDERS[0].glob("*.gguf"))
+# A case of each kind of layer on Hopper's own kernels, some formats among them.
+HOPPER = (
+    "llama-q4_k_m gemma3-q4_k_m qwen35-tied-nextn deepseek2-moe-glm47-q3_k_m gemma4-q4_k_m qwen35moe-q4_k_m "
+    "nemotron_h_moe-latent llama4-moe-q2_k lfm2moe-q3_k kimi-linear-moe-q2_k qwen3-iq2_xxs qwen3-mxfp4 qwen3-q8_k"
+)
+WAYS = [(name, "portable") for name in RELEASED] + [(name, "hopper") for name in HOPPER.split()]
+
+
+def slow_but(quick, cases):
+    """Parameters, all of them slow but that one."""
+    return [pytest.param(*case, marks=() if case == quick else pytest.mark.slow) for case in cases]
 
 
 @pytest.fixture
 def opened():
     models = []
 
-    def open_(name):
-        models.append(EmulatedModel(CASES[name]))
+    def open_(name, kernels="portable"):
+        models.append(EmulatedModel(CASES[name], hopper=kernels == "hopper"))
         return models[-1]
 
     yield open_
@@ -32,22 +40,25 @@ def opened():
         model.close()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_logits(name, opened):
+@pytest.mark.parametrize("name,kernels", slow_but((QUICK, "portable"), WAYS))
+def test_logits(name, kernels, opened):
     reference = np.load(CASES[name].with_suffix(".npz"))
-    logits = opened(name).run(Batch(reference["tokens"].astype(np.int32))).logits
+    logits = opened(name, kernels).run(Batch(reference["tokens"].astype(np.int32))).logits
     divergence = kl_divergence(reference["logits"], logits)
     assert divergence <= limit(name, "cuda"), f"mean KL {divergence:.2e}"
 
 
-CONTRACT = "gemma3-q4_k_m exaone4-swa lfm2-q2_k nemotron_h-q2_k falcon-h1-q2_k hunyuan-dense-q3_k "
-CONTRACT += "kimi-linear-moe-q2_k gemma3n-tiny"
+CONTRACT = (
+    "qwen35-tied-nextn gemma3-q4_k_m exaone4-swa lfm2-q2_k nemotron_h-q2_k falcon-h1-q2_k hunyuan-dense-q3_k "
+    "kimi-linear-moe-q2_k gemma3n-tiny"
+)
+CUTS = [(name, "portable") for name in CONTRACT.split()] + [("gemma3-q4_k_m", "hopper"), ("nemotron_h-q2_k", "hopper")]
 RECURRENT = "qwen35-tied-nextn lfm2-q2_k nemotron_h-q2_k falcon-h1-q2_k kimi-linear-moe-q2_k".split()
 
 
-@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in CONTRACT.split())])
-def test_cut_packed_and_cached_are_the_same_bits(name, opened, rng):
-    model = opened(name)
+@pytest.mark.parametrize("name,kernels", slow_but((QUICK, "portable"), CUTS))
+def test_cut_packed_and_cached_are_the_same_bits(name, kernels, opened, rng):
+    model = opened(name, kernels)
     tokens = rng.integers(0, model.family.config.vocab_size, 150).astype(np.int32)
     whole = model.run(Batch(tokens)).logits
     cache, at = model.new_cache(160), 0

@@ -1,8 +1,7 @@
-// CUDA for a host compiler: a block's threads are fibers of one thread of the
-// host, which take turns where they meet
-// (__syncthreads, __syncwarp, shuffles, the matrix instructions). In place of
-// kernels/include/types.cuh and ptx.cuh. Slow, and without races: it shows what
-// kernels compute, and neither how fast nor whether they may.
+// CUDA for a host compiler: the threads of a block, or of a cluster of blocks, are fibers of one thread of the host,
+// which take turns where they meet (__syncthreads, __syncwarp, shuffles, the matrix instructions) or wait (barriers). In
+// place of kernels/include/types.cuh, ptx.cuh, sm90.cuh, and of Barrier in barriers.cuh. Slow, and without races: copies
+// are there at once, and products done. It shows what kernels compute, and neither how fast nor whether they may.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -50,11 +49,8 @@ struct Index {
     unsigned x, y, z;
 };
 static Index threadIdx, blockIdx, gridDim, blockDim;
-alignas(1024) static uint8_t shared_memory[1 << 18];
-#define shared shared_memory  // the name that kernels give to their dynamic shared memory
 
-// Fibers
-// -------------------------------------------------------------------------------------------------------------
+// Fibers -------------------------------------------------------------------------------------------------------------
 
 extern "C" void kq_switch(void** saved, void* other) __attribute__((visibility("hidden")));
 asm(R"(
@@ -79,23 +75,36 @@ kq_switch:
     ret
 )");
 
-constexpr int kMostThreads = 1024, kStackBytes = 1 << 17;
+constexpr int kEmulatedThreads = 2048, kEmulatedBlocks = 4, kStackBytes = 1 << 17, kEmulatedBytes = 1 << 18;
 struct Meeting {  // of threads that wait for one another
     int arrived, round;
 };
+struct BarrierState {
+    int expected, pending, bytes, phase;
+};
+alignas(1024) static uint8_t shared_memory[kEmulatedBlocks][kEmulatedBytes];
+static BarrierState barrier_states[kEmulatedBlocks][kEmulatedBytes / 8];
 static struct {
-    void* stack[kMostThreads];
+    void* stack[kEmulatedThreads];
     void* scheduler;
     uint8_t* memory;
-    bool ended[kMostThreads];
-    int current, threads, alive, alive_of[kMostThreads / 32];
-    Meeting block, warp[kMostThreads / 32];
-    int any;
-    uint64_t slot[kMostThreads / 32][32];
-    uint32_t held[kMostThreads / 32][32][12];
+    bool ended[kEmulatedThreads];
+    // threads: of a block. Those that have not ended: all, by block and by warp.
+    int current, threads, alive, alive_in[kEmulatedBlocks], alive_of[kEmulatedThreads / 32];
+    Meeting cluster, block[kEmulatedBlocks], warp[kEmulatedThreads / 32], group[kEmulatedThreads / 128];
+    int any[kEmulatedBlocks];
+    uint64_t slot[kEmulatedThreads / 32][32];
+    uint32_t held[kEmulatedThreads / 32][32][6];
     void (*body)(void*);
     void* argument;
 } fibers;
+
+inline int own_block() {
+    return fibers.current / fibers.threads;
+}
+inline uint8_t* own_memory() {
+    return shared_memory[own_block()];
+}
 
 static void yield() {
     kq_switch(&fibers.stack[fibers.current], fibers.scheduler);
@@ -115,53 +124,62 @@ static void leave(Meeting& meeting,
 
 static void kq_entry() {
     fibers.body(fibers.argument);
-    int own = fibers.current;
+    int own = fibers.current, block = own_block();
     fibers.ended[own] = true;
-    leave(fibers.block, --fibers.alive);
+    leave(fibers.cluster, --fibers.alive);
+    leave(fibers.block[block], --fibers.alive_in[block]);
     leave(fibers.warp[own / 32], --fibers.alive_of[own / 32]);
     yield();
     abort();
 }
 
-static void run_block(int threads, void (*body)(void*), void* argument) {
+// Runs the blocks of a cluster, blockIdx.x being the first's.
+static void run_cluster(int blocks, int threads, void (*body)(void*), void* argument) {
     if (!fibers.memory)
-        fibers.memory = static_cast<uint8_t*>(mmap(nullptr, static_cast<size_t>(kMostThreads) * kStackBytes,
+        fibers.memory = static_cast<uint8_t*>(mmap(nullptr, static_cast<size_t>(kEmulatedThreads) * kStackBytes,
                                                    PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    fibers.body = body, fibers.argument = argument, fibers.threads = fibers.alive = threads;
-    fibers.block = {};
-    for (int t = 0; t < threads; ++t) {
-        if (t % 32 == 0) fibers.warp[t / 32] = {}, fibers.alive_of[t / 32] = min(32, threads - t);
+    int all = blocks * threads;
+    if (all > kEmulatedThreads || blocks > kEmulatedBlocks || (blocks > 1 && threads % 32))
+        fprintf(stderr, "emulator: %d blocks of %d threads are too many\n", blocks, threads), abort();
+    fibers.body = body, fibers.argument = argument, fibers.threads = threads, fibers.alive = all, fibers.cluster = {};
+    for (int block = 0; block < blocks; ++block) fibers.block[block] = {}, fibers.alive_in[block] = threads;
+    for (int t = 0; t < all; ++t) {
+        if (t % 32 == 0) fibers.warp[t / 32] = {}, fibers.alive_of[t / 32] = min(32, all - t);
+        if (t % 128 == 0) fibers.group[t / 128] = {};
         void** top = reinterpret_cast<void**>(fibers.memory + static_cast<size_t>(t + 1) * kStackBytes - 64);
         *--top = nullptr;  // keeps the stack aligned as after a call
         *--top = reinterpret_cast<void*>(kq_entry);
         for (int i = 0; i < 6; ++i) *--top = nullptr;
         fibers.stack[t] = top, fibers.ended[t] = false;
     }
+    unsigned first = blockIdx.x;
     for (int turns = 0; fibers.alive; ++turns) {
-        if (turns > 100000000) fprintf(stderr, "emulator: a block's threads wait for one another\n"), abort();
-        for (int t = 0; t < threads; ++t)
+        if (turns > 10000000) fprintf(stderr, "emulator: a block's threads wait for one another\n"), abort();
+        for (int t = 0; t < all; ++t)
             if (!fibers.ended[t]) {
-                fibers.current = t, threadIdx = {static_cast<unsigned>(t), 0, 0};
+                fibers.current = t, threadIdx = {static_cast<unsigned>(t % threads), 0, 0};
+                blockIdx.x = first + t / threads;
                 kq_switch(&fibers.scheduler, fibers.stack[t]);
             }
     }
+    blockIdx.x = first;
 }
 
-// What threads do together
-// -------------------------------------------------------------------------------------------
+// What threads do together -------------------------------------------------------------------------------------------
 
 inline void __syncthreads() {
-    meet(fibers.block, fibers.alive);
+    meet(fibers.block[own_block()], fibers.alive_in[own_block()]);
 }
 inline int __syncthreads_or(int value) {
     __syncthreads();
-    if (fibers.current == 0 || true) {
-    }
-    fibers.any = 0;
+    fibers.any[own_block()] = 0;
     __syncthreads();
-    fibers.any |= value != 0;
+    fibers.any[own_block()] |= value != 0;
     __syncthreads();
-    return fibers.any;
+    return fibers.any[own_block()];
+}
+inline void cluster_sync() {
+    meet(fibers.cluster, fibers.alive);
 }
 inline void meet_warp() {
     int warp = fibers.current / 32;
@@ -209,8 +227,7 @@ inline uint32_t __match_any_sync(uint32_t, int value) {
     return mask;
 }
 
-// Of one thread
-// ------------------------------------------------------------------------------------------------------
+// Of one thread ------------------------------------------------------------------------------------------------------
 
 template <class T>
 inline T atomicAdd(T* to, T value) {
@@ -304,15 +321,14 @@ inline void reduce_add(float* to, float value) {
     *to += value;
 }
 
-// Shared memory and the matrix units
-// ---------------------------------------------------------------------------------
+// Shared memory and the matrix units ---------------------------------------------------------------------------------
 
 inline uint32_t shared_address(const void* pointer) {
-    return static_cast<uint32_t>(static_cast<const uint8_t*>(pointer) - shared_memory);
+    return static_cast<uint32_t>(static_cast<const uint8_t*>(pointer) - own_memory());
 }
 inline void cp_async16(uint32_t destination, const void* source, bool valid) {
-    if (valid) memcpy(shared_memory + destination, source, 16);
-    else memset(shared_memory + destination, 0, 16);
+    if (valid) memcpy(own_memory() + destination, source, 16);
+    else memset(own_memory() + destination, 0, 16);
 }
 inline void cp_async_commit() {}
 template <int kPending>
@@ -325,7 +341,7 @@ inline void load_matrices(uint32_t (&r)[4], uint32_t address, bool transposed) {
     for (int matrix = 0; matrix < 4; ++matrix) {
         auto value = [&](int row, int column) {
             half_t h;
-            memcpy(&h, shared_memory + fibers.held[warp][8 * matrix + row][0] + 2 * column, 2);
+            memcpy(&h, own_memory() + fibers.held[warp][8 * matrix + row][0] + 2 * column, 2);
             return static_cast<uint32_t>(h);
         };
         int row = lane / 4, column = lane % 4 * 2;
@@ -360,11 +376,123 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
     meet_warp();
 }
 
-// Launches
-// -----------------------------------------------------------------------------------------------------------
+// Hopper -------------------------------------------------------------------------------------------------------------
+
+struct Barrier {  // kernels/include/barriers.cuh
+    static constexpr int kBytes = 8;
+    uint32_t address;
+
+    BarrierState& state(int block) const { return barrier_states[block][address / 8]; }
+    void turn(int block) const {
+        BarrierState& own = state(block);
+        if (own.pending == 0 && own.bytes == 0) own.pending = own.expected, ++own.phase;
+    }
+    void init(int arrivals) const { state(own_block()) = {arrivals, arrivals, 0, 0}; }
+    void arrive_in(int block) const { --state(block).pending, turn(block); }
+    void arrive() const { arrive_in(own_block()); }
+    void arrive_expecting(int bytes) const { state(own_block()).bytes += bytes, arrive(); }
+    void come(int block, int bytes) const { state(block).bytes -= bytes, turn(block); }
+    void wait(uint32_t parity) const {
+        while ((state(own_block()).phase & 1) == static_cast<int>(parity)) yield();
+    }
+};
+inline void fence_barrier_init() {}
+inline void bulk_copy(uint32_t destination, const void* source, int bytes, Barrier barrier) {
+    memcpy(own_memory() + destination, source, bytes);
+    barrier.come(own_block(), bytes);
+}
+struct TensorMap {  // as tests/emulator.py writes it: rows of halves, boxes of box_rows by 64 columns
+    uint64_t address, rows, columns, row_bytes, box_rows;
+};
+inline uint32_t swizzled(uint32_t address) {  // the 128-byte swizzle
+    return address ^ (address >> 7 & 7) << 4;
+}
+inline void tensor_copy(uint32_t destination, const void* map, int column, int row, Barrier barrier, uint16_t blocks) {
+    TensorMap from;
+    memcpy(&from, map, sizeof(from));
+    int rows = static_cast<int>(from.box_rows);
+    for (int block = 0; block < kEmulatedBlocks; ++block) {
+        if (!(blocks >> block & 1)) continue;
+        for (int r = row; r < row + rows; ++r)
+            for (int c = column; c < column + 64; ++c) {
+                half_t value = 0;  // outside
+                if (r >= 0 && r < static_cast<int>(from.rows) && c < static_cast<int>(from.columns))
+                    memcpy(&value, reinterpret_cast<uint8_t*>(from.address) + r * from.row_bytes + 2 * c, 2);
+                memcpy(shared_memory[block] + swizzled(destination + 128 * (r - row) + 2 * (c - column)), &value, 2);
+            }
+        barrier.come(block, rows * 128);
+    }
+}
+inline void tensor_copy(uint32_t destination, const void* map, int column, int row, Barrier barrier) {
+    tensor_copy(destination, map, column, row, barrier, static_cast<uint16_t>(1 << own_block()));
+}
+template <int kRegisters>
+inline void give_up_registers() {}
+template <int kRegisters>
+inline void take_registers() {}
+
+inline uint64_t wgmma_operand(uint32_t address, uint32_t panel = 16) {
+    return static_cast<uint64_t>((address & 0x3ffff) >> 4) | static_cast<uint64_t>(panel >> 4) << 16 | 64ull << 32 |
+           1ull << 62;
+}
+inline void wgmma_begin() {}
+inline void wgmma_commit() {}
+template <int kPending>
+inline void wgmma_wait() {}
+inline float operand_value(uint64_t operand, int row, int k, bool transposed) {
+    uint32_t address = (operand & 0x3fff) << 4, panel = (operand >> 16 & 0x3fff) << 4;
+    address += transposed ? row / 64 * panel + k * 128 + row % 64 * 2 : row * 128 + k * 2;
+    half_t value;
+    memcpy(&value, own_memory() + swizzled(address), 2);
+    return half_to_float(value);
+}
+// A thread's two rows of a, by 16 rows of b, or columns where it is transposed.
+template <int D>
+inline void multiply_rows(float (&d)[D], const float (&a)[2][16], uint64_t b, bool accumulate, bool transposed) {
+    int lane = fibers.current % 32;
+    for (int j = 0; j < D / 4; ++j)
+        for (int c = 0; c < 2; ++c) {
+            float sum[2] = {accumulate ? d[4 * j + c] : 0.0f, accumulate ? d[4 * j + 2 + c] : 0.0f};
+            for (int k = 0; k < 16; ++k) {
+                float right = operand_value(b, 8 * j + lane % 4 * 2 + c, k, transposed);
+                for (int r = 0; r < 2; ++r) sum[r] = fmaf(a[r][k], right, sum[r]);
+            }
+            d[4 * j + c] = sum[0], d[4 * j + 2 + c] = sum[1];
+        }
+}
+inline void meet_warpgroup() {
+    meet(fibers.group[fibers.current / 128], 128);
+}
+template <bool kTransposed = false, int D>
+inline void wgmma_f16(float (&d)[D], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b, bool accumulate) {
+    int warp = fibers.current / 32, lane = fibers.current % 32;
+    uint32_t own[4] = {a0, a1, a2, a3};
+    for (int i = 0; i < 4; ++i) fibers.held[warp][lane][i] = own[i];
+    meet_warpgroup();
+    float a[2][16];
+    for (int r = 0; r < 2; ++r)
+        for (int k = 0; k < 16; ++k) {
+            uint32_t pair = fibers.held[warp][lane / 4 * 4 + k % 8 / 2][r + k / 8 * 2];
+            a[r][k] = k % 2 ? high_half(pair) : low_half(pair);
+        }
+    multiply_rows(d, a, b, accumulate, kTransposed);
+    meet_warpgroup();
+}
+template <int D>
+inline void wgmma_f16(float (&d)[D], uint64_t left, uint64_t b, bool accumulate) {
+    int row = fibers.current / 32 % 4 * 16 + fibers.current % 32 / 4;
+    meet_warpgroup();
+    float a[2][16];
+    for (int r = 0; r < 2; ++r)
+        for (int k = 0; k < 16; ++k) a[r][k] = operand_value(left, row + 8 * r, k, false);
+    multiply_rows(d, a, b, accumulate, false);
+    meet_warpgroup();
+}
+
+// Launches -----------------------------------------------------------------------------------------------------------
 
 template <class... A, size_t... I>
-static void launch(void (*kernel)(A...), const uint64_t* values, Index grid, unsigned threads,
+static void launch(void (*kernel)(A...), const uint64_t* values, Index grid, unsigned threads, int cluster,
                    std::index_sequence<I...>) {
     std::tuple<A...> arguments;
     (memcpy(&std::get<I>(arguments), values + I, sizeof(A)), ...);
@@ -372,12 +500,13 @@ static void launch(void (*kernel)(A...), const uint64_t* values, Index grid, uns
     gridDim = grid, blockDim = {threads, 1, 1};
     for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
         for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
-            for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
-                memset(shared_memory, 0xff, sizeof(shared_memory) / 1);
-                run_block(static_cast<int>(threads), [](void* own) { (*static_cast<decltype(body)*>(own))(); }, &body);
+            for (blockIdx.x = 0; blockIdx.x < grid.x; blockIdx.x += cluster) {
+                memset(shared_memory, 0xff, static_cast<size_t>(cluster) * kEmulatedBytes);
+                auto call = [](void* own) { (*static_cast<decltype(body)*>(own))(); };
+                run_cluster(cluster, static_cast<int>(threads), call, &body);
             }
 }
 template <class... A>
-static void launch(void (*kernel)(A...), const uint64_t* values, Index grid, unsigned threads) {
-    launch(kernel, values, grid, threads, std::index_sequence_for<A...>());
+static void launch(void (*kernel)(A...), const uint64_t* values, Index grid, unsigned threads, int cluster) {
+    launch(kernel, values, grid, threads, cluster, std::index_sequence_for<A...>());
 }
