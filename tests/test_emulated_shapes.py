@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(why_not() is not None, reason=f"kernels are not emulated: {why_not()}"),
 ]
-LENGTHS = (1, 7, 63, 64, 65, 129, 300)
+LENGTHS = (1, 7, 63, 65, 129)  # before and behind where chunks and tiles end
 
 
 def mamba(heads, head_dim, groups, state, kernel=4):
