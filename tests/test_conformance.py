@@ -30,7 +30,7 @@ def limit(name, backend):
 
 ELSEWHERE = {  # architectures whose cases lie beside a development tree only: large, or of layers that a case here has
     *"gemma2 smollm3 mistral3 gpt-oss qwen2moe qwen3moe olmoe gemma-embedding".split(),
-    *"qwen2 qwen3vl internlm2".split(),
+    *"qwen2 qwen3vl qwen3vlmoe internlm2".split(),
 }
 
 

@@ -74,6 +74,7 @@ CUT = [
 # patterns, of which llama.cpp's are simpler forms.
 WAYS = (
     "gpt-2 smollm llama-bpe chatglm-bpe glm4 qwen2 qwen35 kimi-k2 deepseek-v3 deepseek-llm deepseek-coder falcon "
+    "seed-coder "
     "default"
 ).split()
 

@@ -61,6 +61,7 @@ _PATTERNS = {
         r"\p{N}+",
     ],
     "deepseek-coder": [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}"],
+    "seed-coder": [_CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"],
     "falcon": [r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]"],
     "default": [r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"],
 }
@@ -78,6 +79,7 @@ _NAMES = {
     "deepseek3": "deepseek-v3 hunyuan-dense joyai-llm",
     "deepseek-llm": "deepseek-llm",
     "deepseek-coder": "deepseek-coder",
+    "seed-coder": "seed-coder",
     "falcon": "falcon",
     "default": "default",
 }
