@@ -4,6 +4,7 @@ $KQPREFILL_VOCABS: a folder of llama.cpp's models/ggml-vocab-*.gguf with their .
 source distribution of llama-cpp-python on PyPI contains it).
 """
 
+from itertools import pairwise
 import json
 import os
 from pathlib import Path
@@ -135,6 +136,27 @@ def test_words_are_cut_as_llama_cpp_cuts_them():
         tokenizer = Tokenizer(vocabulary_of_merges(known["merges"], pre), "test")
         for text, ids in zip(known["texts"], expected, strict=True):
             assert tokenizer.encode(text, add_special=False, parse_special=False) == ids, (pre, text)
+
+
+@pytest.mark.parametrize(
+    "pre,words",
+    [
+        ("gpt-4o", ["Camel", "Case's", "IDE", "_v", "123", "4"]),
+        ("gpt-4o", ["don't", " WORLD's", " (", "123", "4", ")"]),
+        ("tekken", ["Camel", "Case", "1", "2"]),
+        ("tiny_aya", ["Camel", "Case", "IDENTifier", "_v", "2"]),
+        ("tiny_aya", ["like", " ", "1", "234", "567", " and", " ", "89", "000", "."]),
+        ("cohere2moe", ["x", "123", "4", "b"]),  # digits before a letter are counted from the left
+    ],
+)
+def test_words_are_cut_as_the_models_own_tokenizers_cut_them(pre, words):
+    """Where llama.cpp's patterns are simpler: each word is a token, unless what parts two would be joined first."""
+    spelled = [word.replace(" ", "Ġ") for word in words]
+    merges = [f"{left[-1]} {right[0]}" for left, right in pairwise(spelled)]
+    merges += [f"{word[:n]} {word[n]}" for word in spelled for n in range(1, len(word))]
+    tokenizer = Tokenizer(vocabulary_of_merges(list(dict.fromkeys(merges)), pre), "test")
+    ids = tokenizer.encode("".join(words), add_special=False, parse_special=False)
+    assert [tokenizer.decode([i]).decode() for i in ids] == words
 
 
 @pytest.mark.parametrize(

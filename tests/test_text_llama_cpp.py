@@ -70,8 +70,8 @@ CUT = [
     "ԱՑֈ ლარი ჀႠ ⴀⴭ Ꞑꟺ ꬰꭨ 𝕳𝟎 𐖗 𖹀 Ǆǅ",
     "a.b,c(d) :-) #x @y 12,345.67 ٣٤٥٦ १२३४ x1y22z333w4444",
 ]
-# One name of each way that cuts as llama.cpp does. The two that part words at capitals do not: they are the models' own
-# patterns, of which llama.cpp's are simpler forms.
+# One name of each way that cuts as llama.cpp does. The three that part words at capitals do not: they are the models'
+# own patterns, of which llama.cpp's are simpler forms.
 WAYS = (
     "gpt-2 smollm llama-bpe chatglm-bpe glm4 qwen2 qwen35 kimi-k2 deepseek-v3 deepseek-llm deepseek-coder falcon "
     "seed-coder "

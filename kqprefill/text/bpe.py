@@ -46,6 +46,7 @@ _PATTERNS = {
     ],
     "tekken": [_CASED % ("", "", "")],
     "gpt4o": [_CASED % (_CONTRACTION + "?", _CONTRACTION + "?", "{1,3}")],
+    "tiny-aya": [r"\d{1,3}(?=(?:\d{3})*\b)", _CASED % (_CONTRACTION + "?", _CONTRACTION + "?", "{1,3}")],
     "deepseek3": [
         r"\p{N}{1,3}",
         r"[一-龥぀-ゟ゠-ヿ]+",
@@ -76,6 +77,7 @@ _NAMES = {
     "kimi-k2": "kimi-k2",
     "tekken": "tekken",
     "gpt4o": "gpt-4o llama4 kanana2 minimax-m2",
+    "tiny-aya": "tiny_aya cohere2moe",
     "deepseek3": "deepseek-v3 hunyuan-dense joyai-llm",
     "deepseek-llm": "deepseek-llm",
     "deepseek-coder": "deepseek-coder",
