@@ -1,7 +1,10 @@
 """The CUDA kernels on the host, the portable ones and Hopper's: compiled by g++ over emulator/cuda.hpp, and launched by
 the ops as on a GPU.
 
-It is slow, and shows nothing of races, or of how fast anything is. It needs g++ and an x86-64 processor with AVX2.
+It is slow, and shows nothing of how fast anything is. Races within a block show where threads take other turns (the
+environment's KQ_EMULATED_ORDER, see cuda.hpp), but for those with tensor copies and with wgmma, which are done at once,
+and in arrays of `__shared__` that still hold what the launch before has left. It needs g++ and an x86-64 processor with
+AVX2.
 """
 
 import ctypes

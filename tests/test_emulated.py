@@ -76,6 +76,17 @@ def test_cut_packed_and_cached_are_the_same_bits(name, kernels, opened, rng):
     assert np.array_equal(logits[190:], last[100:])
 
 
+@pytest.mark.parametrize("name,kernels", slow_but((QUICK, "portable"), CUTS))
+def test_threads_in_another_order_are_the_same_bits(name, kernels, opened, rng, monkeypatch):
+    """What no barrier keeps in order would differ: a race."""
+    model = opened(name, kernels)
+    tokens = rng.integers(0, model.family.config.vocab_size, 150).astype(np.int32)
+    by_number = model.run(Batch(tokens)).logits
+    for order in range(1, 3):
+        monkeypatch.setenv("KQ_EMULATED_ORDER", str(order))
+        assert np.array_equal(model.run(Batch(tokens)).logits, by_number), f"order {order}"
+
+
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in RECURRENT])
 def test_states_are_those_of_the_cpu(name, opened, rng):
     """Read from a cache, and written to another that goes on."""

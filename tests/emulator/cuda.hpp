@@ -1,7 +1,11 @@
 // CUDA for a host compiler: the threads of a block, or of a cluster of blocks, are fibers of one thread of the host,
 // which take turns where they meet (__syncthreads, __syncwarp, shuffles, the matrix instructions) or wait (barriers). In
-// place of kernels/include/types.cuh, ptx.cuh, sm90.cuh, and of Barrier in barriers.cuh. Slow, and without races: copies
-// are there at once, and products done. It shows what kernels compute, and neither how fast nor whether they may.
+// place of kernels/include/types.cuh, ptx.cuh, sm90.cuh, and of Barrier in barriers.cuh. Slow. Copies of cp.async are made
+// when they are waited for; tensor copies are there at once, and products done.
+//
+// The environment's KQ_EMULATED_ORDER, a number, has blocks, warps and threads take their turns in another order, each
+// warp as far as it comes without the others: what no barrier keeps in order comes out of it, and results that differ
+// show a race.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -13,6 +17,7 @@
 #include <sys/mman.h>
 #include <tuple>
 #include <utility>
+#include <vector>
 #define __device__
 #define __host__
 #define __global__
@@ -97,7 +102,18 @@ static struct {
     uint32_t held[kEmulatedThreads / 32][32][6];
     void (*body)(void*);
     void* argument;
+    uint64_t order;   // of turns: 0 is by number
+    uint64_t passed;  // how often a thread has gone on from where it had to wait
 } fibers;
+
+struct Copy {  // of cp.async; group: how many of its thread's groups were complete when it was asked for
+    void* destination;
+    const void* source;
+    bool valid;
+    int group;
+};
+static std::vector<Copy> copies[kEmulatedThreads];
+static int copy_groups[kEmulatedThreads];
 
 inline int own_block() {
     return fibers.current / fibers.threads;
@@ -115,6 +131,7 @@ static void meet(Meeting& meeting, int expected) {
     if (++meeting.arrived >= expected) meeting.arrived = 0, ++meeting.round;
     else
         while (meeting.round == round) yield();
+    ++fibers.passed;
 }
 
 static void leave(Meeting& meeting,
@@ -134,6 +151,7 @@ static void kq_entry() {
 }
 
 // Runs the blocks of a cluster, blockIdx.x being the first's.
+constexpr uint64_t kPrimes[] = {2053, 2063, 2069, 2081, 2083, 2087, 2089, 2099};  // which no number of threads has
 static void run_cluster(int blocks, int threads, void (*body)(void*), void* argument) {
     if (!fibers.memory)
         fibers.memory = static_cast<uint8_t*>(mmap(nullptr, static_cast<size_t>(kEmulatedThreads) * kStackBytes,
@@ -150,17 +168,26 @@ static void run_cluster(int blocks, int threads, void (*body)(void*), void* argu
         *--top = nullptr;  // keeps the stack aligned as after a call
         *--top = reinterpret_cast<void*>(kq_entry);
         for (int i = 0; i < 6; ++i) *--top = nullptr;
-        fibers.stack[t] = top, fibers.ended[t] = false;
+        fibers.stack[t] = top, fibers.ended[t] = false, copies[t].clear();
     }
     unsigned first = blockIdx.x;
+    int warps = (all + 31) / 32;
     for (int turns = 0; fibers.alive; ++turns) {
         if (turns > 10000000) fprintf(stderr, "emulator: a block's threads wait for one another\n"), abort();
-        for (int t = 0; t < all; ++t)
-            if (!fibers.ended[t]) {
-                fibers.current = t, threadIdx = {static_cast<unsigned>(t % threads), 0, 0};
-                blockIdx.x = first + t / threads;
-                kq_switch(&fibers.scheduler, fibers.stack[t]);
-            }
+        uint64_t random = (fibers.order + turns) * 0x9e3779b97f4a7c15u, passed;
+        for (int i = 0; i < warps; ++i) {
+            int warp = fibers.order ? (i * kPrimes[random >> 61] + (random >> 32)) % warps : i;
+            do {  // in another order, as far as it comes without the other warps
+                passed = fibers.passed;
+                for (int lane = 0; lane < 32; ++lane) {
+                    int t = 32 * warp + (fibers.order ? 31 - lane : lane);
+                    if (t >= all || fibers.ended[t]) continue;
+                    fibers.current = t, threadIdx = {static_cast<unsigned>(t % threads), 0, 0};
+                    blockIdx.x = first + t / threads;
+                    kq_switch(&fibers.scheduler, fibers.stack[t]);
+                }
+            } while (fibers.order && fibers.passed != passed);
+        }
     }
     blockIdx.x = first;
 }
@@ -327,12 +354,21 @@ inline uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(static_cast<const uint8_t*>(pointer) - own_memory());
 }
 inline void cp_async16(uint32_t destination, const void* source, bool valid) {
-    if (valid) memcpy(own_memory() + destination, source, 16);
-    else memset(own_memory() + destination, 0, 16);
+    int own = fibers.current;
+    copies[own].push_back({own_memory() + destination, source, valid, copy_groups[own]});
 }
-inline void cp_async_commit() {}
+inline void cp_async_commit() {
+    ++copy_groups[fibers.current];
+}
 template <int kPending>
-inline void cp_async_wait() {}
+inline void cp_async_wait() {
+    std::vector<Copy>& own = copies[fibers.current];
+    size_t done = 0;
+    for (; done < own.size() && own[done].group < copy_groups[fibers.current] - kPending; ++done)
+        if (own[done].valid) memcpy(own[done].destination, own[done].source, 16);
+        else memset(own[done].destination, 0, 16);
+    own.erase(own.begin(), own.begin() + done);
+}
 
 inline void load_matrices(uint32_t (&r)[4], uint32_t address, bool transposed) {
     int warp = fibers.current / 32, lane = fibers.current % 32;
@@ -394,6 +430,7 @@ struct Barrier {  // kernels/include/barriers.cuh
     void come(int block, int bytes) const { state(block).bytes -= bytes, turn(block); }
     void wait(uint32_t parity) const {
         while ((state(own_block()).phase & 1) == static_cast<int>(parity)) yield();
+        ++fibers.passed;
     }
 };
 inline void fence_barrier_init() {}
@@ -498,13 +535,16 @@ static void launch(void (*kernel)(A...), const uint64_t* values, Index grid, uns
     (memcpy(&std::get<I>(arguments), values + I, sizeof(A)), ...);
     auto body = [&] { kernel(std::get<I>(arguments)...); };
     gridDim = grid, blockDim = {threads, 1, 1};
-    for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
-        for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
-            for (blockIdx.x = 0; blockIdx.x < grid.x; blockIdx.x += cluster) {
-                memset(shared_memory, 0xff, static_cast<size_t>(cluster) * kEmulatedBytes);
-                auto call = [](void* own) { (*static_cast<decltype(body)*>(own))(); };
-                run_cluster(cluster, static_cast<int>(threads), call, &body);
-            }
+    const char* order = getenv("KQ_EMULATED_ORDER");
+    fibers.order = order ? strtoull(order, nullptr, 10) : 0;
+    unsigned across = grid.x / cluster, blocks = across * grid.y * grid.z;
+    for (unsigned i = 0; i < blocks; ++i) {
+        unsigned block = fibers.order ? blocks - 1 - i : i;
+        blockIdx = {block % across * cluster, block / across % grid.y, block / across / grid.y};
+        memset(shared_memory, 0xff, static_cast<size_t>(cluster) * kEmulatedBytes);
+        auto call = [](void* own) { (*static_cast<decltype(body)*>(own))(); };
+        run_cluster(cluster, static_cast<int>(threads), call, &body);
+    }
 }
 template <class... A>
 static void launch(void (*kernel)(A...), const uint64_t* values, Index grid, unsigned threads, int cluster) {
