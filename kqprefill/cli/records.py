@@ -11,6 +11,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from ..corpus.inputs import LONGEST_LINE, is_table
 from ..corpus.records import ASKED, BOM, OURS, Reader, Record
 from ..errors import InputError, KqprefillError
 from .interrupts import reason
@@ -21,13 +22,12 @@ if TYPE_CHECKING:
     from ..engine.scoring import Item
 
 _AHEAD = 1 << 16  # tokens that are read before they are needed, about: some batches
-LONGEST_LINE = 256 << 20  # bytes; some files have no end of a line (/dev/zero)
 _LINGER = 0.05  # seconds to wait for more, before what there is runs in a smaller batch
 
 
-def check_inputs(paths: Sequence[str]) -> list[str]:
+def check_inputs(paths: Sequence[str], advice: str = "") -> list[str]:
     """The files of records as they will be opened (`-`: stdin). Raises KqprefillError for one that cannot be read,
-    before anything else is done; InputError for stdin twice."""
+    before anything else is done; InputError for stdin twice. advice: what to do where one is no file of lines."""
     if paths.count(STDIO) > 1:
         raise InputError("stdin (`-`) is given twice; it can be read once")
     found = [path if path == STDIO else from_home(path) for path in paths]
@@ -36,7 +36,9 @@ def check_inputs(paths: Sequence[str]) -> list[str]:
             continue
         try:
             if stat.S_ISDIR(os.stat(path).st_mode):
-                raise KqprefillError(f"{path}: a folder, where a file of JSON lines is wanted")
+                raise KqprefillError(f"{path}: a folder, where a file of JSON lines is wanted{advice}")
+            if is_table(path):
+                raise KqprefillError(f"{path}: Parquet, where a file of JSON lines is wanted{advice}")
             if not os.access(path, os.R_OK):
                 raise KqprefillError(f"{path}: it may not be read")
         except OSError as error:

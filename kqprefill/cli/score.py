@@ -14,6 +14,7 @@ import click
 
 from ..corpus.records import OURS, Record
 from ..corpus.results import Wanted, all_finite, described
+from ..corpus.scorer import Form, Settings
 from ..errors import DAMAGED_WEIGHTS, InputError, KqprefillError
 from .common import (
     batch_option,
@@ -31,6 +32,7 @@ from .outputs import STDIO, Outputs, force_option
 from .progress import Bars, progress_bars
 from .records import Records, check_inputs
 from .run_options import RunOptions, run_options
+from .score_folder import FolderOptions, folder_options, is_folder, score_folder
 from .sources import from_home, model_path
 
 if TYPE_CHECKING:
@@ -46,7 +48,11 @@ _SOME_BAD = 3  # the exit status where some records could not be scored
 @click.argument("name", metavar="MODEL", type=click.Path())
 @click.argument("files", metavar="[JSONL]...", type=click.Path(), nargs=-1)
 @click.option(
-    "-o", "--output", metavar="FILE", default=STDIO, help="Where the results go, line by line; stdout unless given."
+    "-o",
+    "--output",
+    metavar="FILE",
+    default=STDIO,
+    help="Where the results go, line by line; stdout unless given. FOLDER/: a file for each block of the inputs.",
 )
 @click.option(
     "--resume", is_flag=True, help="Continue an interrupted --output: records that have their line are skipped."
@@ -76,6 +82,7 @@ _SOME_BAD = 3  # the exit status where some records could not be scored
     help="Add top_tokens and top_logprobs, the K likeliest at each place.",
 )
 @click.option("--html", metavar="FILE", help="Also write one page that shows the texts, shaded by log-probability.")
+@folder_options
 @template_option
 @special_option
 @force_option
@@ -94,6 +101,10 @@ def score(
     greedy: bool,
     top: int,
     html: str | None,
+    ray: str | None,
+    replicas: int | None,
+    block: str | None,
+    form: Form | None,
     chat_template: str | None,
     no_special: bool,
     force: bool,
@@ -102,7 +113,8 @@ def score(
 ) -> None:
     """Write the log-probabilities of many prompts.
 
-    Of each line of JSONL files (or stdin), one JSON object a line, in order.
+    Of each line of JSONL files (or stdin), one JSON object a line, in order. With -o FOLDER/, of files, globs and
+    folders of JSONL and Parquet, and with --ray on many GPUs or machines.
 
     A line has "prompt" (text), "tokens" (ids) or "messages" (a conversation, for the chat template), and perhaps
     "completion", which is then scored given the prompt, or "choices", several of them; its other keys are handed on.
@@ -114,6 +126,7 @@ def score(
     \b
     echo '{"prompt": "Hello"}' | kqprefill score examples/tiny-qwen3.gguf
     kqprefill score examples/tiny-qwen3.gguf examples/questions.jsonl --per-token
+    kqprefill score model.gguf 'corpus/*.parquet' -o scores/ --ray=auto
     """
     if resume and (output == STDIO or html):
         raise click.UsageError("--resume continues an --output FILE, without --html")
@@ -121,7 +134,17 @@ def score(
         raise click.UsageError("--html - : the results have stdout; name a file")
     if keep_as is not None and (keep_as in OURS or not keep_as):
         raise click.UsageError(f"--keep-as {keep_as}: a result has a key of that name; choose another")
-    paths = check_inputs(files or (STDIO,))
+    wanted = Wanted(per_token, greedy, top)
+    options = FolderOptions(ray, replicas, block, form)
+    if is_folder(output):
+        if html:
+            raise click.UsageError("--html: of an output that is a file, not a folder")
+        template = read_template(chat_template)
+        settings = Settings(wanted, keep_as, on_error == "skip", not no_special, template, batch_tokens, form)
+        context.exit(score_folder(name, files, output, resume, settings, options, on))
+    if options.given:
+        raise click.UsageError(f"{options.given}: with an output folder, -o FOLDER/")
+    paths = check_inputs(files or (STDIO,), "; with -o FOLDER/ it is scored into a folder")
     outputs = Outputs(force)
     if chat_template is not None:
         outputs.reads(from_home(chat_template), "the file of --chat-template")
@@ -129,7 +152,6 @@ def score(
     template = read_template(chat_template)
     on.wake()
 
-    wanted = Wanted(per_token, greedy, top)
     run: _Run | None = None
     lines: Lines | None = None
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 import math
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,11 @@ def described(result: Scored | list[Scored], wanted: Wanted) -> dict[str, Any]:
 def all_finite(result: Scored | list[Scored]) -> bool:
     """Whether the model gave numbers; it does not where its weights are damaged."""
     return all(scored.finite for scored in (result if isinstance(result, list) else [result]))
+
+
+def n_tokens_of(line: Mapping[str, Any]) -> int:
+    """How many tokens a line of results says were scored, over all of its choices; 0 where it is an error."""
+    return sum(result.get("n_tokens") or 0 for result in line.get("choices") or [line])
 
 
 def _stretch(scored: Scored, wanted: Wanted) -> dict[str, Any]:
