@@ -155,7 +155,7 @@ def test_folders_are_not_mixed_up(corpus, tmp_path):
     refused("holds something else", output=tmp_path / "notes")
     refused("a.jsonl is in it", output=tmp_path)
     refused("stdin cannot be cut", source="-")
-    made = kq("synth", "tiny", tmp_path / "other.gguf")
+    made = kq("synth", "tiny:Q8_0", tmp_path / "other.gguf")
     assert made.returncode == 0
     refused("made with another model", "--resume", model=tmp_path / "other.gguf")
     refused("no file has such a name", source=tmp_path / "in" / "*.none", output=tmp_path / "x", status=1)

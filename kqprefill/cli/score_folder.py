@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..backends.budget import Budget
-from ..corpus.folder import Folder, Run
+from ..corpus.folder import Folder
 from ..corpus.inputs import Block, files_of, is_table, parquet
+from ..corpus.run import Run
 from ..corpus.scorer import BlockScorer, Done, Settings
 from ..errors import InputError, KqprefillError
 from .common import Command, open_file, say, say_batches, say_loaded, say_plain

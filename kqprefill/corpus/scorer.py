@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ..errors import DAMAGED_WEIGHTS, InputError, KqprefillError
 from . import blocks
+from .folder import Folder
 from .inputs import Block
 from .records import Reader, Record
 from .results import Wanted, all_finite, described, n_tokens_of
@@ -19,7 +20,6 @@ from .results import Wanted, all_finite, described, n_tokens_of
 if TYPE_CHECKING:
     from ..engine.model import Model
     from ..engine.scoring import Item
-    from .folder import Folder
 
 Form: TypeAlias = Literal["jsonl", "parquet"]
 
