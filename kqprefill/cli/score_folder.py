@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import chain
 import os
 import re
 import time
@@ -248,12 +249,15 @@ def _over_ray(name: str, work: _Work, options: FolderOptions, on: RunOptions, st
         if (error.name or "").partition(".")[0] != "ray":
             raise
         raise InputError("--ray needs Ray: pip install 'kqprefill[ray]'") from None
+    first = next(work.blocks, None)
+    if first is None:
+        return
     path = model_path(name)
     place = os.path.abspath(path) if os.path.exists(path) else path
-    model = {"name": place, "backend": on.backend, "kernels": on.kernels, "vram": on.vram}
+    model = {"model": place, "backend": on.backend, "device": 0, "kernels": on.kernels, "vram": on.vram}
     tell: Callable[[str], None] = (lambda line: None) if on.quiet else say
     cluster: Cluster = stack.enter_context(pool.Cluster(options.ray, options.replicas, model, work.settings, tell))
-    for block, done in cluster.scored(work.blocks, work.run):
+    for block, done in cluster.scored(chain([first], work.blocks), work.run):
         yield done
         work.show(block, 1.0, done, cluster.note())
     if on.verbose:

@@ -1,0 +1,72 @@
+"""A Ray cluster: connecting to it, and how many replicas of a model its machines have room for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+import logging
+import math
+import os
+from typing import Any
+
+import ray
+
+from ..cli.interrupts import on_signals, raise_signal
+from ..errors import InputError, KqprefillError
+
+
+@dataclass(frozen=True)
+class Share:
+    """What each of `replicas` replicas takes, by Ray's resources; backend: on which it runs, "cpu" or "cuda"."""
+
+    replicas: int
+    backend: str
+    num_cpus: int
+    num_gpus: float
+
+
+@contextmanager
+def connected(address: str) -> Iterator[None]:
+    """Meanwhile this process is a driver of the cluster at HOST:PORT; of this machine's (auto), or one that is started
+    where there is none; or of one that is started for it alone (local).
+
+    Raises KqprefillError where there is no such cluster.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        ray.init(None if address == "auto" else address, log_to_driver=False, logging_level=logging.CRITICAL)
+    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        raise KqprefillError(f"--ray {address}: {' '.join(str(error).split())}") from None
+    try:
+        on_signals(raise_signal)  # Ray has put handlers of its own in their place
+        yield
+    finally:
+        ray.shutdown()
+
+
+def share_of(nodes: Sequence[dict[str, Any]], backend: str, replicas: int | None, vram: str | None) -> Share:
+    """How `replicas` replicas share the nodes (`ray.nodes()`); None for as many as there are GPUs, or nodes where there
+    are none.
+
+    backend: "auto" takes the GPUs where a node has one. More replicas than GPUs share them, each within --vram. On CPUs
+    each takes as many as leave room for all. Raises InputError where there is no room.
+    """
+    resources = [node["Resources"] for node in nodes if node["Alive"]]
+    cpus, gpus = ([int(own.get(kind, 0)) for own in resources] for kind in ("CPU", "GPU"))
+    if backend == "cuda" and not sum(gpus):
+        raise InputError("--backend cuda: the cluster has no GPU")
+    if backend != "cpu" and sum(gpus):
+        count = replicas or sum(gpus)
+        if count <= sum(gpus):
+            return Share(count, "cuda", 1, 1)
+        if vram is None:
+            raise InputError(
+                f"--replicas {count}: the cluster has {sum(gpus)} GPUs; give --vram so that they share them"
+            )
+        return Share(count, "cuda", 1, 1 / math.ceil(count / sum(gpus)))
+    count = replicas or sum(1 for own in cpus if own)
+    for each in range(max(cpus, default=0), 0, -1):
+        if count and sum(own // each for own in cpus) >= count:
+            return Share(count, "cpu", each, 0)
+    raise InputError(f"--replicas {count}: the cluster has {sum(cpus)} CPUs, and each replica takes one")
