@@ -141,7 +141,7 @@ def score_folder(
                 work.first_error = work.first_error or done.first_error
                 tokens, records = tokens + done.tokens, records + done.records
             _check(run, work.first_error, paths)
-            run.write_manifest(done=True)
+            run.end()
     except Interrupted:
         if run is not None and not on.quiet:
             say(f"interrupted: {run.counts.records} records are done in {output}; --resume goes on from there")
@@ -256,7 +256,9 @@ def _over_ray(name: str, work: _Work, options: FolderOptions, on: RunOptions, st
     place = os.path.abspath(path) if os.path.exists(path) else path
     model = {"model": place, "backend": on.backend, "device": 0, "kernels": on.kernels, "vram": on.vram}
     tell: Callable[[str], None] = (lambda line: None) if on.quiet else say
-    cluster: Cluster = stack.enter_context(pool.Cluster(options.ray, options.replicas, model, work.settings, tell))
+    cluster: Cluster = stack.enter_context(
+        pool.Cluster(options.ray, options.replicas, model, work.settings, tell, on.verbose)
+    )
     for block, done in cluster.scored(chain([first], work.blocks), work.run):
         yield done
         work.show(block, 1.0, done, cluster.note())

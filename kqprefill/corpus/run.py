@@ -98,9 +98,7 @@ class Run:
             )
 
     def _begin(self) -> None:
-        for left in self.folder.own.glob("*.tmp"):  # of workers that have gone
-            with suppress(OSError):
-                left.unlink()
+        self._sweep()
         manifest = self.folder.own / "manifest.json"
         if manifest.exists():
             self.manifest = self._read(manifest)
@@ -116,6 +114,17 @@ class Run:
         self._journal = open(self.folder.own / "blocks.jsonl", "ab")  # noqa: SIM115
         if self._cut is not None:
             self._journal.truncate(self._cut)
+
+    def _sweep(self) -> None:
+        """Remove what workers that have gone had not written whole."""
+        for left in self.folder.own.glob("*.tmp"):
+            with suppress(OSError):
+                left.unlink()
+
+    def end(self) -> None:
+        """Say that all blocks are done."""
+        self.write_manifest(done=True)
+        self._sweep()
 
     def _read(self, path: Path) -> dict[str, Any]:
         try:

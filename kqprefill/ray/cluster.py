@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 import logging
 import math
 import os
+import sys
 from typing import Any
 
 import ray
@@ -27,22 +28,24 @@ class Share:
 
 
 @contextmanager
-def connected(address: str) -> Iterator[None]:
+def connected(address: str, verbose: bool = False) -> Iterator[None]:
     """Meanwhile this process is a driver of the cluster at HOST:PORT; of this machine's (auto), or one that is started
     where there is none; or of one that is started for it alone (local).
 
-    Raises KqprefillError where there is no such cluster.
+    verbose: what Ray prints goes to stderr; else it is dropped: Ray prints on stdout, also where it is asked not to, what
+    befalls its workers. Raises KqprefillError where there is no such cluster.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         ray.init(None if address == "auto" else address, log_to_driver=False, logging_level=logging.CRITICAL)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         raise KqprefillError(f"--ray {address}: {' '.join(str(error).split())}") from None
-    try:
-        on_signals(raise_signal)  # Ray has put handlers of its own in their place
-        yield
-    finally:
-        ray.shutdown()
+    with open(os.devnull, "w") as nothing, redirect_stdout(sys.stderr if verbose else nothing):
+        try:
+            on_signals(raise_signal)  # Ray has put handlers of its own in their place
+            yield
+        finally:
+            ray.shutdown()
 
 
 def share_of(nodes: Sequence[dict[str, Any]], backend: str, replicas: int | None, vram: str | None) -> Share:
@@ -53,18 +56,17 @@ def share_of(nodes: Sequence[dict[str, Any]], backend: str, replicas: int | None
     each takes as many as leave room for all. Raises InputError where there is no room.
     """
     resources = [node["Resources"] for node in nodes if node["Alive"]]
-    cpus, gpus = ([int(own.get(kind, 0)) for own in resources] for kind in ("CPU", "GPU"))
-    if backend == "cuda" and not sum(gpus):
+    cpus = [int(own.get("CPU", 0)) for own in resources]
+    gpus = sum(int(own.get("GPU", 0)) for own in resources)
+    if backend == "cuda" and not gpus:
         raise InputError("--backend cuda: the cluster has no GPU")
-    if backend != "cpu" and sum(gpus):
-        count = replicas or sum(gpus)
-        if count <= sum(gpus):
+    if backend != "cpu" and gpus:
+        count = replicas or gpus
+        if count <= gpus:
             return Share(count, "cuda", 1, 1)
         if vram is None:
-            raise InputError(
-                f"--replicas {count}: the cluster has {sum(gpus)} GPUs; give --vram so that they share them"
-            )
-        return Share(count, "cuda", 1, 1 / math.ceil(count / sum(gpus)))
+            raise InputError(f"--replicas {count}: the cluster has {gpus} GPUs; give --vram so that they share them")
+        return Share(count, "cuda", 1, 1 / math.ceil(count / gpus))
     count = replicas or sum(1 for own in cpus if own)
     for each in range(max(cpus, default=0), 0, -1):
         if count and sum(own // each for own in cpus) >= count:

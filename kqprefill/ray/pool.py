@@ -86,7 +86,8 @@ class Cluster:
     """Replicas of a model on a cluster; a context manager, at whose end they are gone.
 
     address: as `connected` has it; replicas: how many, None for as `share_of` chooses; model: as `Scorer.of` takes it,
-    with the backend that was asked for; tell(line): hears what people should know. Raises as `connected` and `share_of`
+    with the backend that was asked for; tell(line): hears what people should know; verbose: they see what Ray says, too.
+    Raises as `connected` and `share_of`
     do.
     """
 
@@ -97,8 +98,10 @@ class Cluster:
         model: Mapping[str, Any],
         settings: Settings,
         tell: Callable[[str], None],
+        verbose: bool = False,
     ) -> None:
         self._address, self._replicas, self._settings, self._tell = address, replicas, settings, tell
+        self._verbose = verbose
         self._model = dict(model)
         self._members: list[_Member] = []
         self._opening: dict[Any, _Member] = {}
@@ -110,7 +113,7 @@ class Cluster:
 
     def __enter__(self) -> Cluster:
         self._stack = ExitStack()
-        self._stack.enter_context(connected(self._address))
+        self._stack.enter_context(connected(self._address, self._verbose))
         try:
             share = share_of(ray.nodes(), self._model["backend"], self._replicas, self._model["vram"])
             self._model["backend"] = share.backend
