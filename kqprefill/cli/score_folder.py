@@ -10,13 +10,13 @@ from itertools import chain
 import os
 import re
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from ..backends.budget import Budget
 from ..corpus.folder import Folder
-from ..corpus.inputs import Block, files_of, is_table, parquet
+from ..corpus.inputs import Block, files_of, parquet
 from ..corpus.run import Run
 from ..corpus.scorer import BlockScorer, Done, Settings
 from ..errors import InputError, KqprefillError
@@ -26,9 +26,6 @@ from .outputs import STDIO
 from .progress import Bars, progress_bars
 from .run_options import RunOptions
 from .sources import from_home, model_path
-
-if TYPE_CHECKING:
-    from ..ray.pool import Cluster
 
 _LARGEST_BLOCK = 1 << 30  # bytes: a worker has it in memory
 
@@ -170,8 +167,6 @@ def _inputs_of(files: Sequence[str], output: str) -> list[str]:
     for path in paths:
         if os.path.realpath(path).startswith(target + os.sep):
             raise InputError(f"-o {output}: {path} is in it, which is read; name another folder")
-        if is_table(path):
-            parquet()
     return paths
 
 
@@ -256,9 +251,7 @@ def _over_ray(name: str, work: _Work, options: FolderOptions, on: RunOptions, st
     place = os.path.abspath(path) if os.path.exists(path) else path
     model = {"model": place, "backend": on.backend, "device": 0, "kernels": on.kernels, "vram": on.vram}
     tell: Callable[[str], None] = (lambda line: None) if on.quiet else say
-    cluster: Cluster = stack.enter_context(
-        pool.Cluster(options.ray, options.replicas, model, work.settings, tell, on.verbose)
-    )
+    cluster = stack.enter_context(pool.Cluster(options.ray, options.replicas, model, work.settings, tell, on.verbose))
     for block, done in cluster.scored(chain([first], work.blocks), work.run):
         yield done
         work.show(block, 1.0, done, cluster.note())

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import logging
 import math
 import os
+import socket
 import sys
 from typing import Any
 
@@ -15,6 +16,8 @@ import ray
 
 from ..cli.interrupts import on_signals, raise_signal
 from ..errors import InputError, KqprefillError
+
+_PATIENCE = 10.0  # seconds for a cluster's head to answer
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,10 @@ def connected(address: str, verbose: bool = False) -> Iterator[None]:
     """Meanwhile this process is a driver of the cluster at HOST:PORT; of this machine's (auto), or one that is started
     where there is none; or of one that is started for it alone (local).
 
-    verbose: what Ray prints goes to stderr; else it is dropped: Ray prints on stdout, also where it is asked not to, what
-    befalls its workers. Raises KqprefillError where there is no such cluster.
+    verbose: what Ray prints goes to stderr; else it is dropped. (It prints on stdout what befalls its workers, also
+    where it is asked not to.) Raises KqprefillError where there is no such cluster.
     """
+    _refuse_unreachable(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         ray.init(None if address == "auto" else address, log_to_driver=False, logging_level=logging.CRITICAL)
@@ -46,6 +50,17 @@ def connected(address: str, verbose: bool = False) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+def _refuse_unreachable(address: str) -> None:
+    """Raise KqprefillError where nobody listens at HOST:PORT, for which Ray waits without an end in sight."""
+    host, colon, port = address.rpartition(":")
+    if not colon:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _PATIENCE).close()
+    except (OSError, OverflowError) as error:
+        raise KqprefillError(f"--ray {address}: no Ray cluster can be reached there: {error}") from None
 
 
 def share_of(nodes: Sequence[dict[str, Any]], backend: str, replicas: int | None, vram: str | None) -> Share:

@@ -86,9 +86,8 @@ class Cluster:
     """Replicas of a model on a cluster; a context manager, at whose end they are gone.
 
     address: as `connected` has it; replicas: how many, None for as `share_of` chooses; model: as `Scorer.of` takes it,
-    with the backend that was asked for; tell(line): hears what people should know; verbose: they see what Ray says, too.
-    Raises as `connected` and `share_of`
-    do.
+    with the backend that was asked for; tell(line): hears what people should know; verbose: they see what Ray says,
+    too. Raises as `connected` and `share_of` do.
     """
 
     def __init__(
