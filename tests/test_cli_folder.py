@@ -13,6 +13,7 @@ import pytest
 from conftest import EXAMPLE
 from test_cli import ENTRY, kq
 from test_cli_score import lines, read, score
+from test_python import documented
 
 WHAT_FOLDERS_KEEP = "_kqprefill"
 
@@ -66,6 +67,7 @@ def test_each_record_once_in_order(tmp_path, rng):
     assert without_index(by_path["a.ndjson"]) == without_index(plain[1])
     assert [line["index"] for line in by_path["a.ndjson"]] == list(range(1, 51))
     said = manifest(tmp_path / "out")
+    assert said.keys() == documented()["kqprefill score -o FOLDER/"][0]
     assert said["done"] and said["records"] == 250 and said["blocks"] > 8 and said["bad"] == 0
     assert said["n_tokens"] == sum(len(record["tokens"]) - 1 for record in one + two[:3] + two[4:]) + 3
     assert said["precision"]["backend"] == "cpu" and said["model"]["architecture"] == "qwen3"
@@ -180,6 +182,22 @@ def test_folders_are_not_mixed_up(corpus, tmp_path):
         done = score(*args)
         assert done.returncode and words in " ".join(done.stderr.decode().split()), done.stderr
     assert not (tmp_path / "f.jsonl").exists()
+
+
+def test_blocks_that_were_cut_are_not_read_again(tmp_path, rng):
+    """What a run that goes on knows of an input; whatever it knows, blocks are the same."""
+    from kqprefill.corpus.inputs import blocks_of
+
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b"".join(b"x" * int(rng.integers(0, 300)) + b"\n" for _ in range(200)) + b"end")
+    blocks = list(blocks_of(str(path), 0, 1000))
+    assert [block.first for block in blocks[1:]] == [block.first + block.count for block in blocks[:-1]]
+    assert sum(block.count for block in blocks) == 201 and blocks[-1].end == path.stat().st_size
+    for _ in range(10):
+        known = {block.number: block for block in blocks if rng.random() < 0.5}
+        assert list(blocks_of(str(path), 0, 1000, known)) == blocks
+    path.write_bytes(b"")
+    assert list(blocks_of(str(path), 0, 1000, {block.number: block for block in blocks})) == blocks
 
 
 def test_another_process_writes_it(corpus, tmp_path):

@@ -133,8 +133,8 @@ def score_folder(
             bars = stack.enter_context(progress_bars(not on.quiet))
             work = _Work(run, settings, sum(map(os.path.getsize, paths)), bars)
             scored = _here(name, work, on) if options.ray is None else _over_ray(name, work, options, on, stack)
-            for done in scored:
-                run.add(done)
+            for block, done in scored:
+                run.add(block, done)
                 work.first_error = work.first_error or done.first_error
                 tokens, records = tokens + done.tokens, records + done.records
             _check(run, work.first_error, paths)
@@ -200,7 +200,7 @@ class _Work:
             self.bars("score", at, self.nbytes, note or f"{self.run.counts.records} records, {rate:.0f} tokens/s")
 
 
-def _here(name: str, work: _Work, on: RunOptions) -> Iterator[Done]:
+def _here(name: str, work: _Work, on: RunOptions) -> Iterator[tuple[Block, Done]]:
     """Blocks, one after another, through a model of this process."""
     from ..corpus.identity import model_of, precision_of
 
@@ -222,7 +222,7 @@ def _here(name: str, work: _Work, on: RunOptions) -> Iterator[Done]:
         block: Block | None = first
         while block is not None:
             done = scorer.write(block, work.run.folder, _heard(work, block))
-            yield done
+            yield block, done
             work.show(block, 1.0, done)
             block = next(work.blocks, None)
         if on.verbose:
@@ -234,7 +234,9 @@ def _heard(work: _Work, block: Block) -> Callable[[float], None]:
     return lambda part: work.show(block, part, None)
 
 
-def _over_ray(name: str, work: _Work, options: FolderOptions, on: RunOptions, stack: ExitStack) -> Iterator[Done]:
+def _over_ray(
+    name: str, work: _Work, options: FolderOptions, on: RunOptions, stack: ExitStack
+) -> Iterator[tuple[Block, Done]]:
     """Blocks through the replicas of a cluster. Raises InputError where Ray is not installed."""
     if on.device:
         raise click.UsageError(f"--device {on.device}: Ray gives each replica its GPU; leave it out")
@@ -253,7 +255,7 @@ def _over_ray(name: str, work: _Work, options: FolderOptions, on: RunOptions, st
     tell: Callable[[str], None] = (lambda line: None) if on.quiet else say
     cluster = stack.enter_context(pool.Cluster(options.ray, options.replicas, model, work.settings, tell, on.verbose))
     for block, done in cluster.scored(chain([first], work.blocks), work.run):
-        yield done
+        yield block, done
         work.show(block, 1.0, done, cluster.note())
     if on.verbose:
         for line in cluster.table():

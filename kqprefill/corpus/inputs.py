@@ -6,7 +6,7 @@ block's checksum is part of its results' name: results of what the file has beco
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 import glob
 import os
@@ -21,6 +21,7 @@ TABLES = (".parquet",)
 LONGEST_LINE = 256 << 20  # bytes; some files have no end of a line
 _LONGEST_STEM = 120  # bytes of a file's name in its results' names
 _FOOTER = 8  # the last bytes of a Parquet file: its metadata's size, and a magic number
+_NONE: Mapping[int, Block] = {}
 
 
 @dataclass(frozen=True)
@@ -129,24 +130,35 @@ def _check(path: str) -> None:
         parquet()
 
 
-def blocks_of(path: str, file: int, size: int) -> Iterator[Block]:
-    """The blocks of a file, of about `size` bytes each. Raises KqprefillError where it cannot be read."""
+def blocks_of(path: str, file: int, size: int, known: Mapping[int, Block] = _NONE) -> Iterator[Block]:
+    """The blocks of a file, of about `size` bytes each. Raises KqprefillError where it cannot be read.
+
+    known: by their numbers, blocks that were cut from what the file still is: they are not read again.
+    """
     try:
-        yield from (_rows if is_table(path) else _lines)(path, file, size)
+        yield from _rows(path, file, size) if is_table(path) else _lines(path, file, size, known)
     except OSError as error:
         raise KqprefillError(f"{path}: {error.strerror or error}") from None
 
 
-def _lines(path: str, file: int, size: int) -> Iterator[Block]:
+def _lines(path: str, file: int, size: int, known: Mapping[int, Block]) -> Iterator[Block]:
     """Whole lines: the first `size` bytes, and the rest of the line that they end in."""
     first = begin = number = 0
     with open(path, "rb") as lines:
-        while data := lines.read(size):
-            if not data.endswith(b"\n"):
-                data += _rest_of_line(lines, path, first + data.count(b"\n"))
-            count, end = data.count(b"\n") + (not data.endswith(b"\n")), begin + len(data)
-            yield Block(path, file, number, first, count, begin, end, len(data), zlib.crc32(data))
-            first, begin, number = first + count, end, number + 1
+        while True:
+            block = known.get(number)
+            if block is None or (block.path, block.file, block.first, block.begin) != (path, file, first, begin):
+                lines.seek(begin)
+                data = lines.read(size)
+                if not data:
+                    return
+                if not data.endswith(b"\n"):
+                    data += _rest_of_line(lines, path, first + data.count(b"\n"))
+                count = data.count(b"\n") + (not data.endswith(b"\n"))
+                end = begin + len(data)
+                block = Block(path, file, number, first, count, begin, end, len(data), zlib.crc32(data))
+            yield block
+            first, begin, number = first + block.count, block.end, number + 1
 
 
 def _rest_of_line(lines: BinaryIO, path: str, line: int) -> bytes:

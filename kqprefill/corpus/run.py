@@ -2,10 +2,11 @@
 
     00000-texts-000003-1a2b3c4d.jsonl   the results of block 3 of input 0, texts.jsonl, whose checksum is 1a2b3c4d
     _kqprefill/manifest.json            the model, its precision, the options, the inputs, and counts
-    _kqprefill/blocks.jsonl             a line for each block that is done: its file's size, and counts
+    _kqprefill/blocks.jsonl             a line for each block that is done: where it lies, its file's size, and counts
 
 A block's file is written under another name and renamed once it is whole: that it is there is the record that the block
-is done. `blocks.jsonl` only spares later runs from counting it; what it lacks is counted.
+is done. `blocks.jsonl` only spares later runs from reading it, and the input that it was cut from where that was
+not written since; what is not in it is read.
 """
 
 from __future__ import annotations
@@ -110,6 +111,7 @@ class Run:
         elif self.made_of["options"]["block_bytes"] is None:
             self.made_of["options"]["block_bytes"] = BLOCK_BYTES
         self._names = dict(self._block_names())
+        self._input_written: dict[str, int] = {}
         self._known = self._read_journal()
         self._journal = open(self.folder.own / "blocks.jsonl", "ab")  # noqa: SIM115
         if self._cut is not None:
@@ -173,12 +175,19 @@ class Run:
         """The blocks whose results are not there, each cut from its file when it is asked for; those that are there are
         counted. Raises InputError where there are results of what a file was before."""
         for number, entry in enumerate(self.made_of["inputs"]):
-            for block in blocks_of(entry["path"], number, self.made_of["options"]["block_bytes"]):
+            known = self._cut_before(entry["path"])  # before it is read: what is written meanwhile is newer
+            for block in blocks_of(entry["path"], number, self.made_of["options"]["block_bytes"], known):
                 self.nbytes += block.nbytes
                 if self._has(block, block.name(f".{settings.form_of(block)}")):
                     self.nbytes_there += block.nbytes
                 else:
                     yield block
+
+    def _cut_before(self, path: str) -> dict[int, Block]:
+        """The blocks of a file that earlier runs have done, by their numbers, where it was not written since."""
+        cut, when = self._blocks.get(path, {}), _written(path)
+        self._input_written[path] = when
+        return {number: block for number, (block, then) in cut.items() if then == when}
 
     def _has(self, block: Block, name: str) -> bool:
         names = self._names.get(block.place, [])
@@ -189,24 +198,25 @@ class Run:
             )
         if not names:
             return False
-        done = self._known.get(name) or self._count(name)
+        done = self._known.get(name) or self._count(block, name)
         if done is None or os.path.getsize(os.path.join(self.folder.path, name)) != done.size:
             return False  # a file system that was cut off may leave less than was written
         self.counts.add(done)
         return True
 
-    def add(self, done: Done) -> None:
-        """Note a block that this run has done."""
+    def add(self, block: Block, done: Done) -> None:
+        """Note what this run has made of a block."""
         if not os.path.exists(os.path.join(self.folder.path, done.name)):
             raise KqprefillError(
                 f"{self.folder.path}: {done.name} was written by a worker and is not seen here; all machines must "
                 "share the folder"
             )
         self.counts.add(done)
-        self._write_down(done)
+        self._write_down(block, done)
 
-    def _write_down(self, done: Done) -> None:
-        self._journal.write(json.dumps(asdict(done)).encode() + b"\n")
+    def _write_down(self, block: Block, done: Done) -> None:
+        line = asdict(done) | {"block": asdict(block), "input_written": self._input_written[block.path]}
+        self._journal.write(json.dumps(line).encode() + b"\n")
         self._journal.flush()
 
     def _block_names(self) -> Iterator[tuple[str, list[str]]]:
@@ -218,19 +228,23 @@ class Run:
 
     def _read_journal(self) -> dict[str, Done]:
         known: dict[str, Done] = {}
+        self._blocks: dict[str, dict[int, tuple[Block, int]]] = {}
         self._cut: int | None = None
         end = 0
         with suppress(FileNotFoundError), open(self.folder.own / "blocks.jsonl", "rb") as file:
             for line in file:
                 try:
-                    done = Done(**json.loads(line))
-                except (ValueError, TypeError):
+                    told = json.loads(line)
+                    block, when = Block(**told.pop("block")), told.pop("input_written")
+                    done = Done(**told)
+                except (ValueError, TypeError, KeyError, AttributeError):
                     self._cut = end  # what a run that was killed has not written whole
                     break
                 known[done.name], end = done, end + len(line)
+                self._blocks.setdefault(block.path, {})[block.number] = block, when
         return known
 
-    def _count(self, name: str) -> Done | None:
+    def _count(self, block: Block, name: str) -> Done | None:
         """What a block's file holds; None where it is not whole."""
         path = os.path.join(self.folder.path, name)
         try:
@@ -244,7 +258,7 @@ class Run:
         except (KqprefillError, ValueError, TypeError, OSError, KeyError):
             return None
         done = Done(name, os.path.getsize(path), len(lines), bad, n_tokens)
-        self._write_down(done)
+        self._write_down(block, done)
         return done
 
     def __exit__(self, *exc: object) -> None:
@@ -258,6 +272,14 @@ class Run:
                 if self._is_new:
                     os.rmdir(self.folder.path)
         self._lock.close()
+
+
+def _written(path: str) -> int:
+    """When a file was last written, in nanoseconds; -1 where it is not there."""
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return -1
 
 
 def _difference(before: Any, now: Any) -> str:
