@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 import os
 from pathlib import Path
+import platform
 from typing import BinaryIO
 from uuid import uuid4
 
@@ -32,6 +33,8 @@ class Folder:
 
         Raises KqprefillError where it cannot be written.
         """
+        if not self.own.is_dir():
+            raise KqprefillError(f"{self.path} is not there on {platform.node()}: all machines must share the folder")
         path, temporary = os.path.join(self.path, name), self.own / f"{uuid4().hex}.tmp"
         try:
             try:

@@ -19,6 +19,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from .. import __version__
 from ..corpus.folder import Folder
 from ..corpus.inputs import Block
 from ..corpus.run import Run
@@ -35,11 +36,12 @@ _MOST_DEATHS = 5  # of one replica before it has scored anything
 
 @dataclass(frozen=True)
 class Place:
-    """Where a replica runs, and what it has opened (`corpus.identity`)."""
+    """Where a replica runs, with which version of kqprefill, and what it has opened (`corpus.identity`)."""
 
     node: str
     pid: int
     device: str
+    version: str
     model: dict[str, Any]
     precision: dict[str, Any]
 
@@ -56,7 +58,8 @@ class Replica:
         if self._scorer is None:
             self._scorer = Scorer.of(self._model, self._settings)
         scorer, node = self._scorer, ray.util.get_node_ip_address()
-        return Place(node, os.getpid(), scorer.model.backend.device_name, scorer.identity, scorer.precision)
+        device = scorer.model.backend.device_name
+        return Place(node, os.getpid(), device, __version__, scorer.identity, scorer.precision)
 
     def write(self, block: Block, folder: Folder) -> Done:
         """Score a block. Raises as `BlockScorer.write` does."""
@@ -189,6 +192,8 @@ class Cluster:
             return
         member.name = f"replica {member.number} ({place.node}, {place.device}, process {place.pid})"
         self._rates.name(member.number, member.name)
+        if place.version != __version__:
+            raise KqprefillError(f"{member.name} has kqprefill {place.version}, and here is {__version__}")
         if "model" not in run.made_of:
             run.made_with(place.model, place.precision)
         elif run.made_of["model"]["digest"] != place.model["digest"]:
