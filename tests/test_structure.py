@@ -8,7 +8,8 @@ from conftest import ROOT
 
 # From the first, which imports nothing of the package, to the last.
 PACKAGE = (
-    "terminal errors core timeline collector states gguf models synthetic text backends engine serve cli lm_eval"
+    "terminal errors core timeline collector states gguf models synthetic text backends engine "
+    "corpus serve cli lm_eval ray"
 ).split()
 CUDA = (
     "constants units device programs attention_kernels delta_kernels mamba_kernels "

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
+from ..corpus.records import Record
 from ..errors import DAMAGED_WEIGHTS, InputError, KqprefillError
 from ..terminal import json_line
 from .arrays import FORMATS, write_arrays
@@ -25,7 +26,7 @@ from .common import (
 )
 from .outputs import STDIO, Outputs, force_option
 from .progress import Bars, progress_bars
-from .records import Record, Records, check_inputs
+from .records import Records, check_inputs
 from .run_options import RunOptions, run_options
 from .sources import model_path
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..corpus.records import Record
 from ..errors import InputError, KqprefillError
 from ..terminal import json_line, print_text
 from .common import (
@@ -24,7 +25,7 @@ from .common import (
 )
 from .outputs import STDIO, Outputs, force_option
 from .progress import progress_bars
-from .records import Record, Records, check_inputs
+from .records import Records, check_inputs
 from .run_options import RunOptions, run_options
 from .sources import model_path
 

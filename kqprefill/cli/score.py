@@ -6,13 +6,15 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-import math
 import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..corpus.records import OURS, Record
+from ..corpus.results import Wanted, all_finite, described
+from ..corpus.scorer import Form, Settings
 from ..errors import DAMAGED_WEIGHTS, InputError, KqprefillError
 from .common import (
     batch_option,
@@ -28,12 +30,12 @@ from .interrupts import Interrupted
 from .lines import Lines
 from .outputs import STDIO, Outputs, force_option
 from .progress import Bars, progress_bars
-from .records import OURS, Record, Records, check_inputs
+from .records import Records, check_inputs
 from .run_options import RunOptions, run_options
+from .score_folder import FolderOptions, folder_options, is_folder, score_folder
 from .sources import from_home, model_path
 
 if TYPE_CHECKING:
-    from ..core import Float32Array
     from ..engine.model import Model
     from ..engine.scoring import Item, Scored
     from .page import Page
@@ -46,7 +48,11 @@ _SOME_BAD = 3  # the exit status where some records could not be scored
 @click.argument("name", metavar="MODEL", type=click.Path())
 @click.argument("files", metavar="[JSONL]...", type=click.Path(), nargs=-1)
 @click.option(
-    "-o", "--output", metavar="FILE", default=STDIO, help="Where the results go, line by line; stdout unless given."
+    "-o",
+    "--output",
+    metavar="FILE",
+    default=STDIO,
+    help="Where the results go, line by line; stdout unless given. FOLDER/: a file for each block of the inputs.",
 )
 @click.option(
     "--resume", is_flag=True, help="Continue an interrupted --output: records that have their line are skipped."
@@ -76,6 +82,7 @@ _SOME_BAD = 3  # the exit status where some records could not be scored
     help="Add top_tokens and top_logprobs, the K likeliest at each place.",
 )
 @click.option("--html", metavar="FILE", help="Also write one page that shows the texts, shaded by log-probability.")
+@folder_options
 @template_option
 @special_option
 @force_option
@@ -94,6 +101,10 @@ def score(
     greedy: bool,
     top: int,
     html: str | None,
+    ray: str | None,
+    replicas: int | None,
+    block: str | None,
+    form: Form | None,
     chat_template: str | None,
     no_special: bool,
     force: bool,
@@ -102,7 +113,8 @@ def score(
 ) -> None:
     """Write the log-probabilities of many prompts.
 
-    Of each line of JSONL files (or stdin), one JSON object a line, in order.
+    Of each line of JSONL files (or stdin), one JSON object a line, in order. With -o FOLDER/, of files, globs and
+    folders of JSONL and Parquet, and with --ray on many GPUs or machines.
 
     A line has "prompt" (text), "tokens" (ids) or "messages" (a conversation, for the chat template), and perhaps
     "completion", which is then scored given the prompt, or "choices", several of them; its other keys are handed on.
@@ -114,6 +126,7 @@ def score(
     \b
     echo '{"prompt": "Hello"}' | kqprefill score examples/tiny-qwen3.gguf
     kqprefill score examples/tiny-qwen3.gguf examples/questions.jsonl --per-token
+    kqprefill score model.gguf 'corpus/*.parquet' -o scores/ --ray=auto
     """
     if resume and (output == STDIO or html):
         raise click.UsageError("--resume continues an --output FILE, without --html")
@@ -121,7 +134,17 @@ def score(
         raise click.UsageError("--html - : the results have stdout; name a file")
     if keep_as is not None and (keep_as in OURS or not keep_as):
         raise click.UsageError(f"--keep-as {keep_as}: a result has a key of that name; choose another")
-    paths = check_inputs(files or (STDIO,))
+    wanted = Wanted(per_token, greedy, top)
+    options = FolderOptions(ray, replicas, block, form)
+    if is_folder(output):
+        if html:
+            raise click.UsageError("--html: of an output that is a file, not a folder")
+        template = read_template(chat_template)
+        settings = Settings(wanted, keep_as, on_error == "skip", not no_special, template, batch_tokens, form)
+        context.exit(score_folder(name, files, output, resume, settings, options, on))
+    if options.given:
+        raise click.UsageError(f"{options.given}: with an output folder, -o FOLDER/")
+    paths = check_inputs(files or (STDIO,), "; with -o FOLDER/ it is scored into a folder")
     outputs = Outputs(force)
     if chat_template is not None:
         outputs.reads(from_home(chat_template), "the file of --chat-template")
@@ -129,7 +152,6 @@ def score(
     template = read_template(chat_template)
     on.wake()
 
-    wanted = {"per_token": per_token, "greedy": greedy, "top": top}
     run: _Run | None = None
     lines: Lines | None = None
     try:
@@ -143,7 +165,7 @@ def score(
             stack.enter_context(model)
             if top > model.config.vocab_size:
                 raise InputError(f"--top {top}: the vocabulary has {model.config.vocab_size} tokens")
-            top = max(top, int(greedy), min(_HTML_TOP, model.config.vocab_size) if html else 0)
+            top = max(wanted.ranks, min(_HTML_TOP, model.config.vocab_size) if html else 0)
             page = None
             if page_file is not None:
                 from .page import Page
@@ -194,7 +216,7 @@ class _Run:
         model: Model,
         records: Records,
         lines: Lines,
-        wanted: dict[str, Any],
+        wanted: Wanted,
         skip_bad: bool,
         page: Page | None,
         bars: Bars | None,
@@ -286,13 +308,8 @@ class _Run:
             return True  # perhaps of its text, perhaps of its result
         results, item = line.get("choices", [line]), record.item
         counts = [len(c) - (not item.prompt) for c in item.continuations or [item.prompt[1:]]] if item else []
-        options = {
-            "token_logprobs": self._wanted["per_token"],
-            "greedy_tokens": self._wanted["greedy"],
-            "top_tokens": self._wanted["top"] > 0,
-        }
         return [result["n_tokens"] for result in results] == counts and all(
-            (key in results[0]) == asked for key, asked in options.items()
+            (key in results[0]) == asked for key, asked in self._wanted.keys.items()
         )
 
     def _write_bad(self) -> None:
@@ -307,55 +324,23 @@ class _Run:
             self._stopped_by = record
             return
         self.bad += 1
-        where = record.where if self._records.several else f"line {record.line}"
+        where = record.where if self._records.several else record.place
         self._write_line({"index": record.index, "error": f"{where}: {error}"}, record)
 
     def _write(self, record: Record, result: Scored | list[Scored]) -> None:
         assert record.item is not None, "a result is of a record that had something to score"
         self._waiting_tokens -= record.item.tokens
-        several = result if isinstance(result, list) else [result]
-        if not all(scored.finite for scored in several):
+        if not all_finite(result):
             self._fail(record, f"its logits hold NaN or infinities: {DAMAGED_WEIGHTS}")
             return
-        described = [self._describe(scored) for scored in several]
-        line: dict[str, Any] = {"index": record.index}
-        if isinstance(result, list):
-            means = [-math.inf if scored.mean_logprob is None else scored.mean_logprob for scored in several]
-            best = max(range(len(several)), key=lambda i: several[i].logprob)
-            per_token = max(range(len(several)), key=lambda i: means[i])
-            line |= {"best": best, "best_per_token": per_token, "choices": described}
-        else:
-            line |= described[0]
-        self._write_line(line, record)
+        self._write_line({"index": record.index} | described(result, self._wanted), record)
         self.scored += 1
         self.tokens += record.item.tokens
         self._end = record.end
         if self._bars:
             self._show("prefill", 0, 1)
         if self._page:
-            self._page.add(record.index, record.item, several)
+            self._page.add(record.index, record.item, result if isinstance(result, list) else [result])
 
     def _write_line(self, line: dict[str, Any], record: Record) -> None:
         self._lines.write(line | record.extras)
-
-    def _describe(self, scored: Scored) -> dict[str, Any]:
-        perplexity = scored.perplexity
-        line: dict[str, Any] = {
-            "n_tokens": scored.n_tokens,
-            "logprob": scored.logprob,
-            "mean_logprob": scored.mean_logprob,
-            "perplexity": None if perplexity == math.inf else perplexity,
-        }
-        if self._wanted["per_token"]:
-            line["token_logprobs"] = _numbers(scored.logprobs)
-        if self._wanted["greedy"]:
-            line["greedy_tokens"] = scored.top_tokens[:, 0].tolist()
-        if top := self._wanted["top"]:
-            line["top_tokens"] = scored.top_tokens[:, :top].tolist()
-            line["top_logprobs"] = [_numbers(row) for row in scored.top_logprobs[:, :top]]
-        return line
-
-
-def _numbers(floats: Float32Array) -> list[float]:
-    """float32 as the shortest decimals that stand for them."""
-    return [float(str(x)) for x in floats]
