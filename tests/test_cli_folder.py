@@ -132,7 +132,7 @@ def test_a_signal_says_how_to_go_on(corpus, tmp_path, number, status):
     assert process.returncode == status and count < 800 and names(out).items() <= names(whole).items()
 
 
-def test_folders_are_not_mixed_up(corpus, tmp_path):
+def test_folders_are_not_mixed_up(corpus, tmp_path, monkeypatch):
     inputs, _ = corpus
     (tmp_path / "in").mkdir()
     for path in inputs.iterdir():
@@ -182,6 +182,9 @@ def test_folders_are_not_mixed_up(corpus, tmp_path):
         done = score(*args)
         assert done.returncode and words in " ".join(done.stderr.decode().split()), done.stderr
     assert not (tmp_path / "f.jsonl").exists()
+    monkeypatch.setenv("KQPREFILL_RAY", "auto")  # for runs with folders
+    monkeypatch.setenv("KQPREFILL_BLOCK", "1K")
+    assert score(stdin=b'{"tokens": [1, 2]}\n').returncode == 0
 
 
 def test_blocks_that_were_cut_are_not_read_again(tmp_path, rng):

@@ -126,7 +126,7 @@ def score(
     \b
     echo '{"prompt": "Hello"}' | kqprefill score examples/tiny-qwen3.gguf
     kqprefill score examples/tiny-qwen3.gguf examples/questions.jsonl --per-token
-    kqprefill score model.gguf 'corpus/*.parquet' -o scores/ --ray=auto
+    kqprefill score examples/tiny-qwen3.gguf 'examples/*.jsonl' -o scores/
     """
     if resume and (output == STDIO or html):
         raise click.UsageError("--resume continues an --output FILE, without --html")
@@ -142,8 +142,8 @@ def score(
         template = read_template(chat_template)
         settings = Settings(wanted, keep_as, on_error == "skip", not no_special, template, batch_tokens, form)
         context.exit(score_folder(name, files, output, resume, settings, options, on))
-    if options.given:
-        raise click.UsageError(f"{options.given}: with an output folder, -o FOLDER/")
+    if given := options.given(context):
+        raise click.UsageError(f"{given}: with an output folder, -o FOLDER/")
     paths = check_inputs(files or (STDIO,), "; with -o FOLDER/ it is scored into a folder")
     outputs = Outputs(force)
     if chat_template is not None:

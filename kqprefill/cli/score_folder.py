@@ -39,11 +39,13 @@ class FolderOptions:
     block: str | None
     form: str | None
 
-    @property
-    def given(self) -> str:
-        """One of them that is given, as it is called; empty where none is."""
-        named = {"--ray": self.ray, "--replicas": self.replicas, "--block": self.block, "--format": self.form}
-        return next((name for name, value in named.items() if value is not None), "")
+    @staticmethod
+    def given(context: click.Context) -> str:
+        """One of them that is given on the command line (the environment is for other runs, too), as it is called;
+        empty where none is."""
+        line = click.core.ParameterSource.COMMANDLINE
+        named = {"ray": "--ray", "replicas": "--replicas", "block": "--block", "form": "--format"}
+        return next((option for name, option in named.items() if context.get_parameter_source(name) is line), "")
 
     def check(self) -> None:
         """Raises click's UsageError for what does not go together."""
