@@ -5,9 +5,10 @@ from gguf.constants import GGMLQuantizationType as GGML
 import numpy as np
 import pytest
 
-from conftest import BACKENDS, EXAMPLE
+from conftest import BACKENDS, CONFORMANCE_FOLDERS, EXAMPLE
 import kqprefill
 from kqprefill.gguf import GGUFFile
+from kqprefill.models import read_model
 
 
 def variant(path, tensors=None, metadata=None, without=()):
@@ -116,6 +117,16 @@ def test_refused_in_one_line(case, tmp_path):
         kqprefill.load(path, backend="cpu")
     message = str(refusal.value)
     assert complaint in message and message.startswith(str(path)) and "\n" not in message
+
+
+@pytest.mark.parametrize("path", sorted(CONFORMANCE_FOLDERS[0].glob("*.gguf")), ids=lambda path: path.stem)
+def test_blocks_past_counting_are_refused_before_they_are_counted(path, monkeypatch):
+    """In every family: lists with an element for each layer would take all memory."""
+    with GGUFFile(path) as file:
+        key = f"{file.metadata['general.architecture']}.block_count"
+        monkeypatch.setattr(file, "metadata", {**file.metadata, key: 2**31 - 1})
+        with pytest.raises(kqprefill.ModelError, match=f"block_count is {2**31 - 1}, but the file has only"):
+            read_model(file)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

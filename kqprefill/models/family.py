@@ -88,10 +88,11 @@ class Family(ABC):
         embedding = file.tensors.get("token_embd.weight")
         if embedding is None:
             raise ModelError(f"{file.path}: tensor token_embd.weight is missing")
+        meta = ArchMetadata(file.metadata, file.path, cls.architecture)
+        count = meta.integer("block_count")
+        if count > len(file.tensors):  # before anything is made for each layer
+            raise meta.error(f"block_count is {count}, but the file has only {len(file.tensors)} tensors")
         family = cls(file.metadata, file.path, vocab_size=embedding.shape[0])
-        count = family.config.block_count
-        if count > len(file.tensors):
-            raise family.meta.error(f"block_count is {count}, but the file has only {len(file.tensors)} tensors")
         family._bind(file)
         family.read_hyper_parameters()
         return family
