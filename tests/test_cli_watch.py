@@ -109,9 +109,8 @@ def test_an_interrupt_says_what_is_done(args, words, tmp_path):
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
         said = process.stderr.read().decode()
-    assert (
-        process.returncode == 130 and re.fullmatch(f"kqprefill: interrupted: {words}\n", said) and "2 records" in said
-    )
+    assert process.returncode == 130, said
+    assert re.fullmatch(f"kqprefill: interrupted: {words}\n", said) and "2 records" in said
 
 
 # Tables --------------------------------------------------------------------------------------------------------------
