@@ -69,7 +69,8 @@ class Records:
         sizes = [os.path.getsize(path) if os.path.isfile(path) else None for path in self._paths]
         self.nbytes = None if None in sizes else sum(size for size in sizes if size is not None)
         self._reader, self._skip = Reader(make, keep_as, asked, ours, plain), skip
-        self._queue: queue.Queue[Record | BaseException | None] = queue.Queue()
+        # It waits within one call of C. Within queue.Queue's waiting, an interrupt may become "release unlocked lock".
+        self._queue: queue.SimpleQueue[Record | BaseException | None] = queue.SimpleQueue()
         self._ahead, self._taken = 0, threading.Condition()
         self.last_skipped: Record | None = None
         threading.Thread(target=self._read, daemon=True).start()
