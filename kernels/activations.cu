@@ -18,9 +18,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     begin_kernel();
     x += static_cast<uint64_t>(blockIdx.x) * columns;
     out += static_cast<uint64_t>(blockIdx.x) * stride;
-    auto value = [&](int i) { return i < columns ? activated(x[i], activation) * *scale : 0.0f; };
-    for (int i = 2 * threadIdx.x; i < stride; i += 2 * kThreads)
-        store_operand(out, i, operand_pair(value(i), value(i + 1)));
+    store_row<kThreads>(out, columns, stride, [&](int i) { return activated(x[i], activation) * *scale; });
 }
 
 // The same of halves, which are *x_scale times as large as x.
@@ -31,11 +29,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     x += static_cast<uint64_t>(blockIdx.x) * columns;
     out += static_cast<uint64_t>(blockIdx.x) * stride;
     float unscale = 1.0f / *x_scale;
-    auto value = [&](int i) {
-        return i < columns ? activated(half_to_float(x[i]) * unscale, activation) * *scale : 0.0f;
-    };
-    for (int i = 2 * threadIdx.x; i < stride; i += 2 * kThreads)
-        store_operand(out, i, operand_pair(value(i), value(i + 1)));
+    store_row<kThreads>(out, columns, stride,
+                        [&](int i) { return activated(half_to_float(x[i]) * unscale, activation) * *scale; });
 }
 
 // out[t, :] = x[t, :] / row_scale[t], an operand, where row_scale[t] is the power of two that leaves the row's largest
@@ -56,9 +51,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     int exponent = min(max(static_cast<int>(largest >> 23) - 127 - 14, -126), 126);
     if (largest == 0) exponent = 0;
     float scale = bits_to_float(static_cast<uint32_t>(127 - exponent) << 23);
-    auto value = [&](int i) { return i < columns ? x[i] * scale : 0.0f; };
-    for (int i = 2 * threadIdx.x; i < stride; i += 2 * kThreads)
-        store_operand(out, i, operand_pair(value(i), value(i + 1)));
+    store_row<kThreads>(out, columns, stride, [&](int i) { return x[i] * scale; });
     if (threadIdx.x == 0) row_scale[blockIdx.x] = bits_to_float(static_cast<uint32_t>(127 + exponent) << 23);
 }
 

@@ -115,11 +115,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     float mean = block_sum<kThreads>(sum) / static_cast<float>(columns);
     for (int i = threadIdx.x; i < columns; i += kThreads) squares = fmaf(g[i] - mean, g[i] - mean, squares);
     float least = mean + sparsity * sqrtf(block_sum<kThreads>(squares) / static_cast<float>(columns - 1));
-    auto value = [&](int i) {
-        if (i >= columns) return 0.0f;
+    store_row<kThreads>(out, columns, stride, [&](int i) {
         float open = g[i] - least;
         return gated(open < 0.0f ? 0.0f : open, u[i], kGeluTanh) * *scale;
-    };
-    for (int i = 2 * threadIdx.x; i < stride; i += 2 * kThreads)
-        store_operand(out, i, operand_pair(value(i), value(i + 1)));
+    });
 }

@@ -2,9 +2,9 @@
 // makes, of which the first and the last are multiplied, convolved, and multiplied by the second.
 #include "include/operand.cuh"
 #include "include/reduce.cuh"
-#include "include/types.cuh"
+#include "include/scale_for.cuh"
 
-constexpr int kThreads = CONVOLUTION_THREADS, kTaps = KERNEL, kHalfTop = 15;
+constexpr int kThreads = CONVOLUTION_THREADS, kTaps = KERNEL;
 
 // *scale for the outcome. row_norms: of the matrix's rows, an input row's length being at most gain; sum_bias: null or
 // its biases. One block.
@@ -24,8 +24,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     if (threadIdx.x != 0) return;
     for (int t = 0; t < kThreads; ++t) most = fmaxf(most, largest[t]);
-    int exponent = static_cast<int>(__float_as_uint(most) >> 23 & 0xff) - 127 + 1;
-    *scale = bits_to_float(static_cast<uint32_t>(min(max(kHalfTop - exponent, -126), 126) + 127) << 23);
+    *scale = scale_for(most, kHalfTop);
 }
 
 // product[t, :] = the first third of sums [n, 3 * columns] times the last. A block takes a token.
@@ -50,15 +49,12 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     int row[kTaps];
 #pragma unroll
     for (int j = 0; j < kTaps; ++j) row[j] = rows[j];
-    auto value = [&](int i) {
-        if (i >= columns) return 0.0f;
+    store_row<kThreads>(out, columns, stride, [&](int i) {
         float sum = 0.0f;
 #pragma unroll
         for (int j = 0; j < kTaps; ++j)
             if (row[j] > -32768)
                 sum = fmaf(taps[i * kTaps + j], product[static_cast<int64_t>(row[j]) * columns + i], sum);
         return *scale * sums[i] * sum;
-    };
-    for (int i = 2 * threadIdx.x; i < stride; i += 2 * kThreads)
-        store_operand(out, i, operand_pair(value(i), value(i + 1)));
+    });
 }

@@ -3,8 +3,7 @@
 // KERNEL taps.
 #include "include/activation.cuh"
 #include "include/chunks.cuh"
-#include "include/operand.cuh"
-#include "include/reduce.cuh"
+#include "include/gated_norm.cuh"
 
 constexpr int kThreads = DELTA_INPUT_THREADS, kDim = HEAD_DIM, kTaps = KERNEL;
 constexpr int kGroups = kThreads / kDim, kGroupRows = kChunk / kGroups;  // of threads that have a column each, and rows
@@ -47,25 +46,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     }
 }
 
-// out[t, :] = half(*scale * rms_norm(o[t, head, :]) * norm * silu(z[t, head, :])), an operand with rows `stride` apart,
-// zeros behind the heads' columns. o, z: [n, heads * HEAD_DIM]. A block takes a token, a warp its heads in turn.
+// out[t, :] = half(*scale * rms_norm(o[t, head, :]) * norm * silu(z[t, head, :])) (gated_norm.cuh).
 extern "C" __global__ void __launch_bounds__(kThreads)
     delta_output(const float* o, const float* z, const float* norm, int heads, float epsilon, const float* scale,
                  half_t* out, int stride) {
     begin_kernel();
-    int lane = threadIdx.x % 32, columns = heads * kDim;
-    out += static_cast<uint64_t>(blockIdx.x) * stride;
-    for (int head = threadIdx.x / 32; head < heads; head += kThreads / 32) {
-        uint64_t at = static_cast<uint64_t>(blockIdx.x) * columns + head * kDim;
-        float sum = 0.0f;
-        for (int i = lane; i < kDim; i += 32) sum = fmaf(o[at + i], o[at + i], sum);
-        float r = *scale / sqrtf(warp_sum(sum) / static_cast<float>(kDim) + epsilon);
-        for (int i = 2 * lane; i < kDim; i += 64) {
-            float2 value = *reinterpret_cast<const float2*>(o + at + i),
-                   gate = *reinterpret_cast<const float2*>(z + at + i);
-            store_operand(out, head * kDim + i,
-                          operand_pair(value.x * r * norm[i] * silu(gate.x), value.y * r * norm[i + 1] * silu(gate.y)));
-        }
-    }
-    for (int i = columns + 2 * threadIdx.x; i < stride; i += 2 * kThreads) store_operand(out, i, 0u);
+    gated_norm<kThreads, kDim, silu>(o, z, norm, heads, epsilon, scale, out, stride);
 }

@@ -5,8 +5,7 @@
 // With the state S before the chunk, the recurrence then adds K^T (U - W S) to it (delta_scan.cu). |W_t| <= 1, and
 // |U_t| <= kChunk max |v|: each is what the recurrence does to a state of its own.
 #include "include/activation.cuh"
-#include "include/chunks.cuh"
-#include "include/ptx.cuh"
+#include "include/chunk_products.cuh"
 
 constexpr int kThreads = 256, kDim = HEAD_DIM;
 constexpr int kRow = kDim + 8, kSumRow = kChunk + 4;  // halves and floats from row to row: banks, and 16-byte alignment
@@ -48,23 +47,16 @@ extern "C" __global__ void __launch_bounds__(kThreads)
             const float* row = gates + static_cast<int64_t>(chunk.row_of(t)) * (2 * value_heads);
             b = sigmoid(row[head]);
             float step = row[value_heads + head] + step_bias[head];
-            g = rate[head] * (step > 20.0f ? step : log1pf(expf(step)));
+            g = rate[head] * softplus(step);
         }
         beta[t] = b;
         total[t] = g;
     }
     __syncthreads();
-    if (threadIdx.x < 32) {  // sums up to each: a lane has two positions
+    if (threadIdx.x < 32) {
         int lane = threadIdx.x;
-        float own = total[2 * lane], sum = own + total[2 * lane + 1];
-#pragma unroll
-        for (int offset = 1; offset < 32; offset *= 2) {
-            float other = __shfl_up_sync(0xffffffffu, sum, offset);
-            if (lane >= offset) sum += other;
-        }
-        float before = __shfl_up_sync(0xffffffffu, sum, 1);
-        total[2 * lane] = lane > 0 ? before + own : own;
-        total[2 * lane + 1] = sum;
+        float2 sums = sums_up_to(lane, total[2 * lane], total[2 * lane + 1]);
+        total[2 * lane] = sums.x, total[2 * lane + 1] = sums.y;
     }
     __syncthreads();
     if (threadIdx.x < kChunk) {
@@ -77,18 +69,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     bool of_queries = warp >= 4;
     uint32_t left = shared_address(of_queries ? queries : keys), right = shared_address(keys);
     float acc[kChunk / 8][4] = {};
-#pragma unroll
-    for (int d = 0; d < kDim / 16; ++d) {
-        uint32_t a[4];
-        ldmatrix_x4(a, left + ((row0 + lane % 16) * kRow + d * 16 + lane / 16 * 8) * 2);
-#pragma unroll
-        for (int j = 0; j < kChunk / 16; ++j) {
-            uint32_t b[4];
-            ldmatrix_x4(b, right + ((j * 16 + lane / 16 * 8 + lane % 8) * kRow + d * 16 + lane / 8 % 2 * 8) * 2);
-            mma_m16n8k16(acc[2 * j], a, b[0], b[1]);
-            mma_m16n8k16(acc[2 * j + 1], a, b[2], b[3]);
-        }
-    }
+    multiply_by_rows<kDim>(acc, left, right, kRow, row0, lane);
     const float scale = rsqrtf(static_cast<float>(kDim));
 #pragma unroll
     for (int j = 0; j < kChunk / 8; ++j)

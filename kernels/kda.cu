@@ -2,8 +2,7 @@
 // of HEAD_DIM: decays by key element, the recurrence token by token, and the gated norm.
 #include "include/activation.cuh"
 #include "include/chunks.cuh"
-#include "include/operand.cuh"
-#include "include/reduce.cuh"
+#include "include/gated_norm.cuh"
 
 constexpr int kThreads = KDA_THREADS, kDim = HEAD_DIM;
 // kParts lanes share a column of a state, of which each has kRows rows; a head has kSlices blocks of kColumns columns.
@@ -21,8 +20,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     b += static_cast<uint64_t>(blockIdx.x) * heads;
     rates += static_cast<uint64_t>(blockIdx.x) * (width + heads);
     for (int i = threadIdx.x; i < width; i += kThreads) {
-        float step = f[i] + step_bias[i];
-        rates[i] = expf(rate[i / kDim] * (step > 20.0f ? step : log1pf(expf(step))));
+        rates[i] = expf(rate[i / kDim] * softplus(f[i] + step_bias[i]));
     }
     for (int h = threadIdx.x; h < heads; h += kThreads) rates[width + h] = sigmoid(b[h]);
 }
@@ -91,23 +89,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     if (whole) keep();
 }
 
-// out[t, :] = *scale * rms_norm(o[t, head, :]) * norm * sigmoid(z[t, head, :]), an operand with rows `stride` apart,
-// zeros behind the heads' columns. A block takes a token, a warp its heads in turn.
+// out[t, :] = half(*scale * rms_norm(o[t, head, :]) * norm * sigmoid(z[t, head, :])) (gated_norm.cuh).
 extern "C" __global__ void __launch_bounds__(kThreads)
     kda_output(const float* o, const float* z, const float* norm, int heads, float epsilon, const float* scale,
                half_t* out, int stride) {
     begin_kernel();
-    int lane = threadIdx.x % 32, columns = heads * kDim;
-    out += static_cast<uint64_t>(blockIdx.x) * stride;
-    for (int head = threadIdx.x / 32; head < heads; head += kThreads / 32) {
-        uint64_t at = static_cast<uint64_t>(blockIdx.x) * columns + head * kDim;
-        float sum = 0.0f;
-        for (int i = lane; i < kDim; i += 32) sum = fmaf(o[at + i], o[at + i], sum);
-        float r = *scale / sqrtf(warp_sum(sum) / static_cast<float>(kDim) + epsilon);
-        for (int i = 2 * lane; i < kDim; i += 64)
-            store_operand(out, head * kDim + i,
-                          operand_pair(o[at + i] * r * norm[i] * sigmoid(z[at + i]),
-                                       o[at + i + 1] * r * norm[i + 1] * sigmoid(z[at + i + 1])));
-    }
-    for (int i = columns + 2 * threadIdx.x; i < stride; i += 2 * kThreads) store_operand(out, i, 0u);
+    gated_norm<kThreads, kDim, sigmoid>(o, z, norm, heads, epsilon, scale, out, stride);
 }

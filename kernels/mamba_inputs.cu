@@ -1,23 +1,15 @@
 // Mamba-2 (arXiv 2405.21060), what comes before the recurrence and what comes after it: steps and decays, the causal
 // convolution of x, B and C, and the gated norm of what the recurrence gives. For convolutions of KERNEL taps.
 #include "include/activation.cuh"
-#include "include/chunks.cuh"
+#include "include/chunk_products.cuh"
 #include "include/operand.cuh"
 #include "include/reduce.cuh"
+#include "include/scale_for.cuh"
 
 constexpr int kThreads = MAMBA_THREADS, kWarps = kThreads / 32, kTaps = KERNEL;
 constexpr int kAhead = 16;  // rows that are on their way at a time
-constexpr int kHalfTop = 15;
 
-__device__ __forceinline__ float softplus(float x) {
-    return x > 20.0f ? x : log1pf(expf(x));
-}
-
-// The largest power of two by which `bound` may be multiplied without passing 2^kHalfTop, or half of it.
-__device__ __forceinline__ float scale_for(float bound) {
-    int exponent = static_cast<int>(__float_as_uint(bound) >> 23 & 0xff) - 127 + 1;
-    return bits_to_float(static_cast<uint32_t>(min(max(kHalfTop - exponent, -60), 60) + 127) << 23);
-}
+constexpr int kMostScale = 60;  // as an exponent: products of two scales are numbers, too
 
 // scales: of u = step * x, of B and of C as halves; and what the state, in units of u's and B's, is multiplied by to be
 // halves: a state that decays at `rate` is at most (1 / |rate| + the largest step) times the largest x and B. norms,
@@ -47,10 +39,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x != 0) return;
     for (int kind = 0; kind < 5; ++kind)
         for (int t = 0; t < kThreads; ++t) found[kind] = fmaxf(found[kind], largest[kind][t]);
-    scales[0] = scale_for(found[0] * found[3]);
-    scales[1] = scale_for(found[1]);
-    scales[2] = scale_for(found[2]);
-    scales[3] = scale_for(found[0] * found[1] * (found[3] + found[4]) * scales[0] * scales[1]);
+    auto scale = [](float bound) { return scale_for<kMostScale>(bound, kHalfTop); };
+    scales[0] = scale(found[0] * found[3]), scales[1] = scale(found[1]), scales[2] = scale(found[2]);
+    scales[3] = scale(found[0] * found[1] * (found[3] + found[4]) * scales[0] * scales[1]);
 }
 
 // rates: float32 rows of what gives the steps, a value a head. Writes for each chunk and head [kChunk] steps, and the
@@ -64,25 +55,17 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     int lane = threadIdx.x % 32;
     for (int head = threadIdx.x / 32; head < heads; head += kWarps) {
         uint64_t own = (static_cast<uint64_t>(blockIdx.x) * heads + head) * kChunk;
-        float step[2], sum[2];
+        float step[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             int t = 2 * lane + i;
             bool inside = t < chunk.count;
             step[i] =
                 inside ? softplus(rates[static_cast<int64_t>(chunk.row_of(t)) * heads + head] + step_bias[head]) : 0.0f;
-            sum[i] = step[i] * rate[head];
         }
-        float all = sum[0] + sum[1];
-#pragma unroll
-        for (int offset = 1; offset < 32; offset *= 2) {
-            float other = __shfl_up_sync(0xffffffffu, all, offset);
-            if (lane >= offset) all += other;
-        }
-        float before = __shfl_up_sync(0xffffffffu, all, 1);
-        if (lane == 0) before = 0.0f;
+        float2 sums = sums_up_to(lane, step[0] * rate[head], step[1] * rate[head]);
         steps[own + 2 * lane] = step[0], steps[own + 2 * lane + 1] = step[1];
-        decay[own + 2 * lane] = before + sum[0], decay[own + 2 * lane + 1] = all;
+        decay[own + 2 * lane] = sums.x, decay[own + 2 * lane + 1] = sums.y;
     }
 }
 

@@ -5,8 +5,7 @@
 // mamba_prepare makes P, for all chunks at once; mamba_scan goes through a sequence's chunks one after another. The
 // columns of S do not know of one another: a block has SLICE of them, in registers and float32; what the matrix units
 // multiply of it are halves.
-#include "include/chunks.cuh"
-#include "include/ptx.cuh"
+#include "include/chunk_products.cuh"
 
 constexpr int kState = STATE, kSlice = SLICE, kStages = STAGES;
 constexpr int kColumnWarps = kSlice / 32, kThreads = 128 * kColumnWarps;
@@ -15,7 +14,6 @@ constexpr int kC = 0, kB = kC + kChunk * kRow * 2, kP = kB + kChunk * kRow * 2, 
 constexpr int kDecay = kU + kChunk * kSliceRow * 2, kStage = kDecay + kChunk * 4;
 constexpr int kHeld = kStages * kStage, kDecayed = kHeld + kState * kSliceRow * 2;
 constexpr int kShared = kDecayed + kChunk * kSliceRow * 2;
-constexpr int kStateTiles = (kState + 63) / 64;  // of 16 rows of S that a warp has
 static_assert(THREADS == kThreads && kShared <= SHARED_BYTES, "what the host launches with");
 static_assert(kState % 16 == 0 && kSlice % 32 == 0, "whole steps of mma");
 
@@ -41,22 +39,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row0 = warp * 16;
-    if (warp >= 4) return;
+    int lane = threadIdx.x % 32, row0 = threadIdx.x / 32 * 16;
+    if (row0 >= kChunk) return;
     float acc[kChunk / 8][4] = {};
-#pragma unroll
-    for (int d = 0; d < kState / 16; ++d) {
-        uint32_t left[4];
-        ldmatrix_x4(left, base + kC + ((row0 + lane % 16) * kRow + d * 16 + lane / 16 * 8) * 2);
-#pragma unroll
-        for (int j = 0; j < kChunk / 16; ++j) {
-            uint32_t right[4];
-            ldmatrix_x4(right,
-                        base + kB + ((j * 16 + lane / 16 * 8 + lane % 8) * kRow + d * 16 + lane / 8 % 2 * 8) * 2);
-            mma_m16n8k16(acc[2 * j], left, right[0], right[1]);
-            mma_m16n8k16(acc[2 * j + 1], left, right[2], right[3]);
-        }
-    }
+    multiply_by_rows<kState>(acc, base + kC, base + kB, kRow, row0, lane);
     const float* total = decay + own * kChunk;
     const float unit = weight_unit();
 #pragma unroll
@@ -85,8 +71,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     Sequence sequence = sequences[blockIdx.x];
     int slices = padded / kSlice, head = blockIdx.y / slices, first_column = blockIdx.y % slices * kSlice;
     int group = head / (heads / groups);
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warp_row = warp % 4, warp_column = warp / 4 * 32;
-    int own_row = lane / 4, own_column = warp_column + lane % 4 * 2;  // of what mma gives, with 8 rows and columns on
+    const WarpPlace at;
     const float unit = scales[0] * scales[1], state_factor = scales[3];  // S is held times unit
     const float of_state = 1.0f / (scales[2] * unit * state_factor),
                 of_weights = 1.0f / (scales[2] * unit * weight_unit());
@@ -106,20 +91,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         cp_async_commit();
     };
 
-    float state[kStateTiles][4][4];
-    auto state_row = [&](int tile, int r) { return (warp_row + 4 * tile) * 16 + own_row + 8 * r; };
+    StateSlice<kState> state;
     auto inside = [&](int row, int column) { return row < kState && first_column + column < head_dim; };
     float* kept = states + (static_cast<int64_t>(sequence.from) * heads + head) * (kState * head_dim) + first_column;
-#pragma unroll
-    for (int tile = 0; tile < kStateTiles; ++tile)
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                int row = state_row(tile, i / 2), column = own_column + 8 * j + i % 2;
-                bool known = sequence.from >= 0 && inside(row, column);
-                state[tile][j][i] = known ? kept[row * head_dim + column] * unit : 0.0f;
-            }
+    state.each(at, [&](int row, int column, float& value) {
+        value = sequence.from >= 0 && inside(row, column) ? kept[row * head_dim + column] * unit : 0.0f;
+    });
 
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) load(i);
@@ -127,18 +104,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     for (int index = 0; index < sequence.count; ++index) {
         if (kStages == 1) cp_async_wait<0>();
         else cp_async_wait<(kStages > 1 ? kStages - 2 : 0)>();
-        // S as halves, which the products below want as their right side.
-#pragma unroll
-        for (int tile = 0; tile < kStateTiles; ++tile)
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                int row = state_row(tile, r);
-                if (row >= kState) continue;
-#pragma unroll
-                for (int j = 0; j < 4; ++j)
-                    *reinterpret_cast<uint32_t*>(shared + kHeld + (row * kSliceRow + own_column + 8 * j) * 2) =
-                        pack_half2(state[tile][j][2 * r] * state_factor, state[tile][j][2 * r + 1] * state_factor);
-            }
+        state.hold(at, shared + kHeld, kSliceRow, state_factor);  // the right side of the products below
         __syncthreads();  // the stage has come, S is there, and all are done with the chunk before
         if (kStages > 1) load(index + kStages - 1);
         uint32_t stage = base + index % kStages * kStage;
@@ -149,10 +115,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 
         // U decayed to the chunk's end, for the new state.
         for (int i = threadIdx.x; i < kChunk * kSlice / 2; i += kThreads) {
-            int t = i / (kSlice / 2), at = (t * kSliceRow + i % (kSlice / 2) * 2) * 2;
-            uint32_t pair = *reinterpret_cast<const uint32_t*>(held + kU + at);
+            int t = i / (kSlice / 2), place = (t * kSliceRow + i % (kSlice / 2) * 2) * 2;
+            uint32_t pair = *reinterpret_cast<const uint32_t*>(held + kU + place);
             float to_end = expf(last - total[t]);
-            *reinterpret_cast<uint32_t*>(shared + kDecayed + at) =
+            *reinterpret_cast<uint32_t*>(shared + kDecayed + place) =
                 pack_half2(half_to_float(static_cast<half_t>(pair)) * to_end,
                            half_to_float(static_cast<half_t>(pair >> 16)) * to_end);
         }
@@ -161,29 +127,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int d = 0; d < kState / 16; ++d) {
             uint32_t left[4], right[4];
-            ldmatrix_x4(left, stage + kC + ((warp_row * 16 + lane % 16) * kRow + d * 16 + lane / 16 * 8) * 2);
+            load_left(left, stage + kC, kRow, at.row * 16, d, at.lane);
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-                uint32_t place = ((d * 16 + lane % 16) * kSliceRow + warp_column + j * 16 + lane / 16 * 8) * 2;
-                ldmatrix_x4_trans(right, base + kHeld + place);
-                mma_m16n8k16(read[2 * j], left, right[0], right[1]);
-                mma_m16n8k16(read[2 * j + 1], left, right[2], right[3]);
+                load_right(right, base + kHeld, kSliceRow, at.column + j * 16, d, at.lane);
+                multiply_tiles(read[2 * j], read[2 * j + 1], left, right);
             }
         }
-        for (int s = 0; s <= warp_row; ++s) {  // what is behind the diagonal is zero
-            uint32_t left[4], right[4];
-            ldmatrix_x4(left, stage + kP + ((warp_row * 16 + lane % 16) * kWeightRow + s * 16 + lane / 16 * 8) * 2);
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                uint32_t place = ((s * 16 + lane % 16) * kSliceRow + warp_column + j * 16 + lane / 16 * 8) * 2;
-                ldmatrix_x4_trans(right, stage + kU + place);
-                mma_m16n8k16(given[2 * j], left, right[0], right[1]);
-                mma_m16n8k16(given[2 * j + 1], left, right[2], right[3]);
-            }
-        }
+        multiply_weights(given, at, stage + kP, kWeightRow, stage + kU, kSliceRow);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            int t = warp_row * 16 + own_row + 8 * r;
+            int t = at.row * 16 + at.own_row + 8 * r;
             if (t < chunk.begin || t >= chunk.count) continue;
             float grown = expf(total[t]) * of_state;
             float* out = o + static_cast<int64_t>(chunk.row + t) * (heads * head_dim) + head * head_dim + first_column;
@@ -191,37 +145,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
             for (int j = 0; j < 4; ++j)
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    int column = own_column + 8 * j + i;
+                    int column = at.own_column + 8 * j + i;
                     if (first_column + column < head_dim)
                         out[column] += fmaf(read[j][2 * r + i], grown, given[j][2 * r + i] * of_weights);
                 }
         }
         __syncthreads();  // the decayed U is there
-        if (chunk.count == kChunk) {
-            float kept_share = expf(last);
-#pragma unroll
-            for (int tile = 0; tile < kStateTiles; ++tile) {
-                int row = (warp_row + 4 * tile) * 16;
-                if (row >= kState) continue;
-#pragma unroll
-                for (int j = 0; j < 4; ++j)
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) state[tile][j][i] *= kept_share;
-#pragma unroll
-                for (int s = 0; s < kChunk / 16; ++s) {
-                    uint32_t left[4], right[4];
-                    ldmatrix_x4_trans(
-                        left, stage + kB + ((s * 16 + lane / 16 * 8 + lane % 8) * kRow + row + lane / 8 % 2 * 8) * 2);
-#pragma unroll
-                    for (int j = 0; j < 2; ++j) {
-                        uint32_t place = ((s * 16 + lane % 16) * kSliceRow + warp_column + j * 16 + lane / 16 * 8) * 2;
-                        ldmatrix_x4_trans(right, base + kDecayed + place);
-                        mma_m16n8k16(state[tile][2 * j], left, right[0], right[1]);
-                        mma_m16n8k16(state[tile][2 * j + 1], left, right[2], right[3]);
-                    }
-                }
-            }
-        }
+        if (chunk.count == kChunk) state.advance(at, expf(last), stage + kB, kRow, base + kDecayed, kSliceRow);
         if (kStages == 1) {
             __syncthreads();
             load(index + 1);
@@ -230,13 +160,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     cp_async_wait<0>();
     if (sequence.to < 0) return;
     kept = states + (static_cast<int64_t>(sequence.to) * heads + head) * (kState * head_dim) + first_column;
-#pragma unroll
-    for (int tile = 0; tile < kStateTiles; ++tile)
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                int row = state_row(tile, i / 2), column = own_column + 8 * j + i % 2;
-                if (inside(row, column)) kept[row * head_dim + column] = state[tile][j][i] / unit;
-            }
+    state.each(at, [&](int row, int column, float& value) {
+        if (inside(row, column)) kept[row * head_dim + column] = value / unit;
+    });
 }

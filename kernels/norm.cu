@@ -65,12 +65,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     }
     for (int i = threadIdx.x; i < columns; i += kThreads) squares = fmaf(x[i] - mean, x[i] - mean, squares);
     float r = 1.0f / sqrtf(block_sum<kThreads>(squares) / static_cast<float>(columns) + epsilon);
-    auto value = [&](int i) {
-        if (i >= columns) return 0.0f;
+    store_row<kThreads>(out, columns, stride, [&](int i) {
         return *scale * fmaf((x[i] - mean) * r, weight[i], bias != nullptr ? bias[i] : 0.0f);
-    };
-    for (int i = 2 * threadIdx.x; i < stride; i += 2 * kThreads)
-        store_operand(out, i, operand_pair(value(i), value(i + 1)));
+    });
 }
 
 // x[t, :] = rms_norm(x[t, :]) * weight; rows are `stride` floats apart.

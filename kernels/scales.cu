@@ -4,19 +4,11 @@
 // weight is at most its matrix's absmax. An output x of RMSNorm with weight w, of H columns, obeys |x / w|₂ <= sqrt(H),
 // so by Cauchy-Schwarz |W_n · x| <= sqrt(H) · |W_n ∘ w|₂. Such a bound is loose by a factor of about sqrt(H), which is
 // far less than the 40 binades that a half has.
-#include "include/types.cuh"
+#include "include/scale_for.cuh"
 
 constexpr int kThreads = OUTPUT_SCALE_THREADS;
 static_assert(SINGLE_THREAD == 1, "weight_scale, divide_scale and square_scale have work for one thread");
-constexpr int kHalfTop = 15;    // the largest scaled value is at most 2^15, a factor 2 under overflow
 constexpr int kWeightTop = 13;  // decode_halves' intermediate d * kCenter - m may be a few times the largest weight
-
-// The largest power of two by which `bound` may be multiplied without passing 2^top, or half of it.
-__device__ __forceinline__ float scale_for(float bound, int top) {
-    int exponent = static_cast<int>(__float_as_uint(bound) >> 23 & 0xff) - 127 + 1;  // bound < 2^exponent
-    int e = bound > 0.0f ? min(max(top - exponent, -126), 126) : 0;
-    return bits_to_float(static_cast<uint32_t>(e + 127) << 23);
-}
 
 // *scale for a matrix whose largest magnitude has the bits *absmax.
 extern "C" __global__ void weight_scale(const uint32_t* absmax, float* scale) {

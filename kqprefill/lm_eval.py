@@ -54,12 +54,10 @@ class KqprefillLM(TemplateLM):  # type: ignore[misc]  # the harness need not be 
 
         path: the model, as commands name it; there must be one. backend, kernels, vram: as for `kqprefill.load`.
         device: `--device` of the harness: `cpu`, `cuda`, `cuda:1` or a CUDA device's number. batch_tokens: of a batch,
-        at most, as in
-        `Model.score`. max_length: tokens of a context with its continuation, or of a window of a long text, at most;
-        the model's context length unless given. add_bos_token: whether texts begin with BOS; as the file says unless
-        given.
-        prefix_token_id: what comes before a text without context; BOS unless given, or EOS where there is none.
-        batch_size, max_batch_size: of the harness, and not needed: batches are packed by tokens.
+        at most, as in `Model.score`. max_length: tokens of a context with its continuation, or of a window of a long
+        text, at most; the model's context length unless given. add_bos_token: whether texts begin with BOS; as the file
+        says unless given. prefix_token_id: what comes before a text without context; BOS unless given, or EOS where
+        there is none. batch_size, max_batch_size: of the harness, and not needed: batches are packed by tokens.
 
         Raises as `kqprefill.load` does; InputError for an argument that is none; ModelError where the file has no
         tokenizer.

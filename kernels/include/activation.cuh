@@ -22,6 +22,10 @@ __device__ __forceinline__ float sigmoid(float x) {
     return 1.0f / (1.0f + expf(-x));
 }
 
+__device__ __forceinline__ float softplus(float x) {
+    return x > 20.0f ? x : log1pf(expf(x));
+}
+
 __device__ __forceinline__ float silu(float x) {
     return x / (1.0f + expf(-x));
 }

@@ -55,6 +55,14 @@ __device__ __forceinline__ void store_operand(half_t* row, int column, const Ope
     *reinterpret_cast<uint4*>(row + operand_position(column)) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
 }
 
+// Writes a row whose columns are value(i), and zeros from `columns` on, by all of a block's threads.
+template <int kThreads, class Value>
+__device__ __forceinline__ void store_row(half_t* row, int columns, int stride, Value value) {
+    auto inside = [&](int i) { return i < columns ? value(i) : 0.0f; };
+    for (int i = 2 * threadIdx.x; i < stride; i += 2 * kThreads)
+        store_operand(row, i, operand_pair(inside(i), inside(i + 1)));
+}
+
 // Column `column` of a row, still scaled.
 __device__ __forceinline__ float load_operand(const half_t* row, int column) {
     return half_to_float(row[operand_position(column)]);

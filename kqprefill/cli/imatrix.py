@@ -177,8 +177,7 @@ def imatrix(
                     save_frequency,
                 )
             except Interrupted:
-                if not on.quiet:
-                    say(f"interrupted: {watch.done:.0%} of the chunks were read{saver.way_on()}")
+                on.say(f"interrupted: {watch.done:.0%} of the chunks were read{saver.way_on()}")
                 raise
             took = time.perf_counter() - begun
             if on.verbose:

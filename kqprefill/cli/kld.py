@@ -139,8 +139,8 @@ def kld(
             if picture_file is not None:
                 draw_divergence(found, f"{name} against {base or against}", picture_file, kind)
     except Interrupted:
-        if watch is not None and watch.done and not on.quiet:
-            say(f"interrupted: {watch.done:.0%} of the text was run; the figures need all of it (--chunks N: less)")
+        if watch is not None and watch.done:
+            on.say(f"interrupted: {watch.done:.0%} of the text was run; the figures need all of it (--chunks N: less)")
         raise
     ran = models[0].backend
     on.say_summary(f"{found.n_tokens} tokens of {found.windows} windows of {context}, {ran.name} ({ran.device_name})")

@@ -13,7 +13,6 @@ from .common import (
     batch_option,
     open_file,
     print_object,
-    say,
     say_batches,
     say_loaded,
     size,
@@ -97,8 +96,10 @@ def perplexity(
                 say_loaded(model)
                 say_batches(model, batch_tokens)
     except Interrupted:
-        if watch is not None and watch.done and not on.quiet:
-            say(f"interrupted: {watch.done:.0%} of the text was scored; the figure needs all of it (--chunks N: less)")
+        if watch is not None and watch.done:
+            on.say(
+                f"interrupted: {watch.done:.0%} of the text was scored; the figure needs all of it (--chunks N: less)"
+            )
         raise
     where = f"{model.backend.name} ({model.backend.device_name})"
     on.say_summary(f"{measured.n_tokens} tokens of {measured.windows} windows of {context}, {where}")

@@ -43,11 +43,16 @@ class RunOptions:
         """
         from ..engine.model import open_model
 
-        warn: Callable[[str], None] = (lambda line: None) if self.quiet else say
-        model = open_model(file, self.backend, self.device, self.kernels, progress, warn, self.vram, max_tokens, ranks)
+        on = self.backend, self.device, self.kernels
+        model = open_model(file, *on, progress, self.say, self.vram, max_tokens, ranks)
         if model.backend.name == "cpu" and not self.quiet:
             say_ignored()
         return model
+
+    def say(self, line: str) -> None:
+        """A line on stderr that people may do without."""
+        if not self.quiet:
+            say(line)
 
     def say_summary(self, line: str) -> None:
         """What was done, on stderr: for a person who looks on, or where it is asked for."""

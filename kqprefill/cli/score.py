@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..corpus.records import OURS, Record
-from ..corpus.results import Wanted, all_finite, described
+from ..corpus.results import NOT_FINITE, Wanted, all_finite, described
 from ..corpus.scorer import Form, Settings
-from ..errors import DAMAGED_WEIGHTS, InputError, KqprefillError
+from ..errors import InputError, KqprefillError
 from .common import (
     batch_option,
     open_file,
     read_template,
-    say,
     say_batches,
     say_loaded,
     special_option,
@@ -32,7 +31,7 @@ from .outputs import STDIO, Outputs, force_option
 from .progress import Bars, progress_bars
 from .records import Records, check_inputs
 from .run_options import RunOptions, run_options
-from .score_folder import FolderOptions, folder_options, is_folder, score_folder
+from .score_folder import FolderOptions, folder_options, is_folder, score_folder, status_of
 from .sources import from_home, model_path
 
 if TYPE_CHECKING:
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
     from .page import Page
 
 _HTML_TOP = 5  # alternatives on the page
-_SOME_BAD = 3  # the exit status where some records could not be scored
 
 
 @click.command()
@@ -184,18 +182,14 @@ def score(
                 say_loaded(model)
                 say_batches(model, batch_tokens, top)
     except Interrupted:
-        if lines is not None and run is not None and not on.quiet:
+        if lines is not None and run is not None:
             how = f" in {output}; --resume goes on from there" if output != STDIO and lines.is_file else ""
-            say(
-                f"interrupted: {run.written} records are done{how}" if run.written else "interrupted: no record is done"
-            )
+            done = f"{run.written} records are done{how}" if run.written else "no record is done"
+            on.say(f"interrupted: {done}")
         raise
     rate, where = run.tokens / seconds, f"{model.backend.name} ({model.backend.device_name})"
     on.say_summary(f"{run.scored} records, {run.tokens} tokens, {rate:.0f} tokens/s, {where}")
-    if bad:
-        if not on.quiet:
-            say(f"{bad} of {run.written} records could not be scored and were skipped; their lines say why")
-        context.exit(_SOME_BAD)
+    context.exit(status_of(bad, run.written, on))
 
 
 def _claim(outputs: Outputs, model: str, paths: Sequence[str], output: str, html: str | None) -> None:
@@ -331,7 +325,7 @@ class _Run:
         assert record.item is not None, "a result is of a record that had something to score"
         self._waiting_tokens -= record.item.tokens
         if not all_finite(result):
-            self._fail(record, f"its logits hold NaN or infinities: {DAMAGED_WEIGHTS}")
+            self._fail(record, NOT_FINITE)
             return
         self._write_line({"index": record.index} | described(result, self._wanted), record)
         self.scored += 1

@@ -20,13 +20,14 @@ from ..corpus.inputs import Block, files_of, parquet
 from ..corpus.run import Run
 from ..corpus.scorer import BlockScorer, Done, Settings
 from ..errors import InputError, KqprefillError
-from .common import Command, open_file, say, say_batches, say_loaded, say_plain
+from .common import Command, open_file, say_batches, say_loaded, say_plain
 from .interrupts import Interrupted
 from .outputs import STDIO
 from .progress import Bars, progress_bars
 from .run_options import RunOptions
 from .sources import from_home, model_path
 
+_SOME_BAD = 3  # the exit status where some records could not be scored
 _LARGEST_BLOCK = 1 << 30  # bytes: a worker has it in memory
 
 
@@ -142,19 +143,19 @@ def score_folder(
             _check(run, work.first_error, paths)
             run.end()
     except Interrupted:
-        if run is not None and not on.quiet:
-            say(f"interrupted: {run.counts.records} records are done in {output}; --resume goes on from there")
+        if run is not None:
+            on.say(f"interrupted: {run.counts.records} records are done in {output}; --resume goes on from there")
         raise
     rate = tokens / (time.perf_counter() - begin)
     on.say_summary(f"{records} records, {tokens} tokens, {rate:.0f} tokens/s; {run.counts.records} records in {output}")
-    if run.counts.bad:
-        if not on.quiet:
-            say(
-                f"{run.counts.bad} of {run.counts.records} records could not be scored and were skipped; "
-                "their lines say why"
-            )
-        return 3
-    return 0
+    return status_of(run.counts.bad, run.counts.records, on)
+
+
+def status_of(bad: int, records: int, on: RunOptions) -> int:
+    """The exit status where so many records could not be scored: 0, or 3 for some, which is said."""
+    if bad:
+        on.say(f"{bad} of {records} records could not be scored and were skipped; their lines say why")
+    return _SOME_BAD if bad else 0
 
 
 def _inputs_of(files: Sequence[str], output: str) -> list[str]:
@@ -254,8 +255,7 @@ def _over_ray(
     path = model_path(name)
     place = os.path.abspath(path) if os.path.exists(path) else path
     model = {"model": place, "backend": on.backend, "device": 0, "kernels": on.kernels, "vram": on.vram}
-    tell: Callable[[str], None] = (lambda line: None) if on.quiet else say
-    cluster = stack.enter_context(pool.Cluster(options.ray, options.replicas, model, work.settings, tell, on.verbose))
+    cluster = stack.enter_context(pool.Cluster(options.ray, options.replicas, model, work.settings, on.say, on.verbose))
     for block, done in cluster.scored(chain([first], work.blocks), work.run):
         yield block, done
         work.show(block, 1.0, done, cluster.note())

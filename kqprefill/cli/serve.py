@@ -159,9 +159,8 @@ def serve(
             serving.drain()
 
         on_signals(end)
-        if not on.quiet:
-            where = f"{model.backend.name}, {model.backend.device_name}"
-            say(f"{server.name} is served at {address_of(listening)} ({where})")
-            if key is None and host not in _LOCAL:
-                say(f"--host {host}: whoever reaches it may use it; --api-key asks for a key")
+        where = f"{model.backend.name}, {model.backend.device_name}"
+        on.say(f"{server.name} is served at {address_of(listening)} ({where})")
+        if key is None and host not in _LOCAL:
+            on.say(f"--host {host}: whoever reaches it may use it; --api-key asks for a key")
         serving.run()

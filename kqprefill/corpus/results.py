@@ -7,9 +7,14 @@ from dataclasses import dataclass
 import math
 from typing import TYPE_CHECKING, Any
 
+from ..errors import DAMAGED_WEIGHTS
+
 if TYPE_CHECKING:
     from ..core import Float32Array
     from ..engine.scoring import Scored
+
+
+NOT_FINITE = f"its logits hold NaN or infinities: {DAMAGED_WEIGHTS}"  # what is wrong with such a record
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ class Run:
             self._check("options")
         elif self.made_of["options"]["block_bytes"] is None:
             self.made_of["options"]["block_bytes"] = BLOCK_BYTES
-        self._names = dict(self._block_names())
+        self._names = self._block_names()
         self._input_written: dict[str, int] = {}
         self._known = self._read_journal()
         self._journal = open(self.folder.own / "blocks.jsonl", "ab")  # noqa: SIM115
@@ -219,12 +219,13 @@ class Run:
         self._journal.write(json.dumps(line).encode() + b"\n")
         self._journal.flush()
 
-    def _block_names(self) -> Iterator[tuple[str, list[str]]]:
+    def _block_names(self) -> dict[str, list[str]]:
+        """The names of the results that are there, by `Block.place`."""
         found: dict[str, list[str]] = {}
         for name in os.listdir(self.folder.path):
             if match := _BLOCK.fullmatch(name):
                 found.setdefault(match[1], []).append(name)
-        yield from found.items()
+        return found
 
     def _read_journal(self) -> dict[str, Done]:
         known: dict[str, Done] = {}

@@ -10,12 +10,12 @@ import hashlib
 import time
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from ..errors import DAMAGED_WEIGHTS, InputError, KqprefillError
+from ..errors import InputError, KqprefillError
 from . import blocks
 from .folder import Folder
 from .inputs import Block
 from .records import Reader, Record
-from .results import Wanted, all_finite, described, n_tokens_of
+from .results import NOT_FINITE, Wanted, all_finite, described, n_tokens_of
 
 if TYPE_CHECKING:
     from ..engine.model import Model
@@ -133,7 +133,7 @@ class BlockScorer:
                 scored.lines[at] = {"index": record.index} | described(result, self._settings.wanted)
                 scored.tokens += record.item.tokens if record.item else 0
             else:
-                self._fail(scored, at, f"its logits hold NaN or infinities: {DAMAGED_WEIGHTS}")
+                self._fail(scored, at, NOT_FINITE)
             if heard:
                 heard(at + 1)
         return scored

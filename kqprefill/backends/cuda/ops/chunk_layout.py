@@ -14,7 +14,7 @@ from ..constants import DELTA_CHUNK
 
 @dataclass(frozen=True)
 class ChunkLayout:
-    """Of some segments, kernels/include/chunks.cuh's Chunk, int32 [chunks, 5], and delta_scan.cu's Sequence.
+    """Of some segments, kernels/include/chunks.cuh's Chunk, int32 [chunks, 5], and Sequence.
 
     sequences: int32 [sequences, 4] each; those of one array come after states that those of the arrays before it leave.
     states: how many of these there are.
