@@ -15,9 +15,9 @@ __device__ __forceinline__ float2 sums_up_to(int lane, float first, float second
     return make_float2(lane > 0 ? before + first : first, sum);
 }
 
-// What a warp computes of a chunk's 64 rows and a slice's columns: 16 rows from 16 * row on, and 32 columns from `column`
-// on. mma gives a thread the values at own_row (within the 16) and own_column, at the next column, and 8 rows and
-// multiples of 8 columns further.
+// What a warp computes of a chunk's 64 rows and a slice's columns: 16 rows from 16 * row on, and 32 columns from
+// `column` on. mma gives a thread the values at own_row (within the 16) and own_column, at the next column, and 8 rows
+// and multiples of 8 columns further.
 struct WarpPlace {
     int lane, row, column, own_row, own_column;
 

@@ -48,9 +48,7 @@ class Ernie45Moe(Llama):
         return self.experts.fused_parts if self.has_experts(index) else {}
 
     def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
-        h = ops.norm(x, w.attn_norm)
-        q, k, v = ops.qkv(h, w.attn_q, w.attn_k, w.attn_v, rope=self.rope)
-        x = ops.linear(ops.attention(q, k, v, scale=self.attention_scale), w.attn_output, residual=x)
+        x = self.mixer(ops, w, x, index)
         h = ops.norm(x, w.ffn_norm)
         if not self.has_experts(index):
             return ops.mlp(h, w.ffn_gate, w.ffn_up, w.ffn_down, activation="silu", residual=x)

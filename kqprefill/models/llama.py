@@ -22,10 +22,14 @@ class Llama(Family):
             return None
         return Experts.from_gguf(self.meta, self.config, normalise=True)
 
-    def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
+    def mixer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
+        """A layer's first half."""
         h = ops.norm(x, w.attn_norm)
         q, k, v = ops.qkv(h, w.attn_q, w.attn_k, w.attn_v, rope=self.rope)
-        x = ops.linear(ops.attention(q, k, v, scale=self.attention_scale), w.attn_output, residual=x)
+        return ops.linear(ops.attention(q, k, v, scale=self.attention_scale), w.attn_output, residual=x)
+
+    def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
+        x = self.mixer(ops, w, x, index)
         h = ops.norm(x, w.ffn_norm)
         if self.experts is not None:
             return ops.moe(h, w, self.experts, activation="silu", residual=x)

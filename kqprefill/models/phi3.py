@@ -51,7 +51,7 @@ class Phi3(Family):
     def window(self, index: int) -> int | None:
         return self.sliding_window
 
-    def attended(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
+    def mixer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
         """A layer's first half."""
         h = ops.norm(x, w.attn_norm)
         q, k, v = ops.qkv(h, w.attn_q, w.attn_k, w.attn_v, rope=self.rope)
@@ -59,6 +59,6 @@ class Phi3(Family):
         return ops.linear(a, w.attn_output, residual=x)
 
     def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
-        x = self.attended(ops, w, x, index)
+        x = self.mixer(ops, w, x, index)
         h = ops.norm(x, w.ffn_norm)
         return ops.mlp(h, w.ffn_gate, w.ffn_up, w.ffn_down, activation="silu", residual=x)

@@ -32,5 +32,5 @@ class PhiMoe(Phi3):
         return None  # as llama.cpp, which reads none of this architecture
 
     def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
-        x = self.attended(ops, w, x, index)
+        x = self.mixer(ops, w, x, index)
         return ops.moe(ops.norm(x, w.ffn_norm), w, self.experts, activation="silu", residual=x)

@@ -29,9 +29,7 @@ class Qwen2Moe(Qwen2):
         return Experts.from_gguf(self.meta, self.config)
 
     def layer(self, ops: Ops, w: Weights, x: Residual, index: int) -> Residual:
-        h = ops.norm(x, w.attn_norm)
-        q, k, v = ops.qkv(h, w.attn_q, w.attn_k, w.attn_v, rope=self.rope)
-        x = ops.linear(ops.attention(q, k, v, scale=self.attention_scale), w.attn_output, residual=x)
+        x = self.mixer(ops, w, x, index)
         h = ops.norm(x, w.ffn_norm)
         shared = ops.mlp(h, w.ffn_gate_shexp, w.ffn_up_shexp, w.ffn_down_shexp, activation="silu")
         both = shared, w.ffn_gate_inp_shexp

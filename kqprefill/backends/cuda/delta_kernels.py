@@ -14,7 +14,7 @@ HEAD_DIMS = (32, 64, 128)  # that the kernels take
 _PREPARE_THREADS = 256
 
 
-def _row(values: int) -> int:
+def padded_row(values: int) -> int:
     """Bytes of a row of halves in shared memory, padded against bank conflicts."""
     return 2 * (values + 8)
 
@@ -32,7 +32,7 @@ def inputs_program(head_dim: int, kernel: int) -> Program:
 @cache
 def prepare_program(head_dim: int) -> Program:
     """delta_prepare.cu."""
-    shared_bytes = 2 * DELTA_CHUNK * _row(head_dim) + 4 * DELTA_CHUNK * (DELTA_CHUNK + 4) + 3 * 4 * DELTA_CHUNK
+    shared_bytes = 2 * DELTA_CHUNK * padded_row(head_dim) + 4 * DELTA_CHUNK * (DELTA_CHUNK + 4) + 3 * 4 * DELTA_CHUNK
     return Program("delta_prepare.cu", (("HEAD_DIM", str(head_dim)),), _PREPARE_THREADS, shared_bytes)
 
 
@@ -63,8 +63,8 @@ class ScanConfig:
 
     @property
     def _shared_bytes(self) -> int:
-        rows = 3 * _row(self.head_dim) + _row(DELTA_CHUNK) + _row(self.slice) + 4
-        return self.stages * DELTA_CHUNK * rows + (self.head_dim + 2 * DELTA_CHUNK) * _row(self.slice)
+        rows = 3 * padded_row(self.head_dim) + padded_row(DELTA_CHUNK) + padded_row(self.slice) + 4
+        return self.stages * DELTA_CHUNK * rows + (self.head_dim + 2 * DELTA_CHUNK) * padded_row(self.slice)
 
 
 def _scan_configs(head_dim: int) -> list[ScanConfig]:

@@ -8,16 +8,12 @@ from functools import cache
 
 from ...errors import ModelError
 from .constants import DELTA_CHUNK
+from .delta_kernels import padded_row
 from .device.compiler import Program
 
 SLICE = 32  # columns of a state that a block has
 _STATE_SIZES = (64, 128, 256)  # in use
 MOST_STATE = 256  # rows of a state
-
-
-def _row(values: int) -> int:
-    """Bytes of a row of halves in shared memory, padded against bank conflicts."""
-    return 2 * (values + 8)
 
 
 @cache
@@ -47,8 +43,8 @@ class ScanConfig:
 
     @property
     def _shared_bytes(self) -> int:
-        rows = 2 * _row(self.state) + _row(DELTA_CHUNK) + _row(SLICE) + 4
-        return self.stages * DELTA_CHUNK * rows + (self.state + DELTA_CHUNK) * _row(SLICE)
+        rows = 2 * padded_row(self.state) + padded_row(DELTA_CHUNK) + padded_row(SLICE) + 4
+        return self.stages * DELTA_CHUNK * rows + (self.state + DELTA_CHUNK) * padded_row(SLICE)
 
 
 def padded_head(head_dim: int) -> int:

@@ -54,20 +54,10 @@ class AltUpOps(PerLayerOps):
 
     def _add_embeddings(self, x: Residual, first: DeviceArray, w: Weights) -> None:
         """To all streams but the first, what the token's embedding for this layer gives."""
-        h, width = self.cast(first), w.inp_gate.shape[0]
-        gates = self.work.array("embedding gates", FLOAT32, self.n, width)
-        self.enter("linear", [w.inp_gate], self.n)
-        self.hear([w.inp_gate], h)
-        self.multiply(h, [self.matrix(w.inp_gate)], gates)
-        self._launch("scale_rows", x=gates, row_scale=h.row_scale, columns=width)
-        gated = self.gated_embedding(gates)
-        self.hear([w.proj], gated)
-        self.enter("linear", [w.proj], self.n)
-        sums = self.work.array("linear", FLOAT32, self.n, w.proj.shape[0])
-        self.multiply(gated, [self.matrix(w.proj)], sums)
+        sums, row_scale = self.gated_embedding(self.cast(first), w.inp_gate, w.proj)
         for number in range(1, ALTUP_STREAMS):
             stream = Residual(self._stream(x, number))
-            self.add_rms_norm(stream, sums, w.post_norm, row_scale=gated.row_scale)
+            self.add_rms_norm(stream, sums, w.post_norm, row_scale=row_scale)
 
     def altup_merge(self, x: Residual, matrices: Weight) -> Residual:
         columns = x.values.shape[2]

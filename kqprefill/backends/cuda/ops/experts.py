@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 from ....models.experts import Experts
 from ....models.ops import Sums
@@ -21,6 +22,10 @@ from .dense import DenseOps
 _ROWS = 65536  # copies of tokens' rows that go through experts at a time
 _ROUTED_A_BLOCK = THREADS["route"] // 32  # tokens: a warp has one
 _GROUP_WORDS = 4  # of kernels/include/groups.cuh's Group
+
+
+# activate(a GEMM, rows sorted by expert, their groups): the operand of the experts' second matrices.
+_Activate: TypeAlias = Callable[[Gemm, Operand, Groups], Operand]
 
 
 class ExpertOps(DenseOps):
@@ -46,8 +51,6 @@ class ExpertOps(DenseOps):
         scores: Sums | None = None,
         shared: tuple[Sums, Weight] | None = None,
     ) -> Residual | Sums:
-        if not experts.gated:
-            return self._ungated_experts(h, w, experts, activation, residual, scores)
         count, used, hidden = experts.count, experts.used, h.columns
         if shared is not None:
             self.hear([shared[1]], h)
@@ -55,13 +58,14 @@ class ExpertOps(DenseOps):
         if scores is None:
             self.enter("linear", [w.ffn_gate_inp], self.n)
             self.hear([w.ffn_gate_inp], h)
-        self.enter("linear", [w.ffn_gate_exps, w.ffn_up_exps, w.ffn_down_exps], self.n, share=used / count)
-        gate, up, down = (self.matrix(stack) for stack in (w.ffn_gate_exps, w.ffn_up_exps, w.ffn_down_exps))
-        g, u, d = (stack.one_of(count) for stack in (gate, up, down))
-        biases, down_bias = (self.bias(w.ffn_gate_exps), self.bias(w.ffn_up_exps)), self.bias(w.ffn_down_exps)
-        weight_scale = self.scales.of_weights([gate, up], h.norm)
-        act_scale = self.gated_scale(activation, h, gate, up, biases)
-        gated, linear = self.context.gemms.choose([g, u], gated=True), self.context.gemms.choose([d])
+        raising = [w.ffn_gate_exps, w.ffn_up_exps] if experts.gated else [w.ffn_up_exps]
+        self.enter("linear", [*raising, w.ffn_down_exps], self.n, share=used / count)
+        stacks, down = [self.matrix(weight) for weight in raising], self.matrix(w.ffn_down_exps)
+        ones, d = [stack.one_of(count) for stack in stacks], down.one_of(count)
+        biases, down_bias = [self.bias(weight) for weight in raising], self.bias(w.ffn_down_exps)
+        activate = self._gated_experts if experts.gated else self._ungated_experts
+        activated = activate(h, stacks, ones, biases, activation)
+        first, second = self.context.gemms.choose(ones, gated=experts.gated), self.context.gemms.choose([d])
         step = min(TOKENS_AT_ONCE, _ROWS // used)
         for t in range(0, self.n, step):
             end = min(t + step, self.n)
@@ -73,22 +77,73 @@ class ExpertOps(DenseOps):
             else:
                 own = scores.rows(t, end)
             chosen, shares = self._route(own, experts, w)
-            gated_rows = gated.group_rows(rows, [g, u], True, count)
-            linear_rows = linear.group_rows(rows, [d], False, count)
-            firsts, places, gated_groups, linear_groups = self._arrange(chosen, count, gated_rows, linear_rows)
+            first_rows = first.group_rows(rows, ones, experts.gated, count)
+            second_rows = second.group_rows(rows, [d], False, count)
+            firsts, places, first_groups, second_groups = self._arrange(chosen, count, first_rows, second_rows)
             x = self._gather(tokens, places, used, shares if experts.weighs_input else None)
-            self.hear([w.ffn_gate_exps, w.ffn_up_exps], x, firsts=firsts)
-            act = Operand(self._activated(rows, g.rows), g.rows, act_scale)
-            gated.gated(x, g, u, act, weight_scale, biases, activation, gated_groups)
+            self.hear(raising, x, firsts=firsts)
+            act = activated(first, x, first_groups)
             self.hear([w.ffn_down_exps], act, firsts=firsts)
             sums = self.work.array("sums", FLOAT16, rows, hidden)
-            sum_scale = self._grouped(linear, act, down, d, sums, down_bias, linear_groups)
+            sum_scale = self._grouped(second, act, down, d, sums, down_bias, second_groups)
             opened = None
             if shared is not None:
                 opened = shared[0].rows(t, end), self.context.small.vector(shared[1].tensor)[0]
             copies, added = (places, shares), residual is not None
             self._combine(out.rows(t, end), sums, sum_scale, experts, copies, tokens, added, opened)
         return out if residual is None else Residual(out)
+
+    def _gated_experts(
+        self,
+        h: Operand,
+        stacks: list[Matrix],
+        ones: list[Matrix],
+        biases: list[DeviceArray | None],
+        activation: str,
+    ) -> _Activate:
+        """What makes act(gate · x) * up · x of rows sorted by expert. stacks: the experts' gates and ups, of which
+        `ones` are the first."""
+        (gate, up), (g, u), both = stacks, ones, (biases[0], biases[1])
+        weight_scale = self.scales.of_weights([gate, up], h.norm)
+        act_scale = self.gated_scale(activation, h, gate, up, both)
+
+        def activated(gemm: Gemm, x: Operand, groups: Groups) -> Operand:
+            act = Operand(self._activated(x.rows, g.rows), g.rows, act_scale)
+            gemm.gated(x, g, u, act, weight_scale, both, activation, groups)
+            return act
+
+        return activated
+
+    def _ungated_experts(
+        self,
+        h: Operand,
+        stacks: list[Matrix],
+        ones: list[Matrix],
+        biases: list[DeviceArray | None],
+        activation: str,
+    ) -> _Activate:
+        """The same of act(up · x), for experts without a gate."""
+        (up,), (u,), (bias,) = stacks, ones, biases
+
+        def activated(gemm: Gemm, x: Operand, groups: Groups) -> Operand:
+            made = self.work.array("up", FLOAT16, x.rows, u.rows)
+            made_scale = self._grouped(gemm, x, up, u, made, bias, groups)
+            act = Operand(self._activated(x.rows, u.rows), u.rows, self.activated_scale(activation, made_scale))
+            self.launcher.launch(
+                ACTIVATIONS,
+                "activate_halves",
+                grid=x.rows,
+                x=made,
+                x_scale=made_scale,
+                columns=u.rows,
+                activation=NUMBERS[activation],
+                scale=act.scale,
+                out=act.values,
+                stride=act.values.shape[1],
+            )
+            return act
+
+        return activated
 
     def _grouped(
         self,
@@ -109,57 +164,6 @@ class ExpertOps(DenseOps):
             scale = self.scales.of_outputs(stack, a.length, bias)
         gemm.linear(a, [one], out, weight_scale, bias, False, groups, scale)
         return scale
-
-    def _ungated_experts(
-        self,
-        h: Operand,
-        w: Weights,
-        experts: Experts,
-        activation: str,
-        residual: Residual | None,
-        scores: Sums | None,
-    ) -> Residual | Sums:
-        """As `moe`, of experts without a gate."""
-        count, used, hidden = experts.count, experts.used, h.columns
-        out = residual.values if residual is not None else self.work.array("combined", FLOAT32, self.n, hidden)
-        if scores is None:
-            self.enter("linear", [w.ffn_gate_inp], self.n)
-            made = self.linear(h, w.ffn_gate_inp)
-            assert isinstance(made, DeviceArray)
-            scores = made
-        self.enter("linear", [w.ffn_up_exps, w.ffn_down_exps], self.n, share=used / count)
-        up, down = self.matrix(w.ffn_up_exps), self.matrix(w.ffn_down_exps)
-        u, d = up.one_of(count), down.one_of(count)
-        first, second = self.context.gemms.choose([u]), self.context.gemms.choose([d])
-        step = min(TOKENS_AT_ONCE, _ROWS // used)
-        for t in range(0, self.n, step):
-            end = min(t + step, self.n)
-            rows, tokens = (end - t) * used, h.part(t, end)
-            chosen, shares = self._route(scores.rows(t, end), experts, w)
-            first_rows, second_rows = (g.group_rows(rows, [m], False, count) for g, m in ((first, u), (second, d)))
-            firsts, places, first_groups, second_groups = self._arrange(chosen, count, first_rows, second_rows)
-            x = self._gather(tokens, places, used)
-            self.hear([w.ffn_up_exps], x, firsts=firsts)
-            made = self.work.array("up", FLOAT16, rows, u.rows)
-            made_scale = self._grouped(first, x, up, u, made, self.bias(w.ffn_up_exps), first_groups)
-            act = Operand(self._activated(rows, u.rows), u.rows, self.activated_scale(activation, made_scale))
-            self.launcher.launch(
-                ACTIVATIONS,
-                "activate_halves",
-                grid=rows,
-                x=made,
-                x_scale=made_scale,
-                columns=u.rows,
-                activation=NUMBERS[activation],
-                scale=act.scale,
-                out=act.values,
-                stride=act.values.shape[1],
-            )
-            self.hear([w.ffn_down_exps], act, firsts=firsts)
-            sums = self.work.array("sums", FLOAT16, rows, hidden)
-            sum_scale = self._grouped(second, act, down, d, sums, self.bias(w.ffn_down_exps), second_groups)
-            self._combine(out.rows(t, end), sums, sum_scale, experts, (places, shares), tokens, residual is not None)
-        return out if residual is None else Residual(out)
 
     def _combine(
         self,

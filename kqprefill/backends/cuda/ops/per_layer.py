@@ -9,7 +9,7 @@ from ....models.weights import Weight
 from ..constants import THREADS
 from ..device.arrays import FLOAT32, DeviceArray
 from ..gemm.operand import HALVES, Operand
-from ..programs import PER_LAYER
+from ..programs import ALTUP, PER_LAYER
 from .batch import Residual
 from .dense import DenseOps
 
@@ -57,21 +57,19 @@ class PerLayerOps(DenseOps):
     def add_gated_embedding(
         self, x: Residual, gate: Weight, matrix: Weight, norm: Weight, factor: Weight | None
     ) -> Residual:
-        h, width = self.cast(x), gate.shape[0]
+        sums, row_scale = self.gated_embedding(self.cast(x), gate, matrix)
+        return self.add_rms_norm(x, sums, norm, factor, row_scale)
+
+    def gated_embedding(self, h: Operand, gate: Weight, matrix: Weight) -> tuple[DeviceArray, DeviceArray]:
+        """matrix (gelu(gate h) * e), float32 [T, H], where e are the tokens' embeddings for this layer; and the powers
+        of two that its rows are still to be multiplied by, float32 [T]."""
+        width = gate.shape[0]
         gates = self.work.array("embedding gates", FLOAT32, self.n, width)
         self.enter("linear", [gate], self.n)
         self.hear([gate], h)
         self.multiply(h, [self.matrix(gate)], gates)
-        gated = self.gated_embedding(gates)
-        self.hear([matrix], gated)
-        self.enter("linear", [matrix], self.n)
-        sums = self.work.array("linear", FLOAT32, self.n, matrix.shape[0])
-        self.multiply(gated, [self.matrix(matrix)], sums)
-        return self.add_rms_norm(x, sums, norm, factor, gated.row_scale)
-
-    def gated_embedding(self, gates: DeviceArray) -> Operand:
-        """gelu(gates) * e, where e are the tokens' embeddings for this layer; gates: float32 [T, P]."""
-        width = gates.shape[1]
+        if h.row_scale is not None:
+            self.launcher.launch(ALTUP, "scale_rows", grid=self.n, x=gates, row_scale=h.row_scale, columns=width)
         values = self.work.array("gated embedding", HALVES.dtype, self.n, HALVES.padded(width))
         row_scale = self.work.array("row scales", FLOAT32, self.n)
         self.launcher.launch(
@@ -87,4 +85,9 @@ class PerLayerOps(DenseOps):
             stride=values.shape[1],
             row_scale=row_scale,
         )
-        return Operand(values, width, self.scales.unit(), row_scale=row_scale)
+        gated = Operand(values, width, self.scales.unit(), row_scale=row_scale)
+        self.hear([matrix], gated)
+        self.enter("linear", [matrix], self.n)
+        sums = self.work.array("linear", FLOAT32, self.n, matrix.shape[0])
+        self.multiply(gated, [self.matrix(matrix)], sums)
+        return sums, row_scale
