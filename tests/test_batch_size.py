@@ -213,7 +213,7 @@ def test_what_was_chosen_is_said_to_people(capsys):
 def test_recurrences_in_parts_give_the_same_bits(monkeypatch, name, most, rng):
     """However many chunks are computed at a time: of packed sequences, of choices, of one prompt with and without a
     cache."""
-    from kqprefill.backends.cuda.ops import delta
+    from kqprefill.backends.cuda.ops import recurrence
 
     path = ROOT / f"tests/data/{name}.gguf"
 
@@ -233,5 +233,5 @@ def test_recurrences_in_parts_give_the_same_bits(monkeypatch, name, most, rng):
             return [*(s.logprobs for s in scored), model.prefill(prompt, "all").logits, np.concatenate(parts)]
 
     expected = results()
-    monkeypatch.setattr(delta, "CHUNKS_AT_ONCE", most)
+    monkeypatch.setattr(recurrence, "CHUNKS_AT_ONCE", most)
     assert all(map(np.array_equal, expected, results()))

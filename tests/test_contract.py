@@ -207,6 +207,7 @@ def test_a_device_that_is_not_there():
 
 
 @pytest.mark.gpu
+@pytest.mark.whole_gpu
 def test_closing_frees_the_gpu():
     from kqprefill.backends.cuda.device.gpu import Gpu, check
 

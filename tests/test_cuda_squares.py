@@ -167,16 +167,19 @@ def squares_on(path, tokens, backend, batch_tokens=None, **more):
 @pytest.mark.parametrize("kernels", ["auto", "portable"])
 @pytest.mark.parametrize("case", [name for name in MODELS.split() if name in CASES])
 def test_sums_are_the_cpus(case, kernels, rng):
-    """Of experts the counts may differ where scores are all but equal: the sums are held against the means then."""
+    """Of experts the counts may differ where scores are all but equal: the sums are held against the means then. What a
+    token's other experts gave it goes on to the layers above, so that their sums differ more, too."""
     tokens = rng.integers(0, 64, 5 * CONTEXT)
     own, cpu = (squares_on(CASES[case], tokens, b, kernels=k) for b, k in (("cuda", kernels), ("cpu", "auto")))
     assert set(own) == set(cpu)
+    routed = any(len(squares.counts) > 1 for squares in cpu.values())
     for names, expected in cpu.items():
         got, experts = own[names], len(expected.counts)
         assert got.counts.sum() == expected.counts.sum()
         if experts == 1:
             np.testing.assert_allclose(got.sums, expected.sums, rtol=2e-2, atol=1e-3 * expected.sums.mean())
-        assert np.abs(got.sums - expected.sums).sum() <= (2e-3 if experts == 1 else 5e-2) * expected.sums.sum(), names
+        limit = 5e-2 if experts > 1 else 1e-2 if routed else 2e-3
+        assert np.abs(got.sums - expected.sums).sum() <= limit * expected.sums.sum(), names
 
 
 @pytest.mark.gpu

@@ -348,6 +348,7 @@ def test_a_cache_in_host_memory_changes_nothing(monkeypatch, path, streamed, rng
 
 
 @pytest.mark.gpu
+@pytest.mark.whole_gpu
 def test_other_tenants_leave_less_room(rng):
     from kqprefill.backends.cuda.device.gpu import Gpu, check
 
@@ -373,6 +374,7 @@ def test_other_tenants_leave_less_room(rng):
 
 
 @pytest.mark.gpu
+@pytest.mark.whole_gpu
 def test_an_allocation_that_fails_on_the_way_frees_everything(monkeypatch):
     from kqprefill.backends.cuda.device.gpu import Gpu, check
 

@@ -172,10 +172,8 @@ def test_sizes_of_what_does_not_run(tmp_path):
 
 
 def test_where_a_model_runs():
-    data = EXAMPLE.parents[1] / "tests" / "data"
-    described = inspected(data / "seed_oss-q3_k.gguf")
-    assert described["backends"] == ["cpu", "cuda"] and "on a GPU nobody has run" in described["note"]
     described = inspected(EXAMPLE)
+    assert described["backends"] == ["cpu", "cuda"]
     assert (described["kind"], described["note"]) == ("decoder", None) and "Qwen 3 8B" in described["examples"]
     assert "\na decoder such as Qwen 3 8B, " in said_of(EXAMPLE)
 

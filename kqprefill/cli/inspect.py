@@ -77,7 +77,7 @@ def _print_tensors(file: ModelFile, as_json: bool) -> None:
 
 
 def _describe(file: ModelFile, name: str) -> dict[str, Any]:
-    from ..backends.cuda.weights.plan import NEVER_RUN, refuse_unsupported
+    from ..backends.cuda.weights.plan import refuse_unsupported
     from ..gguf.keys import key_or_none
     from ..models import FAMILIES, read_model
     from ..models.unsupported import describe_file
@@ -88,7 +88,6 @@ def _describe(file: ModelFile, name: str) -> dict[str, Any]:
         backends.append("cpu")
         refuse_unsupported(family)
         backends.append("cuda")
-        note = "on a GPU nobody has run this architecture yet" if family.architecture in NEVER_RUN else None
     except BackendError as error:
         note = str(error).removeprefix(shown(f"{file.path}: "))
     except KqprefillError as error:

@@ -13,7 +13,6 @@ from pathlib import Path
 import re
 import sys
 
-from kqprefill.backends.cuda.weights.plan import NEVER_RUN
 from kqprefill.gguf import GGUFFile
 from kqprefill.models import FAMILIES
 from kqprefill.models.family import Family
@@ -23,7 +22,8 @@ from kqprefill.synthetic import SyntheticFile
 ROOT = Path(__file__).resolve().parents[2]
 # The largest model of each architecture that docs/performance.md has figures of, by its shape's name.
 MEASURED = (
-    "qwen3-32b qwen3-30b-a3b gpt-oss-20b llama3-70b qwen3.6-27b qwen3.6-35b-a3b glm-4.5-air deepseek-v2-lite gemma4-31b"
+    "qwen3-32b qwen3-30b-a3b gpt-oss-20b llama3-70b qwen3.6-27b qwen3.6-35b-a3b glm-4.5-air deepseek-v2-lite gemma4-31b "
+    "nemotron-nano-9b-v2 lfm2-8b-a1b"
 ).split()
 MEASURED_ON_A_CPU = ["gemma3-270m"]
 
@@ -36,9 +36,7 @@ and says whether it runs. This page is printed by `python tests/bench/models_pag
 {count} architectures, with some models of each; others of the same architecture run, too. Of models that see or hear,
 the part that reads text runs. A case is a small model in `tests/data/` whose logits are held to llama.cpp's. The last
 column is the largest size that [performance.md](performance.md) has figures of: on an H100 with random weights of that
-shape, or on a CPU where it says so.
-
-\\* Nobody has run it on a GPU yet: its kernels were held to the reference on a host that emulates them, and the CPU."""
+shape, or on a CPU where it says so. All run on both backends, CUDA and CPU."""
 
 
 def special(family: type[Family]) -> str:
@@ -46,11 +44,6 @@ def special(family: type[Family]) -> str:
     text = vars(family).get("__doc__") or sys.modules[family.__module__].__doc__ or ""
     line = " ".join(text.split("\n\n")[0].split())
     return re.sub(r"\b\d{4}\.\d{5}\b", lambda paper: f"[{paper[0]}](https://arxiv.org/abs/{paper[0]})", line)
-
-
-def runs_on(architecture: str) -> str:
-    """Where it runs, for a table's cell."""
-    return "CUDA\\*, CPU" if architecture in NEVER_RUN else "CUDA, CPU"
 
 
 def cases() -> dict[str, list[str]]:
@@ -95,10 +88,10 @@ def page() -> Iterator[str]:
     yield from _HEAD.format(count=len(FAMILIES)).splitlines()
     yield ""
     rows = [
-        [f"`{name}`", f.examples, special(f), runs_on(name), case(have.get(name, [])), sizes.get(name, "-")]
+        [f"`{name}`", f.examples, special(f), case(have.get(name, [])), sizes.get(name, "-")]
         for name, f in sorted(FAMILIES.items())
     ]
-    yield from table("architecture | models | what is special | runs on | case | largest measured", rows)
+    yield from table("architecture | models | what is special | case | largest measured", rows)
     yield "## Language models that do not run yet"
     yield "What they need is in what their layers differ from those that run; `-` where no difference is known."
     yield ""

@@ -23,13 +23,6 @@ from .host_pages import WINDOW
 from .matrix import layer_matrices, tensors_outside, tile_bytes
 from .staging import STAGING_BYTES, STAGING_SLOTS
 
-# Architectures that run on CUDA, whose kernels were held to the reference on the host (tests/emulator.py) and never run
-# on a GPU.
-NEVER_RUN = frozenset(
-    "seed_oss ernie4_5 ernie4_5-moe exaone4 internlm2 minicpm qwen2vl mistral4 minimax-m2 granitemoe lfm2 lfm2moe "
-    "nemotron_h nemotron_h_moe granitehybrid llama4 cohere2 hunyuan-dense hunyuan-moe gemma3n phimoe command-r "
-    "starcoder2 falcon-h1 kimi-linear".split()
-)
 CONTEXT_BYTES = 560 << 20  # that the driver takes for a context and our kernels (an H100: 540 MiB)
 _SLACK_BYTES, _SLACK_SHARE = (
     64 << 20,
