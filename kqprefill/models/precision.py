@@ -1,0 +1,33 @@
+"""What matrices are multiplied as: exactly as the file has them, or both operands in int8.
+
+With "int8" a matrix W and its inputs x are rotated first: each 128 columns (the last ones filled up with zeros) are
+multiplied by the orthogonal Hadamard matrix of 128, which spreads what is large over all of them and leaves W · x as it
+is. Then a row of W has one scale, and a token of x has one: their largest magnitude / 127. Both are rounded to integers
+of -127 to 127, half to even, and multiplied and summed exactly. So a token's scale depends on that token alone.
+QuaRot (arXiv 2404.00456) rotates so; llama.cpp multiplies x in int8, too, by blocks of 32 (ggml's Q8_0 and Q8_K).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+from .weights import Weight
+
+Precision: TypeAlias = Literal["exact", "int8"]
+PRECISIONS: tuple[Precision, ...] = ("exact", "int8")
+
+ROTATED = 128  # columns that are rotated together
+
+# The large matrices of layers, by their GGUF names between `blk.N.` and `.weight`; those of experts end in _exps. The
+# output matrix, routers and the small matrices that steps, decays and gates come from stay exact.
+_INT8 = frozenset(
+    "attn_q attn_k attn_v attn_qkv attn_output attn_gate attn_q_a attn_q_b attn_kv_a_mqa ffn_gate ffn_up ffn_down "
+    "ffn_gate_exps ffn_up_exps ffn_gate_up_exps ffn_down_exps ffn_gate_shexp ffn_up_shexp ffn_down_shexp "
+    "ffn_gate_chexps ffn_up_chexps ffn_down_chexps ssm_in ssm_out shortconv.in_proj shortconv.out_proj".split()
+)
+
+
+def takes_int8(weight: Weight) -> bool:
+    """Whether a matrix is multiplied in int8 where a model is opened so."""
+    head, _, name = weight.name.removesuffix(".weight").partition(".")
+    return head == "blk" and name.partition(".")[2] in _INT8
