@@ -28,6 +28,7 @@ _INT8 = frozenset(
 
 
 def takes_int8(weight: Weight) -> bool:
-    """Whether a matrix is multiplied in int8 where a model is opened so."""
-    head, _, name = weight.name.removesuffix(".weight").partition(".")
+    """Whether a matrix, or a part of one ("blk.0.ssm_in.weight[0:256]"), is multiplied in int8 where a model is opened
+    so."""
+    head, _, name = weight.name.partition("[")[0].removesuffix(".weight").partition(".")
     return head == "blk" and name.partition(".")[2] in _INT8
