@@ -326,11 +326,14 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
             int column = tiles[i].column + row;
             float own_bias = Biases{expert, rows0, column, true}.of(bias);
             if constexpr (Config::kGrouped) {  // an expert's matrix has whole row tiles: all lanes are here
-                ExpertOutput output = {static_cast<half_t*>(out), ldo, *out_scale};
-                output.store_transposed<Config::kTokens>(acc, i, alpha, own_bias, column, token, end);
+                float scale = *out_scale;      // a power of two
+                ExpertOutput output = {static_cast<half_t*>(out), ldo};
+                HalfSums<Config::kTokens> sums = {acc, alpha * scale};
+                output.store_transposed<Config::kTokens>(sums, i, own_bias * scale, column, token, end);
             } else {
                 LinearOutput output = {static_cast<float*>(out), ldo};
-                output.store_transposed<Config::kTokens>(acc, i, alpha, own_bias, column, token, end, add);
+                HalfSums<Config::kTokens> sums = {acc, alpha};
+                output.store_transposed<Config::kTokens>(sums, i, own_bias, column, token, end, add);
             }
         }
     };
@@ -352,8 +355,9 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
     auto write = [&](Accumulators& acc, float alpha, const RowTile(&tiles)[Config::kTiles], int row, int token, int end,
                      int expert) {
         token += threadIdx.x % 4 * 2;
-        GatedOutput output = {out, ldo, features, alpha, *out_scale, activation};
-        output.store_transposed<Config::kTokens>(acc, gate_bias, up_bias, expert, tiles[0].column, row, token, end);
+        GatedOutput output = {out, ldo, features, *out_scale, activation};
+        HalfSums<Config::kTokens> sums = {acc, alpha};
+        output.store_transposed<Config::kTokens>(sums, gate_bias, up_bias, expert, tiles[0].column, row, token, end);
     };
     run(matrices, x_map, x, k, x_scale, w_scale, row_tiles, write);
 }

@@ -8,6 +8,7 @@ AVX2.
 """
 
 import ctypes
+from dataclasses import replace
 import hashlib
 import os
 from pathlib import Path
@@ -33,7 +34,7 @@ from kqprefill.backends.cuda.ops.cuda_ops import CudaOps
 from kqprefill.backends.cuda.state_access import DeviceStates
 from kqprefill.backends.cuda.weights.matrix import matrix_of
 from kqprefill.backends.cuda.weights.small_arrays import SmallArrays
-from kqprefill.backends.cuda.weights.staging import repack
+from kqprefill.backends.cuda.weights.staging import unpack
 from kqprefill.gguf import GGUFFile
 from kqprefill.models import read_model
 
@@ -139,7 +140,8 @@ class EmulatedMaps(TensorMaps):
 
     def _encode(self, array, box_rows, format):
         rows, columns = array.shape
-        return np.array([array.address, rows, columns, array.row_bytes, box_rows, *[0] * 11], np.uint64)
+        own = array.address, rows, columns, array.row_bytes, box_rows, array.dtype.itemsize
+        return np.array([*own, *[0] * 10], np.uint64)
 
 
 class EmulatedWeights:
@@ -147,21 +149,27 @@ class EmulatedWeights:
 
     streaming = False
 
-    def __init__(self, gpu, launcher, host_embedding=False):
-        self._gpu, self._launcher, self._host_embedding = gpu, launcher, host_embedding
+    def __init__(self, gpu, launcher, host_embedding=False, precision="exact"):
+        self._gpu, self._launcher, self._host_embedding, self._precision = gpu, launcher, host_embedding, precision
         self._held, self._matrices = [], {}
 
     def matrix(self, weight):
         tensor = weight.tensor
         if tensor.name not in self._matrices:
-            matrix = matrix_of(tensor)
+            matrix = matrix_of(tensor, 0, self._precision)
             buffer = self._gpu.allocate(matrix.nbytes, tensor.name)
             raw = np.ascontiguousarray(tensor.data).reshape(matrix.rows, -1).view(np.uint8)
             self._held.append(buffer)
-            matrix = matrix_of(tensor, buffer.handle)
-            repack(self._launcher, matrix, 0, DeviceArray(raw.ctypes.data, UINT8, raw.shape))
+            matrix = replace(matrix, address=buffer.handle)
+            unpack(self._launcher, matrix, 0, DeviceArray(raw.ctypes.data, UINT8, raw.shape), self._scratch(matrix))
             self._matrices[tensor.name] = matrix
         return self._matrices[tensor.name]
+
+    def _scratch(self, matrix):
+        """Where a matrix in int8 is made."""
+        buffer = self._gpu.allocate(replace(matrix, int8=False).nbytes, "scratch")
+        self._held.append(buffer)
+        return buffer.handle
 
     def on_host(self, weight):
         return self._host_embedding or weight.name == "per_layer_token_embd.weight"
@@ -177,7 +185,7 @@ class EmulatedModel:
     """A model whose batches run on emulated kernels: Hopper's own, or the portable ones with so many bytes of shared
     memory for a block."""
 
-    def __init__(self, path, shared_memory=99 << 10, hopper=False):
+    def __init__(self, path, shared_memory=99 << 10, hopper=False, precision="exact"):
         self.file = GGUFFile(str(path))
         self.family = read_model(self.file)
         capability, shared_memory = ((9, 0), 227 << 10) if hopper else ((8, 0), shared_memory)
@@ -190,7 +198,7 @@ class EmulatedModel:
             Workspace(self.gpu),
             Downloads(self.gpu),
             EmulatedMaps(self.gpu),
-            EmulatedWeights(self.gpu, launcher),
+            EmulatedWeights(self.gpu, launcher, precision=precision),
             SmallArrays(self.gpu),
         )
 

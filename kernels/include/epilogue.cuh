@@ -9,6 +9,16 @@ __device__ __forceinline__ float unscale(const float* x_scale, const float* w_sc
     return 1.0f / *x_scale / *w_scale;
 }
 
+// A thread's sums of a transposed product (Yᵀ): accumulators 4j + 2i and 4j + 2i + 1 are outputs of row i and tokens 8j
+// and the next. As (at, bias) they give what accumulator `at` stands for, times alpha, and a bias.
+template <int kTokens>
+struct HalfSums {
+    const float (&acc)[kTokens / 2];
+    float alpha;
+
+    __device__ __forceinline__ float operator()(int at, float bias) const { return fmaf(acc[at], alpha, bias); }
+};
+
 // The biases of output `column`, of an expert's `columns`: 0 where there is no bias (null), or no such output
 // (!inside).
 struct Biases {
@@ -25,18 +35,17 @@ struct LinearOutput {
     float* out;
     int ldo;
 
-    // Writes column `column` of every pair of tokens that a thread has in a transposed product (Yᵀ): accumulators 4j +
-    // 2i and 4j + 2i + 1 are tokens token + 8j and the next, where these are before `end`. add: they are added to what
-    // is there.
-    template <int kTokens>
-    __device__ __forceinline__ void store_transposed(const float (&acc)[kTokens / 2], int i, float alpha, float bias,
-                                                     int column, int token, int end, int add) const {
+    // Writes column `column`, the sums' row i, of every pair of tokens that a thread has, from `token` on, where they
+    // are before `end`. add: they are added to what is there.
+    template <int kTokens, class Sums>
+    __device__ __forceinline__ void store_transposed(const Sums& sums, int i, float bias, int column, int token,
+                                                     int end, int add) const {
         float* to = out + static_cast<uint64_t>(token) * ldo + column;
 #pragma unroll
         for (int j = 0; j < kTokens / 8; ++j, to += 8 * static_cast<uint64_t>(ldo))
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
-                float y = fmaf(acc[4 * j + 2 * i + c], alpha, bias);
+                float y = sums(4 * j + 2 * i + c, bias);
                 // The L2 cache adds: nothing is waited for, and as each output is added to once, the sum is always the
                 // same.
                 if (token + 8 * j + c < end) add ? reduce_add(to + c * ldo, y) : void(to[c * ldo] = y);
@@ -44,25 +53,23 @@ struct LinearOutput {
     }
 };
 
-// A grouped gemm_linear's outputs: halves, times `scale`, with rows `ldo` apart. Experts give many times a token's
-// values, which are read once: they are as short as can be.
+// A grouped gemm_linear's outputs: halves, with rows `ldo` apart, times a scale that is in the sums already, and in the
+// bias. Experts give many times a token's values, which are read once: they are as short as can be.
 struct ExpertOutput {
     half_t* out;
     int ldo;
-    float scale;
 
     // As LinearOutput's. Lanes of neighbouring columns (lane % 8 < 4 and the lane 4 beyond) trade a token, so that each
     // has both columns of one.
-    template <int kTokens>
-    __device__ __forceinline__ void store_transposed(const float (&acc)[kTokens / 2], int i, float alpha, float bias,
-                                                     int column, int token, int end) const {
+    template <int kTokens, class Sums>
+    __device__ __forceinline__ void store_transposed(const Sums& sums, int i, float bias, int column, int token,
+                                                     int end) const {
         bool odd = column & 1;
         token += odd;
-        alpha *= scale, bias *= scale;  // a power of two
         half_t* to = out + static_cast<uint64_t>(token) * ldo + (column & ~1);
 #pragma unroll
         for (int j = 0; j < kTokens / 8; ++j, to += 8 * static_cast<uint64_t>(ldo)) {
-            float first = fmaf(acc[4 * j + 2 * i], alpha, bias), second = fmaf(acc[4 * j + 2 * i + 1], alpha, bias);
+            float first = sums(4 * j + 2 * i, bias), second = sums(4 * j + 2 * i + 1, bias);
             float given = __shfl_xor_sync(0xffffffffu, odd ? first : second, 4);
             uint32_t pair = odd ? pack_half2(given, second) : pack_half2(first, given);
             if (token + 8 * j < end) *reinterpret_cast<uint32_t*>(to) = pair;
@@ -74,20 +81,19 @@ struct ExpertOutput {
 struct GatedOutput {
     half_t* out;
     int ldo, features;
-    float alpha, scale;
+    float scale;
     int activation;
 
-    // Writes feature f of every pair of tokens that a thread has in a transposed product: accumulators 4j and 4j + 1
-    // are gate's sums of tokens token + 8j and the next, 4j + 2 and 4j + 3 up's. row: as row_of_thread (gemm_sm90.cu)
-    // has it.
+    // Writes feature first + row of every pair of tokens that a thread has, from `token` on, where they are before
+    // `end`: the sums' row 0 is gate's, row 1 up's. row: as row_of_thread (gemm_sm90.cu) and int8_row (int8.cuh) have
+    // it.
     //
     // A thread has two neighbouring tokens of one feature in each batch of 8 tokens; so of two batches, lanes of
     // neighbouring features trade a token, then lanes whose pairs of features are 16 apart trade a batch. Each then has
     // four outputs of one token, which are neighbours in operand order.
-    template <int kTokens>
-    __device__ __forceinline__ void store_transposed(const float (&acc)[kTokens / 2], const float* gate_bias,
-                                                     const float* up_bias, int expert, int first, int row, int token,
-                                                     int end) const {
+    template <int kTokens, class Sums>
+    __device__ __forceinline__ void store_transposed(const Sums& sums, const float* gate_bias, const float* up_bias,
+                                                     int expert, int first, int row, int token, int end) const {
         int f = first + row;
         bool inside = f < ceil_div(features, kOperandGroup) * kOperandGroup;
         Biases biases = {expert, features, f, f < features};
@@ -104,7 +110,7 @@ struct GatedOutput {
 #pragma unroll
                 for (int c = 0; c < 2; ++c) {
                     int at = 4 * (j + batch) + c;
-                    float g = fmaf(acc[at], alpha, gate_b), u = fmaf(acc[at + 2], alpha, up_b);
+                    float g = sums(at, gate_b), u = sums(at + 2, up_b);
                     y[c] = bits_to_float(__float_as_uint(gated(g, u, activation) * scale) & keep);
                 }
                 float given = __shfl_xor_sync(0xffffffffu, odd ? y[0] : y[1], 4);

@@ -33,6 +33,13 @@ __device__ __forceinline__ void tensor_copy(uint32_t destination, const void* ma
         : "memory");
 }
 
+// to[0 .. 3] += values, 16 bytes in a run. The L2 cache adds, and nothing comes back.
+__device__ __forceinline__ void reduce_add(float* to, const float4& values) {
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(values.x), "f"(values.y), "f"(values.z),
+                 "f"(values.w)
+                 : "memory");
+}
+
 // Cluster, and registers between warpgroups ---------------------------------------------------------------------------
 
 // All threads of the cluster wait for one another.
@@ -75,13 +82,12 @@ __device__ __forceinline__ void wgmma_wait() {
 // Thread t holds rows t/32*16 + t%32/4 (+8) and columns 8j + t%4*2 (+1): d[4j], d[4j+1] in the first row, d[4j+2],
 // d[4j+3] in the second. Of a in registers it holds columns t%4*2 (+1) of both rows (a0, a1), and the columns 8 beyond
 // (a2, a3).
-#define WGMMA_D8(i)                                                                                             \
-    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
-        "+f"(d[i + 7])
-#define WGMMA_D16 WGMMA_D8(0), WGMMA_D8(8)
-#define WGMMA_D32(i) WGMMA_D8(i), WGMMA_D8(i + 8), WGMMA_D8(i + 16), WGMMA_D8(i + 24)
-#define WGMMA_D64 WGMMA_D32(0), WGMMA_D32(32)
-#define WGMMA_D128 WGMMA_D64, WGMMA_D32(64), WGMMA_D32(96)
+#define WGMMA_D8(C, i) \
+    C(d[i]), C(d[i + 1]), C(d[i + 2]), C(d[i + 3]), C(d[i + 4]), C(d[i + 5]), C(d[i + 6]), C(d[i + 7])
+#define WGMMA_D16(C) WGMMA_D8(C, 0), WGMMA_D8(C, 8)
+#define WGMMA_D32(C, i) WGMMA_D8(C, i), WGMMA_D8(C, i + 8), WGMMA_D8(C, i + 16), WGMMA_D8(C, i + 24)
+#define WGMMA_D64(C) WGMMA_D32(C, 0), WGMMA_D32(C, 32)
+#define WGMMA_D128(C) WGMMA_D64(C), WGMMA_D32(C, 64), WGMMA_D32(C, 96)
 // clang-format off
 #define WGMMA_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define WGMMA_R16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
@@ -116,14 +122,29 @@ __device__ __forceinline__ void wgmma_wait() {
                      : OUT                                                                              \
                      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                              \
     }
-WGMMA_RS("16", 8, WGMMA_R8, WGMMA_D8(0), "%8", "%9", "%10", "%11", "%12", "%13", "%14")
-WGMMA_RS("32", 16, WGMMA_R16, WGMMA_D16, "%16", "%17", "%18", "%19", "%20", "%21", "%22")
-WGMMA_RS("64", 32, WGMMA_R32, WGMMA_D32(0), "%32", "%33", "%34", "%35", "%36", "%37", "%38")
-WGMMA_RS("128", 64, WGMMA_R64, WGMMA_D64, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
-WGMMA_RS("256", 128, WGMMA_R128, WGMMA_D128, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
-WGMMA_SS("32", 16, WGMMA_R16, WGMMA_D16, "%16", "%17", "%18")
-WGMMA_SS("64", 32, WGMMA_R32, WGMMA_D32(0), "%32", "%33", "%34")
-WGMMA_SS("128", 64, WGMMA_R64, WGMMA_D64, "%64", "%65", "%66")
+WGMMA_RS("16", 8, WGMMA_R8, WGMMA_D8("+f", 0), "%8", "%9", "%10", "%11", "%12", "%13", "%14")
+WGMMA_RS("32", 16, WGMMA_R16, WGMMA_D16("+f"), "%16", "%17", "%18", "%19", "%20", "%21", "%22")
+WGMMA_RS("64", 32, WGMMA_R32, WGMMA_D32("+f", 0), "%32", "%33", "%34", "%35", "%36", "%37", "%38")
+WGMMA_RS("128", 64, WGMMA_R64, WGMMA_D64("+f"), "%64", "%65", "%66", "%67", "%68", "%69", "%70")
+WGMMA_RS("256", 128, WGMMA_R128, WGMMA_D128("+f"), "%128", "%129", "%130", "%131", "%132", "%133", "%134")
+WGMMA_SS("32", 16, WGMMA_R16, WGMMA_D16("+f"), "%16", "%17", "%18")
+WGMMA_SS("64", 32, WGMMA_R32, WGMMA_D32("+f", 0), "%32", "%33", "%34")
+WGMMA_SS("128", 64, WGMMA_R64, WGMMA_D64("+f"), "%64", "%65", "%66")
+
+// d (64 x N, integers) = a (64 x 32 bytes, shared) * b (32 x N bytes, shared) + (accumulate ? d : 0): as above.
+#define WGMMA_S8(SIZE, D, R, OUT, A, B, P)                                                            \
+    __device__ __forceinline__ void wgmma_s8(int (&d)[D], uint64_t a, uint64_t b, bool accumulate) {  \
+        asm volatile("{.reg .pred p; setp.ne.b32 p, " P ", 0; wgmma.mma_async.sync.aligned.m64n" SIZE \
+                     "k32.s32.s8.s8 {" R "}, " A ", " B ", p;}"                                       \
+                     : OUT                                                                            \
+                     : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                            \
+    }
+WGMMA_S8("16", 8, WGMMA_R8, WGMMA_D8("+r", 0), "%8", "%9", "%10")
+WGMMA_S8("32", 16, WGMMA_R16, WGMMA_D16("+r"), "%16", "%17", "%18")
+WGMMA_S8("64", 32, WGMMA_R32, WGMMA_D32("+r", 0), "%32", "%33", "%34")
+WGMMA_S8("128", 64, WGMMA_R64, WGMMA_D64("+r"), "%64", "%65", "%66")
+WGMMA_S8("256", 128, WGMMA_R128, WGMMA_D128("+r"), "%128", "%129", "%130")
 
 #undef WGMMA_RS
 #undef WGMMA_SS
+#undef WGMMA_S8

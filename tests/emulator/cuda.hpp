@@ -284,6 +284,9 @@ inline int __float_as_int(float f) {
 inline float __int_as_float(int bits) {
     return __uint_as_float(static_cast<uint32_t>(bits));
 }
+inline int __float2int_rn(float f) {
+    return std::isnan(f) ? 0 : static_cast<int>(nearbyintf(f));
+}
 inline float bits_to_float(uint32_t bits) {
     return __uint_as_float(bits);
 }
@@ -346,6 +349,9 @@ inline float reciprocal_approx(float x) {
 }
 inline void reduce_add(float* to, float value) {
     *to += value;
+}
+inline void reduce_add(float* to, const float4& values) {
+    to[0] += values.x, to[1] += values.y, to[2] += values.z, to[3] += values.w;
 }
 
 // Shared memory and the matrix units ---------------------------------------------------------------------------------
@@ -411,6 +417,23 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
     }
     meet_warp();
 }
+inline int byte_of(uint32_t word, int at) {
+    return static_cast<int8_t>(word >> 8 * at);
+}
+inline void mma_m16n8k32(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    int warp = fibers.current / 32, lane = fibers.current % 32;
+    uint32_t* own = fibers.held[warp][lane];
+    for (int i = 0; i < 4; ++i) own[i] = a[i];
+    own[4] = b0, own[5] = b1;
+    meet_warp();
+    for (int i = 0; i < 4; ++i) {
+        int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 32; ++k)
+            d[i] += byte_of(fibers.held[warp][row % 8 * 4 + k % 16 / 4][row / 8 + k / 16 * 2], k % 4) *
+                    byte_of(fibers.held[warp][column * 4 + k % 16 / 4][4 + k / 16], k % 4);
+    }
+    meet_warp();
+}
 
 // Hopper -------------------------------------------------------------------------------------------------------------
 
@@ -438,8 +461,8 @@ inline void bulk_copy(uint32_t destination, const void* source, int bytes, Barri
     memcpy(own_memory() + destination, source, bytes);
     barrier.come(own_block(), bytes);
 }
-struct TensorMap {  // as tests/emulator.py writes it: rows of halves, boxes of box_rows by 64 columns
-    uint64_t address, rows, columns, row_bytes, box_rows;
+struct TensorMap {  // as tests/emulator.py writes it: boxes of box_rows by 128 bytes
+    uint64_t address, rows, columns, row_bytes, box_rows, column_bytes;
 };
 inline uint32_t swizzled(uint32_t address) {  // the 128-byte swizzle
     return address ^ (address >> 7 & 7) << 4;
@@ -450,12 +473,14 @@ inline void tensor_copy(uint32_t destination, const void* map, int column, int r
     int rows = static_cast<int>(from.box_rows);
     for (int block = 0; block < kEmulatedBlocks; ++block) {
         if (!(blocks >> block & 1)) continue;
+        int size = static_cast<int>(from.column_bytes);
         for (int r = row; r < row + rows; ++r)
-            for (int c = column; c < column + 64; ++c) {
-                half_t value = 0;  // outside
+            for (int at = 0; at < 128; at += size) {
+                uint8_t* to = shared_memory[block] + swizzled(destination + 128 * (r - row) + at);
+                int c = column + at / size;
                 if (r >= 0 && r < static_cast<int>(from.rows) && c < static_cast<int>(from.columns))
-                    memcpy(&value, reinterpret_cast<uint8_t*>(from.address) + r * from.row_bytes + 2 * c, 2);
-                memcpy(shared_memory[block] + swizzled(destination + 128 * (r - row) + 2 * (c - column)), &value, 2);
+                    memcpy(to, reinterpret_cast<uint8_t*>(from.address) + r * from.row_bytes + size * c, size);
+                else memset(to, 0, size);  // outside
             }
         barrier.come(block, rows * 128);
     }
@@ -523,6 +548,28 @@ inline void wgmma_f16(float (&d)[D], uint64_t left, uint64_t b, bool accumulate)
     for (int r = 0; r < 2; ++r)
         for (int k = 0; k < 16; ++k) a[r][k] = operand_value(left, row + 8 * r, k, false);
     multiply_rows(d, a, b, accumulate, false);
+    meet_warpgroup();
+}
+inline int operand_byte(uint64_t operand, int row, int k) {
+    uint32_t address = ((operand & 0x3fff) << 4) + row * 128 + k;
+    return static_cast<int8_t>(own_memory()[swizzled(address)]);
+}
+template <int D>
+inline void wgmma_s8(int (&d)[D], uint64_t a, uint64_t b, bool accumulate) {
+    int lane = fibers.current % 32, row = fibers.current / 32 % 4 * 16 + lane / 4;
+    meet_warpgroup();
+    int left[2][32];
+    for (int r = 0; r < 2; ++r)
+        for (int k = 0; k < 32; ++k) left[r][k] = operand_byte(a, row + 8 * r, k);
+    for (int j = 0; j < D / 4; ++j)
+        for (int c = 0; c < 2; ++c) {
+            int sum[2] = {};
+            for (int k = 0; k < 32; ++k) {
+                int right = operand_byte(b, 8 * j + lane % 4 * 2 + c, k);
+                for (int r = 0; r < 2; ++r) sum[r] += left[r][k] * right;
+            }
+            for (int r = 0; r < 2; ++r) d[4 * j + 2 * r + c] = (accumulate ? d[4 * j + 2 * r + c] : 0) + sum[r];
+        }
     meet_warpgroup();
 }
 

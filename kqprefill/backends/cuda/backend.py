@@ -12,6 +12,7 @@ from ...collector import Collector
 from ...core import KEYS_PER_TOKEN, Batch, Logits, PendingHead, Progress, no_progress
 from ...errors import BackendError
 from ...models.family import Family
+from ...models.precision import Precision, takes_int8
 from ...timeline import Stage, Timeline
 from ..base import Backend, BatchSize, Cache, Loaded, StateAccess
 from ..budget import Budget
@@ -31,7 +32,7 @@ from .ops.context import Context
 from .ops.cuda_ops import CudaOps
 from .ops.head import RANKED
 from .ops.latent import expanded_bytes
-from .programs import SQUARES, weight_program
+from .programs import SQUARES, int8_program, weight_program
 from .rehearsal import LIKELIEST, collected_bytes, plan_model, rehearse
 from .state_access import SLOTS_BYTES, DeviceStates
 from .weights.plan import Plan, budget_of
@@ -47,6 +48,7 @@ class CudaBackend(Backend):
     name = "cuda"
     runs_ahead = True
     plan: Plan | None = None
+    _precision: Precision = "exact"  # that the model was loaded with
     _slots_bytes = 0  # of device memory that states are read through, once any have been
 
     def __init__(self, device: int, kernels: str = "auto") -> None:
@@ -93,7 +95,9 @@ class CudaBackend(Backend):
         vram: Budget | None = None,
         tokens: int | None = None,
         ranks: bool = False,
+        precision: Precision = "exact",
     ) -> None:
+        self._precision = precision
         self._ranks, self._size, self._speed = ranks, None, Speed(family, self.gpu, self.kernel_set)
         with cuda_errors("loading the model"):
             self._budget = budget_of(self.gpu, vram)
@@ -104,8 +108,11 @@ class CudaBackend(Backend):
             else:
                 plan = self._make_plan(family, tokens, 0, ranks)
             weight_programs = {weight_program(weight.tensor.type) for weight in family.matrices()}
+            if precision == "int8":
+                weight_programs |= {int8_program(w.tensor.type) for w in family.matrices() if takes_int8(w)}
             self.launcher.prepare(weight_programs, progress)  # which placing launches
-            self._small, self._weights = SmallArrays(self.gpu), WeightsOnDevice(self.gpu, self.launcher, family)
+            self._small = SmallArrays(self.gpu)
+            self._weights = WeightsOnDevice(self.gpu, self.launcher, family, precision)
             self._context = Context.of(
                 self.gpu,
                 self.kernel_set,
@@ -174,7 +181,7 @@ class CudaBackend(Backend):
         with cuda_errors("making room for sums of squares"):
             self.gpu.device.set_current()
             self.launcher.prepare([SQUARES], progress)
-            needed = collected_bytes(family, self.gpu, self.kernel_set, output)
+            needed = collected_bytes(family, self.gpu, self.kernel_set, output, self._precision)
             self._make_room(family, self.plan.tokens, 0, self._ranks, progress, needed)
             collector = DeviceCollector(output, self.gpu, self.launcher, needed)
         self._collectors = [*(other for other in self._collectors if other.room), collector]
@@ -200,7 +207,7 @@ class CudaBackend(Backend):
             self.maps.make_room()
 
             def upcoming() -> tuple[Any, ...]:
-                return rehearse(family, self.gpu, self.kernel_set, batch, logits).programs
+                return rehearse(family, self.gpu, self.kernel_set, batch, logits, precision=self._precision).programs
 
             with self.launcher.expecting(upcoming, progress):
                 ops = CudaOps(self.context, family, batch, cache)
@@ -286,9 +293,17 @@ class CudaBackend(Backend):
     def _make_plan(self, family: Family, tokens: int, cache_bytes: int, ranks: bool, sums: int = 0) -> Plan:
         """sums: bytes of a collector's sums that is yet to be made."""
         sums += sum(collector.room for collector in self._collectors)
-        facts, device = self.gpu, self.gpu.index
         return plan_model(
-            family, facts, self.kernel_set, self._budget, tokens, cache_bytes, ranks, device, sums_bytes=sums
+            family,
+            self.gpu,
+            self.kernel_set,
+            self._budget,
+            tokens,
+            cache_bytes,
+            ranks,
+            self.gpu.index,
+            sums,
+            self._precision,
         )
 
     def _timeline(self) -> Timeline:

@@ -3,6 +3,8 @@ change here changes both sides."""
 
 from __future__ import annotations
 
+from ...models.precision import ROTATED
+
 TILE_ROWS = 32  # rows of a tile of quantised weights (kernels/quants/common.cuh)
 OPERAND_GROUP = 64  # columns that an operand is padded to and permuted within (kernels/include/operand.cuh)
 MAX_HEAD_DIM = 512  # that rope.cu and the attention kernels take
@@ -38,6 +40,7 @@ _THREADS = {
     "COUNT_THREADS": (32, "count place"),
     "ARRANGE_THREADS": (MOST_EXPERTS, "arrange"),
     "WEIGHT_THREADS": (256, "repack dequantize embed decode_transposed measure"),
+    "INT8_THREADS": (256, "make_int8 round_rows measure_int8"),
     "SQUARES_THREADS": (512, "add_squares add_float_squares add_expert_squares"),
     "DELTA_INPUT_THREADS": (128, "delta_inputs delta_output"),
     "ALTUP_THREADS": (
@@ -53,6 +56,7 @@ THREADS = {kernel: threads for threads, kernels in _THREADS.values() for kernel 
 SHARED_DEFINES = {
     "TILE_ROWS": TILE_ROWS,
     "OPERAND_GROUP": OPERAND_GROUP,
+    "ROTATED": ROTATED,
     "MAX_HEAD_DIM": MAX_HEAD_DIM,
     "MOST_EXPERTS": MOST_EXPERTS,
     "MOST_USED_EXPERTS": MOST_USED_EXPERTS,

@@ -14,11 +14,12 @@ from .device.compiler import Program, Target, known_architectures
 from .device.gpu import GpuFacts
 from .device.launcher import Launches
 from .device.workspace import Workspace
-from .gemm import hopper, portable
+from .gemm import hopper, int8_hopper, portable
+from .gemm.int8 import Int8Gemm, PortableInt8Gemm, portable_program
 from .gemm.operand import Gemm
 from .gemm.tensor_maps import TensorMaps
 from .mamba_kernels import mamba_programs
-from .programs import COMMON, weight_program
+from .programs import COMMON, int8_program, weight_program
 from .units import unit_size
 from .weights.matrix import Matrix
 
@@ -66,7 +67,8 @@ class KernelSet(ABC):
 
     def every_program(self) -> list[Program]:
         """All programs that files in use may need: what the tests compile."""
-        of_every_set = (*COMMON, *map(weight_program, sorted(SUPPORTED)), *delta_programs(), *mamba_programs())
+        of_formats = (program(kind) for program in (weight_program, int8_program) for kind in sorted(SUPPORTED))
+        of_every_set = (*COMMON, *of_formats, *delta_programs(), *mamba_programs())
         return list(dict.fromkeys((*of_every_set, *self._own_programs())))
 
 
@@ -86,6 +88,8 @@ class Portable(KernelSet):
         for config in (*portable.LARGE, portable.SMALL):
             yield config.program()
             yield config.program(grouped=True)
+            for gated in (False, True):
+                yield from (portable_program(config, gated, grouped) for grouped in (False, True))
         for sizes in _HEAD_DIMS:
             yield self.attention(*sizes).program()
         yield self.attention(256, 256).program(both_ways=True)  # EmbeddingGemma's
@@ -112,13 +116,24 @@ class Hopper(Portable):
                 yield config.program(_MIXED)
             for kind in _EXPERT_TYPES:
                 yield config.program((kind,), grouped=True)
+        for of_int8 in int8_hopper.CONFIGS:
+            for gated in (False, True)[: of_int8.tiles]:
+                yield from (of_int8.program(gated, grouped) for grouped in (False, True))
 
 
 class _PortableGemms(Gemms):
     def __init__(self, facts: GpuFacts, launcher: Launches, work: Workspace) -> None:
         self._portable = portable.PortableGemm(facts, launcher, work)
+        self._int8: Int8Gemm = PortableInt8Gemm(facts, launcher, work)
 
     def choose(self, matrices: Sequence[Matrix], gated: bool = False) -> Gemm:
+        if any(matrix.int8 for matrix in matrices):
+            assert all(matrix.int8 for matrix in matrices), "matrices side by side are alike (models/precision.py)"
+            return self._int8
+        return self.choose_exact(matrices, gated)
+
+    def choose_exact(self, matrices: Sequence[Matrix], gated: bool) -> Gemm:
+        """As `choose`, of matrices as the file has them."""
         return self._portable
 
 
@@ -126,10 +141,11 @@ class _HopperGemms(_PortableGemms):
     def __init__(self, facts: GpuFacts, launcher: Launches, work: Workspace, maps: TensorMaps) -> None:
         super().__init__(facts, launcher, work)
         self._hopper = hopper.HopperGemm(facts, launcher, maps)
+        self._int8 = int8_hopper.HopperInt8Gemm(facts, launcher, work, maps)
 
-    def choose(self, matrices: Sequence[Matrix], gated: bool = False) -> Gemm:
+    def choose_exact(self, matrices: Sequence[Matrix], gated: bool) -> Gemm:
         alike = {matrix.type if gated else unit_size(matrix.type)[0] for matrix in matrices}
-        return self._hopper if len(alike) == 1 else super().choose(matrices, gated)
+        return self._hopper if len(alike) == 1 else super().choose_exact(matrices, gated)
 
 
 def kernel_set_of(capability: tuple[int, int], kernels: str = "auto") -> KernelSet:

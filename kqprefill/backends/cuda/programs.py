@@ -8,8 +8,8 @@ from ...gguf.types import GGML
 from .device.compiler import Program
 from .units import repack_units
 
-_NAMES = "norm rope scales head experts gates activations per_layer altup latent states squares"
-NORM, ROPE, SCALES, HEAD, EXPERTS, GATES, ACTIVATIONS, PER_LAYER, ALTUP, LATENT, STATES, SQUARES = COMMON = tuple(
+_NAMES = "norm rope scales head experts gates activations per_layer altup latent states squares int8"
+NORM, ROPE, SCALES, HEAD, EXPERTS, GATES, ACTIVATIONS, PER_LAYER, ALTUP, LATENT, STATES, SQUARES, INT8 = COMMON = tuple(
     Program(f"{name}.cu") for name in _NAMES.split()
 )
 
@@ -18,3 +18,9 @@ NORM, ROPE, SCALES, HEAD, EXPERTS, GATES, ACTIVATIONS, PER_LAYER, ALTUP, LATENT,
 def weight_program(ggml_type: GGML) -> Program:
     """What reads the quantised weights of one ggml type: repack, dequantize, embed, decode_transposed, measure."""
     return Program("weights.cu", (("FORMAT", ggml_type.name), ("REPACK_UNITS", str(repack_units(ggml_type)))))
+
+
+@cache
+def int8_program(ggml_type: GGML) -> Program:
+    """What makes matrices that are multiplied in int8 of weight tiles of one ggml type: make_int8."""
+    return Program("int8_weights.cu", (("FORMAT", ggml_type.name),))

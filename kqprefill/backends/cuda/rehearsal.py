@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ...core import KEYS_PER_TOKEN, Batch, Float32Array, Logits, Targets
 from ...gguf import ModelTensor
 from ...models.family import Family
+from ...models.precision import Precision
 from ...models.weights import Weight
 from ...timeline import Timeline
 from .device.arrays import FLOAT32, UINT8, DeviceArray
@@ -104,11 +105,11 @@ class NoWeights:
 
     streaming = False
 
-    def __init__(self, host_embedding: bool) -> None:
-        self._host_embedding = host_embedding
+    def __init__(self, host_embedding: bool, precision: Precision = "exact") -> None:
+        self._host_embedding, self._precision = host_embedding, precision
 
     def matrix(self, weight: Weight) -> Matrix:
-        return matrix_of(weight.tensor, 1 << 40)
+        return matrix_of(weight.tensor, 1 << 40, self._precision)
 
     def on_host(self, weight: Weight) -> bool:
         return self._host_embedding
@@ -145,7 +146,12 @@ class LaunchRecorder:
 
 
 def stand_in(
-    facts: GpuFacts, kernel_set: KernelSet, launcher: LaunchRecorder, work: Workspace, host_embedding: bool = False
+    facts: GpuFacts,
+    kernel_set: KernelSet,
+    launcher: LaunchRecorder,
+    work: Workspace,
+    host_embedding: bool = False,
+    precision: Precision = "exact",
 ) -> Context:
     """A Context without a GPU."""
     gpu = NoGpu(facts)
@@ -156,7 +162,7 @@ def stand_in(
         work,
         _NoDownloads(gpu),
         _NoTensorMaps(gpu),
-        NoWeights(host_embedding),
+        NoWeights(host_embedding, precision),
         _OnesForVectors(gpu),
     )
 
@@ -174,14 +180,15 @@ def rehearse(
     batch: Batch,
     logits: Logits = None,
     host_embedding: bool = False,
+    precision: Precision = "exact",
 ) -> BatchNeeds:
     """What a batch needs whose head is asked for `logits`.
 
-    host_embedding: the embedding's rows come from the host. For "ranks" there is room for as many rows of keys as the
-    batch may have.
+    host_embedding: the embedding's rows come from the host. precision: that the model is opened with. For "ranks" there
+    is room for as many rows of keys as the batch may have.
     """
     work, launcher = _MeasuredWorkspace(NoGpu(facts)), LaunchRecorder()
-    context = stand_in(facts, kernel_set, launcher, work, host_embedding)
+    context = stand_in(facts, kernel_set, launcher, work, host_embedding, precision)
     key_rows = KEYS_PER_TOKEN * len(batch.tokens) if logits == "ranks" else 0
     ops = CudaOps(context, family, batch, None, key_rows)
     ops.timeline = Timeline(lambda: None, lambda start, end: 0.0)
@@ -189,10 +196,12 @@ def rehearse(
     return BatchNeeds(work.nbytes, tuple(launcher.programs), ops.timeline.stages()["linear"].flops)
 
 
-def collected_bytes(family: Family, facts: GpuFacts, kernel_set: KernelSet, output: bool) -> int:
+def collected_bytes(
+    family: Family, facts: GpuFacts, kernel_set: KernelSet, output: bool, precision: Precision = "exact"
+) -> int:
     """Device memory that a DeviceCollector's sums take."""
     launcher = LaunchRecorder()
-    context = stand_in(facts, kernel_set, launcher, _MeasuredWorkspace(NoGpu(facts)))
+    context = stand_in(facts, kernel_set, launcher, _MeasuredWorkspace(NoGpu(facts)), precision=precision)
     ops = CudaOps(context, family, planned_batch(1, False), None)
     ops.collector = DeviceCollector(output, context.gpu, launcher)
     family.head(ops, family.forward(ops), None)
@@ -209,17 +218,19 @@ def plan_model(
     ranks: bool = False,
     device: int = 0,
     sums_bytes: int = 0,
+    precision: Precision = "exact",
 ) -> Plan:
     """The Plan (weights/plan.py) for a model on a GPU with these facts that may take `budget` bytes.
 
     tokens: of the longest prompt, or (ranks) of the largest batch with targets. cache_bytes, sums_bytes: device
-    memory that caches, and a collector's sums, hold. Raises BackendError where the model does not run there.
+    memory that caches, and a collector's sums, hold. precision: that the model is opened with. Raises BackendError
+    where the model does not run there.
     """
     refuse_unsupported(family)
     batch = planned_batch(tokens, ranks)
     logits: Logits = "ranks" if ranks else None
 
     def needs(host_embedding: bool) -> BatchNeeds:
-        return rehearse(family, facts, kernel_set, batch, logits, host_embedding)
+        return rehearse(family, facts, kernel_set, batch, logits, host_embedding, precision)
 
-    return make_plan(family, budget, tokens, needs, cache_bytes, device, sums_bytes)
+    return make_plan(family, budget, tokens, needs, cache_bytes, device, sums_bytes, precision)

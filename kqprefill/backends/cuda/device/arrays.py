@@ -9,6 +9,7 @@ import numpy as np
 
 FLOAT32, FLOAT16, FLOAT64 = np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.float64)
 INT32, UINT32, UINT8 = np.dtype(np.int32), np.dtype(np.uint32), np.dtype(np.uint8)
+INT8 = np.dtype(np.int8)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import struct
 
 import numpy as np
 
-from .arrays import FLOAT16, FLOAT32, FLOAT64, INT32, UINT8, UINT32, DeviceArray
+from .arrays import FLOAT16, FLOAT32, FLOAT64, INT8, INT32, UINT8, UINT32, DeviceArray
 from .compiler import text_of
 
 # What a launch passes by a parameter's name. None is a null pointer, and an int may stand for an address.
@@ -28,6 +28,7 @@ _POINTERS: dict[str, np.dtype] = {
     "QueryTile": INT32,
     "Chunk": INT32,
     "Sequence": INT32,
+    "int8_t": INT8,
     "uint8_t": UINT8,
     "uint32_t": UINT32,
 }

@@ -16,31 +16,16 @@ from ..units import unit_size
 from ..weights.matrix import Matrix
 from .operand import Gemm, Groups, Operand
 from .tensor_maps import TensorMaps
+from .tiles import TileConfig, row_tiles
 
-_PRODUCER_REGISTERS = 24  # of a thread, the fewest there can be
-_REGISTERS = 65536  # of a multiprocessor
 _BARRIERS = 512  # bytes: more than the stages' barriers take
-_SHARED_MEMORY = 228 << 10  # of a multiprocessor of compute capability 9.0; each block takes 1 KB of it besides its own
 
 
 @dataclass(frozen=True)
-class HopperConfig:
-    """The constants of gemm_sm90.cu, and what a step of OPERAND_GROUP columns costs.
+class HopperConfig(TileConfig):
+    """The constants of gemm_sm90.cu, and what a step of OPERAND_GROUP columns costs (Q4_K)."""
 
-    A block has `warpgroups` that multiply `tiles` row tiles of TILE_ROWS rows each (gated: of gate and of up) by
-    `tokens` tokens; `blocks` of them share a multiprocessor; a `cluster` of them shares the tokens that it brings.
-    alone, shared: nanoseconds of a step of a block by itself, and those that each block adds where several share a
-    multiprocessor (an H100, Q4_K: tests/bench/tile_costs.py).
-    """
-
-    gated: int
-    tokens: int
-    warpgroups: int
-    tiles: int
-    blocks: int
-    cluster: int
-    alone: int
-    shared: int
+    producer_registers = 24  # the fewest there can be
 
     @cache
     def program(self, types: tuple[GGML, ...], grouped: bool = False) -> Program:
@@ -59,8 +44,8 @@ class HopperConfig:
             "STEPS": self._steps,
             "STAGES": layout.stages,
             "RAW_STAGES": layout.raw_stages,
-            "PRODUCER_REGISTERS": _PRODUCER_REGISTERS,
-            "CONSUMER_REGISTERS": self._consumer_registers(layout.blocks),
+            "PRODUCER_REGISTERS": self.producer_registers,
+            "CONSUMER_REGISTERS": self.consumer_registers(layout.blocks),
             "FORMATS": ",".join(t.name for t in types),
             "GROUPED": int(grouped),
         }
@@ -68,41 +53,9 @@ class HopperConfig:
         return Program("gemm_sm90.cu", defines, self.threads, layout.shared_bytes)
 
     @property
-    def threads(self) -> int:
-        """Of a block: the consumers' warpgroups and one of producers."""
-        return 128 * (self.warpgroups + 1)
-
-    def grid(self, m: int, row_tiles: int, multiprocessors: int, experts: int = 0) -> int:
-        """Blocks to launch: as many as run at once, or fewer where there are fewer output tiles."""
-        at_once = multiprocessors * self.blocks // self.cluster * self.cluster
-        return min(at_once, self.output_tiles(m, row_tiles, experts))
-
-    def cost(self, m: int, row_tiles: int, multiprocessors: int, experts: int = 0) -> int:
-        """Nanoseconds of a step of all output tiles; experts: of which each has some of the m rows."""
-        more = round(experts * self._last_tile)
-        rounds = -(-self.output_tiles(m, row_tiles, more) // multiprocessors)  # of one for each multiprocessor
-        return max(-(-rounds // self.blocks) * self.alone, rounds * self.shared)
-
-    def output_tiles(self, m: int, row_tiles: int, more: int) -> int:
-        """In whole clusters; more: token tiles beyond those that m tokens fill."""
-        row_tiles_a_cluster = self.warpgroups * self.tiles * self.cluster
-        return (-(-m // self.tokens) + more) * -(-row_tiles // row_tiles_a_cluster) * self.cluster
-
-    @property
-    def _last_tile(self) -> float:
-        """What an expert's last token tile costs beyond the tokens in it, in whole ones: it is half full, at a guess,
-        and most kernels multiply fewer tokens then (gemm_sm90.cu: multiply_tile)."""
-        return 0.3 if self.gated or self.tokens < 256 else 0.5
-
-    @property
     def _steps(self) -> int:
         """Steps in a stage of x: a whole unit's where they are small, so that there is less waiting."""
         return max(1, min(4, 128 // self.tokens))
-
-    def _consumer_registers(self, blocks: int) -> int:
-        """Of each thread: all that the blocks of a multiprocessor may have, less the producers'."""
-        launched = _REGISTERS // (self.threads * blocks) // 8 * 8
-        return (launched * (self.warpgroups + 1) - _PRODUCER_REGISTERS) // self.warpgroups // 8 * 8
 
     def _layout(self, types: tuple[GGML, ...]) -> _Layout:
         """As many blocks of a multiprocessor, and stages of each, as fit its shared memory."""
@@ -111,7 +64,7 @@ class HopperConfig:
         steps = min(self._steps, unit // OPERAND_GROUP)
         x, stages_of_unit = steps * self.tokens * 2 * OPERAND_GROUP, unit // OPERAND_GROUP // steps
         for blocks in range(self.blocks, 0, -1):  # fewer where units are large
-            room = (_SHARED_MEMORY >> 10) // blocks * 1024 - 1024 - _BARRIERS
+            room = self.room(blocks) - _BARRIERS
             raw_stages = max(2, min(8, room // (raw + stages_of_unit * x)))
             stages = min(raw_stages * stages_of_unit, (room - raw_stages * raw) // x)
             if stages >= 2:
@@ -244,15 +197,11 @@ class HopperGemm(Gemm):
         )
 
     def _config(self, m: int, matrices: Sequence[Matrix], gated: bool, experts: int) -> HopperConfig:
-        return best_config(m, _row_tiles(matrices), gated, self._facts.multiprocessors, experts)
+        return best_config(m, row_tiles(matrices), gated, self._facts.multiprocessors, experts)
 
     def _grid(self, config: HopperConfig, m: int, matrices: Sequence[Matrix], groups: Groups | None) -> int:
         experts = groups.experts if groups else 0
-        return config.grid(m, _row_tiles(matrices), self._facts.multiprocessors, experts)
-
-
-def _row_tiles(matrices: Sequence[Matrix]) -> int:
-    return sum(matrix.row_tiles for matrix in matrices)
+        return config.grid(m, row_tiles(matrices), self._facts.multiprocessors, experts)
 
 
 def _types(matrices: Sequence[Matrix]) -> tuple[GGML, ...]:

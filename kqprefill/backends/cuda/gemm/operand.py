@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from ....models.precision import ROTATED
 from ..constants import OPERAND_GROUP
-from ..device.arrays import FLOAT16, DeviceArray
+from ..device.arrays import FLOAT16, INT8, DeviceArray
 from ..weights.matrix import Matrix
 
 
@@ -35,6 +36,7 @@ class OperandFormat:
 
 
 HALVES = OperandFormat("f16", FLOAT16, OPERAND_GROUP, None, "CU_TENSOR_MAP_DATA_TYPE_FLOAT16")
+BYTES = OperandFormat("s8", INT8, ROTATED, 1, "CU_TENSOR_MAP_DATA_TYPE_UINT8")  # in int8: the bits are what is copied
 
 
 def operand_positions(columns: int) -> NDArray[np.intp]:

@@ -25,13 +25,13 @@ class TensorMaps:
 
     def __init__(self, gpu: Gpu) -> None:
         self._gpu, self.generation = gpu, 0
-        self._maps: dict[tuple[int, tuple[int, ...], int], DeviceArray] = {}
+        self._maps: dict[tuple[int, tuple[int, ...], int, str], DeviceArray] = {}
         self._buffer: Any = None
 
     def of(self, array: DeviceArray, box_rows: int, format: OperandFormat = HALVES) -> DeviceArray:
         """The descriptor of a matrix [rows, columns]: boxes of box_rows rows by 128 bytes, 128-byte swizzle, zeros
         outside."""
-        key = array.address, array.shape, box_rows
+        key = array.address, array.shape, box_rows, format.name
         if key not in self._maps:
             if self._buffer is None:
                 self._buffer = self._gpu.allocate(self.CAPACITY * _BYTES, "tensor maps")

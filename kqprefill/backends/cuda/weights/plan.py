@@ -14,6 +14,7 @@ import math
 
 from ....errors import BackendError
 from ....models.family import Family
+from ....models.precision import Precision
 from ...budget import Budget, gib, gib_at_least, host_memory
 from ..constants import MOST_EXPERT_GROUPS, MOST_EXPERTS, MOST_USED_EXPERTS, TILE_ROWS
 from ..device.compiler import Program
@@ -21,7 +22,7 @@ from ..device.gpu import Gpu
 from ..device.workspace import aligned
 from .host_pages import WINDOW
 from .matrix import layer_matrices, tensors_outside, tile_bytes
-from .staging import STAGING_BYTES, STAGING_SLOTS
+from .staging import STAGING_BYTES, STAGING_SLOTS, scratch_bytes
 
 CONTEXT_BYTES = 560 << 20  # that the driver takes for a context and our kernels (an H100: 540 MiB)
 _SLACK_BYTES, _SLACK_SHARE = (
@@ -131,20 +132,23 @@ def make_plan(
     cache_bytes: int = 0,
     device: int = 0,
     sums_bytes: int = 0,
+    precision: Precision = "exact",
 ) -> Plan:
     """A Plan for a model on a GPU that may take `budget` bytes.
 
     tokens: of the longest prompt. needs(host_embedding): what such a batch takes where the embedding is on the device,
     or on the host. cache_bytes, sums_bytes: device memory that caches, and a collector's sums, hold. device: the GPU's
-    number. Raises BackendError where even streaming every layer takes more.
+    number. precision: that the model is opened with. Raises BackendError where even streaming every layer takes more.
     """
     layers = layer_matrices(family)
     placement = Placement.on_one(device, len(layers))
-    tiles = [tile_bytes(tensors) for tensors in layers]
+    tiles = [tile_bytes(tensors, precision) for tensors in layers]
+    scratch = scratch_bytes((tensor for tensors in layers for tensor in tensors), precision)
     raw = [sum(aligned(t.nbytes) for t in tensors) for tensors in layers]
     output, embedding = tile_bytes(tensors_outside(family)), tile_bytes([family.token_embd.tensor])
     tied = family.output is family.token_embd
     least_slot = aligned(max(TILE_ROWS * w.tensor.nbytes // math.prod(w.shape[:-1]) for w in family.matrices()))
+    layers_that_stay = f"layers that stay{', in int8' if precision == 'int8' else ''}"
     parts = {"CUDA context": CONTEXT_BYTES, "output": output}
     if cache_bytes:
         parts["caches"] = cache_bytes
@@ -155,13 +159,13 @@ def make_plan(
         streamed = tuple(i for i in placement.layers_of(device) if i not in resident)
         slot = max(least_slot, *(raw[i] for i in streamed)) if streamed else STAGING_BYTES
         tile = max((tiles[i] for i in streamed), default=0)
-        work = batch.work_bytes
+        work, loading = batch.work_bytes, STAGING_SLOTS * STAGING_BYTES + scratch  # loading comes first
         takes = {
             **parts,
             "embedding": 0 if tied or streamed else embedding,
-            "layers that stay": sum(tiles[i] for i in resident),
-            "streaming buffers": STAGING_SLOTS * slot + tile if streamed else 0,
-            "activations, K, V": work if streamed else max(work, STAGING_SLOTS * STAGING_BYTES),  # loading came first
+            layers_that_stay: sum(tiles[i] for i in resident),
+            "streaming buffers": STAGING_SLOTS * slot + tile + scratch if streamed else 0,
+            "activations, K, V": work if streamed else max(work, loading),
         }
         takes["allocator's slack"] = _SLACK_BYTES + int(_SLACK_SHARE * sum(takes.values()))
         return Plan(

@@ -8,11 +8,12 @@ import math
 
 import numpy as np
 
+from ..constants import THREADS
 from ..device.arrays import FLOAT32, UINT32, DeviceArray
 from ..device.gpu import Gpu
 from ..device.launcher import Launches
 from ..device.workspace import Workspace
-from ..programs import SCALES, weight_program
+from ..programs import INT8, SCALES, weight_program
 from .matrix import Matrix
 from .small_arrays import SmallArrays
 
@@ -62,6 +63,9 @@ class Scales:
         largest = self._work.array("absmax", UINT32, 1)
         self._gpu.zero(largest.address, largest.nbytes)
         for matrix in matrices:
+            if matrix.int8:
+                self._measure_int8(matrix, norm, largest)
+                continue
             self._launcher.launch(
                 weight_program(matrix.type),
                 "measure",
@@ -75,6 +79,22 @@ class Scales:
                 absmax=largest,
             )
         return largest
+
+    def _measure_int8(self, matrix: Matrix, norm: DeviceArray | None, largest: DeviceArray) -> None:
+        """The same of a matrix in int8, with room for what rounding its inputs adds to them."""
+        self._launcher.launch(
+            INT8,
+            "measure_int8",
+            grid=-(-matrix.rows // (THREADS["measure_int8"] // 32)),
+            tiles=matrix.array,
+            scales=matrix.scales,
+            rows=matrix.rows,
+            columns=matrix.columns,
+            groups=matrix.units,
+            input=norm,
+            row_norm=self.row_norms(matrix),
+            absmax=largest,
+        )
 
     def absmax(self, matrix: Matrix) -> float:
         """The largest magnitude in a matrix, for the host, which waits for it the first time."""

@@ -1,24 +1,27 @@
 """Weights on their way to the GPU: raw, as the file has them, into staging buffers on a stream of their own, while the
-batch computes; then, where the batch has got that far, repacked into tiles."""
+batch computes; then, where the batch has got that far, repacked into tiles; those of matrices in int8 are made of such
+tiles."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ....gguf import ModelTensor
+from ....models.precision import Precision
 from ..constants import TILE_ROWS
 from ..device.arrays import UINT8, DeviceArray
 from ..device.gpu import Gpu
 from ..device.launcher import Launches
 from ..device.workspace import aligned
-from ..programs import weight_program
+from ..programs import int8_program, weight_program
 from ..units import repack_units
 from .host_pages import Uploader
-from .matrix import Matrix
+from .matrix import Matrix, matrix_of
 
 STAGING_SLOTS = 2
 STAGING_BYTES = 64 << 20  # of a slot while weights that stay are loaded; streaming wants a layer's
@@ -36,6 +39,8 @@ class Piece:
 def pieces_of(matrix: Matrix, data: NDArray[np.uint8], most: int) -> list[Piece]:
     """A matrix in Pieces of at most `most` bytes each, and of what lies in one run on the host."""
     row_bytes = data.shape[-1]
+    if matrix.int8:
+        most = min(most, STAGING_BYTES)
     step = max(TILE_ROWS, most // row_bytes // TILE_ROWS * TILE_ROWS)
     pieces, begin = [], 0
     for run in [data] if data.flags.c_contiguous else list(data):
@@ -60,6 +65,38 @@ def repack(launcher: Launches, matrix: Matrix, first: int, raw: DeviceArray) -> 
     )
 
 
+def unpack(launcher: Launches, matrix: Matrix, first: int, raw: DeviceArray, scratch: int | None) -> None:
+    """Launch what makes GGUF's rows, uint8 [rows, row bytes], those of a matrix from row `first` on: repack, and for a
+    matrix in int8 then int8_weights.cu's make_int8. scratch: the address of room for the rows' tiles between both."""
+    if not matrix.int8:
+        return repack(launcher, matrix, first, raw)
+    assert scratch is not None, "there is room to make matrices in int8"
+    tiled = replace(matrix, address=scratch, rows=raw.shape[0], int8=False)
+    repack(launcher, tiled, 0, raw)
+    launcher.launch(
+        int8_program(matrix.type),
+        "make_int8",
+        grid=tiled.row_tiles,
+        weights=tiled.array,
+        units=tiled.units,
+        groups=matrix.units,
+        tiles=matrix.array.rows(first // TILE_ROWS),
+        scales=matrix.scales.rows(first),
+    )
+
+
+def scratch_bytes(tensors: Iterable[ModelTensor], precision: Precision) -> int:
+    """What the tiles take of which a Piece of a matrix in int8 is made, of the largest of these tensors' Pieces."""
+    most = 0
+    for tensor in tensors:
+        matrix = matrix_of(tensor, 0, precision)
+        if matrix.int8:
+            row_bytes = tensor.nbytes // matrix.rows
+            step = max(TILE_ROWS, STAGING_BYTES // row_bytes // TILE_ROWS * TILE_ROWS)
+            most = max(most, replace(matrix, rows=min(matrix.rows, step), int8=False).nbytes)
+    return most
+
+
 @dataclass(frozen=True)
 class _Slot:
     """A staging buffer, and events: the copies into it have ended; what was in it has been repacked."""
@@ -76,14 +113,16 @@ Brought: TypeAlias = tuple[_Slot, list[tuple[Piece, DeviceArray]]]
 class Staging:
     """Buffers of `slot_bytes` each, taken in turn."""
 
-    def __init__(self, gpu: Gpu, launcher: Launches, slots: int, slot_bytes: int, keep: int) -> None:
-        """keep: bytes of host memory that may stay locked. Raises BackendError."""
+    def __init__(self, gpu: Gpu, launcher: Launches, slots: int, slot_bytes: int, keep: int, scratch: int = 0) -> None:
+        """keep: bytes of host memory that may stay locked. scratch: device memory in which matrices in int8 are made.
+        Raises BackendError."""
         self._gpu, self._launcher, self._stream = gpu, launcher, gpu.device.create_stream()
         self._uploader, self._next = Uploader(gpu, self._stream, keep), 0
         self._slots: list[_Slot] = []
         for _ in range(slots):
             buffer = gpu.allocate(slot_bytes, "streaming weights")
             self._slots.append(_Slot(buffer, gpu.device.create_event(), gpu.device.create_event()))
+        self._scratch = gpu.allocate(scratch, "making weights int8") if scratch else None
         gpu.stream.sync()  # the buffers exist for the other stream too
 
     def read_ahead(self, data: NDArray[np.uint8]) -> bool:
@@ -109,8 +148,9 @@ class Staging:
         slot, placed = brought
         self._gpu.stream.wait(slot.ready)
         self._launcher.fence()
+        scratch = int(self._scratch.handle) if self._scratch is not None else None
         for piece, raw in placed:
-            repack(self._launcher, piece.matrix, piece.first, raw)
+            unpack(self._launcher, piece.matrix, piece.first, raw, scratch)
         self._gpu.stream.record(slot.free)
         self._launcher.fence()  # GEMMs read weights without waiting for the kernel before them
 
@@ -119,6 +159,9 @@ class Staging:
         for slot in self._slots:
             slot.buffer.close(self._gpu.stream)
         self._slots.clear()
+        if self._scratch is not None:
+            self._scratch.close(self._gpu.stream)
+            self._scratch = None
 
     def close(self) -> None:
         """Free everything; waits."""

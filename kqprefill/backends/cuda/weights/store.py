@@ -1,5 +1,5 @@
-"""A model's weights on the device: matrices as the file has them, in tiles; those that are streamed come layer by
-layer."""
+"""A model's weights on the device: matrices as the file has them, in tiles, or in int8; those that are streamed come
+layer by layer."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ....core import Progress
 from ....errors import BackendError
 from ....gguf import ModelTensor, dequantize
 from ....models.family import Family
+from ....models.precision import Precision
 from ....models.weights import Weight
 from ...base import Loaded
 from ...budget import gib
@@ -24,7 +25,7 @@ from ..device.launcher import Launches
 from ..device.workspace import aligned
 from .matrix import Matrix, layer_matrices, matrix_of, tensors_outside, tile_bytes
 from .plan import Plan
-from .staging import STAGING_BYTES, STAGING_SLOTS, Brought, Piece, Staging, pieces_of
+from .staging import STAGING_BYTES, STAGING_SLOTS, Brought, Piece, Staging, pieces_of, scratch_bytes
 
 _MOST_COLUMNS = 1 << 19  # a tile of rows must fit the upload and scratch buffers
 
@@ -67,7 +68,8 @@ class WeightsOnDevice:
     plan: Plan | None = None
     loaded: Loaded | None = None
 
-    def __init__(self, gpu: Gpu, launcher: Launches, family: Family) -> None:
+    def __init__(self, gpu: Gpu, launcher: Launches, family: Family, precision: Precision = "exact") -> None:
+        self._precision: Precision = precision
         self._gpu, self._launcher, self._family = gpu, launcher, family
         self._buffers: dict[str | int, Any] = {}  # "output", "embedding", a layer or "streamed": device memory
         self._matrices: dict[str, Matrix] = {}
@@ -87,7 +89,8 @@ class WeightsOnDevice:
         groups = self._groups(plan)
         missing = [key for key in groups if key not in self._buffers and key not in plan.streamed]
         begin = time.perf_counter()
-        self._staging = Staging(self._gpu, self._launcher, STAGING_SLOTS, plan.slot_bytes, plan.host_bytes)
+        scratch = scratch_bytes((tensor for tensors in groups.values() for tensor in tensors), self._precision)
+        self._staging = Staging(self._gpu, self._launcher, STAGING_SLOTS, plan.slot_bytes, plan.host_bytes, scratch)
         try:
             self._load({key: groups[key] for key in missing}, plan.slot_bytes, progress)
         except BaseException:
@@ -146,7 +149,7 @@ class WeightsOnDevice:
 
         for key, tensors in groups.items():
             what = f"weights ({gib(total)} in all)"
-            self._buffers[key] = buffer = self._gpu.allocate(tile_bytes(tensors), what)
+            self._buffers[key] = buffer = self._gpu.allocate(tile_bytes(tensors, self._precision), what)
             for tensor, matrix in zip(tensors, self._assign(tensors, int(buffer.handle))):
                 for piece in pieces_of(matrix, tensor.data, min(room, STAGING_BYTES)):
                     if filled + aligned(piece.data.nbytes) > room:
@@ -161,7 +164,7 @@ class WeightsOnDevice:
         """The Matrix of each, one after another from `address`; `matrix` knows them from then on."""
         matrices = []
         for tensor in tensors:
-            matrix = self._matrices[tensor.name] = matrix_of(tensor, address)
+            matrix = self._matrices[tensor.name] = matrix_of(tensor, address, self._precision)
             matrices.append(matrix)
             address += aligned(matrix.nbytes)
         return matrices

@@ -1,0 +1,310 @@
+// out[m, n] = sum over k of x[m, k] * w[n, k] on Hopper, both in int8 (int8.cuh), summed exactly; then times the scales of
+// x's row and of w's.
+//
+// wgmma computes Yᵀ = W · Xᵀ, both from shared memory. Each of a block's consumer warpgroups multiplies one or two row
+// tiles of W by the tokens of a token tile; with one row tile half of wgmma's 64 rows are whatever lies there, and are
+// not looked at. Two producer warps have the copy engine bring groups of 128 columns of both into a ring of stages, for
+// one output tile after another: the grid is persistent. Integer sums are the same in whatever order and tile.
+//
+// A launch multiplies by up to three matrices side by side (q, k, v), or by gate and up; or, grouped, each group of x's
+// rows by its own matrix of a stack of them (experts).
+#include "include/epilogue_int8.cuh"
+#include "include/int8.cuh"
+#include "include/row_tiles.cuh"
+#include "include/scheduler.cuh"
+#include "include/sm90.cuh"
+
+// What the host chose (HopperInt8Config in kqprefill/backends/cuda/gemm/int8_hopper.py), and the sizes that follow.
+struct Config {
+    static constexpr bool kGated = GATED;           // whether this is gemm_gated, or else gemm_linear
+    static constexpr bool kGrouped = GROUPED;       // whether x's rows come in groups, each with a matrix of a stack
+    static constexpr int kTokens = TOKENS;          // in a token tile
+    static constexpr int kWarpgroups = WARPGROUPS;  // of consumers in a block
+    static constexpr int kTiles = TILES;            // row tiles of a consumer warpgroup
+    static constexpr int kBlocks = BLOCKS;          // that share a multiprocessor
+    static constexpr int kCluster = CLUSTER;        // blocks of a cluster: they share the tokens that they bring
+    static constexpr int kStages = STAGES, kStageSteps = STEPS;    // of the ring; groups of columns in a stage of it
+    static constexpr int kProducerRegisters = PRODUCER_REGISTERS;  // of a thread
+    static constexpr int kConsumerRegisters = CONSUMER_REGISTERS;
+
+    // All int8 tiles are alike: what row_tiles.cuh takes for a format is the number of the matrix.
+    struct Formats {
+        __device__ static constexpr int tile_bytes(int) { return kInt8TileBytes; }
+    };
+    static constexpr int kBlockTiles = kWarpgroups * kTiles;                                    // row tiles of a block
+    static constexpr int kXBytes = kTokens * kRotated, kWBytes = kBlockTiles * kInt8TileBytes;  // of a step
+    static constexpr int kStepBytes = kWBytes + kXBytes;
+    // gate's and up's atoms take turns, so that a thread has both of a feature.
+    static constexpr int kCopyBytes = kGated ? kAtomBytes : kInt8TileBytes, kCopies = kWBytes / kCopyBytes;
+    static constexpr int kConsumers = 128 * kWarpgroups, kThreads = kConsumers + 128;
+
+    using Steps = Ring<kStages, kStageSteps * kStepBytes>;
+    // After the ring come its barriers, and what the last step's 64 rows may reach into.
+    static constexpr int kAfter = kTiles == 1 ? kInt8TileBytes : Steps::kBarrierBytes;
+    static constexpr int kSharedBytes = Steps::kBytes + kAfter;
+
+    static_assert(kTiles == 1 || kTiles == 2, "wgmma's 64 rows are those of one or two row tiles");
+    static_assert(!kGated || kTiles == 2, "gate and up: a row tile of each");
+    static_assert(kCopies <= 32, "a lane makes each copy of a step");
+    static_assert(kTokens % 16 == 0, "gemm_gated's threads trade outputs of 16 tokens");
+    static_assert(kStages >= 2, "a stage is released when the next has begun");
+    static_assert(THREADS == kThreads, "what the host launches");
+    static_assert(kSharedBytes <= SHARED_BYTES, "what the host launches with");
+};
+
+constexpr int kTogether = 8;  // token tiles that share W's row tiles while these are in the L2 cache
+using Tokens = TokenTiles<Config::kTokens, Config::kGrouped>;
+
+// The blocks of a cluster take the same token tile and neighbouring row tiles.
+using OutputTiles = Scheduler<Tokens, Config::kBlockTiles * Config::kCluster, kTogether, true, Config::kCluster>;
+using Accumulators = int[Config::kTokens / 2];
+
+// The first row tile of this block in an output tile.
+__device__ __forceinline__ int first_row_tile(const OutputTiles& outputs) {
+    return (outputs.column_tile() * Config::kCluster + blockIdx.x % Config::kCluster) * Config::kBlockTiles;
+}
+
+// The matrices of a launch, and their rows' scales: those of the first row of each, less the rows before it in out.
+struct Weights {
+    Matrices matrices;
+    const float* scales[3];
+    int groups, row_tiles;  // groups of columns; row tiles of all
+
+    // Of a row of a row tile, 0 for one that there is not.
+    __device__ __forceinline__ float scale(const RowTile& tile, int row, int matrix, int expert) const {
+        if (row >= tile.rows) return 0.0f;
+        const float* of = matrix == 0 ? scales[0] : matrix == 1 ? scales[1] : scales[2];
+        return of[(Config::kGrouped ? expert * matrices.rows[0] : 0) + tile.column + row];
+    }
+};
+
+// Producers -----------------------------------------------------------------------------------------------------------
+
+// Calls fill(where a step goes, its number) of each step of a stage, for all stages of all of this block's output tiles;
+// each is called for with begin(stage's position, steps in it), which gives the barrier.
+template <class Begin, class Fill>
+__device__ __forceinline__ void produce_tile(const Config::Steps& ring, ProducerPosition<Config::kStages>& at,
+                                             int groups, Begin begin, Fill fill) {
+#pragma unroll 1
+    for (int step = 0; step < groups; step += Config::kStageSteps, at.advance()) {
+        int count = min(Config::kStageSteps, groups - step);
+        Barrier arrived = begin(count);
+        uint32_t to = ring.stage(at.stage);
+#pragma unroll
+        for (int sub = 0; sub < Config::kStageSteps; ++sub)
+            if (sub < count) fill(to + sub * Config::kStepBytes, step + sub, arrived);
+    }
+}
+
+// The work of kCopies lanes of a warp: each has the copy engine bring a row tile of W, or an atom of one, a step at a
+// time. Nothing that may still run writes weights, so this does not wait for earlier kernels (except where one lists the
+// token tiles).
+__device__ __forceinline__ void produce_weights(const Config::Steps& ring, const Weights& w, const Tokens& x) {
+    constexpr int kAtoms = kInt8TileBytes / Config::kCopyBytes, kCopyBytes = Config::kCopyBytes;
+    int lane = threadIdx.x % 32, own = lane / kAtoms, atom = lane % kAtoms;
+    int place = Config::kGated ? own / 2 * 2 * kAtoms + 2 * atom + own % 2 : own;
+    ProducerPosition<Config::kStages> at;
+    for (OutputTiles outputs(x, w.row_tiles); outputs.more(); outputs.next()) {
+        RowTile tile =
+            row_tile<Config>(w.matrices, first_row_tile(outputs) + own, w.groups, x.expert(outputs.token_tile()));
+        const uint8_t* from = tile.weights;
+        auto begin = [&](int count) { return ring.begin_filling(at, from != nullptr ? count * kCopyBytes : 0); };
+        auto fill = [&](uint32_t to, int step, Barrier arrived) {
+            if (from != nullptr)
+                bulk_copy(to + place * kCopyBytes, from + step * kInt8TileBytes + atom * kCopyBytes, kCopyBytes,
+                          arrived);
+        };
+        produce_tile(ring, at, w.groups, begin, fill);
+    }
+}
+
+// The work of one thread: it has the copy engine bring x. Each block of a cluster brings its share of the tokens, for
+// all of its blocks.
+__device__ __forceinline__ void produce_x(const Config::Steps& ring, const void* x_map, const Weights& w,
+                                          const Tokens& x) {
+    constexpr int kCluster = Config::kCluster;
+    int rank = blockIdx.x % kCluster;
+    ProducerPosition<Config::kStages> at;
+    for (OutputTiles outputs(x, w.row_tiles); outputs.more(); outputs.next()) {
+        int token = x.first(outputs.token_tile());
+        auto begin = [&](int count) { return ring.begin_filling(at, count * Config::kXBytes); };
+        auto fill = [&](uint32_t to, int step, Barrier arrived) {
+            to += Config::kWBytes;
+            if (kCluster == 1) tensor_copy(to, x_map, step * kRotated, token, arrived);
+            else
+                tensor_copy(to + rank * (Config::kXBytes / kCluster), x_map, step * kRotated,
+                            token + rank * (Config::kTokens / kCluster), arrived, (1 << kCluster) - 1);
+        };
+        produce_tile(ring, at, w.groups, begin, fill);
+    }
+}
+
+// Consumers -----------------------------------------------------------------------------------------------------------
+
+// A thread of a consumer warpgroup.
+struct Consumer {
+    const Config::Steps& ring;
+    int groups, offset;  // offset: of this warpgroup's row tiles in a step
+    ConsumerPosition<Config::kStages> at;
+
+    // acc = W · Xᵀ for this warpgroup's row tiles. Of an expert's last token tile only so many tokens are multiplied as
+    // it may have.
+    __device__ __forceinline__ void multiply(Accumulators& acc, int tokens) {
+        constexpr int kTokens = Config::kTokens;
+        if constexpr (Config::kGrouped && kTokens >= 64)
+            if (tokens <= kTokens / 4) return multiply_tokens<kTokens / 4>(acc);
+        if constexpr (Config::kGrouped && kTokens >= 32)
+            if (tokens <= kTokens / 2) return multiply_tokens<kTokens / 2>(acc);
+        multiply_tokens<kTokens>(acc);
+    }
+
+    template <int kTokens>
+    __device__ __forceinline__ void multiply_tokens(Accumulators& all) {
+        int (&acc)[kTokens / 2] = reinterpret_cast<int (&)[kTokens / 2]>(all);
+        for (int step = 0; step < groups; step += Config::kStageSteps, at.advance()) {
+            ring.wait_until_arrived(at);
+            uint32_t from = ring.stage(at.stage);
+            wgmma_begin();
+#pragma unroll
+            for (int sub = 0; sub < Config::kStageSteps; ++sub, from += Config::kStepBytes) {
+                if (step + sub >= groups) break;
+                uint64_t w = wgmma_operand(from + offset), x = wgmma_operand(from + Config::kWBytes);
+#pragma unroll
+                for (int k32 = 0; k32 < kRotated / 32; ++k32)
+                    wgmma_s8(acc, w + 2 * k32, x + 2 * k32, step > 0 || sub > 0 || k32 > 0);
+            }
+            wgmma_commit();
+            wgmma_wait<1>();  // the stage before this is done with
+            if (step > 0) ring.release_by_warp<Config::kCluster>(at.previous());
+        }
+        wgmma_wait<0>();
+        ring.release_by_warp<Config::kCluster>(at.previous());
+    }
+};
+
+// Multiplies this block's output tiles; calls write(accumulators, row tile, scale of the first token, the first token,
+// end, expert) after each: the row tile is the first of this warpgroup's, of W's; the first token is this thread's, of
+// pairs that are 8 apart.
+template <class Write>
+__device__ __forceinline__ void consume(const Config::Steps& ring, const Weights& w, const float* x_scale,
+                                        const Tokens& x, Write write) {
+    int first = threadIdx.x / 128 * Config::kTiles;
+    Consumer consumer = {ring, w.groups, first * kInt8TileBytes};
+    for (OutputTiles outputs(x, w.row_tiles); outputs.more(); outputs.next()) {
+        int token = x.first(outputs.token_tile()), end = x.end(outputs.token_tile());
+        Accumulators acc;
+        consumer.multiply(acc, end - token);
+        token += threadIdx.x % 4 * 2;
+        write(acc, first_row_tile(outputs) + first, x_scale + token, token, end, x.expert(outputs.token_tile()));
+    }
+}
+
+// Kernels -------------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void sync_cluster() {
+    if (Config::kCluster == 1) __syncthreads();
+    else cluster_sync();
+}
+
+// The work of a block: it makes its ring, and has its warps produce or consume. `write` is the epilogue (see consume).
+template <class Write>
+__device__ __forceinline__ void run(const Weights& w, const void* x_map, const float* x_scale, const Tokens& x,
+                                    Write write) {
+    constexpr int kConsumers = Config::kConsumers;
+    extern __shared__ __align__(1024) uint8_t shared[];
+    uint32_t base = shared_address(shared);
+    Config::Steps ring = {base, base + Config::Steps::kBytes};
+    if (threadIdx.x == 0) {
+        ring.init(Config::kCopies + 1, 4 * Config::kWarpgroups * Config::kCluster);
+        fence_barrier_init();
+    }
+    sync_cluster();
+    if (threadIdx.x < kConsumers) {
+        take_registers<Config::kConsumerRegisters>();
+        begin_kernel();
+        consume(ring, w, x_scale, x, write);
+    } else {
+        give_up_registers<Config::kProducerRegisters>();
+        if (threadIdx.x < kConsumers + Config::kCopies) {
+            if (Config::kGrouped) begin_kernel();
+            produce_weights(ring, w, x);
+        }
+        if (threadIdx.x == kConsumers + 32) {
+            begin_kernel();
+            produce_x(ring, x_map, w, x);
+        }
+        __syncwarp();
+    }
+    if (Config::kCluster > 1)
+        cluster_sync();  // until then others may write to this block's shared memory and arrive at its barriers
+}
+
+__device__ __forceinline__ const uint8_t* bytes(const int8_t* tiles) {
+    return reinterpret_cast<const uint8_t*>(tiles);
+}
+
+#if !GATED
+
+// out = sums * scales + bias (+ out, if `add`), float32, rows `ldo` apart: the matrices' outputs side by side. Grouped:
+// halves, times *out_scale, and no `add`. bias, a row for each expert, may be null. k: columns, whole groups. x_map: x's
+// tensor map, boxes of 128 bytes by TOKENS / CLUSTER rows. x_scale: with TOKENS more than there are rows. groups and
+// group_count: the token tiles, where they are grouped.
+extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bounds__(Config::kThreads, Config::kBlocks)
+    gemm_linear(const int8_t* w0, const float* scales0, int rows0, const int8_t* w1, const float* scales1, int rows1,
+                const int8_t* w2, const float* scales2, int rows2, const void* x_map, const float* x_scale, int m,
+                int k, void* out, int ldo, const float* out_scale, const float* bias, int add, const Group* groups,
+                const int* group_count) {
+    Weights w = {{{bytes(w0), bytes(w1), bytes(w2)}, {rows0, rows1, rows2}, {0, 1, 2}},
+                 {scales0, scales1 - rows0, scales2 - rows0 - rows1},
+                 k / kRotated,
+                 count_row_tiles<Config>(rows0) + count_row_tiles<Config>(rows1) + count_row_tiles<Config>(rows2)};
+    Tokens x = {m, groups, group_count};
+    auto write = [&](const Accumulators& acc, int first, const float* token_scale, int token, int end, int expert) {
+        int warp = threadIdx.x / 32 % 4, slot = threadIdx.x % 32 / 4;
+        RowTile tile = row_tile<Config>(w.matrices, first + warp / 2, w.groups, 0);
+        if (warp / 2 >= Config::kTiles) tile.rows = 0;
+        FourColumns<Config::kTokens, Config::kGrouped> outputs = {acc};
+        float scale = Config::kGrouped ? *out_scale : 1.0f;  // a power of two
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            int row = int8_row(warp % 2 * 16 + 8 * i + slot);
+            outputs.row_scale[i] = w.scale(tile, row, tile.format, expert) * scale;
+            outputs.bias[i] = Biases{expert, rows0, tile.column + row, row < tile.rows}.of(bias) * scale;
+        }
+        int own = warp % 2 * 8 + (slot >> 2) * 4 + (slot >> 1 & 1) * 16;  // the first column that the lane writes
+        void* to = Config::kGrouped ? static_cast<void*>(static_cast<half_t*>(out) + tile.column + own)
+                                    : static_cast<float*>(out) + tile.column + own;
+        outputs.store(to, ldo, tile.rows - own, token_scale, token, end, add);
+    };
+    run(w, x_map, x_scale, x, write);
+}
+
+#else
+
+// out[m, f] = *out_scale * act(gate) * up as an operand, rows `ldo` apart. gate_bias and up_bias, [features] for each
+// expert, may be null. Columns from `features` to the next multiple of 64 become zero. The others as above.
+extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bounds__(Config::kThreads, Config::kBlocks)
+    gemm_gated(const int8_t* gate, const float* gate_scales, const int8_t* up, const float* up_scales, int features,
+               const void* x_map, const float* x_scale, int m, int k, half_t* out, int ldo, const float* gate_bias,
+               const float* up_bias, const float* out_scale, int activation, const Group* groups,
+               const int* group_count) {
+    Weights w = {{{bytes(gate), bytes(up), nullptr}, {features, features, 0}, {0, 0, 0}},
+                 {gate_scales, up_scales, nullptr},
+                 k / kRotated,
+                 2 * ceil_div(features, kOperandGroup) * (kOperandGroup / kTileRows)};
+    Tokens x = {m, groups, group_count};
+    auto write = [&](const Accumulators& acc, int first, const float* token_scale, int token, int end, int expert) {
+        int row = int8_row(threadIdx.x / 32 % 4 * 8 + threadIdx.x % 32 / 4);
+        RowTile tile = row_tile<Config>(w.matrices, first, w.groups, 0);
+        Int8Sums<Config::kTokens> sums = {acc};
+#pragma unroll
+        for (int i = 0; i < 2; ++i) sums.row_scale[i] = w.scale(tile, row, i, expert);
+#pragma unroll
+        for (int i = 0; i < Config::kTokens / 4; ++i) sums.token_scale[i] = token_scale[i / 2 * 8 + i % 2];
+        GatedOutput output = {out, ldo, features, *out_scale, activation};
+        output.store_transposed<Config::kTokens>(sums, gate_bias, up_bias, expert, tile.column, row, token, end);
+    };
+    run(w, x_map, x_scale, x, write);
+}
+
+#endif

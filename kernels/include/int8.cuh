@@ -1,0 +1,79 @@
+// How matrices and operands lie that are multiplied in int8, and the rotation that comes before they are rounded
+// (kqprefill/models/precision.py: what int8 means).
+//
+// Both have their columns in operand order (operand.cuh), padded to whole groups of kRotated = 128 columns, a byte each.
+// An operand's rows follow one another. A matrix is stored in int8 tiles of kTileRows rows by one group, [row tile]
+// [group], of 4096 bytes each, which are what the copy engine's 128-byte swizzle makes of 32 rows of 128 bytes: the
+// 16-byte piece `i` of the row at place `p` stands where piece i ^ p % 8 would. So a tile is one contiguous copy, and
+// lies in shared memory as wgmma and ldmatrix want it. Rows stand in such places that four accumulators of two tokens,
+// traded between lanes, are neighbours in operand order (epilogue.cuh); for each eight rows, an "atom" of 1024 bytes:
+//
+//     place          0    1    2    3    4    5    6    7
+//     row of atom a  4a  4a+1 4a+16 4a+17 4a+2 4a+3 4a+18 4a+19
+#pragma once
+#include "operand.cuh"
+#include "types.cuh"
+
+constexpr int kRotated = ROTATED, kInt8TileRows = TILE_ROWS, kAtomRows = 8;
+constexpr int kInt8TileBytes = kInt8TileRows * kRotated, kAtomBytes = kAtomRows * kRotated;
+static_assert(kRotated == 128 && kInt8TileRows == 32, "a tile is 32 rows of 128 bytes");
+
+// The row of a row tile that stands at a place of it, and the place of a row.
+__host__ __device__ constexpr int int8_row(int place) {
+    return (place >> 3 & 3) << 2 | (place >> 2 & 1) << 1 | (place >> 1 & 1) << 4 | (place & 1);
+}
+__host__ __device__ constexpr int int8_place(int row) {
+    return (row >> 2 & 3) << 3 | (row >> 1 & 1) << 2 | (row >> 4 & 1) << 1 | (row & 1);
+}
+
+// Where byte `position` (of a group, in operand order) of the row at a place lies in a tile.
+__host__ __device__ constexpr int int8_offset(int place, int position) {
+    return place * kRotated + ((position / 16 ^ place % 8) * 16 | position % 16);
+}
+
+// Multiplies a group of 128 columns, of which each of 8 neighbouring lanes has 16, by the Hadamard matrix of 128 (of
+// ones and minus ones: sqrt(128) times the orthogonal one). The bits of a column's number may be in any order: the
+// matrix is the same. All lanes of a warp call this.
+__device__ __forceinline__ void rotate(float (&v)[16]) {
+#pragma unroll
+    for (int bit = 1; bit < 16; bit *= 2)
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+            if (i & bit) continue;
+            float low = v[i], high = v[i | bit];
+            v[i] = low + high, v[i | bit] = low - high;
+        }
+#pragma unroll
+    for (int lanes = 1; lanes < 8; lanes *= 2) {
+        float sign = threadIdx.x & lanes ? -1.0f : 1.0f;
+#pragma unroll
+        for (int i = 0; i < 16; ++i) v[i] = fmaf(v[i], sign, __shfl_xor_sync(0xffffffffu, v[i], lanes));
+    }
+}
+
+// The largest magnitude of sixteen values and of `largest`, as bits: a NaN's are above every number's, and stay.
+__device__ __forceinline__ uint32_t largest_of(const float (&v)[16], uint32_t largest) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) largest = max(largest, __float_as_uint(fabsf(v[i])));
+    return largest;
+}
+
+// How rotated values whose largest magnitude has these bits are rounded: value * inverse to an integer of -127 to 127,
+// which stands for that integer times `scale`. What is not finite comes out of the scale.
+struct Rounding {
+    float inverse, scale;
+
+    __device__ __forceinline__ explicit Rounding(uint32_t largest) {
+        float top = bits_to_float(largest);
+        inverse = top > 1e-30f ? 127.0f / top : 0.0f;  // else all are zeros; so they are where `top` is NaN
+        scale = top * (0.0883883476f / 127.0f);        // 1 / sqrt(128)
+    }
+    __device__ __forceinline__ uint32_t byte(float value) const {
+        return static_cast<uint32_t>(__float2int_rn(value * inverse)) & 0xff;
+    }
+};
+
+// What a sum stands for, and a bias: the one way in which it is computed, so that all kernels have the same bits.
+__device__ __forceinline__ float int8_output(int sum, float row_scale, float token_scale, float bias) {
+    return fmaf(static_cast<float>(sum) * row_scale, token_scale, bias);
+}

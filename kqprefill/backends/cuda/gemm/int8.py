@@ -1,0 +1,160 @@
+"""Products in int8 (kqprefill/models/precision.py): what all ways to make them share; and kernels/gemm_int8_sm80.cu."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+
+from ..constants import ACTIVATIONS
+from ..device.arrays import FLOAT32, DeviceArray
+from ..device.compiler import Program
+from ..device.gpu import GpuFacts
+from ..device.launcher import Launches
+from ..device.workspace import Workspace
+from ..programs import INT8
+from ..weights.matrix import Matrix
+from .operand import BYTES, Gemm, Groups, Operand
+from .portable import PortableConfig, best_config
+
+# Scales that may be read beyond the last row's: as many as a token tile has at most.
+_MORE_SCALES = 256
+
+
+class Int8Gemm(Gemm):
+    """Operands are made int8 for each product; W is so already."""
+
+    def __init__(self, facts: GpuFacts, launcher: Launches, work: Workspace) -> None:
+        self._facts, self._launcher, self._work = facts, launcher, work
+
+    def rounded(self, a: Operand) -> Operand:
+        """An operand of halves in int8: values [rows, whole groups], each times the row's scale in `scale`, float32 [as
+        many, and room to read a token tile more]."""
+        padded = BYTES.padded(a.columns)
+        values = self._work.array("int8 operand", BYTES.dtype, a.rows, padded)
+        scales = self._work.array("int8 operand's scales", FLOAT32, a.rows + _MORE_SCALES)
+        self._launcher.launch(
+            INT8,
+            "round_rows",
+            grid=a.rows,
+            x=a.values,
+            stride=a.values.shape[1],
+            scale=a.scale,
+            out=values,
+            padded=padded,
+            scales=scales,
+        )
+        return replace(a, values=values, scale=scales, format=BYTES)
+
+    def linear(
+        self,
+        a: Operand,
+        matrices: Sequence[Matrix],
+        out: DeviceArray,
+        weight_scale: DeviceArray,
+        bias: DeviceArray | None,
+        add: bool,
+        groups: Groups | None = None,
+        out_scale: DeviceArray | None = None,
+    ) -> None:
+        self.multiply(self.rounded(a), matrices, out, bias, add, groups, out_scale)
+
+    @abstractmethod
+    def multiply(
+        self,
+        x: Operand,
+        matrices: Sequence[Matrix],
+        out: DeviceArray,
+        bias: DeviceArray | None,
+        add: bool,
+        groups: Groups | None,
+        out_scale: DeviceArray | None,
+    ) -> None:
+        """As `linear`, of a rounded operand."""
+
+
+@cache
+def portable_program(config: PortableConfig, gated: bool, grouped: bool) -> Program:
+    """gemm_int8_sm80.cu with tiles as gemm_sm80.cu's, whose columns are half as wide."""
+    halves = config.program(grouped)
+    constants = (*halves.constants, ("GATED", str(int(gated))))
+    return Program("gemm_int8_sm80.cu", constants, halves.threads, halves.shared_bytes)
+
+
+class PortableInt8Gemm(Int8Gemm):
+    """For sm_80 and later."""
+
+    def group_rows(self, m: int, matrices: Sequence[Matrix], gated: bool, experts: int) -> int:
+        return best_config(m, sum(matrix.rows for matrix in matrices), self._facts, experts).block_m
+
+    def multiply(
+        self,
+        x: Operand,
+        matrices: Sequence[Matrix],
+        out: DeviceArray,
+        bias: DeviceArray | None,
+        add: bool,
+        groups: Groups | None,
+        out_scale: DeviceArray | None,
+    ) -> None:
+        first, total, experts = 0, sum(matrix.rows for matrix in matrices), groups.experts if groups else 0
+        for matrix in matrices:
+            config = best_config(x.rows, matrix.rows, self._facts, experts)
+            self._launcher.launch(
+                portable_program(config, False, groups is not None),
+                "gemm_linear",
+                grid=config.grid(x.rows, matrix.rows, self._facts.multiprocessors, experts),
+                x=x.values,
+                x_scale=x.scale,
+                w=matrix.array,
+                w_scale=matrix.scales,
+                m=x.rows,
+                n=matrix.rows,
+                k=x.values.shape[1],
+                out=out.columns(first),
+                ldo=total,
+                out_scale=out_scale,
+                bias=bias if bias is None or groups is not None else bias.rows(first),
+                add=int(add),
+                groups=groups.groups if groups else None,
+                group_count=groups.count if groups else None,
+            )
+            first += matrix.rows
+
+    def gated(
+        self,
+        a: Operand,
+        gate: Matrix,
+        up: Matrix,
+        act: Operand,
+        weight_scale: DeviceArray,
+        biases: tuple[DeviceArray | None, DeviceArray | None],
+        activation: str,
+        groups: Groups | None = None,
+    ) -> None:
+        x, width, experts = self.rounded(a), act.values.shape[1], groups.experts if groups else 0
+        config = best_config(x.rows, 2 * gate.rows, self._facts, experts)
+        gate_bias, up_bias = biases
+        self._launcher.launch(
+            portable_program(config, True, groups is not None),
+            "gemm_gated",
+            grid=config.grid(x.rows, 2 * width, self._facts.multiprocessors, experts),
+            x=x.values,
+            x_scale=x.scale,
+            gate=gate.array,
+            gate_scale=gate.scales,
+            up=up.array,
+            up_scale=up.scales,
+            m=x.rows,
+            features=gate.rows,
+            k=x.values.shape[1],
+            out=act.values,
+            ldo=width,
+            gate_bias=gate_bias,
+            up_bias=up_bias,
+            out_scale=act.scale,
+            activation=ACTIVATIONS[activation],
+            groups=groups.groups if groups else None,
+            group_count=groups.count if groups else None,
+        )

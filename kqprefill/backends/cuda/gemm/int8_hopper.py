@@ -1,0 +1,178 @@
+"""kernels/gemm_int8_sm90.cu: products in int8 on Hopper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from ....models.precision import ROTATED
+from ..constants import ACTIVATIONS, TILE_ROWS
+from ..device.arrays import DeviceArray
+from ..device.compiler import Program
+from ..device.gpu import GpuFacts
+from ..device.launcher import Launches
+from ..device.workspace import Workspace
+from ..weights.matrix import Matrix
+from .int8 import Int8Gemm
+from .operand import Groups, Operand
+from .tensor_maps import TensorMaps
+from .tiles import TileConfig, row_tiles
+
+_TILE_BYTES = TILE_ROWS * ROTATED  # of an int8 tile: also room behind the ring, for its barriers
+
+
+@dataclass(frozen=True)
+class HopperInt8Config(TileConfig):
+    """The constants of gemm_int8_sm90.cu, and what a step of ROTATED columns costs.
+
+    gated: 0, as the costs are those of both kernels.
+    """
+
+    producer_registers = 32
+
+    @cache
+    def program(self, gated: bool, grouped: bool = False) -> Program:
+        """gated: of the kernel for gate and up. grouped: over a stack of experts."""
+        constants = {
+            "GATED": int(gated),
+            "TOKENS": self.tokens,
+            "WARPGROUPS": self.warpgroups,
+            "TILES": self.tiles,
+            "BLOCKS": self.blocks,
+            "CLUSTER": self.cluster,
+            "STEPS": self._steps,
+            "STAGES": self._stages,
+            "PRODUCER_REGISTERS": self.producer_registers,
+            "CONSUMER_REGISTERS": self.consumer_registers(self.blocks),
+            "GROUPED": int(grouped),
+        }
+        defines = tuple((name, str(value)) for name, value in constants.items())
+        return Program("gemm_int8_sm90.cu", defines, self.threads, self._stages * self._stage_bytes + _TILE_BYTES)
+
+    @property
+    def _steps(self) -> int:
+        """Steps in a stage: more where they are small, so that there is less waiting."""
+        return 2 if self.tokens <= 64 else 1
+
+    @property
+    def _stage_bytes(self) -> int:
+        return self._steps * (self.warpgroups * self.tiles * _TILE_BYTES + self.tokens * ROTATED)
+
+    @property
+    def _stages(self) -> int:
+        """As many as fit, but no more than hide what memory takes."""
+        return min(8, (self.room(self.blocks) - _TILE_BYTES) // self._stage_bytes)
+
+
+# fmt: off
+CONFIGS = (
+    #                gated, tokens, warpgroups, tiles, blocks, cluster, alone, shared
+    HopperInt8Config(0, 16, 1, 1, 4, 1, 110, 60),
+    HopperInt8Config(0, 16, 1, 2, 3, 1, 130, 90),
+    HopperInt8Config(0, 32, 1, 1, 4, 1, 115, 70),
+    HopperInt8Config(0, 32, 1, 2, 3, 1, 140, 100),
+    HopperInt8Config(0, 64, 1, 1, 3, 1, 140, 90),
+    HopperInt8Config(0, 64, 1, 2, 3, 1, 170, 120),
+    HopperInt8Config(0, 64, 2, 2, 2, 1, 240, 200),
+    HopperInt8Config(0, 128, 1, 2, 2, 1, 220, 200),
+    HopperInt8Config(0, 128, 2, 2, 1, 1, 400, 400),
+    HopperInt8Config(0, 256, 2, 2, 1, 2, 740, 740),
+)
+# fmt: on
+
+
+@cache
+def best_config(m: int, row_tiles: int, gated: bool, multiprocessors: int, experts: int = 0) -> HopperInt8Config:
+    """The cheapest for m tokens by that many row tiles of W, or of each of so many experts' W."""
+    return min(
+        (config for config in CONFIGS if config.tiles == 2 or not gated),
+        key=lambda config: config.cost(m, row_tiles, multiprocessors, experts),
+    )
+
+
+class HopperInt8Gemm(Int8Gemm):
+    """With wgmma and the copy engine."""
+
+    def __init__(self, facts: GpuFacts, launcher: Launches, work: Workspace, maps: TensorMaps) -> None:
+        super().__init__(facts, launcher, work)
+        self._maps = maps
+
+    def group_rows(self, m: int, matrices: Sequence[Matrix], gated: bool, experts: int) -> int:
+        return self._config(m, matrices, gated, experts).tokens
+
+    def multiply(
+        self,
+        x: Operand,
+        matrices: Sequence[Matrix],
+        out: DeviceArray,
+        bias: DeviceArray | None,
+        add: bool,
+        groups: Groups | None,
+        out_scale: DeviceArray | None,
+    ) -> None:
+        experts = groups.experts if groups else 0
+        config = self._config(x.rows, matrices, False, experts)
+        described: dict[str, DeviceArray | int | None] = {}
+        for i in range(3):  # up to three matrices, one under another
+            matrix = matrices[i] if i < len(matrices) else None
+            described[f"w{i}"] = matrix.array if matrix else None
+            described[f"scales{i}"] = matrix.scales if matrix else None
+            described[f"rows{i}"] = matrix.rows if matrix else 0
+        self._launcher.launch(
+            config.program(False, groups is not None),
+            "gemm_linear",
+            grid=config.grid(x.rows, row_tiles(matrices), self._facts.multiprocessors, experts),
+            **described,
+            x_map=self._maps.of(x.values, config.tokens // config.cluster, x.format),
+            x_scale=x.scale,
+            m=x.rows,
+            k=x.values.shape[1],
+            out=out,
+            ldo=sum(matrix.rows for matrix in matrices),
+            out_scale=out_scale,
+            bias=bias,
+            add=int(add),
+            groups=groups.groups if groups else None,
+            group_count=groups.count if groups else None,
+        )
+
+    def gated(
+        self,
+        a: Operand,
+        gate: Matrix,
+        up: Matrix,
+        act: Operand,
+        weight_scale: DeviceArray,
+        biases: tuple[DeviceArray | None, DeviceArray | None],
+        activation: str,
+        groups: Groups | None = None,
+    ) -> None:
+        x, experts = self.rounded(a), groups.experts if groups else 0
+        config = self._config(x.rows, (gate, up), True, experts)
+        gate_bias, up_bias = biases
+        self._launcher.launch(
+            config.program(True, groups is not None),
+            "gemm_gated",
+            grid=config.grid(x.rows, row_tiles((gate, up)), self._facts.multiprocessors, experts),
+            gate=gate.array,
+            gate_scales=gate.scales,
+            up=up.array,
+            up_scales=up.scales,
+            features=gate.rows,
+            x_map=self._maps.of(x.values, config.tokens // config.cluster, x.format),
+            x_scale=x.scale,
+            m=x.rows,
+            k=x.values.shape[1],
+            out=act.values,
+            ldo=act.values.shape[1],
+            gate_bias=gate_bias,
+            up_bias=up_bias,
+            out_scale=act.scale,
+            activation=ACTIVATIONS[activation],
+            groups=groups.groups if groups else None,
+            group_count=groups.count if groups else None,
+        )
+
+    def _config(self, m: int, matrices: Sequence[Matrix], gated: bool, experts: int) -> HopperInt8Config:
+        return best_config(m, row_tiles(matrices), gated, self._facts.multiprocessors, experts)

@@ -1,0 +1,76 @@
+"""Kernels for Hopper whose blocks multiply row tiles of W by token tiles, one after another: their configurations, what
+these cost, and which is the cheapest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..weights.matrix import Matrix
+
+_REGISTERS = 65536  # of a multiprocessor
+_SHARED_MEMORY = 228 << 10  # of a multiprocessor of compute capability 9.0; each block takes 1 KB of it besides its own
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """A block has `warpgroups` that multiply `tiles` row tiles of TILE_ROWS rows each (gated: of gate and of up) by
+    `tokens` tokens; `blocks` of them share a multiprocessor; a `cluster` of them shares the tokens that it brings.
+
+    alone, shared: nanoseconds of a step of a block by itself, and those that each block adds where several share a
+    multiprocessor (an H100: tests/bench/tile_costs.py).
+    """
+
+    gated: int
+    tokens: int
+    warpgroups: int
+    tiles: int
+    blocks: int
+    cluster: int
+    alone: int
+    shared: int
+
+    producer_registers: ClassVar[int]  # of a thread
+
+    @property
+    def threads(self) -> int:
+        """Of a block: the consumers' warpgroups and one of producers."""
+        return 128 * (self.warpgroups + 1)
+
+    def grid(self, m: int, row_tiles: int, multiprocessors: int, experts: int = 0) -> int:
+        """Blocks to launch: as many as run at once, or fewer where there are fewer output tiles."""
+        at_once = multiprocessors * self.blocks // self.cluster * self.cluster
+        return min(at_once, self.output_tiles(m, row_tiles, experts))
+
+    def cost(self, m: int, row_tiles: int, multiprocessors: int, experts: int = 0) -> int:
+        """Nanoseconds of a step of all output tiles; experts: of which each has some of the m rows."""
+        more = round(experts * self._last_tile)
+        rounds = -(-self.output_tiles(m, row_tiles, more) // multiprocessors)  # of one for each multiprocessor
+        return max(-(-rounds // self.blocks) * self.alone, rounds * self.shared)
+
+    def output_tiles(self, m: int, row_tiles: int, more: int) -> int:
+        """In whole clusters; more: token tiles beyond those that m tokens fill."""
+        row_tiles_a_cluster = self.warpgroups * self.tiles * self.cluster
+        return (-(-m // self.tokens) + more) * -(-row_tiles // row_tiles_a_cluster) * self.cluster
+
+    @property
+    def _last_tile(self) -> float:
+        """What an expert's last token tile costs beyond the tokens in it, in whole ones: it is half full, at a guess,
+        and most kernels multiply fewer tokens then (gemm_sm90.cu: multiply_tile)."""
+        return 0.3 if self.gated or self.tokens < 256 else 0.5
+
+    def consumer_registers(self, blocks: int) -> int:
+        """Of each thread: all that the blocks of a multiprocessor may have, less the producers'."""
+        launched = _REGISTERS // (self.threads * blocks) // 8 * 8
+        return (launched * (self.warpgroups + 1) - self.producer_registers) // self.warpgroups // 8 * 8
+
+    @staticmethod
+    def room(blocks: int) -> int:
+        """Bytes of shared memory of a block, where so many share a multiprocessor."""
+        return (_SHARED_MEMORY >> 10) // blocks * 1024 - 1024
+
+
+def row_tiles(matrices: Sequence[Matrix]) -> int:
+    """Of all of them."""
+    return sum(matrix.row_tiles for matrix in matrices)
