@@ -1,5 +1,5 @@
-// out[m, n] = sum over k of x[m, k] * w[n, k], both in int8 (int8.cuh), summed exactly; then times the scales of x's row
-// and of w's: with mma.sync and cp.async (tiles_sm80.cuh).
+// out[m, n] = sum over k of x[m, k] * w[n, k], both in int8 (int8.cuh), summed exactly; then times the scales of x's
+// row and of w's: with mma.sync and cp.async (tiles_sm80.cuh).
 #include "include/epilogue.cuh"
 #include "include/int8.cuh"
 #include "include/tiles_sm80.cuh"
@@ -87,8 +87,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
 #else
 
-// out[m, f] = *out_scale * act(gate) * up as an operand, rows `ldo` apart; columns from `features` to there become zero.
-// gate_bias and up_bias, [features] for each expert, may be null. The others as above.
+// out[m, f] = *out_scale * act(gate) * up as an operand, rows `ldo` apart; columns from `features` to there become
+// zero. gate_bias and up_bias, [features] for each expert, may be null. The others as above.
 extern "C" __global__ void __launch_bounds__(kThreads)
     gemm_gated(const int8_t* x, const float* x_scale, const int8_t* gate, const float* gate_scale, const int8_t* up,
                const float* up_scale, int m, int features, int k, half_t* out, int ldo, const float* gate_bias,

@@ -1,5 +1,5 @@
-// out[m, n] = sum over k of x[m, k] * w[n, k] on Hopper, both in int8 (int8.cuh), summed exactly; then times the scales of
-// x's row and of w's.
+// out[m, n] = sum over k of x[m, k] * w[n, k] on Hopper, both in int8 (int8.cuh), summed exactly; then times the scales
+// of x's row and of w's.
 //
 // wgmma computes Yᵀ = W · Xᵀ, both from shared memory. Each of a block's consumer warpgroups multiplies one or two row
 // tiles of W by the tokens of a token tile; with one row tile half of wgmma's 64 rows are whatever lies there, and are
@@ -80,8 +80,8 @@ struct Weights {
 
 // Producers -----------------------------------------------------------------------------------------------------------
 
-// Calls fill(where a step goes, its number) of each step of a stage, for all stages of all of this block's output tiles;
-// each is called for with begin(stage's position, steps in it), which gives the barrier.
+// Calls fill(where a step goes, its number) of each step of a stage, for all stages of all of this block's output
+// tiles; each is called for with begin(stage's position, steps in it), which gives the barrier.
 template <class Begin, class Fill>
 __device__ __forceinline__ void produce_tile(const Config::Steps& ring, ProducerPosition<Config::kStages>& at,
                                              int groups, Begin begin, Fill fill) {
@@ -97,8 +97,8 @@ __device__ __forceinline__ void produce_tile(const Config::Steps& ring, Producer
 }
 
 // The work of kCopies lanes of a warp: each has the copy engine bring a row tile of W, or an atom of one, a step at a
-// time. Nothing that may still run writes weights, so this does not wait for earlier kernels (except where one lists the
-// token tiles).
+// time. Nothing that may still run writes weights, so this does not wait for earlier kernels (except where one lists
+// the token tiles).
 __device__ __forceinline__ void produce_weights(const Config::Steps& ring, const Weights& w, const Tokens& x) {
     constexpr int kAtoms = kInt8TileBytes / Config::kCopyBytes, kCopyBytes = Config::kCopyBytes;
     int lane = threadIdx.x % 32, own = lane / kAtoms, atom = lane % kAtoms;
@@ -246,9 +246,9 @@ __device__ __forceinline__ const uint8_t* bytes(const int8_t* tiles) {
 #if !GATED
 
 // out = sums * scales + bias (+ out, if `add`), float32, rows `ldo` apart: the matrices' outputs side by side. Grouped:
-// halves, times *out_scale, and no `add`. bias, a row for each expert, may be null. k: columns, whole groups. x_map: x's
-// tensor map, boxes of 128 bytes by TOKENS / CLUSTER rows. x_scale: with TOKENS more than there are rows. groups and
-// group_count: the token tiles, where they are grouped.
+// halves, times *out_scale, and no `add`. bias, a row for each expert, may be null. k: columns, whole groups. x_map:
+// x's tensor map, boxes of 128 bytes by TOKENS / CLUSTER rows. x_scale: with TOKENS more than there are rows. groups
+// and group_count: the token tiles, where they are grouped.
 extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bounds__(Config::kThreads, Config::kBlocks)
     gemm_linear(const int8_t* w0, const float* scales0, int rows0, const int8_t* w1, const float* scales1, int rows1,
                 const int8_t* w2, const float* scales2, int rows2, const void* x_map, const float* x_scale, int m,

@@ -1,7 +1,7 @@
 // out[m, n] = sum over k of x[m, k] * w[n, k]: halves into float32, with mma.sync and cp.async (tiles_sm80.cuh).
 //
-// Each output is one chain of sums over k in order, whatever the tile: a row's bits depend neither on the other rows nor
-// on the configuration.
+// Each output is one chain of sums over k in order, whatever the tile: a row's bits depend neither on the other rows
+// nor on the configuration.
 #include "include/epilogue.cuh"
 #include "include/tiles_sm80.cuh"
 

@@ -9,8 +9,8 @@ constexpr int kThreads = INT8_THREADS, kLanes = kRotated / 16;  // lanes that sh
 static_assert(kThreads / kLanes == kTileRows, "a block takes a row tile");
 
 // tiles, scales = the int8 tiles of so many weight tiles' rows (quants/common.cuh), which have `units` units and
-// `groups` groups of columns, and the row's scales; rows and columns past the matrix's become zeros. A block takes a row
-// tile, eight lanes a row.
+// `groups` groups of columns, and the row's scales; rows and columns past the matrix's become zeros. A block takes a
+// row tile, eight lanes a row.
 extern "C" __global__ void __launch_bounds__(kThreads)
     make_int8(const uint8_t* weights, int units, int groups, int8_t* tiles, float* scales) {
     begin_kernel();

@@ -107,11 +107,12 @@ def test_shared_numbers_are_used_by_the_kernels():
     """Each define that the host passes is one that some kernel reads; each kernel has its threads from one of them."""
     one_size = (
         "norm rope scales head experts gates activations per_layer altup latent states squares weights delta_inputs "
-        "kda mamba_inputs convolution".split()
+        "kda mamba_inputs convolution int8 int8_weights".split()
     )  # kernels whose blocks are these
     sources = [
         *one_size,
-        *"delta_prepare delta_scan mamba_scan gemm_sm80 gemm_sm90 attention_sm80 attention_sm90".split(),
+        *"delta_prepare delta_scan mamba_scan gemm_sm80 gemm_sm90 gemm_int8_sm80 gemm_int8_sm90".split(),
+        *"attention_sm80 attention_sm90".split(),
     ]
     text = "\n".join(text_of(f"{source}.cu") for source in sources)
     assert [name for name in SHARED_DEFINES if name not in text] == []

@@ -1,12 +1,13 @@
 // How matrices and operands lie that are multiplied in int8, and the rotation that comes before they are rounded
 // (kqprefill/models/precision.py: what int8 means).
 //
-// Both have their columns in operand order (operand.cuh), padded to whole groups of kRotated = 128 columns, a byte each.
-// An operand's rows follow one another. A matrix is stored in int8 tiles of kTileRows rows by one group, [row tile]
-// [group], of 4096 bytes each, which are what the copy engine's 128-byte swizzle makes of 32 rows of 128 bytes: the
-// 16-byte piece `i` of the row at place `p` stands where piece i ^ p % 8 would. So a tile is one contiguous copy, and
-// lies in shared memory as wgmma and ldmatrix want it. Rows stand in such places that four accumulators of two tokens,
-// traded between lanes, are neighbours in operand order (epilogue.cuh); for each eight rows, an "atom" of 1024 bytes:
+// Both have their columns in operand order (operand.cuh), padded to whole groups of kRotated = 128 columns, a byte
+// each. An operand's rows follow one another. A matrix is stored in int8 tiles of kTileRows rows by one group, [row
+// tile] [group], of 4096 bytes each, which are what the copy engine's 128-byte swizzle makes of 32 rows of 128 bytes:
+// the 16-byte piece `i` of the row at place `p` stands where piece i ^ p % 8 would. So a tile is one contiguous copy,
+// and lies in shared memory as wgmma and ldmatrix want it. Rows stand in such places that four accumulators of two
+// tokens, traded between lanes, are neighbours in operand order (epilogue.cuh); for each eight rows, an "atom" of 1024
+// bytes:
 //
 //     place          0    1    2    3    4    5    6    7
 //     row of atom a  4a  4a+1 4a+16 4a+17 4a+2 4a+3 4a+18 4a+19

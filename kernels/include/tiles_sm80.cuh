@@ -1,9 +1,9 @@
 // The multiplication of the kernels for sm_80 and later: of halves (gemm_sm80.cu) or of int8 (gemm_int8_sm80.cu), with
 // mma.sync and cp.async. Rows of both operands are taken as pairs of bytes: halves, or two columns of int8.
 //
-// A block makes output tiles of BLOCK_M x BLOCK_N, one after another, in steps of BLOCK_K pairs of bytes that go through
-// a ring of STAGES stages in shared memory. Its WARPS_M x WARPS_N warps hold their accumulators in registers, and load
-// the fragments of the next 16 pairs while the current ones are multiplied.
+// A block makes output tiles of BLOCK_M x BLOCK_N, one after another, in steps of BLOCK_K pairs of bytes that go
+// through a ring of STAGES stages in shared memory. Its WARPS_M x WARPS_N warps hold their accumulators in registers,
+// and load the fragments of the next 16 pairs while the current ones are multiplied.
 //
 // Where GROUPED, x's rows come in groups, each multiplied by its own matrix of a stack of them (experts).
 #pragma once
