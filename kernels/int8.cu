@@ -16,6 +16,17 @@ __device__ __forceinline__ uint32_t block_largest(uint32_t largest) {
     return largest;
 }
 
+// Calls kept(where, its number) for the first kKept sixteens of a row that are a thread's, and read(where) for the
+// others; the lanes of a warp go on together.
+template <class Kept, class Read>
+__device__ __forceinline__ void each_sixteen(int padded, Kept kept, Read read) {
+    int first = threadIdx.x / 32 * 512, own = threadIdx.x * 16;
+#pragma unroll
+    for (int i = 0; i < kKept; ++i)
+        if (first + i * kThreads * 16 < padded) kept(own + i * kThreads * 16, i);
+    for (int i = kKept; first + i * kThreads * 16 < padded; ++i) read(own + i * kThreads * 16);
+}
+
 // out, scales = the rows of an operand (operand.cuh: halves, *scale times their values, rows `stride` apart), rotated
 // and rounded; rows of out are `padded` columns, whole groups. Eight lanes take a group, each sixteen columns that are
 // neighbours in memory. A block takes a row.
@@ -39,21 +50,15 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         }
         rotate(v);
     };
-    auto each = [&](auto kept, auto read) {  // a warp's lanes go on together
-        int first = threadIdx.x / 32 * 512, own = threadIdx.x * 16;
-#pragma unroll
-        for (int i = 0; i < kKept; ++i)
-            if (first + i * kThreads * 16 < padded) kept(own + i * kThreads * 16, i);
-        for (int i = kKept; first + i * kThreads * 16 < padded; ++i) read(own + i * kThreads * 16);
-    };
     float v[kKept][16];
     uint32_t largest = 0;
-    each([&](int at, int i) { rotated(at, v[i]), largest = largest_of(v[i], largest); },
-         [&](int at) {
-             float w[16];
-             rotated(at, w);
-             largest = largest_of(w, largest);
-         });
+    each_sixteen(
+        padded, [&](int at, int i) { rotated(at, v[i]), largest = largest_of(v[i], largest); },
+        [&](int at) {
+            float w[16];
+            rotated(at, w);
+            largest = largest_of(w, largest);
+        });
     Rounding rounding(block_largest(largest));
     if (threadIdx.x == 0) scales[blockIdx.x] = rounding.scale / *scale;
     auto write = [&](int at, const float (&w)[16]) {
@@ -64,12 +69,13 @@ extern "C" __global__ void __launch_bounds__(kThreads)
                        rounding.byte(w[4 * i + 3]) << 24;
         if (at < padded) *reinterpret_cast<uint4*>(out + at) = make_uint4(words[0], words[1], words[2], words[3]);
     };
-    each([&](int at, int i) { write(at, v[i]); },
-         [&](int at) {
-             float w[16];
-             rotated(at, w);
-             write(at, w);
-         });
+    each_sixteen(
+        padded, [&](int at, int i) { write(at, v[i]); },
+        [&](int at) {
+            float w[16];
+            rotated(at, w);
+            write(at, w);
+        });
 }
 
 // row_norm[row] = a bound of |w[row] · x'| / |x / input|₂, where x' is what rounding leaves of an operand x; *absmax =

@@ -124,18 +124,18 @@ class NamedTensorMaps(TensorMaps):
 
 
 class NamedWeights(NoWeights):
-    def __init__(self, host_embedding, names):
-        super().__init__(host_embedding)
+    def __init__(self, host_embedding, names, precision):
+        super().__init__(host_embedding, precision)
         self._names, self._addresses = names, {}
 
     def matrix(self, weight) -> Matrix:
         address = self._addresses.setdefault(weight.name, (1 << 58) + (len(self._addresses) << 40))
-        matrix = matrix_of(weight.tensor, address)
+        matrix = matrix_of(weight.tensor, address, self._precision)
         self._names.note(weight.name, matrix.array)
         return matrix
 
 
-def launches_of(family, facts, kernel_set, batch, logits, host_embedding=False):
+def launches_of(family, facts, kernel_set, batch, logits, host_embedding=False, precision="exact"):
     """(the launches of a batch, their Names)"""
     gpu, names = CheckedGpu(facts), Names()
     launcher = CheckedLaunches(facts.shared_memory, gpu.freed)
@@ -146,7 +146,7 @@ def launches_of(family, facts, kernel_set, batch, logits, host_embedding=False):
         NamedWorkspace(gpu, names),
         _NoDownloads(gpu),
         NamedTensorMaps(gpu, names),
-        NamedWeights(host_embedding, names),
+        NamedWeights(host_embedding, names, precision),
         NamedSmallArrays(gpu, names),
     )
     ops = CudaOps(context, family, batch, None)
@@ -219,15 +219,17 @@ _LATENT = Shape(
         "expert_shared_count": 1,
     },
 )
-# name -> (model, batch, logits, whether the embedding's rows come from the host)
+# name -> (model, batch, logits, whether the embedding's rows come from the host, precision)
 CASES = {
-    "prompt": (_DENSE, Batch(np.arange(17, dtype=np.int32)), "last", False),
-    "odd sizes": (_ODD, Batch(np.arange(2000, dtype=np.int32) % 300), "all", False),
-    "packed": (_DENSE, shared_prompt(700), "ranks", True),
-    "experts": (_EXPERTS, Batch(np.arange(300, dtype=np.int32)), None, False),
-    "recurrence": (_RECURRENT, shared_prompt(300), None, False),
-    "latent": (_LATENT, shared_prompt(300), None, False),
-    "heads and embeddings by layer": (_PER_LAYER, shared_prompt(300), None, False),
+    "prompt": (_DENSE, Batch(np.arange(17, dtype=np.int32)), "last", False, "exact"),
+    "odd sizes": (_ODD, Batch(np.arange(2000, dtype=np.int32) % 300), "all", False, "exact"),
+    "packed": (_DENSE, shared_prompt(700), "ranks", True, "exact"),
+    "experts": (_EXPERTS, Batch(np.arange(300, dtype=np.int32)), None, False, "exact"),
+    "recurrence": (_RECURRENT, shared_prompt(300), None, False, "exact"),
+    "latent": (_LATENT, shared_prompt(300), None, False, "exact"),
+    "heads and embeddings by layer": (_PER_LAYER, shared_prompt(300), None, False, "exact"),
+    "int8": (_DENSE, Batch(np.arange(600, dtype=np.int32) % 300), None, False, "int8"),
+    "int8 experts": (_EXPERTS, Batch(np.arange(300, dtype=np.int32)), None, False, "int8"),
 }
 KERNELS = {"hopper": ((9, 0), "auto"), "portable": ((8, 0), "auto")}
 
@@ -239,13 +241,12 @@ def path_of(case, kernels):
 
 def text_of_case(case, kernels):
     """What such a batch launches with those kernels."""
-    shape, batch, logits, host_embedding = CASES[case]
+    shape, batch, logits, host_embedding, precision = CASES[case]
     capability, choice = KERNELS[kernels]
     family = read_model(SyntheticFile(shape, _mixed, case))
     kernel_set = kernel_set_of(capability, choice)
-    return (
-        "\n".join(described(*launches_of(family, Facts(capability), kernel_set, batch, logits, host_embedding))) + "\n"
-    )
+    launched = launches_of(family, Facts(capability), kernel_set, batch, logits, host_embedding, precision)
+    return "\n".join(described(*launched)) + "\n"
 
 
 if __name__ == "__main__":

@@ -68,6 +68,7 @@ def test_every_launch_fits_its_kernel(model, capability, kernels):
     attentive = [i for i, state in enumerate(family.layer_states[:4]) if isinstance(state, (KeysValues, Latent))]
     facts, kernel_set = Facts(capability), kernel_set_of(capability, kernels)
     gemm = "gemm_sm90.cu" if kernel_set.name == "Hopper" else "gemm_sm80.cu"
+    int8 = gemm.replace("gemm_", "gemm_int8_")
     for n in (1, 16, 17, 64, 100, 129, 2048, 4000, 20000):
         for logits in (None, "last", "all", "ranks"):
             batch = shared_prompt(n) if logits == "ranks" and n > 3 else Batch(np.zeros(n, np.int32))
@@ -78,6 +79,10 @@ def test_every_launch_fits_its_kernel(model, capability, kernels):
             programs = {program for program, *_ in launched}
             assert gemm in {program.source for program in programs}
             assert programs <= set(rehearse(family, facts, kernel_set, batch, logits, host_embedding).programs)
+            launched, _ = launches_of(family, facts, kernel_set, batch, logits, host_embedding, "int8")
+            programs = {program for program, *_ in launched}
+            assert int8 in {program.source for program in programs}
+            assert programs <= set(rehearse(family, facts, kernel_set, batch, logits, host_embedding, "int8").programs)
             copies = [kernel for _, kernel, *_ in launched].count("copy_rows")
             blocks = [kernel_set.attention(*family.head_dims(index)).block_kv for index in attentive]
             assert copies == sum(logits == "ranks" and batch.segments[0].length % block > 0 for block in blocks)
