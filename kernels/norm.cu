@@ -2,6 +2,7 @@
 // row.
 #include "include/operand.cuh"
 #include "include/reduce.cuh"
+#include "include/rms_norm.cuh"
 #include "include/types.cuh"
 
 constexpr int kThreads = NORM_THREADS;
@@ -14,40 +15,14 @@ __device__ __forceinline__ float inverse_rms(const float* x, int columns, float 
 }
 
 // out[t, :] = *scale * rms_norm(x[t, :]) * weight as an operand: rows are `stride` apart, with zeros from `columns` to
-// there. rows: which of x's rows they are, or null for all in order. A thread takes four columns in turn of each 4 *
-// kThreads; the first kKept such fours it reads once and keeps, the others it reads again.
-constexpr int kKept = 4;
+// there. rows: which of x's rows they are, or null for all in order.
 extern "C" __global__ void __launch_bounds__(kThreads)
     rms_norm(const float* x, const float* weight, half_t* out, int columns, int stride, float epsilon,
              const float* scale, const int* rows) {
     begin_kernel();
     x += static_cast<uint64_t>(rows != nullptr ? rows[blockIdx.x] : blockIdx.x) * columns;
     out += static_cast<uint64_t>(blockIdx.x) * stride;
-    bool aligned = columns % 4 == 0;
-    auto load = [&](const float* from, int i) {
-        if (aligned)
-            return i < columns ? *reinterpret_cast<const float4*>(from + i) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        return make_float4(i < columns ? from[i] : 0.0f, i + 1 < columns ? from[i + 1] : 0.0f,
-                           i + 2 < columns ? from[i + 2] : 0.0f, i + 3 < columns ? from[i + 3] : 0.0f);
-    };
-    float4 kept[kKept];
-    float sum = 0.0f;
-#pragma unroll
-    for (int j = 0; j < kKept; ++j) kept[j] = load(x, 4 * (threadIdx.x + j * kThreads));
-#pragma unroll
-    for (int j = 0; j < kKept; ++j) sum = add_squares(sum, kept[j]);
-    for (int i = 4 * (threadIdx.x + kKept * kThreads); i < columns; i += 4 * kThreads)
-        sum = add_squares(sum, load(x, i));
-    float r = *scale / sqrtf(block_sum<kThreads>(sum) / static_cast<float>(columns) + epsilon);
-    auto write = [&](const float4& v, int i) {
-        if (i >= stride) return;
-        float4 w = load(weight, i);
-        store_operand(out, i, operand_pair(v.x * r * w.x, v.y * r * w.y));
-        store_operand(out, i + 2, operand_pair(v.z * r * w.z, v.w * r * w.w));
-    };
-#pragma unroll
-    for (int j = 0; j < kKept; ++j) write(kept[j], 4 * (threadIdx.x + j * kThreads));
-    for (int i = 4 * (threadIdx.x + kKept * kThreads); i < stride; i += 4 * kThreads) write(load(x, i), i);
+    normalise_row<kThreads>(x, weight, out, columns, stride, epsilon, *scale);
 }
 
 // As rms_norm, of x less its mean where `centred` is 1, and with a bias (null for none): out = *scale * (norm(x) *

@@ -150,13 +150,13 @@ class EmulatedWeights:
     streaming = False
 
     def __init__(self, gpu, launcher, host_embedding=False, precision="exact"):
-        self._gpu, self._launcher, self._host_embedding, self._precision = gpu, launcher, host_embedding, precision
+        self._gpu, self._launcher, self._host_embedding, self.precision = gpu, launcher, host_embedding, precision
         self._held, self._matrices = [], {}
 
     def matrix(self, weight):
         tensor = weight.tensor
         if tensor.name not in self._matrices:
-            matrix = matrix_of(tensor, 0, self._precision)
+            matrix = matrix_of(tensor, 0, self.precision)
             buffer = self._gpu.allocate(matrix.nbytes, tensor.name)
             raw = np.ascontiguousarray(tensor.data).reshape(matrix.rows, -1).view(np.uint8)
             self._held.append(buffer)

@@ -130,7 +130,7 @@ class NamedWeights(NoWeights):
 
     def matrix(self, weight) -> Matrix:
         address = self._addresses.setdefault(weight.name, (1 << 58) + (len(self._addresses) << 40))
-        matrix = matrix_of(weight.tensor, address, self._precision)
+        matrix = matrix_of(weight.tensor, address, self.precision)
         self._names.note(weight.name, matrix.array)
         return matrix
 

@@ -112,7 +112,7 @@ def test_shared_numbers_are_used_by_the_kernels():
     """Each define that the host passes is one that some kernel reads; each kernel has its threads from one of them."""
     one_size = (
         "norm rope scales head experts gates activations per_layer altup latent states squares weights delta_inputs "
-        "kda mamba_inputs convolution int8 int8_weights".split()
+        "kda mamba_inputs convolution int8 int8_weights int8_rows".split()
     )  # kernels whose blocks are these
     sources = [
         *one_size,

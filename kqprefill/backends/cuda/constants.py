@@ -29,7 +29,7 @@ _THREADS = {
     "PER_LAYER_THREADS": (256, "join_embeddings gate_embeddings"),
     "ROPE_TABLE_THREADS": (256, "rope_table"),
     "ROTATE_THREADS": (256, "rotate_qkv rotate_and_norm"),
-    "COPY_THREADS": (128, "copy_rows gather gather_shares"),
+    "COPY_THREADS": (128, "copy_rows gather gather_shares gather_rounded"),
     "SINGLE_THREAD": (1, "weight_scale divide_scale square_scale smaller_scale"),
     "LATENT_THREADS": (256, "latent_rows latent_queries latent_heads latent_values"),
     "ACTIVATE_THREADS": (256, "activate activate_halves cast_rows add_rows"),
@@ -40,7 +40,7 @@ _THREADS = {
     "COUNT_THREADS": (32, "count place"),
     "ARRANGE_THREADS": (MOST_EXPERTS, "arrange"),
     "WEIGHT_THREADS": (256, "repack dequantize embed decode_transposed measure"),
-    "INT8_THREADS": (256, "make_int8 round_rows measure_int8"),
+    "INT8_THREADS": (256, "make_int8 round_rows rms_norm_rounded measure_int8"),
     "SQUARES_THREADS": (512, "add_squares add_float_squares add_expert_squares"),
     "DELTA_INPUT_THREADS": (128, "delta_inputs delta_output"),
     "ALTUP_THREADS": (

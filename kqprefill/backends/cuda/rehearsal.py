@@ -106,10 +106,10 @@ class NoWeights:
     streaming = False
 
     def __init__(self, host_embedding: bool, precision: Precision = "exact") -> None:
-        self._host_embedding, self._precision = host_embedding, precision
+        self._host_embedding, self.precision = host_embedding, precision
 
     def matrix(self, weight: Weight) -> Matrix:
-        return matrix_of(weight.tensor, 1 << 40, self._precision)
+        return matrix_of(weight.tensor, 1 << 40, self.precision)
 
     def on_host(self, weight: Weight) -> bool:
         return self._host_embedding

@@ -13,13 +13,10 @@ from ..device.compiler import Program
 from ..device.gpu import GpuFacts
 from ..device.launcher import Launches
 from ..device.workspace import Workspace
-from ..programs import INT8
+from ..programs import int8_rows_program
 from ..weights.matrix import Matrix
-from .operand import BYTES, Gemm, Groups, Operand
+from .operand import BYTES, MORE_SCALES, Gemm, Groups, Operand
 from .portable import PortableConfig, best_config
-
-# Scales that may be read beyond the last row's: as many as a token tile has at most.
-_MORE_SCALES = 256
 
 
 class Int8Gemm(Gemm):
@@ -31,11 +28,15 @@ class Int8Gemm(Gemm):
     def rounded(self, a: Operand) -> Operand:
         """An operand of halves in int8: values [rows, whole groups], each times the row's scale in `scale`, float32 [as
         many, and room to read a token tile more]."""
+        if a.format is BYTES:
+            return a
+        if a.rounded is not None:
+            return replace(a, values=a.rounded[0], scale=a.rounded[1], format=BYTES)
         padded = BYTES.padded(a.columns)
         values = self._work.array("int8 operand", BYTES.dtype, a.rows, padded)
-        scales = self._work.array("int8 operand's scales", FLOAT32, a.rows + _MORE_SCALES)
+        scales = self._work.array("int8 operand's scales", FLOAT32, a.rows + MORE_SCALES)
         self._launcher.launch(
-            INT8,
+            int8_rows_program(padded),
             "round_rows",
             grid=a.rows,
             x=a.values,

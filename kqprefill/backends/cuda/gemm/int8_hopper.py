@@ -53,7 +53,7 @@ class HopperInt8Config(TileConfig):
     @property
     def _steps(self) -> int:
         """Steps in a stage: more where they are small, so that there is less waiting."""
-        return 2 if self.tokens <= 64 else 1
+        return 2 if self.tokens <= 32 else 1
 
     @property
     def _stage_bytes(self) -> int:
@@ -68,16 +68,16 @@ class HopperInt8Config(TileConfig):
 # fmt: off
 CONFIGS = (
     #                gated, tokens, warpgroups, tiles, blocks, cluster, alone, shared
-    HopperInt8Config(0, 16, 1, 1, 4, 1, 110, 60),
-    HopperInt8Config(0, 16, 1, 2, 3, 1, 130, 90),
-    HopperInt8Config(0, 32, 1, 1, 4, 1, 115, 70),
-    HopperInt8Config(0, 32, 1, 2, 3, 1, 140, 100),
-    HopperInt8Config(0, 64, 1, 1, 3, 1, 140, 90),
-    HopperInt8Config(0, 64, 1, 2, 3, 1, 170, 120),
-    HopperInt8Config(0, 64, 2, 2, 2, 1, 240, 200),
-    HopperInt8Config(0, 128, 1, 2, 2, 1, 220, 200),
-    HopperInt8Config(0, 128, 2, 2, 1, 1, 400, 400),
-    HopperInt8Config(0, 256, 2, 2, 1, 2, 740, 740),
+    HopperInt8Config(0, 16, 1, 1, 2, 1, 290, 200),
+    HopperInt8Config(0, 16, 1, 2, 3, 1, 300, 385),
+    HopperInt8Config(0, 32, 1, 2, 2, 1, 390, 222),
+    HopperInt8Config(0, 64, 1, 2, 3, 1, 447, 250),
+    HopperInt8Config(0, 64, 1, 2, 2, 2, 406, 275),
+    HopperInt8Config(0, 64, 2, 2, 1, 2, 530, 530),
+    HopperInt8Config(0, 128, 1, 2, 2, 1, 534, 335),
+    HopperInt8Config(0, 128, 2, 2, 1, 1, 620, 620),
+    HopperInt8Config(0, 128, 3, 2, 1, 1, 860, 860),
+    HopperInt8Config(0, 256, 2, 2, 1, 2, 960, 960),
 )
 # fmt: on
 

@@ -37,6 +37,7 @@ class OperandFormat:
 
 HALVES = OperandFormat("f16", FLOAT16, OPERAND_GROUP, None, "CU_TENSOR_MAP_DATA_TYPE_FLOAT16")
 BYTES = OperandFormat("s8", INT8, ROTATED, 1, "CU_TENSOR_MAP_DATA_TYPE_UINT8")  # in int8: the bits are what is copied
+MORE_SCALES = 256  # rows' scales that may be read beyond the last row's: as many as a token tile has at most
 
 
 def operand_positions(columns: int) -> NDArray[np.intp]:
@@ -53,7 +54,8 @@ class Operand:
     values: [rows, format.padded(columns)], each the activation times *scale. norm: the RMSNorm weight whose output this
     is, or None. length: a row's Euclidean length after division by `norm` is at most this, where it is known; together
     the two bound what a matrix makes of a row. row_scale: powers of two that the rows are still to be multiplied by,
-    float32 [rows]; None for ones. Only `linear` takes such an operand.
+    float32 [rows]; None for ones. Only `linear` takes such an operand. rounded: the same operand in int8, where whoever
+    made it has made that, too: values, and scales with room to read MORE_SCALES beyond the last.
     """
 
     values: DeviceArray
@@ -63,6 +65,7 @@ class Operand:
     length: float | None = None
     format: OperandFormat = HALVES
     row_scale: DeviceArray | None = None
+    rounded: tuple[DeviceArray, DeviceArray] | None = None
 
     @property
     def rows(self) -> int:
@@ -72,7 +75,8 @@ class Operand:
     def part(self, first: int, last: int) -> Operand:
         """The rows from `first` to before `last`."""
         scale = self.row_scale.rows(first, last) if self.row_scale is not None else None
-        return replace(self, values=self.values.rows(first, last), row_scale=scale)
+        rounded = self.rounded and (self.rounded[0].rows(first, last), self.rounded[1].rows(first, last))
+        return replace(self, values=self.values.rows(first, last), row_scale=scale, rounded=rounded)
 
 
 @dataclass(frozen=True)

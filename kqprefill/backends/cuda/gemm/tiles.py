@@ -10,6 +10,7 @@ from typing import ClassVar
 from ..weights.matrix import Matrix
 
 _REGISTERS = 65536  # of a multiprocessor
+_MOST_REGISTERS = 248  # of a thread, in eights
 _SHARED_MEMORY = 228 << 10  # of a multiprocessor of compute capability 9.0; each block takes 1 KB of it besides its own
 
 
@@ -63,7 +64,8 @@ class TileConfig:
     def consumer_registers(self, blocks: int) -> int:
         """Of each thread: all that the blocks of a multiprocessor may have, less the producers'."""
         launched = _REGISTERS // (self.threads * blocks) // 8 * 8
-        return (launched * (self.warpgroups + 1) - self.producer_registers) // self.warpgroups // 8 * 8
+        own = (launched * (self.warpgroups + 1) - self.producer_registers) // self.warpgroups // 8 * 8
+        return min(own, _MOST_REGISTERS)
 
     @staticmethod
     def room(blocks: int) -> int:

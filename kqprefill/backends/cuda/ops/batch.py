@@ -219,4 +219,4 @@ class BatchOps(Ops):
 
     def scaled(self, a: Operand, factor: float) -> Operand:
         """The same operand, said to be scaled such that products come out times `factor`."""
-        return a if factor == 1.0 else replace(a, scale=self.scales.divided(a.scale, factor))
+        return a if factor == 1.0 else replace(a, scale=self.scales.divided(a.scale, factor), rounded=None)

@@ -13,8 +13,8 @@ from ....models.ops import Sums
 from ....models.weights import Weight
 from ..constants import ACTIVATIONS as NUMBERS
 from ..device.arrays import FLOAT32, DeviceArray
-from ..gemm.operand import HALVES, Operand
-from ..programs import ACTIVATIONS, NORM, weight_program
+from ..gemm.operand import BYTES, HALVES, MORE_SCALES, Operand
+from ..programs import ACTIVATIONS, NORM, int8_rows_program, weight_program
 from ..weights.matrix import Matrix, matrix_of
 from ..weights.staging import repack
 from .batch import TOKENS_AT_ONCE, BatchOps, Residual, ResidualBound
@@ -79,6 +79,8 @@ class DenseOps(BatchOps):
         vector, host = self.context.small.vector(weight.tensor)
         columns, rows = len(host), (x if picked is None else picked).shape[0]
         length = math.sqrt(columns)  # of a row after division by the norm's weight
+        if self.context.weights.precision == "int8" and picked is None and weight.name.startswith("blk."):
+            return self._rounded_norm(x, vector, float(np.abs(host).max()))
         out = Operand(
             self.work.array("normed", HALVES.dtype, rows, HALVES.padded(columns)),
             columns,
@@ -100,6 +102,31 @@ class DenseOps(BatchOps):
             rows=picked,
         )
         return out
+
+    def _rounded_norm(self, x: DeviceArray, vector: DeviceArray, most: float) -> Operand:
+        """RMSNorm of x's rows, for matrices in int8 and others; most: the largest magnitude in the norm's weight."""
+        rows, columns = x.shape
+        length, padded = math.sqrt(columns), BYTES.padded(columns)
+        rounded = self.work.array("normed in int8", BYTES.dtype, rows, padded)
+        scales = self.work.array("normed rows' scales", FLOAT32, rows + MORE_SCALES)
+        values = self.work.array("normed", HALVES.dtype, rows, HALVES.padded(columns))
+        scale = self.scales.of_bound(length * most)
+        self.launcher.launch(
+            int8_rows_program(padded),
+            "rms_norm_rounded",
+            grid=rows,
+            x=x,
+            weight=vector,
+            out=values,
+            columns=columns,
+            stride=values.shape[1],
+            epsilon=self.config.norm_epsilon,
+            scale=scale,
+            rounded=rounded,
+            padded=padded,
+            scales=scales,
+        )
+        return Operand(values, columns, scale, vector, length, rounded=(rounded, scales))
 
     def _biased_norm(self, x: DeviceArray, weight: Weight, picked: DeviceArray | None) -> Operand:
         """As `normalise`, where the mean is subtracted or a bias added."""

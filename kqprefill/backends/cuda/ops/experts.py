@@ -13,8 +13,8 @@ from ....models.weights import Weight, Weights
 from ..constants import ACTIVATIONS as NUMBERS
 from ..constants import ENTRIES_AT_ONCE, THREADS
 from ..device.arrays import FLOAT16, FLOAT32, INT32, DeviceArray
-from ..gemm.operand import HALVES, Gemm, Groups, Operand
-from ..programs import ACTIVATIONS, EXPERTS
+from ..gemm.operand import BYTES, HALVES, MORE_SCALES, Gemm, Groups, Operand
+from ..programs import ACTIVATIONS, EXPERTS, INT8
 from ..weights.matrix import Matrix
 from .batch import TOKENS_AT_ONCE, Residual
 from .dense import DenseOps
@@ -80,7 +80,7 @@ class ExpertOps(DenseOps):
             first_rows = first.group_rows(rows, ones, experts.gated, count)
             second_rows = second.group_rows(rows, [d], False, count)
             firsts, places, first_groups, second_groups = self._arrange(chosen, count, first_rows, second_rows)
-            x = self._gather(tokens, places, used, shares if experts.weighs_input else None)
+            x = self._gather(tokens, places, used, shares if experts.weighs_input else None, ones[0].int8)
             self.hear(raising, x, firsts=firsts)
             act = activated(first, x, first_groups)
             self.hear([w.ffn_down_exps], act, firsts=firsts)
@@ -294,9 +294,15 @@ class ExpertOps(DenseOps):
         firsts = DeviceArray(counts.address, INT32, (experts,))  # of the first block's rows: of all
         return firsts, places, gated, linear
 
-    def _gather(self, tokens: Operand, places: DeviceArray, used: int, shares: DeviceArray | None = None) -> Operand:
-        """Copies of tokens' rows, in the experts' order; where shares are given, times these, which then are 1."""
+    def _gather(
+        self, tokens: Operand, places: DeviceArray, used: int, shares: DeviceArray | None, int8: bool
+    ) -> Operand:
+        """Copies of tokens' rows, in the experts' order; where shares are given, times these, which then are 1. int8:
+        whether the experts are."""
         rows, stride = places.shape[0], tokens.values.shape[1]
+        if int8 and tokens.rounded is not None and shares is None and self.collector is None:
+            assert tokens.length is not None, "rounded rows come from a norm"
+            return self._gather_rounded(tokens, tokens.rounded, places, used)
         values = self.work.array("sorted", tokens.format.dtype, rows, stride)
         given: dict[str, Any] = {
             "x": tokens.values,
@@ -309,4 +315,25 @@ class ExpertOps(DenseOps):
             self.launcher.launch(EXPERTS, "gather", grid=rows, **given)
         else:
             self.launcher.launch(EXPERTS, "gather_shares", grid=rows, share_of=shares, **given)
-        return replace(tokens, values=values)
+        return replace(tokens, values=values, rounded=None)
+
+    def _gather_rounded(
+        self, tokens: Operand, rounded: tuple[DeviceArray, DeviceArray], places: DeviceArray, used: int
+    ) -> Operand:
+        """The same of tokens that are in int8, too, for experts that are: an operand of nothing else."""
+        rows, padded = places.shape[0], rounded[0].shape[1]
+        values = self.work.array("sorted in int8", BYTES.dtype, rows, padded)
+        scales = self.work.array("sorted rows' scales", FLOAT32, rows + MORE_SCALES)
+        self.launcher.launch(
+            INT8,
+            "gather_rounded",
+            grid=rows,
+            rows=rounded[0],
+            scales=rounded[1],
+            used=used,
+            padded=padded,
+            place_of=places,
+            sorted=values,
+            sorted_scales=scales,
+        )
+        return replace(tokens, values=values, scale=scales, format=BYTES, rounded=None)

@@ -34,6 +34,10 @@ class WeightStore(Protocol):
     """What the ops ask for: a WeightsOnDevice, or what stands in for it in a rehearsal."""
 
     @property
+    def precision(self) -> Precision:
+        """What the model was opened with."""
+
+    @property
     def streaming(self) -> bool:
         """Whether some layers are streamed."""
 
@@ -69,7 +73,7 @@ class WeightsOnDevice:
     loaded: Loaded | None = None
 
     def __init__(self, gpu: Gpu, launcher: Launches, family: Family, precision: Precision = "exact") -> None:
-        self._precision: Precision = precision
+        self.precision: Precision = precision
         self._gpu, self._launcher, self._family = gpu, launcher, family
         self._buffers: dict[str | int, Any] = {}  # "output", "embedding", a layer or "streamed": device memory
         self._matrices: dict[str, Matrix] = {}
@@ -89,7 +93,7 @@ class WeightsOnDevice:
         groups = self._groups(plan)
         missing = [key for key in groups if key not in self._buffers and key not in plan.streamed]
         begin = time.perf_counter()
-        scratch = scratch_bytes((tensor for tensors in groups.values() for tensor in tensors), self._precision)
+        scratch = scratch_bytes((tensor for tensors in groups.values() for tensor in tensors), self.precision)
         self._staging = Staging(self._gpu, self._launcher, STAGING_SLOTS, plan.slot_bytes, plan.host_bytes, scratch)
         try:
             self._load({key: groups[key] for key in missing}, plan.slot_bytes, progress)
@@ -149,7 +153,7 @@ class WeightsOnDevice:
 
         for key, tensors in groups.items():
             what = f"weights ({gib(total)} in all)"
-            self._buffers[key] = buffer = self._gpu.allocate(tile_bytes(tensors, self._precision), what)
+            self._buffers[key] = buffer = self._gpu.allocate(tile_bytes(tensors, self.precision), what)
             for tensor, matrix in zip(tensors, self._assign(tensors, int(buffer.handle))):
                 for piece in pieces_of(matrix, tensor.data, min(room, STAGING_BYTES)):
                     if filled + aligned(piece.data.nbytes) > room:
@@ -164,7 +168,7 @@ class WeightsOnDevice:
         """The Matrix of each, one after another from `address`; `matrix` knows them from then on."""
         matrices = []
         for tensor in tensors:
-            matrix = self._matrices[tensor.name] = matrix_of(tensor, address, self._precision)
+            matrix = self._matrices[tensor.name] = matrix_of(tensor, address, self.precision)
             matrices.append(matrix)
             address += aligned(matrix.nbytes)
         return matrices
