@@ -1,37 +1,42 @@
-// Makes int8 of operands' rows, compiled for rows of up to 4096 * KEPT columns, and longer ones where KEPT is 4.
+// Makes int8 of operands' rows, compiled for rows of up to 512 * WARPS * KEPT columns, and longer ones where KEPT is 4.
 #include "include/int8.cuh"
 #include "include/reduce.cuh"
 #include "include/rms_norm.cuh"
 
 constexpr int kThreads = INT8_THREADS;
 constexpr int kKept = KEPT;  // sixteens of a row that a thread keeps; it reads and rotates the others twice
+constexpr int kBlocks = KEPT == 1 ? 4 : 2;  // that a multiprocessor has registers for
 
-// The largest of the bits that a block's threads have, known to all of them.
-__device__ __forceinline__ uint32_t block_largest(uint32_t largest) {
+// The largest of the bits that those threads of a block have whose kWarps warps share a row, known to all of them.
+template <int kWarps>
+__device__ __forceinline__ uint32_t largest_of_row(uint32_t largest) {
     __shared__ uint32_t of_warp[kThreads / 32];
     largest = __reduce_max_sync(0xffffffffu, largest);
     if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = largest;
     __syncthreads();
 #pragma unroll
-    for (int w = 0; w < kThreads / 32; ++w) largest = max(largest, of_warp[w]);
+    for (int w = 0; w < kWarps; ++w) largest = max(largest, of_warp[threadIdx.x / 32 / kWarps * kWarps + w]);
     return largest;
 }
 
-// Calls kept(where, its number) for the first kKept sixteens of a row that are a thread's, and read(where) for the
-// others; the lanes of a warp go on together.
-template <class Kept, class Read>
+// Calls kept(where, its number) for the first kKept sixteens of a row that are a thread's, of kWarps warps, and
+// read(where) for the others; the lanes of a warp go on together.
+template <int kWarps, class Kept, class Read>
 __device__ __forceinline__ void each_sixteen(int padded, Kept kept, Read read) {
-    int first = threadIdx.x / 32 * 512, own = threadIdx.x * 16;
+    constexpr int kRound = 512 * kWarps;
+    int own = threadIdx.x % (32 * kWarps) * 16, first = own / 512 * 512;
 #pragma unroll
     for (int i = 0; i < kKept; ++i)
-        if (first + i * kThreads * 16 < padded) kept(own + i * kThreads * 16, i);
-    for (int i = kKept; first + i * kThreads * 16 < padded; ++i) read(own + i * kThreads * 16);
+        if (first + i * kRound < padded) kept(own + i * kRound, i);
+    for (int i = kKept; first + i * kRound < padded; ++i) read(own + i * kRound);
 }
 
 // out, scale = a row of an operand (operand.cuh: halves, x_scale times their values), rotated and rounded; out has
 // `padded` columns, whole groups. Eight lanes take a group, each sixteen columns that are neighbours in memory.
+// All threads of a block call this, kWarps warps for each row; nothing is written unless `inside`.
+template <int kWarps>
 __device__ __forceinline__ void round_row(const half_t* x, int stride, float x_scale, int8_t* out, int padded,
-                                          float* scale) {
+                                          float* scale, bool inside) {
     auto rotated = [&](int at, float (&v)[16]) {
         uint4 pieces[2] = {};
         if (at < stride) {  // a whole group of operand order, half a group of the rotation's
@@ -49,15 +54,16 @@ __device__ __forceinline__ void round_row(const half_t* x, int stride, float x_s
     };
     float v[kKept][16];
     uint32_t largest = 0;
-    each_sixteen(
+    each_sixteen<kWarps>(
         padded, [&](int at, int i) { rotated(at, v[i]), largest = largest_of(v[i], largest); },
         [&](int at) {
             float w[16];
             rotated(at, w);
             largest = largest_of(w, largest);
         });
-    Rounding rounding(block_largest(largest));
-    if (threadIdx.x == 0) *scale = rounding.scale / x_scale;
+    Rounding rounding(largest_of_row<kWarps>(largest));
+    if (!inside) return;
+    if (threadIdx.x % (32 * kWarps) == 0) *scale = rounding.scale / x_scale;
     auto write = [&](int at, const float (&w)[16]) {
         uint32_t words[4];
 #pragma unroll
@@ -66,7 +72,7 @@ __device__ __forceinline__ void round_row(const half_t* x, int stride, float x_s
                        rounding.byte(w[4 * i + 3]) << 24;
         if (at < padded) *reinterpret_cast<uint4*>(out + at) = make_uint4(words[0], words[1], words[2], words[3]);
     };
-    each_sixteen(
+    each_sixteen<kWarps>(
         padded, [&](int at, int i) { write(at, v[i]); },
         [&](int at) {
             float w[16];
@@ -75,16 +81,18 @@ __device__ __forceinline__ void round_row(const half_t* x, int stride, float x_s
         });
 }
 
-// out[t, :], scales[t] = row t of x, rounded. A block takes a row.
-extern "C" __global__ void __launch_bounds__(kThreads)
-    round_rows(const half_t* x, int stride, const float* scale, int8_t* out, int padded, float* scales) {
+// out[t, :], scales[t] = row t of x, rounded. A block takes as many of the `rows` rows as it has times WARPS warps.
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
+    round_rows(const half_t* x, int rows, int stride, const float* scale, int8_t* out, int padded, float* scales) {
     begin_kernel();
-    uint64_t row = blockIdx.x;
-    round_row(x + row * stride, stride, *scale, out + row * padded, padded, scales + row);
+    int row = blockIdx.x * (kThreads / 32 / WARPS) + threadIdx.x / (32 * WARPS);
+    bool inside = row < rows;
+    uint64_t from = inside ? row : 0;
+    round_row<WARPS>(x + from * stride, stride, *scale, out + from * padded, padded, scales + from, inside);
 }
 
 // norm.cu's rms_norm of all rows, and rounded, scales = its rows, rounded.
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     rms_norm_rounded(const float* x, const float* weight, half_t* out, int columns, int stride, float epsilon,
                      const float* scale, int8_t* rounded, int padded, float* scales) {
     begin_kernel();
@@ -92,5 +100,5 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     out += row * stride;
     normalise_row<kThreads>(x + row * columns, weight, out, columns, stride, epsilon, *scale);
     __syncthreads();
-    round_row(out, stride, *scale, rounded + row * padded, padded, scales + row);
+    round_row<kThreads / 32>(out, stride, *scale, rounded + row * padded, padded, scales + row, true);
 }

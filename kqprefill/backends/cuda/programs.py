@@ -9,7 +9,7 @@ from .constants import THREADS
 from .device.compiler import Program
 from .units import repack_units
 
-_COLUMNS_KEPT, _MOST_KEPT = 16 * THREADS["round_rows"], 4  # int8_rows.cu's: of a row's columns, so many times
+_MOST_WARPS, _WARP_COLUMNS, _MOST_KEPT = THREADS["round_rows"] // 32, 512, 4  # int8_rows.cu's
 
 _NAMES = "norm rope scales head experts gates activations per_layer altup latent states squares int8"
 NORM, ROPE, SCALES, HEAD, EXPERTS, GATES, ACTIVATIONS, PER_LAYER, ALTUP, LATENT, STATES, SQUARES, INT8 = COMMON = tuple(
@@ -32,9 +32,17 @@ def int8_program(ggml_type: GGML) -> Program:
 @cache
 def int8_rows_program(columns: int) -> Program:
     """What makes int8 of operands' rows of so many columns: round_rows, rms_norm_rounded."""
-    return Program("int8_rows.cu", (("KEPT", str(min(_MOST_KEPT, -(-columns // _COLUMNS_KEPT)))),))
+    warps = int8_row_warps(columns)
+    kept = min(_MOST_KEPT, -(-columns // (_WARP_COLUMNS * warps)))
+    return Program("int8_rows.cu", (("WARPS", str(warps)), ("KEPT", str(kept))))
+
+
+def int8_row_warps(columns: int) -> int:
+    """Warps that round_rows has for a row: as few as keep it at once, at most all of a block."""
+    return next(warps for warps in (1, 2, 4, _MOST_WARPS) if warps == _MOST_WARPS or columns <= _WARP_COLUMNS * warps)
 
 
 def int8_rows_programs() -> list[Program]:
     """All of them."""
-    return [int8_rows_program(kept * _COLUMNS_KEPT) for kept in range(1, _MOST_KEPT + 1)]
+    kept = [_MOST_WARPS * times for times in range(2, _MOST_KEPT + 1)]
+    return [int8_rows_program(_WARP_COLUMNS * warps) for warps in (1, 2, 4, _MOST_WARPS, *kept)]

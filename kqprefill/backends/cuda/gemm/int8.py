@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 
-from ..constants import ACTIVATIONS
+from ..constants import ACTIVATIONS, THREADS
 from ..device.arrays import FLOAT32, DeviceArray
 from ..device.compiler import Program
 from ..device.gpu import GpuFacts
 from ..device.launcher import Launches
 from ..device.workspace import Workspace
-from ..programs import int8_rows_program
+from ..programs import int8_row_warps, int8_rows_program
 from ..weights.matrix import Matrix
 from .operand import BYTES, MORE_SCALES, Gemm, Groups, Operand
 from .portable import PortableConfig, best_config
@@ -38,8 +38,9 @@ class Int8Gemm(Gemm):
         self._launcher.launch(
             int8_rows_program(padded),
             "round_rows",
-            grid=a.rows,
+            grid=-(-a.rows // (THREADS["round_rows"] // 32 // int8_row_warps(padded))),
             x=a.values,
+            rows=a.rows,
             stride=a.values.shape[1],
             scale=a.scale,
             out=values,

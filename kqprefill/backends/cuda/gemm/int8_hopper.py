@@ -11,7 +11,8 @@ from ..constants import ACTIVATIONS, TILE_ROWS
 from ..device.arrays import DeviceArray
 from ..device.compiler import Program
 from ..device.gpu import GpuFacts
-from ..device.launcher import Launches
+from ..device.launcher import Grid, Launches
+from ..device.signatures import Argument
 from ..device.workspace import Workspace
 from ..weights.matrix import Matrix
 from .int8 import Int8Gemm
@@ -51,6 +52,11 @@ class HopperInt8Config(TileConfig):
         return Program("gemm_int8_sm90.cu", defines, self.threads, self._stages * self._stage_bytes + _TILE_BYTES)
 
     @property
+    def begins_early(self) -> bool:
+        """Whether launches may begin before the one before has ended, however small they are."""
+        return self.blocks == 1 and self.tokens <= 16
+
+    @property
     def _steps(self) -> int:
         """Steps in a stage: more where they are small, so that there is less waiting."""
         return 2 if self.tokens <= 32 else 1
@@ -62,12 +68,14 @@ class HopperInt8Config(TileConfig):
     @property
     def _stages(self) -> int:
         """As many as fit, but no more than hide what memory takes."""
-        return min(8, (self.room(self.blocks) - _TILE_BYTES) // self._stage_bytes)
+        return min(16 if self.begins_early else 8, (self.room(self.blocks) - _TILE_BYTES) // self._stage_bytes)
 
 
 # fmt: off
 CONFIGS = (
     #                gated, tokens, warpgroups, tiles, blocks, cluster, alone, shared
+    HopperInt8Config(0, 16, 1, 1, 1, 1, 280, 195),
+    HopperInt8Config(0, 16, 1, 2, 1, 1, 295, 380),
     HopperInt8Config(0, 16, 1, 1, 2, 1, 290, 200),
     HopperInt8Config(0, 16, 1, 2, 3, 1, 300, 385),
     HopperInt8Config(0, 32, 1, 2, 2, 1, 390, 222),
@@ -119,7 +127,8 @@ class HopperInt8Gemm(Int8Gemm):
             described[f"w{i}"] = matrix.array if matrix else None
             described[f"scales{i}"] = matrix.scales if matrix else None
             described[f"rows{i}"] = matrix.rows if matrix else 0
-        self._launcher.launch(
+        self._launch(
+            config,
             config.program(False, groups is not None),
             "gemm_linear",
             grid=config.grid(x.rows, row_tiles(matrices), self._facts.multiprocessors, experts),
@@ -151,7 +160,8 @@ class HopperInt8Gemm(Int8Gemm):
         x, experts = self.rounded(a), groups.experts if groups else 0
         config = self._config(x.rows, (gate, up), True, experts)
         gate_bias, up_bias = biases
-        self._launcher.launch(
+        self._launch(
+            config,
             config.program(True, groups is not None),
             "gemm_gated",
             grid=config.grid(x.rows, row_tiles((gate, up)), self._facts.multiprocessors, experts),
@@ -173,6 +183,18 @@ class HopperInt8Gemm(Int8Gemm):
             groups=groups.groups if groups else None,
             group_count=groups.count if groups else None,
         )
+
+    def _launch(
+        self, config: HopperInt8Config, program: Program, kernel: str, grid: Grid, **arguments: Argument
+    ) -> None:
+        """Where a block has a multiprocessor for itself, even a small launch may begin early: it still spreads over all
+        of them, and brings weights while the operand is made."""
+        launcher, overlap = self._launcher, self._launcher.overlap
+        launcher.overlap = overlap or config.begins_early
+        try:
+            launcher.launch(program, kernel, grid, **arguments)
+        finally:
+            launcher.overlap = overlap
 
     def _config(self, m: int, matrices: Sequence[Matrix], gated: bool, experts: int) -> HopperInt8Config:
         return best_config(m, row_tiles(matrices), gated, self._facts.multiprocessors, experts)
