@@ -18,6 +18,7 @@
 struct Config {
     static constexpr bool kGated = GATED;           // whether this is gemm_gated, or else gemm_linear
     static constexpr bool kGrouped = GROUPED;       // whether x's rows come in groups, each with a matrix of a stack
+    static constexpr bool kWhole = WHOLE;           // whether all matrices have whole fours of rows
     static constexpr int kTokens = TOKENS;          // in a token tile
     static constexpr int kWarpgroups = WARPGROUPS;  // of consumers in a block
     static constexpr int kTiles = TILES;            // row tiles of a consumer warpgroup
@@ -182,20 +183,28 @@ struct Consumer {
     }
 };
 
-// Multiplies this block's output tiles; calls write(accumulators, row tile, scale of the first token, the first token,
-// end, expert) after each: the row tile is the first of this warpgroup's, of W's; the first token is this thread's, of
-// pairs that are 8 apart.
-template <class Write>
+// What a thread needs of its two rows when they have been multiplied: it is loaded before, and comes meanwhile.
+struct Rows {
+    int rows, column;  // of its row tile: how many there are, and the first one's column of the output
+    float scale[2], bias[2];
+};
+
+// Multiplies this block's output tiles; calls begin(row tile, expert) before each, which gives Rows, and after it
+// write(accumulators, Rows, scales, the first token, end, expert): the row tile is the first of this warpgroup's, of W's;
+// the first token is this thread's, of pairs that are 8 apart.
+template <class Begin, class Write>
 __device__ __forceinline__ void consume(const Config::Steps& ring, const Weights& w, const float* x_scale,
-                                        const Tokens& x, Write write) {
+                                        const Tokens& x, Begin begin, Write write) {
     int first = threadIdx.x / 128 * Config::kTiles;
     Consumer consumer = {ring, w.groups, first * kInt8TileBytes};
     for (OutputTiles outputs(x, w.row_tiles); outputs.more(); outputs.next()) {
         int token = x.first(outputs.token_tile()), end = x.end(outputs.token_tile());
+        Rows rows = begin(first_row_tile(outputs) + first, x.expert(outputs.token_tile()));
+        TokenScales<Config::kTokens> scales(x_scale + token);
         Accumulators acc;
         consumer.multiply(acc, end - token);
         token += threadIdx.x % 4 * 2;
-        write(acc, first_row_tile(outputs) + first, x_scale + token, token, end, x.expert(outputs.token_tile()));
+        write(acc, rows, scales, token, end, x.expert(outputs.token_tile()));
     }
 }
 
@@ -206,10 +215,10 @@ __device__ __forceinline__ void sync_cluster() {
     else cluster_sync();
 }
 
-// The work of a block: it makes its ring, and has its warps produce or consume. `write` is the epilogue (see consume).
-template <class Write>
+// The work of a block: it makes its ring, and has its warps produce or consume. begin, write: see consume.
+template <class Begin, class Write>
 __device__ __forceinline__ void run(const Weights& w, const void* x_map, const float* x_scale, const Tokens& x,
-                                    Write write) {
+                                    Begin begin, Write write) {
     constexpr int kConsumers = Config::kConsumers;
     extern __shared__ __align__(1024) uint8_t shared[];
     uint32_t base = shared_address(shared);
@@ -222,7 +231,7 @@ __device__ __forceinline__ void run(const Weights& w, const void* x_map, const f
     if (threadIdx.x < kConsumers) {
         take_registers<Config::kConsumerRegisters>();
         begin_kernel();
-        consume(ring, w, x_scale, x, write);
+        consume(ring, w, x_scale, x, begin, write);
     } else {
         give_up_registers<Config::kProducerRegisters>();
         if (threadIdx.x < kConsumers + Config::kCopies) {
@@ -259,24 +268,29 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
                  k / kRotated,
                  count_row_tiles<Config>(rows0) + count_row_tiles<Config>(rows1) + count_row_tiles<Config>(rows2)};
     Tokens x = {m, groups, group_count};
-    auto write = [&](const Accumulators& acc, int first, const float* token_scale, int token, int end, int expert) {
-        int warp = threadIdx.x / 32 % 4, slot = threadIdx.x % 32 / 4;
+    int warp = threadIdx.x / 32 % 4, slot = threadIdx.x % 32 / 4;
+    auto begin = [&](int first, int expert) -> Rows {
         RowTile tile = row_tile<Config>(w.matrices, first + warp / 2, w.groups, 0);
         if (warp / 2 >= Config::kTiles) tile.rows = 0;
-        FourColumns<Config::kTokens, Config::kGrouped> outputs = {acc};
+        Rows own = {tile.rows, tile.column};
         float scale = Config::kGrouped ? *out_scale : 1.0f;  // a power of two
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             int row = int8_row(warp % 2 * 16 + 8 * i + slot);
-            outputs.row_scale[i] = w.scale(tile, row, tile.format, expert) * scale;
-            outputs.bias[i] = Biases{expert, rows0, tile.column + row, row < tile.rows}.of(bias) * scale;
+            own.scale[i] = w.scale(tile, row, tile.format, expert) * scale;
+            own.bias[i] = Biases{expert, rows0, tile.column + row, row < tile.rows}.of(bias) * scale;
         }
-        int own = warp % 2 * 8 + (slot >> 2) * 4 + (slot >> 1 & 1) * 16;  // the first column that the lane writes
-        void* to = Config::kGrouped ? static_cast<void*>(static_cast<half_t*>(out) + tile.column + own)
-                                    : static_cast<float*>(out) + tile.column + own;
-        outputs.store(to, ldo, tile.rows - own, token_scale, token, end, add);
+        return own;
     };
-    run(w, x_map, x_scale, x, write);
+    auto write = [&](const Accumulators& acc, const Rows& rows, const TokenScales<Config::kTokens>& scales, int token,
+                     int end, int) {
+        int own = warp % 2 * 8 + (slot >> 2) * 4 + (slot >> 1 & 1) * 16;  // the first column that the lane writes
+        void* to = Config::kGrouped ? static_cast<void*>(static_cast<half_t*>(out) + rows.column + own)
+                                    : static_cast<float*>(out) + rows.column + own;
+        FourColumns<Config::kTokens, Config::kGrouped, Config::kWhole> outputs = {acc, rows.scale, rows.bias, scales};
+        outputs.store(to, ldo, rows.rows - own, token, end, add);
+    };
+    run(w, x_map, x_scale, x, begin, write);
 }
 
 #else
@@ -293,18 +307,18 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
                  k / kRotated,
                  2 * ceil_div(features, kOperandGroup) * (kOperandGroup / kTileRows)};
     Tokens x = {m, groups, group_count};
-    auto write = [&](const Accumulators& acc, int first, const float* token_scale, int token, int end, int expert) {
-        int row = int8_row(threadIdx.x / 32 % 4 * 8 + threadIdx.x % 32 / 4);
+    int row = int8_row(threadIdx.x / 32 % 4 * 8 + threadIdx.x % 32 / 4);
+    auto begin = [&](int first, int expert) -> Rows {
         RowTile tile = row_tile<Config>(w.matrices, first, w.groups, 0);
-        Int8Sums<Config::kTokens> sums = {acc};
-#pragma unroll
-        for (int i = 0; i < 2; ++i) sums.row_scale[i] = w.scale(tile, row, i, expert);
-#pragma unroll
-        for (int i = 0; i < Config::kTokens / 4; ++i) sums.token_scale[i] = token_scale[i / 2 * 8 + i % 2];
-        GatedOutput output = {out, ldo, features, *out_scale, activation};
-        output.store_transposed<Config::kTokens>(sums, gate_bias, up_bias, expert, tile.column, row, token, end);
+        return {tile.rows, tile.column, {w.scale(tile, row, 0, expert), w.scale(tile, row, 1, expert)}};
     };
-    run(w, x_map, x_scale, x, write);
+    auto write = [&](const Accumulators& acc, const Rows& rows, const TokenScales<Config::kTokens>& scales, int token,
+                     int end, int expert) {
+        Int8Sums<Config::kTokens> sums(acc, rows.scale, scales);
+        GatedOutput output = {out, ldo, features, *out_scale, activation};
+        output.store_transposed<Config::kTokens>(sums, gate_bias, up_bias, expert, rows.column, row, token, end);
+    };
+    run(w, x_map, x_scale, x, begin, write);
 }
 
 #endif

@@ -4,12 +4,39 @@
 #include "int8.cuh"
 #include "sm90.cuh"
 
+// The scales of a token tile's tokens. They are loaded before the sums are made, a few by each lane, and handed around
+// in the warp when they are needed.
+template <int kTokens>
+struct TokenScales {
+    static constexpr int kOwn = kTokens < 64 ? 1 : kTokens / 64;
+    float own[kOwn][2];  // of pairs of tokens that are 64 apart
+
+    // first: of the tile's first token; where a tile has fewer than 64, more are read.
+    __device__ __forceinline__ explicit TokenScales(const float* first) {
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i)
+#pragma unroll
+            for (int c = 0; c < 2; ++c) own[i][c] = first[64 * i + threadIdx.x % 32 * 2 + c];
+    }
+    // Of token 8j + lane % 4 * 2 + c. All lanes of a warp call this.
+    __device__ __forceinline__ float of(int j, int c) const {
+        return __shfl_sync(0xffffffffu, own[j / 8][c], j % 8 * 4 + threadIdx.x % 4);
+    }
+};
+
 // A thread's sums of a transposed product, as HalfSums are: with the scales of its two rows, and of its tokens.
 template <int kTokens>
 struct Int8Sums {
     const int (&acc)[kTokens / 2];
-    float row_scale[2], token_scale[kTokens / 4];  // token_scale: of pairs of tokens that are 8 apart
+    const float (&row_scale)[2];
+    float token_scale[kTokens / 4];  // of pairs of tokens that are 8 apart
 
+    __device__ __forceinline__ Int8Sums(const int (&acc)[kTokens / 2], const float (&row_scale)[2],
+                                        const TokenScales<kTokens>& tokens)
+        : acc(acc), row_scale(row_scale) {
+#pragma unroll
+        for (int i = 0; i < kTokens / 4; ++i) token_scale[i] = tokens.of(i / 2, i % 2);
+    }
     __device__ __forceinline__ float operator()(int at, float bias) const {
         return int8_output(acc[at], row_scale[at / 2 % 2], token_scale[at / 4 * 2 + at % 2], bias);
     }
@@ -17,67 +44,66 @@ struct Int8Sums {
 
 // gemm_linear's outputs of a thread's two rows, which are those of int8_row (int8.cuh): float32, with rows `ldo` apart,
 // or (kGrouped) halves. Four lanes trade, so that each has four neighbouring columns of one of their tokens: it then
-// writes whole words of 16 bytes, and eight lanes the sectors of memory that they are in.
-template <int kTokens, bool kGrouped>
+// writes words of 16 bytes at once, and eight lanes whole sectors of memory; but where not kWhole, the words of an
+// output are not aligned, and columns may end within one.
+template <int kTokens, bool kGrouped, bool kWhole>
 struct FourColumns {
     const int (&acc)[kTokens / 2];
-    float row_scale[2], bias[2];
+    const float (&row_scale)[2], (&bias)[2];
+    const TokenScales<kTokens>& tokens;
 
-    // out: row 0's first column that the lane writes, and `columns` the number of those that there are. token_scale: of
-    // the thread's first token, which is `token`; those before `end` are written. add: outputs are added to what is
-    // there.
-    __device__ __forceinline__ void store(void* out, int ldo, int columns, const float* token_scale, int token, int end,
-                                          int add) const {
-        constexpr int kPairs = 8;  // of tokens, whose scales are loaded at once
+    // out: row 0's first column that the lane writes, and `columns` the number of those that there are. token: the
+    // thread's first; those before `end` are written. add: outputs are added to what is there.
+    __device__ __forceinline__ void store(void* out, int ldo, int columns, int token, int end, int add) const {
+        if (!kGrouped && add) store_all<true>(out, ldo, columns, token, end);
+        else store_all<false>(out, ldo, columns, token, end);
+    }
+
+    template <bool kAdd>
+    __device__ __forceinline__ void store_all(void* out, int ldo, int columns, int token, int end) const {
         int slot = threadIdx.x % 32 / 4;
         bool odd = slot & 1, upper = slot & 4;
-        bool whole = columns >= 4 && ldo % 4 == 0 && (reinterpret_cast<uint64_t>(out) & (kGrouped ? 7 : 15)) == 0;
+        token += odd;
+        if (columns <= 0) end = 0;
+        uint64_t at = static_cast<uint64_t>(token) * ldo, step = 8 * static_cast<uint64_t>(ldo);
 #pragma unroll
-        for (int first = 0; first < kTokens / 8; first += kPairs) {
-            constexpr int kNow = kTokens / 8 < kPairs ? kTokens / 8 : kPairs;
-            float scale[kNow][2];
+        for (int j = 0; j < kTokens / 8; ++j, at += step) {
+            float y[2][2], scale[2] = {tokens.of(j, 0), tokens.of(j, 1)};
+            // y: [row][token], then [row][column] of one token, then four columns of one row's.
 #pragma unroll
-            for (int j = 0; j < kNow; ++j)
+            for (int i = 0; i < 2; ++i) {
 #pragma unroll
-                for (int c = 0; c < 2; ++c) scale[j][c] = token_scale[8 * (first + j) + c];
-#pragma unroll
-            for (int j = 0; j < kNow; ++j) {
-                float y[2][2];  // [row][token], then [row][column] of one token, then four columns of one row's
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-#pragma unroll
-                    for (int c = 0; c < 2; ++c)
-                        y[i][c] = int8_output(acc[4 * (first + j) + 2 * i + c], row_scale[i], scale[j][c], bias[i]);
-                    float given = __shfl_xor_sync(0xffffffffu, odd ? y[i][0] : y[i][1], 4);
-                    (odd ? y[i][0] : y[i][1]) = given;
-                }
-#pragma unroll
-                for (int c = 0; c < 2; ++c) {
-                    float given = __shfl_xor_sync(0xffffffffu, upper ? y[0][c] : y[1][c], 16);
-                    (upper ? y[0][c] : y[1][c]) = given;
-                }
-                int t = token + 8 * (first + j) + odd;
-                if (t < end) write(out, static_cast<uint64_t>(t) * ldo, columns, whole, y, add);
+                for (int c = 0; c < 2; ++c)
+                    y[i][c] = int8_output(acc[4 * j + 2 * i + c], row_scale[i], scale[c], bias[i]);
+                float given = __shfl_xor_sync(0xffffffffu, odd ? y[i][0] : y[i][1], 4);
+                y[i][0] = odd ? given : y[i][0], y[i][1] = odd ? y[i][1] : given;
             }
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                float given = __shfl_xor_sync(0xffffffffu, upper ? y[0][c] : y[1][c], 16);
+                y[0][c] = upper ? given : y[0][c], y[1][c] = upper ? y[1][c] : given;
+            }
+            if (token + 8 * j < end) write<kAdd>(out, at, columns, y);
         }
     }
 
-    __device__ __forceinline__ static void write(void* out, uint64_t row, int columns, bool whole,
-                                                 const float (&y)[2][2], int add) {
-        if constexpr (kGrouped) {  // whole row tiles
-            if (columns <= 0) return;
+    template <bool kAdd>
+    __device__ __forceinline__ static void write(void* out, uint64_t at, int columns, const float (&y)[2][2]) {
+        float* to = static_cast<float*>(out) + at;
+        if constexpr (kGrouped) {
             uint2 words = make_uint2(pack_half2(y[0][0], y[0][1]), pack_half2(y[1][0], y[1][1]));
-            *reinterpret_cast<uint2*>(static_cast<half_t*>(out) + row) = words;
-        } else {
-            float* to = static_cast<float*>(out) + row;
+            *reinterpret_cast<uint2*>(static_cast<half_t*>(out) + at) = words;
+        } else if constexpr (kWhole) {
             float4 four = make_float4(y[0][0], y[0][1], y[1][0], y[1][1]);
-            if (whole) {
-                add ? reduce_add(to, four) : void(*reinterpret_cast<float4*>(to) = four);
-                return;
-            }
+            if constexpr (kAdd) reduce_add(to, four);
+            else *reinterpret_cast<float4*>(to) = four;
+        } else {
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-                if (i < columns) add ? reduce_add(to + i, y[i / 2][i % 2]) : void(to[i] = y[i / 2][i % 2]);
+            for (int i = 0; i < 4; ++i) {
+                if (i >= columns) continue;
+                if constexpr (kAdd) reduce_add(to + i, y[i / 2][i % 2]);
+                else to[i] = y[i / 2][i % 2];
+            }
         }
     }
 };

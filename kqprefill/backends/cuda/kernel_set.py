@@ -117,6 +117,7 @@ class Hopper(Portable):
             for kind in _EXPERT_TYPES:
                 yield config.program((kind,), grouped=True)
         for of_int8 in int8_hopper.CONFIGS:
+            yield of_int8.program(gated=False, whole=False)
             for gated in (False, True)[: of_int8.tiles]:
                 yield from (of_int8.program(gated, grouped) for grouped in (False, True))
 

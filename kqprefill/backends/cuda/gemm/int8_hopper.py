@@ -20,6 +20,7 @@ from .operand import Groups, Operand
 from .tensor_maps import TensorMaps
 from .tiles import TileConfig, row_tiles
 
+_READ = 1.5  # nanoseconds in which an int8 tile is read from memory
 _TILE_BYTES = TILE_ROWS * ROTATED  # of an int8 tile: also room behind the ring, for its barriers
 
 
@@ -33,8 +34,9 @@ class HopperInt8Config(TileConfig):
     producer_registers = 32
 
     @cache
-    def program(self, gated: bool, grouped: bool = False) -> Program:
-        """gated: of the kernel for gate and up. grouped: over a stack of experts."""
+    def program(self, gated: bool, grouped: bool = False, whole: bool = True) -> Program:
+        """gated: of the kernel for gate and up. grouped: over a stack of experts. whole: matrices that lie side by side
+        have whole fours of rows."""
         constants = {
             "GATED": int(gated),
             "TOKENS": self.tokens,
@@ -47,9 +49,14 @@ class HopperInt8Config(TileConfig):
             "PRODUCER_REGISTERS": self.producer_registers,
             "CONSUMER_REGISTERS": self.consumer_registers(self.blocks),
             "GROUPED": int(grouped),
+            "WHOLE": int(whole),
         }
         defines = tuple((name, str(value)) for name, value in constants.items())
         return Program("gemm_int8_sm90.cu", defines, self.threads, self._stages * self._stage_bytes + _TILE_BYTES)
+
+    def cost(self, m: int, row_tiles: int, multiprocessors: int, experts: int = 0) -> int:
+        """But for few tokens no less than reading the weights takes: then the smallest tiles do."""
+        return max(super().cost(m, row_tiles, multiprocessors, experts), round(_READ * row_tiles * max(1, experts)))
 
     @property
     def begins_early(self) -> bool:
@@ -82,7 +89,7 @@ CONFIGS = (
     HopperInt8Config(0, 64, 1, 2, 3, 1, 447, 250),
     HopperInt8Config(0, 64, 1, 2, 2, 2, 406, 275),
     HopperInt8Config(0, 64, 2, 2, 1, 2, 530, 530),
-    HopperInt8Config(0, 128, 1, 2, 2, 1, 534, 335),
+    HopperInt8Config(0, 128, 1, 2, 2, 1, 600, 335),
     HopperInt8Config(0, 128, 2, 2, 1, 1, 620, 620),
     HopperInt8Config(0, 128, 3, 2, 1, 1, 860, 860),
     HopperInt8Config(0, 256, 2, 2, 1, 2, 960, 960),
@@ -129,7 +136,7 @@ class HopperInt8Gemm(Int8Gemm):
             described[f"rows{i}"] = matrix.rows if matrix else 0
         self._launch(
             config,
-            config.program(False, groups is not None),
+            config.program(False, groups is not None, all(matrix.rows % 4 == 0 for matrix in matrices)),
             "gemm_linear",
             grid=config.grid(x.rows, row_tiles(matrices), self._facts.multiprocessors, experts),
             **described,
