@@ -4,6 +4,7 @@
 #include "include/int8.cuh"
 #include "include/tiles_sm80.cuh"
 
+constexpr int kBlocks = kThreads <= 128 ? 3 : 1;                         // that a multiprocessor has registers for
 constexpr int kStepBytes = 2 * BLOCK_K, kSteps = kRotated / kStepBytes;  // kSteps: of a group of columns
 static_assert(kRotated % kStepBytes == 0, "operands are padded to whole steps");
 
@@ -54,7 +55,7 @@ __device__ __forceinline__ int row_at(int place) {
 
 // out = sums * scales + bias (+ out, if `add`), float32, rows `ldo` apart. Grouped: halves, times *out_scale, and no
 // `add`. w: n rows, or so many for each expert. bias, as many, may be null. k: columns, whole groups.
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     gemm_linear(const int8_t* x, const float* x_scale, const int8_t* w, const float* w_scale, int m, int n, int k,
                 void* out, int ldo, const float* out_scale, const float* bias, int add, const Group* groups,
                 const int* group_count) {
@@ -89,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
 // out[m, f] = *out_scale * act(gate) * up as an operand, rows `ldo` apart; columns from `features` to there become
 // zero. gate_bias and up_bias, [features] for each expert, may be null. The others as above.
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     gemm_gated(const int8_t* x, const float* x_scale, const int8_t* gate, const float* gate_scale, const int8_t* up,
                const float* up_scale, int m, int features, int k, half_t* out, int ldo, const float* gate_bias,
                const float* up_bias, const float* out_scale, int activation, const Group* groups,
