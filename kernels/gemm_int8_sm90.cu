@@ -190,8 +190,8 @@ struct Rows {
 };
 
 // Multiplies this block's output tiles; calls begin(row tile, expert) before each, which gives Rows, and after it
-// write(accumulators, Rows, scales, the first token, end, expert): the row tile is the first of this warpgroup's, of W's;
-// the first token is this thread's, of pairs that are 8 apart.
+// write(accumulators, Rows, scales, the first token, end, expert): the row tile is the first of this warpgroup's, of
+// W's; the first token is this thread's, of pairs that are 8 apart.
 template <class Begin, class Write>
 __device__ __forceinline__ void consume(const Config::Steps& ring, const Weights& w, const float* x_scale,
                                         const Tokens& x, Begin begin, Write write) {

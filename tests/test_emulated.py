@@ -31,8 +31,8 @@ def slow_but(quick, cases):
 def opened():
     models = []
 
-    def open_(name, kernels="portable"):
-        models.append(EmulatedModel(CASES[name], hopper=kernels == "hopper"))
+    def open_(name, kernels="portable", precision="exact"):
+        models.append(EmulatedModel(CASES[name], hopper=kernels == "hopper", precision=precision))
         return models[-1]
 
     yield open_
@@ -56,9 +56,14 @@ CUTS = [(name, "portable") for name in CONTRACT.split()] + [("gemma3-q4_k_m", "h
 RECURRENT = "qwen35-tied-nextn lfm2-q2_k nemotron_h-q2_k falcon-h1-q2_k kimi-linear-moe-q2_k".split()
 
 
-@pytest.mark.parametrize("name,kernels", slow_but((QUICK, "portable"), CUTS))
-def test_cut_packed_and_cached_are_the_same_bits(name, kernels, opened, rng):
-    model = opened(name, kernels)
+INT8 = [(name, kernels, "int8") for name in (QUICK, "qwen35moe-q4_k_m") for kernels in ("portable", "hopper")]
+
+
+@pytest.mark.parametrize(
+    "name,kernels,precision", slow_but((QUICK, "portable", "exact"), [(*case, "exact") for case in CUTS] + INT8)
+)
+def test_cut_packed_and_cached_are_the_same_bits(name, kernels, precision, opened, rng):
+    model = opened(name, kernels, precision)
     tokens = rng.integers(0, model.family.config.vocab_size, 150).astype(np.int32)
     whole = model.run(Batch(tokens)).logits
     cache, at = model.new_cache(160), 0

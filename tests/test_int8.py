@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 from emulator import EmulatedGpu, EmulatedMaps, Emulator, why_not
-from kqprefill.backends.cuda.device.arrays import FLOAT16, FLOAT32, UINT8, DeviceArray
+from kqprefill.backends.cuda.device.arrays import FLOAT16, FLOAT32, INT8, UINT8, DeviceArray
 from kqprefill.backends.cuda.device.workspace import Workspace
 from kqprefill.backends.cuda.gemm import int8_hopper
-from kqprefill.backends.cuda.gemm.operand import HALVES, Groups, Operand, operand_positions
+from kqprefill.backends.cuda.gemm.operand import BYTES, HALVES, Groups, Operand, operand_positions
 from kqprefill.backends.cuda.kernel_set import kernel_set_of
+from kqprefill.backends.cuda.programs import NORM, int8_rows_program
+from kqprefill.backends.cuda.rehearsal import plan_model
 from kqprefill.backends.cuda.weights.matrix import matrix_of
 from kqprefill.backends.cuda.weights.scales import Scales
 from kqprefill.backends.cuda.weights.small_arrays import SmallArrays
@@ -19,7 +21,10 @@ from kqprefill.backends.cuda.weights.staging import unpack
 from kqprefill.gguf import dequantize
 from kqprefill.gguf.dequantize import SUPPORTED
 from kqprefill.gguf.types import GGML
-from kqprefill.synthetic import SyntheticTensor
+from kqprefill.models import read_model
+from kqprefill.models.precision import takes_int8
+from kqprefill.synthetic import SyntheticFile, SyntheticTensor
+from launches import Facts
 
 emulated = pytest.mark.skipif(why_not() is not None, reason=f"kernels are not emulated: {why_not()}")
 DEVICES = [
@@ -155,6 +160,26 @@ def test_weights_of_parts_and_stacks(device):
 def test_operands(device, columns, rng):
     a, x = device.operand(5, columns, rng)
     check_rounded(x, *device.rounded(a))
+
+
+def test_norms_whose_rows_are_rounded_at_once(device, rng):
+    """The kernel that normalises gives the halves of rms_norm, and of these what rounding them by itself gives."""
+    for columns in (100, 2048, 5000):
+        x = device.work.upload("stream", rng.standard_normal((3, columns)).astype(np.float32))
+        weight = device.work.upload("norm", rng.uniform(0.5, 2, columns).astype(np.float32))
+        scale, padded = device.small.constant(np.array([64.0], np.float32)), BYTES.padded(columns)
+        given = {"x": x, "weight": weight, "columns": columns, "stride": HALVES.padded(columns), "epsilon": 1e-6}
+        given |= {"scale": scale}
+        alone = device.poisoned("alone", FLOAT16, 3, HALVES.padded(columns))
+        device.launcher.launch(NORM, "rms_norm", grid=3, out=alone, rows=None, **given)
+        halves = device.poisoned("halves", FLOAT16, 3, HALVES.padded(columns))
+        rounded, scales = device.poisoned("rounded", INT8, 3, padded), device.poisoned("scales", FLOAT32, 3)
+        own = {"out": halves, "rounded": rounded, "padded": padded, "scales": scales}
+        device.launcher.launch(int8_rows_program(padded), "rms_norm_rounded", grid=3, **own, **given)
+        assert np.array_equal(device.get(halves), device.get(alone))
+        a = Operand(alone, columns, scale)
+        together, by_itself = device.rounded(replace(a, rounded=(rounded, scales))), device.rounded(a)
+        assert all(np.array_equal(*pair) for pair in zip(together, by_itself))
 
 
 @pytest.mark.parametrize("bad", [np.inf, np.nan])
@@ -315,3 +340,30 @@ def test_outputs_keep_to_the_bound_that_scales_come_from(device, rng):
     made = np.abs(products(device, a, [matrix]))
     bound = lengths * np.linalg.norm(x.astype(np.float64) / norm, axis=1)[:, None]
     assert (made <= bound * (1 + 1e-5)).all() and (lengths < 20 * np.linalg.norm(rows * norm, axis=1)).all()
+
+
+@pytest.mark.parametrize("model", ["qwen3-8b:Q4_K_M", "qwen3-30b-a3b:Q4_K_M"])
+def test_plans_count_what_int8_takes(model):
+    """A byte for each weight of the layers' large matrices, and 4 for each of their rows; all else as before."""
+    family, kernel_set = read_model(SyntheticFile.named(model)), kernel_set_of((9, 0))
+    exact, int8 = (
+        plan_model(family, Facts((9, 0)), kernel_set, 80 << 30, 512, precision=precision)
+        for precision in ("exact", "int8")
+    )
+    large = [w for block in family.blocks for w in block if w.is_matrix and takes_int8(w)]
+    weights = sum(int(np.prod(w.shape)) for w in large)
+    kept = int8.parts["layers that stay, in int8"]
+    assert weights < kept < 1.01 * weights + 1e8
+    assert all(int8.parts[name] == exact.parts[name] for name in ("CUDA context", "output", "embedding"))
+
+
+def test_streamed_layers_have_room_to_be_made_in():
+    """A budget that not all layers fit has some streamed, in the file's format, and made int8 when they have come."""
+    family, kernel_set = read_model(SyntheticFile.named("qwen3-8b:Q4_K_M")), kernel_set_of((9, 0))
+    exact, int8 = (
+        plan_model(family, Facts((9, 0)), kernel_set, 5 << 30, 512, precision=precision)
+        for precision in ("exact", "int8")
+    )
+    assert int8.streamed and len(int8.streamed) > len(exact.streamed) and int8.nbytes <= 5 << 30
+    raw = sum(t.nbytes for layer in int8.streamed for t in (w.tensor for w in family.blocks[layer] if w.is_matrix))
+    assert raw <= int8.streamed_bytes < 1.001 * raw
