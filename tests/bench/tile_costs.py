@@ -3,6 +3,7 @@
 Prints CONFIGS of kqprefill/backends/cuda/gemm/hopper.py with the last two columns as measured.
 
     python tests/bench/tile_costs.py
+    python tests/bench/tile_costs.py int8 16,128,512     what each of gemm/int8_hopper.py's takes, the fastest first
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import astuple, replace
 from functools import partial
 import statistics
+import sys
 
 import numpy as np
 
@@ -19,7 +21,9 @@ from kqprefill.backends.cuda.constants import OPERAND_GROUP
 from kqprefill.backends.cuda.device.arrays import FLOAT16, FLOAT32, DeviceArray
 from kqprefill.backends.cuda.device.gpu import Gpu, check
 from kqprefill.backends.cuda.device.graphs import capture
+from kqprefill.backends.cuda.gemm import int8_hopper
 from kqprefill.backends.cuda.gemm.hopper import CONFIGS, HopperConfig, HopperGemm
+from kqprefill.backends.cuda.gemm.int8_hopper import HopperInt8Config, HopperInt8Gemm
 from kqprefill.backends.cuda.gemm.operand import Operand
 from kqprefill.backends.cuda.weights.matrix import Matrix
 from kqprefill.core import no_progress
@@ -69,7 +73,7 @@ class GemmOfOneConfig(HopperGemm):
 
 
 def multiply(
-    gemm: HopperGemm,
+    gemm: HopperGemm | HopperInt8Gemm,
     x: Operand,
     layers: list[list[Matrix]],
     out: DeviceArray,
@@ -109,10 +113,47 @@ def step_costs(backend: CudaBackend, family: Family, config: HopperConfig) -> di
     return costs
 
 
+class Int8GemmOfOneConfig(HopperInt8Gemm):
+    """The same in int8, of operands that are so already."""
+
+    def __init__(self, backend: CudaBackend, config: HopperInt8Config) -> None:
+        super().__init__(backend.gpu, backend.launcher, backend.work, backend.maps)
+        self.config = config
+
+    def _config(self, m: int, matrices: Sequence[Matrix], gated: bool, experts: int) -> HopperInt8Config:
+        return self.config
+
+
+def int8_times(backend: CudaBackend, family: Family, tokens: int) -> None:
+    """Print microseconds of each product of so many tokens, by tokens/warpgroups/tiles/blocks/cluster of a configuration."""
+    gpu, work, rng = backend.gpu, backend.work, np.random.default_rng(0)
+    scale = backend.context.scales.of_bound(2.0**14)  # 1
+    out = work.array("out", FLOAT32, tokens, FFN)
+    act = Operand(work.array("act", FLOAT16, tokens, FFN), FFN, scale)
+    for names, columns in PRODUCTS.items():
+        layers = [[backend.weights.matrix(getattr(weights, name)) for name in names] for weights in family.blocks]
+        x = work.array(f"x {columns}", FLOAT16, tokens, columns)
+        gpu.upload(x.address, (rng.standard_normal((tokens, columns)) * 0.5).astype(np.float16))
+        found: list[tuple[float, str]] = []
+        for config in int8_hopper.CONFIGS:
+            if (len(names) == 2 and config.tiles == 1) or not config.tokens // 2 <= max(tokens, 8) <= 8 * config.tokens:
+                continue
+            gemm = Int8GemmOfOneConfig(backend, config)
+            rounded = gemm.rounded(Operand(x, columns, scale))
+            took = microseconds(gpu, partial(multiply, gemm, rounded, layers, out, act, scale))
+            found.append((took, "/".join(map(str, astuple(config)[1:6]))))
+        print(tokens, names[-1], ", ".join(f"{name} {took:.1f}" for took, name in sorted(found)), flush=True)
+
+
 def main() -> None:
     """Measure each configuration and print the table."""
     backend = CudaBackend(0)
     family = read_model(SyntheticFile(SHAPE, lambda *_: GGML.Q4_K, "tiles"))
+    if sys.argv[1:2] == ["int8"]:
+        backend.load(family, no_progress, precision="int8")
+        for tokens in sys.argv[2].split(","):
+            int8_times(backend, family, int(tokens))
+        return
     backend.load(family, no_progress)
     backend.launcher.prepare([config.program((GGML.Q4_K,)) for config in CONFIGS], no_progress)
     for config in CONFIGS:
