@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from emulator import EmulatedGpu, EmulatedMaps, Emulator, why_not
+from kqprefill.backends.cuda.bounds import Speed, floors
 from kqprefill.backends.cuda.device.arrays import FLOAT16, FLOAT32, INT8, UINT8, DeviceArray
 from kqprefill.backends.cuda.device.workspace import Workspace
 from kqprefill.backends.cuda.gemm import int8_hopper
@@ -367,3 +368,16 @@ def test_streamed_layers_have_room_to_be_made_in():
     assert int8.streamed and len(int8.streamed) > len(exact.streamed) and int8.nbytes <= 5 << 30
     raw = sum(t.nbytes for layer in int8.streamed for t in (w.tensor for w in family.blocks[layer] if w.is_matrix))
     assert raw <= int8.streamed_bytes < 1.001 * raw
+
+
+def test_bounds_are_those_of_int8():
+    """Of Qwen3-8B's matrices no more than half the time, and of reading them more; attention takes as long as before."""
+    family, kernel_set, facts = read_model(SyntheticFile.named("qwen3-8b:Q4_K_M")), kernel_set_of((9, 0)), Facts((9, 0))
+    exact, int8 = (
+        [seconds(2048) for _, seconds in floors(plan_model(family, facts, kernel_set, 80 << 30, 2048), *given)]
+        for given in ((family, facts), (family, facts, "int8"))
+    )
+    assert 0.5 < int8[0] / exact[0] < 0.6 and 1.2 < int8[1] / exact[1] < 2
+    speeds = (Speed(family, facts, kernel_set, precision) for precision in ("exact", "int8"))
+    plan = plan_model(family, facts, kernel_set, 80 << 30, 2048)
+    assert next(speeds).seconds(plan, 2048).resident > 1.4 * next(speeds).seconds(plan, 2048).resident

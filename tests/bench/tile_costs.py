@@ -125,7 +125,7 @@ class Int8GemmOfOneConfig(HopperInt8Gemm):
 
 
 def int8_times(backend: CudaBackend, family: Family, tokens: int) -> None:
-    """Print microseconds of each product of so many tokens, by tokens/warpgroups/tiles/blocks/cluster of a configuration."""
+    """Print microseconds of each product of so many tokens, by tokens/warpgroups/tiles/blocks/cluster of a block."""
     gpu, work, rng = backend.gpu, backend.work, np.random.default_rng(0)
     scale = backend.context.scales.of_bound(2.0**14)  # 1
     out = work.array("out", FLOAT32, tokens, FFN)

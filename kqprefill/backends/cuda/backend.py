@@ -98,7 +98,7 @@ class CudaBackend(Backend):
         precision: Precision = "exact",
     ) -> None:
         self._precision = precision
-        self._ranks, self._size, self._speed = ranks, None, Speed(family, self.gpu, self.kernel_set)
+        self._ranks, self._size, self._speed = ranks, None, Speed(family, self.gpu, self.kernel_set, precision)
         with cuda_errors("loading the model"):
             self._budget = budget_of(self.gpu, vram)
             if not ranks:  # one prompt
@@ -319,7 +319,7 @@ class CudaBackend(Backend):
 
     def floors(self, family: Family) -> list[tuple[str, Callable[[int], float]]]:
         assert self.plan is not None
-        return floors(self.plan, family, self.gpu)
+        return floors(self.plan, family, self.gpu, self._precision)
 
     def memory_used(self) -> int | None:
         return self.gpu.memory_peak()

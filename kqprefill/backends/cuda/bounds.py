@@ -11,10 +11,11 @@ import math
 from ...core import KeysValues, Recurrent, SharedKeysValues
 from ...errors import BackendError
 from ...models.family import Family
+from ...models.precision import Precision
 from .constants import DELTA_CHUNK
 from .device.gpu import GpuFacts
 from .kernel_set import KernelSet
-from .weights.matrix import layer_matrices
+from .weights.matrix import layer_matrices, matrix_of
 from .weights.plan import Plan
 from .weights.staging import STAGING_SLOTS
 
@@ -22,11 +23,14 @@ from .weights.staging import STAGING_SLOTS
 # compute capability.
 _OPERATIONS = {(8, 0): 2048, (9, 0): 4096, (10, 0): 8192, (10, 3): 8192}
 _OTHERS_OPERATIONS = 512  # GeForce and its like
+_INT8_OPERATIONS = {(8, 0): 4096, (9, 0): 8192, (10, 0): 16384}  # the same in int8
+_OTHERS_INT8_OPERATIONS = 2048
 # What experts' products reach of the rate of a dense model's, routing included (Qwen3-30B-A3B: 0.63, Qwen3.6-35B-A3B:
 # 0.53), and what recurrences reach of the peak (Qwen3.6-27B and 35B-A3B: 0.042), of 8192 tokens on an H100
 # (docs/performance.md).
 _EXPERTS_SHARE, _RECURRENCE_SHARE = 0.6, 0.042
 _COPYING_SHARE = 0.7  # of the memory's rate that copies within the device reach, read and written (an H100: 0.73)
+_INT8_PASSES = 6  # over the file's bytes: read, written in tiles, read twice, and written as a byte for each weight
 _STEP = 64  # tokens, of the lengths that are told
 _MOST_TOKENS = 1 << 20
 
@@ -49,14 +53,19 @@ class _Facts:
 H100 = _Facts((9, 0), 132, 227 << 10, 1.98e9, 3.35e12, 55e9)
 
 
-def peak(facts: GpuFacts) -> float:
-    """Operations a second of a GPU's matrix units, halves into float32."""
-    return _OPERATIONS.get(facts.capability, _OTHERS_OPERATIONS) * facts.multiprocessors * facts.clock
+def peak(facts: GpuFacts, precision: Precision = "exact") -> float:
+    """Operations a second of a GPU's matrix units: halves into float32, or int8 into int32."""
+    operations = _OPERATIONS.get(facts.capability, _OTHERS_OPERATIONS)
+    if precision == "int8":
+        operations = _INT8_OPERATIONS.get(facts.capability, _OTHERS_INT8_OPERATIONS)
+    return operations * facts.multiprocessors * facts.clock
 
 
-def weight_bytes(family: Family) -> int:
-    """Of all layers' matrices."""
-    return sum(tensor.nbytes for layer in layer_matrices(family) for tensor in layer)
+def weight_bytes(family: Family, precision: Precision = "exact") -> int:
+    """Of all layers' matrices, as a batch reads them."""
+    tensors = [tensor for layer in layer_matrices(family) for tensor in layer]
+    matrices = [matrix_of(tensor, 0, precision) for tensor in tensors]
+    return sum(matrix.nbytes if matrix.int8 else tensor.nbytes for matrix, tensor in zip(matrices, tensors))
 
 
 @dataclass(frozen=True)
@@ -133,11 +142,12 @@ class Seconds:
 class Speed:
     """What batches take of a model on a GPU."""
 
-    def __init__(self, family: Family, facts: GpuFacts, kernel_set: KernelSet) -> None:
-        self.family, self._facts = family, facts
+    def __init__(self, family: Family, facts: GpuFacts, kernel_set: KernelSet, precision: Precision = "exact") -> None:
+        self.family, self._facts, self._precision = family, facts, precision
         self._peak = peak(facts)
         self._rate = self._peak * kernel_set.share_of_peak
-        self._matrix_rate = self._rate * (_EXPERTS_SHARE if family.experts is not None else 1)
+        share = kernel_set.int8_share_of_peak if precision == "int8" else kernel_set.share_of_peak
+        self._matrix_rate = peak(facts, precision) * share * (_EXPERTS_SHARE if family.experts is not None else 1)
 
     @cached_property
     def bus_rate(self) -> float:
@@ -147,7 +157,7 @@ class Speed:
     @cached_property
     def reading(self) -> float:
         """Seconds that reading each weight of the layers once takes."""
-        return weight_bytes(self.family) / self._facts.memory_rate
+        return weight_bytes(self.family, self._precision) / self._facts.memory_rate
 
     def arithmetic(self, done: Operations) -> float:
         """Seconds that the layers' arithmetic takes, at rates that whole prompts have reached."""
@@ -166,7 +176,8 @@ class Speed:
             return Seconds(resident)
         bus = plan.streamed_bytes / self.bus_rate
         ahead = bus * min(1, STAGING_SLOTS / len(plan.streamed))
-        unpacking = 2 * plan.streamed_bytes / (self._facts.memory_rate * _COPYING_SHARE)
+        passes = _INT8_PASSES if self._precision == "int8" else 2
+        unpacking = passes * plan.streamed_bytes / (self._facts.memory_rate * _COPYING_SHARE)
         return Seconds(resident, unpacking, bus, bus + max(0.0, head - ahead))
 
     def free_under(self, plan: Plan) -> int:
@@ -214,17 +225,24 @@ def estimate(plan: Plan, speed: Speed) -> dict[str, float]:
     return bounds
 
 
-def floors(plan: Plan, family: Family, facts: GpuFacts) -> list[tuple[str, Callable[[int], float]]]:
+def floors(
+    plan: Plan, family: Family, facts: GpuFacts, precision: Precision = "exact"
+) -> list[tuple[str, Callable[[int], float]]]:
     """[(what, seconds of a prompt of so many tokens)]: no kernel can be faster than either."""
-    rate = peak(facts)
+    rate, matrix_rate = peak(facts), peak(facts, precision)
     arithmetic = f"arithmetic: {rate / 1e12:.0f} TFLOP/s"
+    if precision == "int8":
+        arithmetic += f", of int8 {matrix_rate / 1e12:.0f} TOP/s"
     if plan.streamed:
         bus = facts.bus_rate()
         what, seconds = f"streamed weights over the bus: {bus / 1e9:.0f} GB/s", plan.streamed_bytes / bus
     else:
         rate_read = facts.memory_rate
-        what, seconds = f"reading each weight once: {rate_read / 1e12:.2f} TB/s", weight_bytes(family) / rate_read
-    return [
-        (arithmetic, lambda tokens: operations(plan, family, tokens).layers / rate),
-        (what, lambda tokens: seconds),
-    ]
+        read = weight_bytes(family, precision)
+        what, seconds = f"reading each weight once: {rate_read / 1e12:.2f} TB/s", read / rate_read
+
+    def computing(tokens: int) -> float:
+        done = operations(plan, family, tokens)
+        return done.matrices / matrix_rate + (done.attention + done.recurrences) / rate
+
+    return [(arithmetic, computing), (what, lambda tokens: seconds)]

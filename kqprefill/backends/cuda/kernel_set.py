@@ -44,11 +44,13 @@ class KernelSet(ABC):
     """The kernels of one generation of GPUs.
 
     name: for people. target: what they are compiled to. overlaps: whether a launch may begin before the one before it
-    has ended. share_of_peak: of the matrix units' rate, what whole prompts have reached (docs/performance.md).
+    has ended. share_of_peak, int8_share_of_peak: of the matrix units' rates, what whole prompts have reached
+    (docs/performance.md).
     """
 
     name: str
     share_of_peak: float
+    int8_share_of_peak: float
 
     def __init__(self, target: Target, overlaps: bool) -> None:
         self.target, self.overlaps = target, overlaps
@@ -77,6 +79,7 @@ class Portable(KernelSet):
 
     name = "portable"
     share_of_peak = 0.35
+    int8_share_of_peak = 0.28
 
     def attention(self, head_dim: int, value_dim: int) -> AttentionConfig:
         return portable_attention(head_dim, value_dim)
@@ -100,6 +103,7 @@ class Hopper(Portable):
 
     name = "Hopper"
     share_of_peak = 0.6
+    int8_share_of_peak = 0.5
 
     def attention(self, head_dim: int, value_dim: int) -> AttentionConfig:
         return hopper_attention(head_dim, value_dim)
