@@ -371,7 +371,7 @@ def test_streamed_layers_have_room_to_be_made_in():
 
 
 def test_bounds_are_those_of_int8():
-    """Of Qwen3-8B's matrices no more than half the time, and of reading them more; attention takes as long as before."""
+    """Half the time for Qwen3-8B's matrices, more to read them, and as long as before for attention."""
     family, kernel_set, facts = read_model(SyntheticFile.named("qwen3-8b:Q4_K_M")), kernel_set_of((9, 0)), Facts((9, 0))
     exact, int8 = (
         [seconds(2048) for _, seconds in floors(plan_model(family, facts, kernel_set, 80 << 30, 2048), *given)]
