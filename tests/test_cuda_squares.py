@@ -76,7 +76,7 @@ def rehearsed(family, kernels="hopper", batch=None):
     context = stand_in(facts, kernel_set_of(facts.capability), launcher, _MeasuredWorkspace(NoGpu(facts)))
     ops = CudaOps(context, family, batch or planned_batch(100, False), None)
     ops.collector = DeviceCollector(True, context.gpu, launcher)
-    family.head(ops, family.forward(ops), None)
+    family.finish(ops, family.forward(ops), None)
     return ops.collector, launcher.launched
 
 

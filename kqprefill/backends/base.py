@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
@@ -131,15 +132,26 @@ class BatchSize:
 class Backend(ABC):
     """A device that can run a model.
 
-    name: "cpu" or "cuda". device_name: for people. plan: what of the model stays in the device's memory
-    (kqprefill.backends.cuda.weights.plan.Plan), None where that means nothing. runs_ahead: whether `run` returns before
-    the batch is computed, so that the next can be prepared meanwhile.
+    name: "cpu" or "cuda". device_name: for people. ahead: how many batches may be started before the first of them is
+    waited for; 0 where `run` returns once the batch is computed. tells_layers: whether `run`'s progress hears of each
+    layer, in order, just after it has been started.
     """
 
     name: str = ""
     device_name: str = ""
-    plan: Any = None
-    runs_ahead: bool = False
+    ahead: int = 0
+    tells_layers: bool = True
+
+    @property
+    def plans(self) -> Sequence[Any]:
+        """What of the model stays in each device's memory (kqprefill.backends.cuda.weights.plan.Plan); none where that
+        means nothing."""
+        return ()
+
+    @property
+    def report(self) -> Sequence[str]:
+        """What the devices have done so far, a line each, where there are several."""
+        return ()
 
     @property
     def loaded(self) -> Loaded | None:
@@ -175,19 +187,16 @@ class Backend(ABC):
     def in_turn(self, started: Iterable[Started | None]) -> Iterator[Started]:
         """Batches in the order in which an iterable starts them, each to be waited for when it comes out.
 
-        Where `run` returns before a batch is done, one comes out once the next has been started, else at once. None
-        among them has what was started before come out without waiting for another.
+        One comes out once `ahead` more have been started. None among them has what was started before come out without
+        waiting for another.
         """
-        running: Started | None = None
+        running: deque[Started] = deque()
         for batch in started:
-            if running is not None:
-                yield running
-            running = batch
-            if running is not None and not self.runs_ahead:
-                yield running
-                running = None
-        if running is not None:
-            yield running
+            if batch is not None:
+                running.append(batch)
+            while len(running) > (0 if batch is None else self.ahead):
+                yield running.popleft()
+        yield from running
 
     @abstractmethod
     def new_cache(self, family: Family, capacity: int) -> Cache:

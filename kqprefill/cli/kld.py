@@ -178,8 +178,8 @@ def _open_both(
     larger, smaller = (other, file) if swapped else (file, other)
     first = open_model(larger, on if room is None else replace(on, vram=str(room * max(sizes) // sum(sizes))))
     on = replace(on, backend=first.backend.name, quiet=True)  # what there is to say has been said
-    if room is not None and first.backend.plan is not None:
-        on = replace(on, vram=str(room - first.backend.plan.nbytes))
+    if room is not None and first.backend.plans:
+        on = replace(on, vram=str(room - max(plan.nbytes for plan in first.backend.plans)))
     second = open_model(smaller, on)
     return [second, first] if swapped else [first, second]
 

@@ -18,6 +18,7 @@ from .common import (
     size,
     wrapped,
 )
+from .plan_devices import described_plan, planned_gpus, print_pipeline
 from .run_options import device_options, memory_option, say_ignored
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def plan(
     layers: int | None,
     as_json: bool,
     backend: str,
-    device: int,
+    device: str,
     kernels: str,
     vram: str | None,
 ) -> None:
@@ -45,19 +46,18 @@ def plan(
 
     Where a model's weights would live, what takes GPU memory, and what bounds the speed.
 
-    With a GPU, its bus is measured and its free memory is the budget; without one, give --vram. With --backend cpu:
-    what the CPU takes, where nothing is planned.
+    With a GPU, its bus is measured and its free memory is the budget; without one, give --vram. With several (--device
+    0,1,2,3): which layers each of them runs, and how work flows through them. With --backend cpu: what the CPU takes,
+    where nothing is planned.
 
     \b
     kqprefill plan qwen3-32b:Q4_K_M --vram 8G -p 8192
     """
     from ..backends.budget import Budget
     from ..backends.cuda.batch_size import choose_batch
-    from ..backends.cuda.bounds import H100, Speed, estimate, free_from
-    from ..backends.cuda.device.gpu import Gpu, GpuFacts
+    from ..backends.cuda.bounds import Speed, estimate, free_from
     from ..backends.cuda.kernel_set import kernel_set_of
     from ..backends.cuda.rehearsal import plan_model
-    from ..backends.cuda.weights.plan import budget_of
     from ..errors import BackendError
     from ..models import read_model
 
@@ -72,18 +72,11 @@ def plan(
         if backend == "cpu":
             _plan_cpu(model, family, tokens, as_json)
             return
-        budget = None if vram is None else Budget.parse(vram)
-        try:
-            gpu = Gpu(device)
-        except BackendError as error:
-            if budget is None or budget.is_share:
-                raise BackendError(
-                    f"{error}; without a GPU, say how much memory to plan for, such as --vram 8G"
-                ) from None
-            facts: GpuFacts = H100
-            may_take, name = budget.of(0), "no GPU here: an H100 is assumed"
-        else:
-            facts, may_take, name = gpu, budget_of(gpu, budget), gpu.name
+        gpus = planned_gpus(device, None if vram is None else Budget.parse(vram))
+        if len(gpus) > 1:
+            print_pipeline(model, family, gpus, kernels, tokens, as_json)
+            return
+        facts, may_take, name = gpus[0].facts, gpus[0].budget, gpus[0].name
         kernel_set = kernel_set_of(facts.capability, kernels)
         made, speed = plan_model(family, facts, kernel_set, may_take, tokens), Speed(family, facts, kernel_set)
         bounds: dict[str, float | None] = {**estimate(made, speed)}
@@ -100,14 +93,9 @@ def plan(
         described = {
             "model": model,
             "device": name,
-            "budget_bytes": made.budget,
-            "planned_bytes": made.nbytes,
-            "parts": made.parts,
+            **described_plan(made),
             "prompt_tokens": tokens,
             "layers": len(family.blocks),
-            "resident_layers": list(made.resident),
-            "streamed_layers": list(made.streamed),
-            "streamed_bytes": made.streamed_bytes,
             **bounds,
         }
         print_object(described)

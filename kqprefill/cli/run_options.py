@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..backends import KERNELS, NAMES
+from ..backends.devices import device_numbers
 from ..backends.wake import wake_gpu
+from ..errors import InputError
 from .common import Command, say, say_plain
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ class RunOptions:
     """What was given for the options of `run_options`."""
 
     backend: str
-    device: int
+    device: str
     kernels: str
     vram: str | None
     quiet: bool
@@ -33,7 +35,7 @@ class RunOptions:
 
     def wake(self) -> None:
         """Have the driver start beside what Python does next (`wake_gpu`)."""
-        wake_gpu(self.backend, self.device)
+        wake_gpu(self.backend, device_numbers(self.device) or (0,))
 
     def open(self, file: ModelFile, progress: Progress | None, max_tokens: int | None, ranks: bool = False) -> Model:
         """A Model of an open file; closes the file on failure.
@@ -68,7 +70,7 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(command)
     def run(
-        *args: Any, backend: str, device: int, kernels: str, vram: str | None, quiet: bool, verbose: bool, **more: Any
+        *args: Any, backend: str, device: str, kernels: str, vram: str | None, quiet: bool, verbose: bool, **more: Any
     ) -> Any:
         return command(*args, on=RunOptions(backend, device, kernels, vram, quiet, verbose), **more)
 
@@ -87,7 +89,14 @@ def device_options(command: Command) -> Command:
         help="portable: those of every GPU, where this one has its own.",
     )(command)
     command = click.option(
-        "--device", default=0, metavar="N", envvar="KQPREFILL_DEVICE", show_envvar=True, help="CUDA device number."
+        "--device",
+        default="0",
+        show_default=True,
+        metavar="N[,N…]|all",
+        envvar="KQPREFILL_DEVICE",
+        show_envvar=True,
+        callback=_checked_devices,
+        help="CUDA device number; or several, over which the layers are split.",
     )(command)
     return click.option(
         "--backend",
@@ -100,6 +109,14 @@ def device_options(command: Command) -> Command:
     )(command)
 
 
+def _checked_devices(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    try:
+        device_numbers(value)
+    except InputError as error:
+        raise click.BadParameter(str(error)) from None
+    return value
+
+
 def memory_option(command: Command) -> Command:
     """--vram."""
     return click.option(
@@ -107,7 +124,7 @@ def memory_option(command: Command) -> Command:
         metavar="SIZE",
         envvar="KQPREFILL_VRAM",
         show_envvar=True,
-        help="GPU memory to take at most, such as 8G or 75%; layers beyond it are streamed.  "
+        help="GPU memory to take at most, of each device, such as 8G or 75%; layers beyond it are streamed.  "
         "[default: all that is free]",
     )(command)
 

@@ -241,7 +241,7 @@ def _over_ray(
     name: str, work: _Work, options: FolderOptions, on: RunOptions, stack: ExitStack
 ) -> Iterator[tuple[Block, Done]]:
     """Blocks through the replicas of a cluster. Raises InputError where Ray is not installed."""
-    if on.device:
+    if on.device != "0":
         raise click.UsageError(f"--device {on.device}: Ray gives each replica its GPU; leave it out")
     try:
         pool: Any = import_module("kqprefill.ray.pool")

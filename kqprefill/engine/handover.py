@@ -83,7 +83,7 @@ class Saving:
         tokens: Sequence[int],
         cells: int,
     ) -> None:
-        self._family, self._options, self._cells = family, options, cells
+        self._backend, self._family, self._options, self._cells = backend, family, options, cells
         self._writer = StateWriter(file, state_shape(family), options, tokens, cells)
         self._access: StateAccess = backend.state_access(family, cache)
         self._pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
@@ -91,7 +91,10 @@ class Saving:
         self._started: set[int] = set()
 
     def hears(self, progress: Progress) -> Progress:
-        """A Progress for the batch after which the cache has the state: `progress`, and this."""
+        """A Progress for the batch after which the cache has the state: `progress`, and this, where it is told of
+        layers."""
+        if not self._backend.tells_layers:
+            return progress
 
         def heard(stage: str, done: int, total: int) -> None:
             if stage == "prefill":

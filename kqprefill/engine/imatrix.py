@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 import hashlib
@@ -163,23 +164,19 @@ class _Run:
         """What all chunks from number `done` on add up to, with those before."""
         model, (count, context) = self.model, self.chunks.shape
         size = model.backend.batch_size(model.family, batch_tokens, 0, self.progress or no_progress)
-        at_once, running = max(1, size.tokens // context), None
+        at_once, running = max(1, size.tokens // context), deque[PendingHead]()
         while done < count:
             end = min(count, done + at_once)
             if stops is not None:
                 end = min(end, done - done % stops + stops)
-            started = self._start(done, end)
-            if running is not None:  # while the next batch runs
-                running()
-            running = started
-            if not model.backend.runs_ahead:
-                running()
-                running = None
+            running.append(self._start(done, end))
+            while len(running) > model.backend.ahead:
+                running.popleft()()
             done = end
             if on_chunks is not None:
                 on_chunks(done, lambda done=done: self._so_far(done))  # type: ignore[misc]
-        if running is not None:
-            running()
+        for pending in running:
+            pending()
         return self._so_far(done)
 
     @np.errstate(all="ignore")  # what overflows is told by its sum

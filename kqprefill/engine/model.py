@@ -15,6 +15,7 @@ import numpy as np
 from ..backends import open_backend
 from ..backends.base import Backend, Cache
 from ..backends.budget import Budget
+from ..backends.devices import Devices
 from ..core import Batch, Float32Array, HeadResult, Int32Array, Logits, Progress, no_progress
 from ..errors import InputError, ModelError
 from ..gguf import GGUFFile, ModelFile
@@ -329,7 +330,7 @@ class Model(HandsOver):
 def load(
     path: str | os.PathLike[str],
     backend: str = "auto",
-    device: int = 0,
+    device: Devices = 0,
     kernels: str = "auto",
     progress: Progress | None = None,
     warn: Callable[[str], None] | None = None,
@@ -344,7 +345,7 @@ def load(
 def open_model(
     file: ModelFile,
     backend: str = "auto",
-    device: int = 0,
+    device: Devices = 0,
     kernels: str = "auto",
     progress: Progress | None = None,
     warn: Callable[[str], None] | None = None,
@@ -374,10 +375,10 @@ def open_model(
 
 
 def _log_loaded(model: Model) -> None:
-    backend, plan = model.backend, model.backend.plan
+    backend = model.backend
     where = f"{backend.name} ({backend.device_name})"
     _LOG.info("%s loaded in %.2f s, %s", shown(model.file.path), model.timings["load"], where)
-    if plan is not None:
+    for plan in backend.plans:
         _LOG.info("GPU memory: %d of %d bytes that may be taken", plan.nbytes, plan.budget)
         _LOG.info("layers: %d stay, %d are streamed", len(plan.resident), len(plan.streamed))
 

@@ -62,6 +62,13 @@ def _start_driver(driver: Any) -> None:
         raise BackendError(f"the NVIDIA driver finds no GPU that can be used{why}; {_NEEDED}") from error
 
 
+def device_count() -> int:
+    """How many CUDA devices there are, at least one. Raises BackendError where none can be used."""
+    _, driver = import_cuda()
+    _start_driver(driver)
+    return int(check(driver.cuDeviceGetCount()))
+
+
 def check(result: Any) -> Any:
     """The value of a cuda.bindings call, whose first element is its error code. Raises cuda.core's CUDAError."""
     from cuda.core._utils.cuda_utils import handle_return

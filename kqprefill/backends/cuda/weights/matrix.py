@@ -66,11 +66,6 @@ def layer_matrices(family: Family) -> list[list[ModelTensor]]:
     return [[w.tensor for w in block if w.is_matrix] for block in family.blocks]
 
 
-def tensors_outside(family: Family) -> list[ModelTensor]:
-    """Those of the matrices outside the layers that always stay: the output, and whatever else is multiplied by."""
-    return [w.tensor for w in (family.output, *family.other_matrices())]
-
-
 def tile_bytes(tensors: Iterable[ModelTensor]) -> int:
     """What tensors take in device memory together."""
     return sum(aligned(matrix_of(tensor).nbytes) for tensor in tensors)
