@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlannedGpu:
-    """A GPU, or the H100 that is assumed in its place: its number, bytes that may be taken on it, its name for people."""
+    """A GPU, or the H100 that is assumed in its place: its number, bytes that may be taken on it, its name for
+    people."""
 
     number: int
     facts: GpuFacts

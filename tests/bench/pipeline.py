@@ -1,5 +1,5 @@
-"""A model split over several GPUs beside the same on one: rates, what crosses between the devices, and that all bits are
-equal.
+"""A model split over several GPUs beside the same on one: rates, what crosses between the devices, and that all bits
+are equal.
 
 python tests/bench/pipeline.py MODEL DEVICES [VRAM] [--alone VRAM] [--what score,prompt] [--count 2000]
 

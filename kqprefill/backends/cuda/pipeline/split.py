@@ -128,8 +128,8 @@ def split(family: Family, devices: Sequence[Device], tokens: int, work_bytes: in
 
 @dataclass(frozen=True)
 class Flow:
-    """How one kind of work flows through the devices: so many pieces of `tokens` each, in the mean, seconds that each of the devices
-    takes for one of them."""
+    """How one kind of work flows through the devices: so many pieces of `tokens` each, in the mean, seconds that each
+    of the devices takes for one of them."""
 
     pieces: int
     tokens: float
