@@ -76,6 +76,21 @@ def test_cut_packed_and_cached_are_the_same_bits(name, kernels, opened, rng):
     assert np.array_equal(logits[190:], last[100:])
 
 
+SPLIT = "qwen35-tied-nextn gemma3n-tiny gemma4-q4_k_m"
+
+
+@pytest.mark.parametrize("name", slow_but((QUICK,), [(name,) for name in SPLIT.split() if name in CASES]))
+def test_layers_on_two_devices_give_the_same_bits(name, opened, rng):
+    """Wherever the model can be parted: the residual stream, or streams, are all that goes across."""
+    model = opened(name)
+    batch = Batch(rng.integers(0, model.family.config.vocab_size, 70).astype(np.int32))
+    whole = model.run(batch).logits
+    places = [index for index in range(1, len(model.family.blocks)) if model.family.may_part(index)]
+    assert places
+    for first in places[:: max(1, len(places) // 2)]:
+        assert np.array_equal(model.run_in_shares(batch, first), whole), f"parted at {first}"
+
+
 @pytest.mark.parametrize("name,kernels", slow_but((QUICK, "portable"), CUTS))
 def test_threads_in_another_order_are_the_same_bits(name, kernels, opened, rng, monkeypatch):
     """What no barrier keeps in order would differ: a race."""

@@ -212,8 +212,10 @@ def force(monkeypatch, resident):
             resident=tuple(i for i in own if i in resident),
             streamed=streamed,
             streamed_bytes=1 << 30,
-            slot_bytes=max(sum(aligned(t.nbytes) for t in layers[i]) for i in streamed),
-            tile_bytes=max(tile_bytes(layers[i]) for i in streamed),
+            slot_bytes=max(
+                (sum(aligned(t.nbytes) for t in layers[i]) for i in streamed), default=everything.slot_bytes
+            ),
+            tile_bytes=max((tile_bytes(layers[i]) for i in streamed), default=0),
         )
 
     monkeypatch.setattr(backend, "plan_model", plan)

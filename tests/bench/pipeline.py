@@ -1,7 +1,7 @@
 """A model split over several GPUs beside the same on one: rates, what crosses between the devices, and that all bits
 are equal.
 
-python tests/bench/pipeline.py MODEL DEVICES [VRAM] [--alone VRAM] [--what score,prompt] [--count 2000]
+python tests/bench/pipeline.py MODEL DEVICES [VRAM] [--alone VRAM] [--what score,prompt] [--count 2000] [--rounds 3]
 
 MODEL: a file, or a SHAPE:RECIPE. DEVICES: as of --device ("0,1"; "0,0" with KQPREFILL_SAME_DEVICE=1 tries one GPU as if
 it were two). VRAM: of each device; --alone: of the one device that it is held against, "-" where there is none. score:
@@ -22,7 +22,7 @@ from kqprefill.engine.model import Model, open_model
 from kqprefill.engine.scoring import Item
 
 LONG = 32768
-ROUNDS = 3
+WARM = 60  # prompts of the first round, which compiles and finds its memory
 
 
 def prompts_of(vocab: int, count: int) -> list[Item]:
@@ -31,10 +31,10 @@ def prompts_of(vocab: int, count: int) -> list[Item]:
     return [Item(rng.integers(0, vocab, length).tolist()) for length in rng.integers(50, 2001, count)]
 
 
-def best(work: Callable[[], str]) -> tuple[float, str]:
-    """(the best of some rounds' seconds, what the work gave)"""
-    seconds, given = np.inf, work()  # compiles, and finds its memory
-    for _ in range(ROUNDS):
+def best(work: Callable[[], str], rounds: int) -> tuple[float, str]:
+    """(the best of so many rounds' seconds, what the work gave)"""
+    seconds, given = np.inf, ""
+    for _ in range(rounds):
         start = time.perf_counter()
         given = work()
         seconds = min(seconds, time.perf_counter() - start)
@@ -61,7 +61,9 @@ def prefilled(model: Model, tokens: np.ndarray) -> str:
     return digest(logits)
 
 
-def measure(name: str, devices: str, vram: str | None, what: list[str], count: int) -> dict[str, tuple[float, str]]:
+def measure(
+    name: str, devices: str, vram: str | None, what: list[str], count: int, rounds: int
+) -> dict[str, tuple[float, str]]:
     """Rates in tokens a second, and digests, of each kind of work."""
     found = {}
     for kind in what:
@@ -72,13 +74,18 @@ def measure(name: str, devices: str, vram: str | None, what: list[str], count: i
             if ranks:
                 items = prompts_of(model.config.vocab_size, count)
                 tokens = sum(len(item.prompt) for item in items)
-                seconds, bits = best(lambda model=model, items=items: scored(model, items))  # type: ignore[misc]
+                scored(model, items[:WARM])
+                seconds, bits = best(lambda model=model, items=items: scored(model, items), rounds)  # type: ignore[misc]
             else:
                 ids = np.random.default_rng(1).integers(0, model.config.vocab_size, LONG)
                 tokens = LONG
-                seconds, bits = best(lambda model=model, ids=ids: prefilled(model, ids))  # type: ignore[misc]
+                prefilled(model, ids)
+                seconds, bits = best(lambda model=model, ids=ids: prefilled(model, ids), rounds)  # type: ignore[misc]
             found[kind] = tokens / seconds, bits
-            print(f"{name}, {kind}, devices {devices}, {vram or 'all'}: {tokens / seconds:.0f} tokens/s, bits {bits}")
+            print(
+                f"{name}, {kind}, devices {devices}, {vram or 'all'}: {tokens / seconds:.0f} tokens/s, bits {bits}",
+                flush=True,
+            )
             for plan in model.backend.plans:
                 print(
                     "   ", next(iter(plan_lines(plan, model.family))), f"; {plan.share}, {len(plan.streamed)} streamed"
@@ -97,12 +104,15 @@ def main() -> None:
     parser.add_argument("--alone")
     parser.add_argument("--what", default="score,prompt")
     parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     kinds = given.what.split(",")
     alone = {}
     if given.alone != "-":
-        alone = measure(given.model, given.devices.split(",")[0], given.alone or given.vram, kinds, given.count)
-    for kind, (rate, bits) in measure(given.model, given.devices, given.vram, kinds, given.count).items():
+        alone = measure(
+            given.model, given.devices.split(",")[0], given.alone or given.vram, kinds, given.count, given.rounds
+        )
+    for kind, (rate, bits) in measure(given.model, given.devices, given.vram, kinds, given.count, given.rounds).items():
         line = f"{given.model} {kind}: {rate:.0f} tokens/s over {given.devices}"
         if kind in alone:
             one, its = alone[kind]

@@ -206,7 +206,7 @@ class HostCache(DeviceCache):
                 address = self._bytes.ctypes.data + begin
                 pool.submit(populate, address, min(WINDOW, nbytes - begin), write=True)
         with cuda_errors(f"page-locking {gib(nbytes)} of host memory for a cache of {capacity} tokens"):
-            check(gpu.driver.cuMemHostRegister(self._bytes.ctypes.data, nbytes, 0))
+            check((gpu.lock(self._bytes.ctypes.data, nbytes),))
         sizes = [state_bytes(state, capacity) for state in states]
         starts = [sum(sizes[:layer]) for layer in range(len(sizes))]
         self._on_host = [self._bytes[start : start + size] for start, size in zip(starts, sizes)]

@@ -111,7 +111,7 @@ class DeviceStates(StateAccess):
     def _make_slots(self) -> None:
         self._stream = self._gpu.device.create_stream()
         for _ in range(_SLOTS):
-            host = int(check(self._gpu.driver.cuMemHostAlloc(_SLOT_BYTES, 0)))
+            host = self._gpu.locked(_SLOT_BYTES)
             buffer = self._gpu.allocate(_SLOT_BYTES, "the rows of a state")
             self._slots.append(_Slot(buffer, host, self._gpu.device.create_event()))
             self._free.put(self._slots[-1])

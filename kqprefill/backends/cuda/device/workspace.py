@@ -77,7 +77,7 @@ class Downloads:
         driver, (host, room) = self._gpu.driver, self._buffers[which]
         if room < to.nbytes:
             self._free(which)
-            host = check(driver.cuMemHostAlloc(to.nbytes, 0))
+            host = self._gpu.locked(to.nbytes)
             self._buffers[which] = host, to.nbytes
         check(driver.cuMemcpyDtoHAsync(int(host), source.address, to.nbytes, self._gpu.stream.handle))
         landed = self._gpu.stream.record()

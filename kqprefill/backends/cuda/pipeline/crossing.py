@@ -15,7 +15,6 @@ from ..ops.batch import Residual, ResidualBound
 from ..weights.plan import CROSSINGS
 
 _ALREADY = "CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED"
-_FOR_ALL_DEVICES = 1  # CU_MEMHOSTALLOC_PORTABLE
 THROUGH_HOST = "KQPREFILL_PEER"  # =0: through host memory in any case, to measure and to test it
 
 
@@ -122,7 +121,7 @@ class Crossing:
             finally:
                 self._source.device.set_current()
         else:
-            slot.address = int(check(self._source.driver.cuMemHostAlloc(nbytes, _FOR_ALL_DEVICES)))
+            slot.address = self._source.locked(nbytes, for_all=True)
         slot.room = nbytes
 
     def _drop(self, slot: _Slot) -> None:
