@@ -204,18 +204,15 @@ def force(monkeypatch, resident):
 
     def plan(family, facts, kernel_set, budget, tokens, cache_bytes=0, ranks=False, share=None, **more):
         everything = plan_model(family, facts, kernel_set, 1 << 60, tokens, cache_bytes, ranks, share, **more)
-        layers = layer_matrices(family)
-        own = everything.share.layers
-        streamed = tuple(i for i in own if i not in resident)
+        own, layers = everything.share.layers, layer_matrices(family)
+        streamed = [i for i in own if i not in resident]
         return replace(
             everything,
             resident=tuple(i for i in own if i in resident),
-            streamed=streamed,
+            streamed=tuple(streamed),
             streamed_bytes=1 << 30,
-            slot_bytes=max(
-                (sum(aligned(t.nbytes) for t in layers[i]) for i in streamed), default=everything.slot_bytes
-            ),
-            tile_bytes=max((tile_bytes(layers[i]) for i in streamed), default=0),
+            slot_bytes=max([1 << 20, *(sum(aligned(t.nbytes) for t in layers[i]) for i in streamed)]),
+            tile_bytes=max([0, *(tile_bytes(layers[i]) for i in streamed)]),
         )
 
     monkeypatch.setattr(backend, "plan_model", plan)
