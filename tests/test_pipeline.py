@@ -262,9 +262,9 @@ def test_sums_of_a_pipeline(rng):
         with kqprefill.load(EXAMPLE, backend="cuda", device=device) as model:
             tokens = np.random.default_rng(2).integers(0, model.config.vocab_size, 512).tolist()
             found_sums.append(importance_matrix(model, tokens, 128, output=True).squares)
-    one, several = found_sums
-    assert set(one) == set(several)
-    assert all(np.array_equal(one[names].sums, several[names].sums) for names in one)
+    one, others = found_sums
+    assert set(one) == set(others)
+    assert all(np.array_equal(one[names].sums, others[names].sums) for names in one)
 
 
 @pytest.mark.gpu
