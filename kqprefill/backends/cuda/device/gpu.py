@@ -197,7 +197,9 @@ class Gpu:
         return free, total
 
     def bus_rate(self) -> float:
-        """Bytes a second from page-locked host memory, measured once nothing else uses the bus."""
+        """Bytes a second from page-locked host memory, measured once nothing else uses the bus. The device is current
+        then in the thread that asks."""
+        self.device.set_current()
         self.device.sync()
         nbytes, timing = 32 << 20, self.core.EventOptions(timing_enabled=True)
         host, buffer = self.locked(nbytes), self.allocate(nbytes, "measuring the bus")
