@@ -8,12 +8,12 @@ device's, since none depends on how a prompt is cut.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
 from threading import Lock
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -34,8 +34,6 @@ from ..weights.plan import Plan, budget_of
 from .crossing import Crossing, Parcel
 from .members import Member, PipelineCache, PipelineCollector, PipelineStates
 from .split import Device, chunk_tokens, shared_budget, split
-
-_R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
@@ -141,7 +139,10 @@ class Pipeline(Backend):
             )
             for number, (member, budget, share) in enumerate(zip(self._members, budgets, shares))
         ]
-        _all_of(loading)
+        wait(loading)
+        for member, loaded in zip(self._members, loading):
+            with member.named():
+                loaded.result()
 
     def _budgets(self, vram: Budget | None) -> list[int]:
         """Bytes that each member may take."""
@@ -187,7 +188,7 @@ class Pipeline(Backend):
     ) -> tuple[PendingHead, dict[str, Stage] | None]:
         assert cache is None or isinstance(cache, PipelineCache), "a cache of another backend"
         assert collector is None or isinstance(collector, PipelineCollector), "a collector of another backend"
-        chunks = self._chunks(family, batch, logits)
+        chunks = [batch] if collector is not None else self._chunks(family, batch, logits)
         if len(chunks) > 1 and cache is None:
             cache = self._own_cache(family, len(batch.tokens))
         begun = []
@@ -272,32 +273,32 @@ class Pipeline(Backend):
             member.laps.begin()
             return crossing.receive(received, to)
 
-        if received is None:
-            member.laps.begin()
-        try:
-            x, pending, stages = member.backend.advance(
-                family,
-                batch,
-                cache,
-                asked.logits,
-                progress,
-                asked.timed,
-                collector,
-                None if received is None else receive,
-                asked.head,
-            )
-        finally:
-            if crossing is not None and received is not None:
-                crossing.give_back(received)
-        member.laps.end()
-        member.tokens += len(batch.tokens)
-        if number < len(self._crossings):
-            with cuda_errors("handing the residual stream on"):
+        with member.named(), cuda_errors("prefill"):
+            if received is None:
+                member.laps.begin()
+            try:
+                x, pending, stages = member.backend.advance(
+                    family,
+                    batch,
+                    cache,
+                    asked.logits,
+                    progress,
+                    asked.timed,
+                    collector,
+                    None if received is None else receive,
+                    asked.head,
+                )
+            finally:
+                if crossing is not None and received is not None:
+                    crossing.give_back(received)
+            member.laps.end()
+            member.tokens += len(batch.tokens)
+            if number < len(self._crossings):
                 return _Passed(self._crossings[number].send(x), None, stages)
-        if pending is None or asked.logits in ("ranks", "pooled"):
-            return _Passed(None, pending, stages)
-        result = pending()  # in the thread where the device is current
-        return _Passed(None, lambda: result, stages)
+            if pending is None or asked.logits in ("ranks", "pooled"):
+                return _Passed(None, pending, stages)
+            result = pending()  # in the thread where the device is current
+            return _Passed(None, lambda: result, stages)
 
     def floors(self, family: Family) -> list[tuple[str, Callable[[int], float]]]:
         own = [member.backend.floors(family) for member in self._members]
@@ -361,13 +362,6 @@ def _of_chunks(progress: Progress, number: int, count: int) -> Progress:
         progress(stage, done, total)
 
     return heard
-
-
-def _all_of(futures: Sequence[Future[_R]]) -> list[_R]:
-    """All results, once all are done. Raises what the first of them that failed raised."""
-    for future in futures:
-        future.exception()
-    return [future.result() for future in futures]
 
 
 def _added(parts: Iterable[dict[str, Stage] | None]) -> dict[str, Stage]:

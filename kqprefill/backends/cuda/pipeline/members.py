@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import ParamSpec, TypeVar
 
 from ....collector import Collector, Squares
@@ -22,10 +22,10 @@ class Member:
     """One of the devices: its backend, and the one thread that speaks to it, in which it is current."""
 
     def __init__(self, device: int, kernels: str, ahead: int) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"device-{device}")
+        self._device, self._thread = device, ThreadPoolExecutor(1, thread_name_prefix=f"device-{device}")
         self.tokens = 0  # of the batches that have gone through
         try:
-            self.backend = self.call(CudaBackend, device, kernels, ahead)
+            self.backend = self.submit(CudaBackend, device, kernels, ahead).result()  # says which device it is
             self.laps = self.call(Laps, self.backend.gpu)
         except BaseException:
             self._thread.shutdown()
@@ -36,8 +36,17 @@ class Member:
         return self._thread.submit(work, *args, **named)
 
     def call(self, work: Callable[_P, _R], *args: _P.args, **named: _P.kwargs) -> _R:
-        """The same, waited for."""
-        return self.submit(work, *args, **named).result()
+        """The same, waited for. Raises BackendErrors with the device's name before them."""
+        with self.named():
+            return self.submit(work, *args, **named).result()
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Have a BackendError inside the block say which device it is of."""
+        try:
+            yield
+        except BackendError as error:
+            raise BackendError(f"device {self._device}: {error}") from error
 
     def close(self) -> None:
         with suppress(BackendError):
