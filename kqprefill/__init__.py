@@ -94,9 +94,9 @@ def load(
     warn: warn(line) hears why "auto" took the CPU; unless given, the logger "kqprefill" where anybody listens to it,
         else stderr.
     vram: the GPU memory that may be taken of each device, all told: bytes, "8G" or "75%"; None for all that is free.
-    Layers that have no room in it are streamed from the file for each prompt, with the same results. max_tokens: the
-    longest prompt to keep room for (a longer one makes layers leave). Where layers are streamed, `Model.score` makes
-    room for the batches that hide their copies by itself.
+        Layers that have no room in it are streamed from the file for each prompt, with the same results.
+    max_tokens: the longest prompt to keep room for (a longer one makes layers leave). Where layers are streamed,
+        `Model.score` makes room for the batches that hide their copies by itself.
 
     Raises GGUFError (a bad file), ModelError (a model that is not supported), BackendError (no usable GPU, or not
     enough memory), InputError (a bad argument).

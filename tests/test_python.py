@@ -147,6 +147,11 @@ OUTPUTS = [
     ("inspect --json", ["inspect", EXAMPLE, "--json"], None),
     ("tokenize --json", ["tokenize", EXAMPLE, "Hi", "--json"], None),
     ("tokenize --json", ["tokenize", EXAMPLE, "--decode", "72,105", "--json"], None),
+    (
+        "plan --device 0,1 --json",
+        ["plan", "qwen3-8b:Q4_K_M", "--device", "0,1", "--vram", "8G", "--json"],
+        None,
+    ),
     ("doctor --json", ["doctor", "--json"], None),
     ("cache --json", ["cache", "--json"], None),
 ]
