@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ..errors import BackendError, InputError
 
 if TYPE_CHECKING:
+    from ..models.precision import Precision
     from .base import Backend
     from .budget import Budget
 
 NAMES = ("auto", "cpu", "cuda")
 KERNELS = ("auto", "portable")
+PRECISIONS = ("exact", "int8")  # those of kqprefill.models.precision, which NumPy comes with
 
 
 def open_backend(name: str, device: int, kernels: str, warn: Callable[[str], None]) -> Backend:
@@ -37,6 +39,13 @@ def open_backend(name: str, device: int, kernels: str, warn: Callable[[str], Non
     from .cpu.backend import CpuBackend
 
     return CpuBackend()
+
+
+def precision_called(name: str) -> Precision:
+    """The precision of that name. Raises InputError for an unknown one."""
+    if name not in PRECISIONS:
+        raise InputError(f"precision {name!r} is unknown; choose one of {', '.join(PRECISIONS)}")
+    return cast("Precision", name)
 
 
 def device_room(name: str, device: int, vram: Budget | None) -> int | None:
