@@ -18,7 +18,7 @@ from .common import (
     size,
     wrapped,
 )
-from .run_options import device_options, memory_option, say_ignored
+from .run_options import device_options, memory_option, precision_option, say_ignored
 
 if TYPE_CHECKING:
     from ..models.family import Family
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, sizes in bytes.")
 @device_options
 @memory_option
+@precision_option
 def plan(
     model: str,
     length: str,
@@ -40,6 +41,7 @@ def plan(
     device: int,
     kernels: str,
     vram: str | None,
+    precision: str,
 ) -> None:
     """Say what would stay in GPU memory.
 
@@ -70,8 +72,10 @@ def plan(
         if not 0 < tokens <= family.config.context_length:
             raise InputError(f"-p {tokens}: the model's context is 1 to {family.config.context_length} tokens")
         if backend == "cpu":
-            _plan_cpu(model, family, tokens, as_json)
+            _plan_cpu(model, family, tokens, precision, as_json)
             return
+        if precision != "exact":
+            raise BackendError(f"precision {precision} is not there on a GPU yet; --backend cpu has it")
         budget = None if vram is None else Budget.parse(vram)
         try:
             gpu = Gpu(device)
@@ -100,6 +104,7 @@ def plan(
         described = {
             "model": model,
             "device": name,
+            "precision": precision,
             "budget_bytes": made.budget,
             "planned_bytes": made.nbytes,
             "parts": made.parts,
@@ -112,7 +117,7 @@ def plan(
         }
         print_object(described)
         return
-    print_text(wrapped(f"{model} on {name}, prompts of {tokens} tokens"))
+    print_text(wrapped(f"{model} on {name}, {precision}, prompts of {tokens} tokens"))
     for line in plan_lines(made, family):
         click.echo(line)
     for line in _speed_lines(tokens, made.streamed_bytes, bounds):
@@ -140,7 +145,7 @@ def _speed_lines(tokens: int, streamed_bytes: int, bounds: dict[str, float | Non
         yield line + ("" if batch is None else f"; score and perplexity take batches of {batch} tokens by themselves")
 
 
-def _plan_cpu(model: str, family: Family, tokens: int, as_json: bool) -> None:
+def _plan_cpu(model: str, family: Family, tokens: int, precision: str, as_json: bool) -> None:
     """What the CPU backend takes: nothing is planned there, since the system takes mapped pages back as it needs."""
     say_ignored()
     config = family.config
@@ -152,11 +157,14 @@ def _plan_cpu(model: str, family: Family, tokens: int, as_json: bool) -> None:
         "activations": 4 * tokens * (2 * config.embedding_length + 3 * widest),
     }
     if as_json:
-        described = {"model": model, "device": "cpu", "parts": parts, "prompt_tokens": tokens}
-        print_object(described)
+        about = {"model": model, "device": "cpu", "precision": precision}
+        print_object({**about, "parts": parts, "prompt_tokens": tokens})
         return
     print_text(
-        wrapped(f"{model} on the CPU, prompts of {tokens} tokens: nothing is planned there, and no budget is kept to")
+        wrapped(
+            f"{model} on the CPU, {precision}, prompts of {tokens} tokens: nothing is planned there, and no budget is "
+            "kept to"
+        )
     )
     notes = {"weights": "mapped from the file", "keys, values": "of a layer at a time", "activations": "about"}
     for name, nbytes in parts.items():

@@ -26,8 +26,10 @@ _ROTATED_AT_ONCE = 1 << 18  # elements that are rotated at a time
 
 @dataclass(frozen=True)
 class Rounded:
-    """Rows that were rotated and rounded: integers of -127 to 127, int8 [n, columns], the columns filled up to a multiple
-    of 128; and each row's scale, float32 [n], which is not finite where the row held NaN or an infinity.
+    """Rows that were rotated and rounded.
+
+    integers: -127 to 127, int8 [n, columns], the columns filled up to a multiple of 128. scales: each row's, float32
+    [n], which is not finite where the row held NaN or an infinity.
     """
 
     integers: NDArray[np.int8]
