@@ -47,6 +47,7 @@ from .functions import (
 from .int8 import Rounded, multiply_rounded
 from .latent_ops import LatentOps
 from .recurrent_ops import RecurrentOps, State, first_state
+from .steady import multiply_by_place
 from .weights import DecodedWeights
 
 _MATRIX_PIECE, _MATRIX_ROWS = 1 << 25, 1 << 13  # elements (128 MB), and rows, of a matrix that are decoded at once
@@ -99,6 +100,7 @@ class CpuOps(AttentionOps, LatentOps, RecurrentOps, AltUpOps):
         multiplied as."""
         super().__init__(family.layer_states)
         self._precision = precision
+        self._steady, self._positions = precision != "exact", batch.positions
         self.config, self.batch, self.cache = family.config, batch, cache
         self._weights = DecodedWeights(room=0) if weights is None else weights
         # What BLAS makes of a row depends on how many rows there are: each segment is multiplied by itself, so that it
@@ -187,13 +189,18 @@ class CpuOps(AttentionOps, LatentOps, RecurrentOps, AltUpOps):
         if isinstance(a, Rounded):
             multiply_rounded(a, self._weights.rounded(weight.tensor, piece.start, piece.stop), out)
         else:
-            matrix = self._weights.rows(weight.tensor, piece.start, piece.stop)
-            cuts = np.flatnonzero(np.diff(self._segment_of[batch_rows])) + 1
-            multiply(a, matrix, [0, *cuts, len(a)], out)
+            self._multiply(a, self._weights.rows(weight.tensor, piece.start, piece.stop), batch_rows, out)
         if weight.bias is not None:
             out += vector_of(weight.bias)[piece]
         if scale != 1.0:
             out *= np.float32(scale)
+
+    def _multiply(self, a: Float32Array, matrix: Float32Array, batch_rows: NDArray[Any], out: Float32Array) -> None:
+        if self._steady:
+            multiply_by_place(a, matrix, self._positions[batch_rows], out)
+            return
+        cuts = np.flatnonzero(np.diff(self._segment_of[batch_rows])) + 1
+        multiply(a, matrix, [0, *cuts, len(a)], out)
 
     def mlp(
         self,
