@@ -200,6 +200,7 @@ def test_records_with_a_precision_of_their_own(tmp_path):
     assert refused.returncode == 1 and b'the key "precision" is one of the result\'s own' in refused.stderr
     kept = read(score(tmp_path / "in", *INT8, "--keep-as", "mine").stdout)
     assert [(line["precision"], line["mine"]["precision"]) for line in kept] == [("int8", "int8")] * 3
+    assert score(tmp_path / "in", *INT8, "--keep-as", "precision").returncode == 2
 
 
 @pytest.mark.parametrize("begun,now", [("exact", "int8"), ("int8", "exact")])

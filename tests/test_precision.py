@@ -8,7 +8,7 @@ import pytest
 from conftest import CASES, EXAMPLE, kl_divergence, relative_error
 import kqprefill
 from kqprefill.backends import PRECISIONS
-from kqprefill.backends.cpu import int8
+from kqprefill.backends.cpu import int8, steady
 from kqprefill.backends.cpu.backend import CpuBackend
 from kqprefill.backends.cpu.functions import attention_tasks
 from kqprefill.backends.cpu.int8 import Rounded, multiply_rounded, rotated
@@ -206,14 +206,15 @@ def test_the_same_bits_however_a_prompt_is_cut_or_packed(name, rng):
         assert (together[2][0].logprobs == together[0].logprobs[half - 1 :]).all()
 
 
-def test_products_by_place(several_threads, rng):  # noqa: F811
+def test_products_by_place(several_threads, rng, monkeypatch):  # noqa: F811
     a, matrix = rng.standard_normal((150, 70), np.float32), rng.standard_normal((1100, 70), np.float32)
     positions = np.r_[np.arange(90), np.arange(40, 100)]
+    monkeypatch.setattr(steady, "_AT_ONCE", 2)
     out = np.full((150, 1200), np.nan, np.float32)[:, 50:1150]
     multiply_by_place(a, matrix, positions, out)
     assert relative_error(a.astype(np.float64) @ matrix.T.astype(np.float64), out) < 1e-6
-    for own in (slice(0, 1), slice(3, 40), slice(31, 33), slice(85, 120)):
-        alone = np.empty((own.stop - own.start, 1100), np.float32)
+    for own in (slice(0, 1), slice(3, 40), slice(31, 33), slice(85, 120), slice(0, 150, 32)):
+        alone = np.empty((len(positions[own]), 1100), np.float32)
         multiply_by_place(a[own], matrix, positions[own], alone)
         assert (alone == out[own]).all()
 

@@ -132,7 +132,8 @@ def score(
         raise click.UsageError("--resume continues an --output FILE, without --html")
     if html == STDIO:
         raise click.UsageError("--html - : the results have stdout; name a file")
-    if keep_as is not None and (keep_as in OURS or not keep_as):
+    ours = OURS | _mark(on.precision).keys()
+    if keep_as is not None and (keep_as in ours or not keep_as):
         raise click.UsageError(f"--keep-as {keep_as}: a result has a key of that name; choose another")
     wanted = Wanted(per_token, greedy, top)
     options = FolderOptions(ray, replicas, block, form)
@@ -172,7 +173,7 @@ def score(
 
                 page = Page(page_file, model, name, min(_HTML_TOP, top))
             make = partial(model.item, parse_special=not no_special, chat_template=template)
-            records = Records(paths, make, lines.done, keep_as, ours=OURS | _mark(model.precision).keys())
+            records = Records(paths, make, lines.done, keep_as, ours=ours)
             run = _Run(model, records, lines, wanted, on_error == "skip", page, bars)
             begin = time.perf_counter()
             run.go(batch_tokens, top)

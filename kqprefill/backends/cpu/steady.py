@@ -20,19 +20,36 @@ from .threads import in_parallel
 
 _ROWS = 32  # of a product
 _TILE_ROWS = 512  # of a matrix that are multiplied by at a time
+_AT_ONCE = 64  # products, for whose rows there is memory
 
 
 def multiply_by_place(a: Float32Array, matrix: Float32Array, positions: NDArray[np.integer], out: Float32Array) -> None:
     """a · matrixᵀ, [T, columns] by [rows, columns], to out [T, rows], on all cores; positions [T]: the tokens'."""
     place = positions % _ROWS
-    block = np.cumsum(np.r_[0, np.diff(place) <= 0])  # a product's tokens ascend
-    rows = np.zeros((block[-1] + 1, _ROWS, a.shape[1]), np.float32)
-    rows[block, place] = a
+    by_place = np.argsort(place, kind="stable")
+    firsts = np.searchsorted(place[by_place], np.arange(_ROWS))
+    product = np.empty(len(a), np.intp)  # which each token is in: the first that has its place free
+    product[by_place] = np.arange(len(a)) - firsts[place[by_place]]
+    for begin in range(0, int(product.max()) + 1, _AT_ONCE):
+        chosen = np.flatnonzero((product >= begin) & (product < begin + _AT_ONCE))
+        where = product[chosen] - begin, place[chosen]
+        rows = np.zeros((int(where[0].max()) + 1, _ROWS, a.shape[1]), np.float32)
+        rows[where] = a[chosen]
+        tiles = (slice(at, at + _TILE_ROWS) for at in range(0, len(matrix), _TILE_ROWS))
+        in_parallel([partial(_multiply_tile, rows, matrix, where, out, chosen, tile) for tile in tiles])
 
-    def tile(own: slice) -> None:
-        out[:, own] = np.matmul(rows, matrix[own].T)[block, place]
 
-    in_parallel([partial(tile, slice(at, at + _TILE_ROWS)) for at in range(0, len(matrix), _TILE_ROWS)])
+def _multiply_tile(
+    rows: Float32Array,
+    matrix: Float32Array,
+    where: tuple[NDArray[np.intp], NDArray[np.integer]],
+    out: Float32Array,
+    to: NDArray[np.intp],
+    tile: slice,
+) -> None:
+    """Products [n, rows of a product, columns] by some rows of a matrix; what is at `where` goes to these rows of
+    out."""
+    out[to, tile] = np.matmul(rows, matrix[tile].T)[where]
 
 
 def steady_attention_tasks(
