@@ -147,12 +147,12 @@ def test_a_plan_for_a_gpu():
     assert done.stderr == b"kqprefill: precision int8 is not there on a GPU yet; --backend cpu has it\n"
 
 
-def test_the_server_says_it(models):
-    from kqprefill.serve.openai import Server
-    from kqprefill.serve.openai import models as told
+def test_the_server_says_it(by_environment):
+    pytest.importorskip("uvicorn", reason="needs pip install '.[serve]'")
+    from test_serve_http import served
 
-    for model in models:
-        assert told(Server(model, "m", 20, 1000, None), 0)["data"][0]["precision"] == model.precision
+    with served() as server:
+        assert server.ask("GET", "/v1/models")[2]["data"][0]["precision"] == "int8"
 
 
 # Outputs that are gone on with ---------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ import click
 from ..errors import InputError
 from .common import (
     batch_option,
-    how_it_ran,
     open_file,
     read_text,
     say,
@@ -160,7 +159,8 @@ def serve(
             serving.drain()
 
         on_signals(end)
-        on.say(f"{server.name} is served at {address_of(listening)}: {how_it_ran(model)}")
+        where = f"{model.backend.name}, {model.backend.device_name}, {model.precision}"
+        on.say(f"{server.name} is served at {address_of(listening)} ({where})")
         if key is None and host not in _LOCAL:
             on.say(f"--host {host}: whoever reaches it may use it; --api-key asks for a key")
         serving.run()
