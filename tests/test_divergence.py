@@ -327,7 +327,7 @@ def test_memory_of_a_device_is_shared_out(monkeypatch):
     asked = []
 
     def on(vram):
-        return RunOptions("cuda", "0", "auto", vram, quiet=False, verbose=False)
+        return RunOptions("cuda", "0", "auto", vram, "exact", quiet=False, verbose=False)
 
     def open_fake(file, on):
         nbytes = file.tensors["x"].nbytes

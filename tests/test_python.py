@@ -41,7 +41,7 @@ def test_listing_the_package_is_light():
 def test_help_says_what_the_arguments_are():
     code = "import kqprefill; help(kqprefill.load)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
-    for name in ("path", "backend", "device", "kernels", "progress", "warn", "vram", "max_tokens"):
+    for name in ("path", "backend", "device", "kernels", "progress", "warn", "vram", "max_tokens", "precision"):
         assert re.search(rf"^ +{name}: ", shown, re.MULTILINE) and f"{name}: '" in shown.splitlines()[2]
 
 
@@ -73,7 +73,7 @@ def test_reprs_are_a_line(model, rng):
 
 def test_a_models_repr_says_what_and_where():
     model = kqprefill.load(EXAMPLE, backend="cpu")
-    assert repr(model).startswith(f"<Model {EXAMPLE}: qwen3, 2 layers, vocabulary 256, context 4096, on cpu (")
+    assert repr(model).startswith(f"<Model {EXAMPLE}: qwen3, 2 layers, vocabulary 256, context 4096, exact on cpu (")
     model.close()
     assert repr(model).endswith("closed>")
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ..errors import BackendError, InputError
 from .devices import Devices, device_numbers
 
 if TYPE_CHECKING:
+    from ..models.precision import Precision
     from .base import Backend
     from .budget import Budget
 
 NAMES = ("auto", "cpu", "cuda")
 KERNELS = ("auto", "portable")
+PRECISIONS = ("exact", "int8")  # those of kqprefill.models.precision, which NumPy comes with
 
 
 def open_backend(name: str, device: Devices, kernels: str, warn: Callable[[str], None]) -> Backend:
@@ -53,6 +55,13 @@ def _cuda(numbers: tuple[int, ...] | None, kernels: str) -> Backend:
     from .cuda.pipeline.backend import Pipeline
 
     return Pipeline(numbers, kernels)
+
+
+def precision_called(name: str) -> Precision:
+    """The precision of that name. Raises InputError for an unknown one."""
+    if name not in PRECISIONS:
+        raise InputError(f"precision {name!r} is unknown; choose one of {', '.join(PRECISIONS)}")
+    return cast("Precision", name)
 
 
 def device_room(name: str, device: Devices, vram: Budget | None) -> int | None:

@@ -16,6 +16,7 @@ from ..collector import Collector
 from ..core import BATCH_TOKENS, FIRST_TOKENS, Batch, Float32Array, Logits, PendingHead, Progress, no_progress
 from ..errors import InputError
 from ..models.family import Family
+from ..models.precision import Precision
 from ..timeline import Stage
 from .budget import Budget
 
@@ -166,12 +167,13 @@ class Backend(ABC):
         vram: Budget | None = None,
         tokens: int | None = None,
         ranks: bool = False,
+        precision: Precision = "exact",
     ) -> None:
         """Make the family's weights ready (a no-op on the CPU); progress hears how far it is.
 
         vram: device memory that may be taken, None for all that is free. tokens: of the longest prompt, or (ranks) of
-        the largest batch with targets, to plan for; None where the backend is to choose. Raises BackendError where the
-        model cannot run within it.
+        the largest batch with targets, to plan for; None where the backend is to choose. precision: what matrices are
+        multiplied as. Raises BackendError where the model cannot run within it, or the backend not so.
         """
 
     def batch_size(

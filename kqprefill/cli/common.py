@@ -121,6 +121,11 @@ def plan_lines(plan: Plan, family: Family) -> Iterator[str]:
     )
 
 
+def how_it_ran(model: Model) -> str:
+    """A model's backend, device and precision, for people."""
+    return f"{model.backend.name} ({model.backend.device_name}), {model.precision}"
+
+
 def say_loaded(model: Model) -> None:
     """What an open Model's backend has loaded, and where, on stderr."""
     loaded = model.backend.loaded

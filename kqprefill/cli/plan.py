@@ -19,7 +19,7 @@ from .common import (
     wrapped,
 )
 from .plan_devices import described_plan, planned_gpus, print_pipeline
-from .run_options import device_options, memory_option, say_ignored
+from .run_options import device_options, memory_option, precision_option, say_ignored
 
 if TYPE_CHECKING:
     from ..models.family import Family
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, sizes in bytes.")
 @device_options
 @memory_option
+@precision_option
 def plan(
     model: str,
     length: str,
@@ -41,6 +42,7 @@ def plan(
     device: str,
     kernels: str,
     vram: str | None,
+    precision: str,
 ) -> None:
     """Say what would stay in GPU memory.
 
@@ -70,8 +72,10 @@ def plan(
         if not 0 < tokens <= family.config.context_length:
             raise InputError(f"-p {tokens}: the model's context is 1 to {family.config.context_length} tokens")
         if backend == "cpu":
-            _plan_cpu(model, family, tokens, as_json)
+            _plan_cpu(model, family, tokens, precision, as_json)
             return
+        if precision != "exact":
+            raise BackendError(f"precision {precision} is not there on a GPU yet; --backend cpu has it")
         gpus = planned_gpus(device, None if vram is None else Budget.parse(vram))
         if len(gpus) > 1:
             print_pipeline(model, family, gpus, kernels, tokens, as_json)
@@ -93,6 +97,7 @@ def plan(
         described = {
             "model": model,
             "device": name,
+            "precision": precision,
             **described_plan(made),
             "prompt_tokens": tokens,
             "layers": len(family.blocks),
@@ -100,7 +105,7 @@ def plan(
         }
         print_object(described)
         return
-    print_text(wrapped(f"{model} on {name}, prompts of {tokens} tokens"))
+    print_text(wrapped(f"{model} on {name}, {precision}, prompts of {tokens} tokens"))
     for line in plan_lines(made, family):
         click.echo(line)
     for line in _speed_lines(tokens, made.streamed_bytes, bounds):
@@ -128,7 +133,7 @@ def _speed_lines(tokens: int, streamed_bytes: int, bounds: dict[str, float | Non
         yield line + ("" if batch is None else f"; score and perplexity take batches of {batch} tokens by themselves")
 
 
-def _plan_cpu(model: str, family: Family, tokens: int, as_json: bool) -> None:
+def _plan_cpu(model: str, family: Family, tokens: int, precision: str, as_json: bool) -> None:
     """What the CPU backend takes: nothing is planned there, since the system takes mapped pages back as it needs."""
     say_ignored()
     config = family.config
@@ -140,11 +145,14 @@ def _plan_cpu(model: str, family: Family, tokens: int, as_json: bool) -> None:
         "activations": 4 * tokens * (2 * config.embedding_length + 3 * widest),
     }
     if as_json:
-        described = {"model": model, "device": "cpu", "parts": parts, "prompt_tokens": tokens}
-        print_object(described)
+        about = {"model": model, "device": "cpu", "precision": precision}
+        print_object({**about, "parts": parts, "prompt_tokens": tokens})
         return
     print_text(
-        wrapped(f"{model} on the CPU, prompts of {tokens} tokens: nothing is planned there, and no budget is kept to")
+        wrapped(
+            f"{model} on the CPU, {precision}, prompts of {tokens} tokens: nothing is planned there, and no budget is "
+            "kept to"
+        )
     )
     notes = {"weights": "mapped from the file", "keys, values": "of a layer at a time", "activations": "about"}
     for name, nbytes in parts.items():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..backends import KERNELS, NAMES
+from ..backends import KERNELS, NAMES, PRECISIONS
 from ..backends.devices import device_numbers
 from ..backends.wake import wake_gpu
 from ..errors import InputError
@@ -30,6 +30,7 @@ class RunOptions:
     device: str
     kernels: str
     vram: str | None
+    precision: str
     quiet: bool
     verbose: bool
 
@@ -46,7 +47,7 @@ class RunOptions:
         from ..engine.model import open_model
 
         on = self.backend, self.device, self.kernels
-        model = open_model(file, *on, progress, self.say, self.vram, max_tokens, ranks)
+        model = open_model(file, *on, progress, self.say, self.vram, max_tokens, ranks, self.precision)
         if model.backend.name == "cpu" and not self.quiet:
             say_ignored()
         return model
@@ -63,18 +64,26 @@ class RunOptions:
 
 
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--backend, --device, --kernels, --vram, --quiet, --verbose; the command gets them as `on`, a RunOptions.
+    """--backend, --device, --kernels, --vram, --precision, --quiet, --verbose; the command gets them as `on`.
 
     It stands below the command's other options, nearest to the function.
     """
 
     @wraps(command)
     def run(
-        *args: Any, backend: str, device: str, kernels: str, vram: str | None, quiet: bool, verbose: bool, **more: Any
+        *args: Any,
+        backend: str,
+        device: str,
+        kernels: str,
+        vram: str | None,
+        precision: str,
+        quiet: bool,
+        verbose: bool,
+        **more: Any,
     ) -> Any:
-        return command(*args, on=RunOptions(backend, device, kernels, vram, quiet, verbose), **more)
+        return command(*args, on=RunOptions(backend, device, kernels, vram, precision, quiet, verbose), **more)
 
-    return device_options(memory_option(_volume_options(run)))
+    return device_options(memory_option(precision_option(_volume_options(run))))
 
 
 def device_options(command: Command) -> Command:
@@ -126,6 +135,20 @@ def memory_option(command: Command) -> Command:
         show_envvar=True,
         help="GPU memory to take at most, of each device, such as 8G or 75%; layers beyond it are streamed.  "
         "[default: all that is free]",
+    )(command)
+
+
+def precision_option(command: Command) -> Command:
+    """--precision."""
+    return click.option(
+        "--precision",
+        type=click.Choice(PRECISIONS),
+        default="exact",
+        show_default=True,
+        envvar="KQPREFILL_PRECISION",
+        show_envvar=True,
+        help="int8: layers' large matrices, and what they are multiplied by, are rounded to 8 bits; `kqprefill kld` "
+        "says what that changes.",
     )(command)
 
 

@@ -12,6 +12,7 @@ from ...collector import Collector
 from ...core import KEYS_PER_TOKEN, Batch, Logits, PendingHead, Progress, no_progress
 from ...errors import BackendError
 from ...models.family import Family
+from ...models.precision import Precision
 from ...timeline import Stage, Timeline
 from ..base import Backend, BatchSize, Cache, Loaded, StateAccess
 from ..budget import Budget
@@ -108,9 +109,12 @@ class CudaBackend(Backend):
         vram: Budget | None = None,
         tokens: int | None = None,
         ranks: bool = False,
+        precision: Precision = "exact",
         share: Share | None = None,
     ) -> None:
         """As Backend.load; share: the layers to run here, all unless given."""
+        if precision != "exact":
+            raise BackendError(f"precision {precision} is not there on a GPU yet; --backend cpu has it")
         self._ranks, self._size, self._speed = ranks, None, Speed(family, self.gpu, self.kernel_set)
         self._share = share or Share.whole(family)
         with cuda_errors("loading the model"):

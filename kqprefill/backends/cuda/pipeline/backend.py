@@ -21,6 +21,7 @@ from ....collector import Collector
 from ....core import BATCH_TOKENS, Batch, HeadResult, Logits, PendingHead, Progress, no_progress
 from ....errors import BackendError
 from ....models.family import Family
+from ....models.precision import Precision
 from ....timeline import Stage
 from ...base import Backend, BatchSize, Cache, Loaded, StateAccess
 from ...budget import Budget
@@ -120,6 +121,7 @@ class Pipeline(Backend):
         vram: Budget | None = None,
         tokens: int | None = None,
         ranks: bool = False,
+        precision: Precision = "exact",
     ) -> None:
         budgets = self._budgets(vram)
         if not ranks:
@@ -135,7 +137,14 @@ class Pipeline(Backend):
         planned = None if ranks and tokens is None else at_once
         loading = [
             member.submit(
-                member.backend.load, family, heard.part(number), Budget.parse(str(budget)), planned, ranks, share
+                member.backend.load,
+                family,
+                heard.part(number),
+                Budget.parse(str(budget)),
+                planned,
+                ranks,
+                precision,
+                share,
             )
             for number, (member, budget, share) in enumerate(zip(self._members, budgets, shares))
         ]
