@@ -46,6 +46,7 @@ class HostGpu:
             cuMemHostAlloc=self._host_alloc,
             cuMemFreeHost=lambda host: self.blocks.pop(int(host)),
             cuMemcpyDtoHAsync=lambda to, source, nbytes, stream: (ctypes.memmove(to, source, nbytes), (OK,))[1],
+            cuMemcpyHtoDAsync=lambda to, source, nbytes, stream: (ctypes.memmove(to, source, nbytes), (OK,))[1],
             cuMemHostRegister=lambda *args: (OK,),
             cuMemHostUnregister=lambda *args: (OK,),
             cuStreamSynchronize=lambda *args: (OK,),

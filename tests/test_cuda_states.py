@@ -15,7 +15,7 @@ from kqprefill.backends.cuda.device.signatures import signatures_of
 from kqprefill.backends.cuda.gemm.operand import operand_positions
 from kqprefill.backends.cuda.kv_cache import DeviceCache, HostCache, state_bytes
 from kqprefill.backends.cuda.ops.chunk_layout import chunk_layout
-from kqprefill.backends.cuda.state_access import _SLOT_BYTES, DeviceStates
+from kqprefill.backends.cuda.state_access import _SLOT_BYTES, DeviceStates, _scaled
 from kqprefill.core import KeysValues, Latent, Recurrent, Segment
 from kqprefill.errors import BackendError, InputError, StateError
 from kqprefill.gguf import GGUFFile
@@ -103,6 +103,7 @@ def taken(start):
 def test_what_is_written_is_read(gpu, name, kind, rng, monkeypatch):
     """Without a GPU: by halves, which the numbers written are, and floats; in pieces and in other threads."""
     monkeypatch.setattr("kqprefill.backends.cuda.state_access._HOST_PIECE", 7)
+    monkeypatch.setattr("kqprefill.backends.cuda.state_access._WRITTEN", 5000)
     family, n = family_of(name), 53
     cache = cache_of(kind, gpu, family, 60)
     launcher = HostLauncher()
@@ -111,18 +112,21 @@ def test_what_is_written_is_read(gpu, name, kind, rng, monkeypatch):
             if not isinstance(state, (KeysValues, Latent, Recurrent)):
                 continue
             given = [numbers(rng, shape) for shape in shapes_of(state, n)]
-            (access.write_recurrence if isinstance(state, Recurrent) else access.write)(layer, *given)
             cache.length = n
             if isinstance(state, Recurrent):
+                access.write_recurrence(layer, *given)
                 got = access.recurrence(layer)
                 assert not given[0].size or relative_error(given[0], got[0]) < 1e-5
                 assert np.array_equal(given[1], got[1])
                 continue
+            for part in (slice(20, n), slice(20)):  # one of float32, the other of halves
+                kind_of = np.float32 if part.start else np.float16
+                access.write(layer, part.start or 0, *(rows[part].astype(kind_of) for rows in given))
             for wide in (True, False):
                 whole = taken(lambda take, wide=wide, layer=layer: access.rows(layer, n, wide, take))
                 assert all(np.array_equal(a, b) for a, b in zip(whole, given))
             assert all(np.array_equal(a, b) for a, b in zip(whole_rows(access, layer, n), given))
-        if kind is HostCache:  # as while a batch runs: of what is on the device
+        if kind is HostCache:  # nothing of it was on the device
             assert len(access._slots) == 0
     cache.close()
 
@@ -154,7 +158,7 @@ def test_more_rows_than_slots(gpu, rng):
     cache = cache_of(DeviceCache, gpu, family, n)
     rows = numbers(rng, (n, state.heads, state.head_dim))
     with DeviceStates(SimpleNamespace(gpu=gpu, launcher=HostLauncher()), family, cache) as access:
-        access.write(0, rows, rows)
+        access.write(0, 0, rows, rows)
         got = taken(lambda take: access.rows(0, n, False, take, live=True))
         assert all(np.array_equal(rows, part) for part in got)
     assert not gpu.blocks
@@ -167,14 +171,28 @@ def test_values_that_do_not_fit(gpu, rng):
     shape = shapes_of(family.layer_states[0], 8)[0]
     large, small = np.full(shape, 1e5, np.float32), np.ones(shape, np.float32)
     with DeviceStates(SimpleNamespace(gpu=gpu, launcher=HostLauncher()), family, cache) as access:
-        access.write(0, large, small)
+        access.write(0, 0, large, small)
         taken = []
         access.rows(0, 8, False, lambda first, rows: taken.append(rows))
         with pytest.raises(InputError, match="layer 0: the state has a value that f16 cannot hold; use f32"), taken[0]:
             pass
         assert relative_error(large, whole_rows(access, 0, 8)[0]) < 1e-3
         with pytest.raises(StateError, match="layer 0: the state has values that this model cannot have made"):
-            access.write(0, small, large)
+            access.write(0, 0, small, large)
+
+
+def test_halves_times_powers_of_two_are_those_of_floats():
+    """Every half: the same bits as by way of float32, and refused where that is infinite."""
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    for power in (-40, -30, -25, -16, -3, 0, 1, 9, 16, 30, 60):
+        scale = np.float32(2.0**power)
+        with np.errstate(over="ignore", invalid="ignore"):
+            expected = (every.astype(np.float32) * scale).astype(np.float16)
+        fits = np.isfinite(expected) & np.isfinite(every)
+        got = _scaled(every[fits], scale)
+        assert np.array_equal(got.view(np.uint16), expected[fits].view(np.uint16)), power
+        assert np.array_equal(got, _scaled(every[fits].astype(np.float32), scale))
+        assert all(_scaled(every[at : at + 1], scale) is None for at in np.flatnonzero(~fits & (every == every))[::97])
 
 
 def test_a_device_that_fails_meanwhile_is_one_line(gpu, monkeypatch):

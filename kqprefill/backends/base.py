@@ -80,9 +80,9 @@ class StateAccess(ABC):
         """A recurrence's state, between batches."""
 
     @abstractmethod
-    def write(self, layer: int, first: Float32Array, second: Float32Array) -> None:
-        """Make these two arrays the layer's rows of tokens 0 to n - 1; between batches. Raises StateError for values
-        that the model cannot have made."""
+    def write(self, layer: int, begin: int, first: NDArray[Any], second: NDArray[Any]) -> None:
+        """Make these two arrays, float32 or float16, the layer's rows of tokens from `begin` on; between batches, and
+        from several threads. Raises StateError for values that the model cannot have made."""
 
     @abstractmethod
     def write_recurrence(self, layer: int, matrices: Float32Array, rows: Float32Array) -> None:

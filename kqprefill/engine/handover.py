@@ -31,7 +31,8 @@ from ..states.read import StateFile
 from ..states.write import StateWriter, whole_file
 from .prefill import Prefill
 
-_THREADS = 8  # that encode and write, at most
+_THREADS = 8  # that encode and write, or read, at most
+_PIECE = 4096  # tokens of a layer that are read at a time
 _AXES = {"qwen3vl", "qwen3vlmoe", "qwen35", "qwen35moe"}  # whose positions have several axes in llama.cpp (M-RoPE)
 _ONE_CACHE = {"phi3"}  # whose windows llama.cpp leaves out
 
@@ -167,18 +168,31 @@ class _Expanding:
 def load_rows(backend: Backend, family: Family, cache: Cache, file: StateFile) -> None:
     """Make what a file holds an empty cache's content. Raises StateError for values that the model cannot have made."""
     with backend.state_access(family, cache, writing=True) as access:
-        for layer, state in family.state_parts():
-            if isinstance(state, Recurrent):
-                access.write_recurrence(layer, *file.recurrence(layer))
-            elif isinstance(state, KeysValues):
-                keys, values = file.keys_values(layer)
-                assert values is not None, "a layer with values"
-                shape = -1, state.heads, state.head_dim
-                access.write(layer, keys.reshape(shape), values.reshape(shape))
-            elif isinstance(state, Latent):
-                keys, _ = file.keys_values(layer)
-                access.write(layer, keys[:, : state.rank], keys[:, state.rank :])
+        pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
+        written: list[Future[None]] = []
+        try:
+            for layer, state in family.state_parts():
+                if isinstance(state, Recurrent):
+                    access.write_recurrence(layer, *file.recurrence(layer))
+                elif isinstance(state, (KeysValues, Latent)):
+                    begins = range(0, file.cells, _PIECE)
+                    written += [pool.submit(_load_piece, access, file, layer, state, begin) for begin in begins]
+            for one in written:
+                one.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
     cache.length, cache.tokens = file.cells, file.tokens[: file.cells]
+
+
+def _load_piece(access: StateAccess, file: StateFile, layer: int, state: KeysValues | Latent, begin: int) -> None:
+    """Write _PIECE rows of a layer, from token `begin` on."""
+    keys, values = file.keys_values(layer, begin, min(begin + _PIECE, file.cells))
+    if isinstance(state, Latent):
+        access.write(layer, begin, keys[:, : state.rank], keys[:, state.rank :])
+        return
+    assert values is not None, "a layer with values"
+    shape = -1, state.heads, state.head_dim
+    access.write(layer, begin, keys.reshape(shape), values.reshape(shape))
 
 
 def open_state(family: Family, path: str) -> StateFile:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
+
+from numpy.typing import NDArray
 
 from ...core import Float32Array
 from ..base import StateAccess, TakeRows
@@ -27,9 +30,9 @@ class CpuStates(StateAccess):
         matrices, rows = self._cache.recurrences[layer]
         return matrices.copy(), rows.copy()
 
-    def write(self, layer: int, first: Float32Array, second: Float32Array) -> None:
+    def write(self, layer: int, begin: int, first: NDArray[Any], second: NDArray[Any]) -> None:
         for kept, new in zip(self._cache.rows[layer], (first, second)):
-            kept[: len(new)] = new
+            kept[begin : begin + len(new)] = new
 
     def write_recurrence(self, layer: int, matrices: Float32Array, rows: Float32Array) -> None:
         for kept, new in zip(self._cache.recurrences[layer], (matrices, rows)):

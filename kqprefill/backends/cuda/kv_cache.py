@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import takewhile
 import mmap
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -164,6 +165,11 @@ class DeviceCache(Cache):
         """Write to what is kept of a layer; between batches."""
         self._gpu.upload(self._address(layer) + offset, raw)
         self._gpu.stream.sync()
+
+    def begin_keeping(self, layer: int, offset: int, host: int, nbytes: int, stream: Any) -> None:
+        """As keep_bytes, from page-locked memory, in the order of a stream that is not waited for."""
+        address = self._address(layer) + offset
+        check(self._gpu.driver.cuMemcpyHtoDAsync(address, host, nbytes, stream.handle))
 
     def begin_layer(self, layer: int, start: int, n: int) -> None:
         """Launch what has the layer's state of `start` cached tokens ready; n more are to come."""

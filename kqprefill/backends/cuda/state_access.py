@@ -2,7 +2,7 @@
 
 Rows are brought back to real values on the device (kernels/states.cu), in slots that are copied to page-locked memory
 on a stream of their own while the GPU computes on. What is read between batches of a cache in host memory, and all that
-is written, goes through NumPy.
+is written, goes through NumPy; what is written then goes through the slots, too, where the cache is on the device.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import ctypes
 from dataclasses import dataclass
 import math
 from queue import SimpleQueue
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from ...core import Float32Array, KeysValues, Latent, LayerState, Recurrent
 from ...errors import InputError, StateError
 from ...models.family import Family
 from ...models.kda import KimiDelta
+from ...states.elements import EXPONENT, all_finite
 from ..base import StateAccess, TakeRows
 from ..cpu.recurrent_ops import Recurrence, advance
 from .constants import DELTA_CHUNK
@@ -37,6 +39,8 @@ _SLOTS, _SLOT_BYTES = 8, 16 << 20
 SLOTS_BYTES = _SLOTS * _SLOT_BYTES  # of device memory, which is planned for
 _NEVER = np.float32(-1e30)  # of a token that changes no recurrence: its step is softplus(this), its beta sigmoid(this)
 _HOST_PIECE = 4096  # tokens
+_ONE_MORE, _MOST_POWER = 1 << 10, 30  # of a half's exponent: one step among its bits; all of them
+_WRITTEN = 2 << 20  # bytes of rows that a thread scales at a time: what its caches hold
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,8 @@ class DeviceStates(StateAccess):
         self._slots: list[_Slot] = []
         self._free: SimpleQueue[_Slot] = SimpleQueue()  # whose rows somebody has taken
         self._stream: Any = None
+        self._factors: dict[int, list[np.float32]] = {}  # by layer: what its two arrays are times, for the host
+        self._preparing = Lock()  # of what several threads that write are to have once
 
     def rows(self, layer: int, end: int, wide: bool, take: TakeRows, live: bool = False) -> None:
         if not live and isinstance(self._cache, HostCache):
@@ -169,7 +175,7 @@ class DeviceStates(StateAccess):
 
     def _rows_on_host(self, layer: int, end: int, take: TakeRows) -> None:
         kept, state = self._halves(layer), self._with_rows(layer)
-        factors = [1 / self._scale(scale) for scale in self._cache.scales[layer]]
+        factors = [1 / scale for scale in self._scales(layer)]
         for begin in range(0, end, _HOST_PIECE):
             rows = [a[begin : min(end, begin + _HOST_PIECE)].astype(np.float32) * f for a, f in zip(kept, factors)]
             take(begin, nullcontext((_cut(rows[0], state, 0), _cut(rows[1], state, 1))))
@@ -181,11 +187,13 @@ class DeviceStates(StateAccess):
         arrays = token_arrays(self._cache.offset(layer, type(state)), state, self._cache.capacity)
         return [raw[a.address : a.address + a.nbytes].view(np.float16).reshape(a.shape) for a in arrays]
 
-    def _scale(self, scale: DeviceArray) -> np.float32:
-        value = np.empty(1, np.float32)
-        self._gpu.download(value, scale.address)
-        scalar: np.float32 = value[0]
-        return scalar
+    def _scales(self, layer: int) -> list[np.float32]:
+        if layer not in self._factors:
+            values = [np.empty(1, np.float32) for _ in self._cache.scales[layer]]
+            for value, scale in zip(values, self._cache.scales[layer]):
+                self._gpu.download(value, scale.address)
+            self._factors[layer] = [value[0] for value in values]
+        return self._factors[layer]
 
     def recurrence(self, layer: int) -> tuple[Float32Array, Float32Array]:
         """What is kept is the state after the last whole chunk, and the rows since: they are gone through here."""
@@ -216,17 +224,37 @@ class DeviceStates(StateAccess):
         assert rows is not None, "a layer with rows of its own"
         return rows
 
-    def write(self, layer: int, first: Float32Array, second: Float32Array) -> None:
-        state, capacity = self._with_rows(layer), self._cache.capacity
+    def write(self, layer: int, begin: int, first: NDArray[Any], second: NDArray[Any]) -> None:
+        state = self._with_rows(layer)
         with cuda_errors("writing a state"):
-            arrays = token_arrays(self._cache.offset(layer, type(state)), state, capacity)
-            for number, (rows, scale, array) in enumerate(zip((first, second), self._cache.scales[layer], arrays)):
-                with np.errstate(over="ignore"):
-                    halves = (rows * self._scale(scale)).astype(np.float16)
-                if not np.isfinite(halves).all():
-                    raise StateError(f"layer {layer}: the state has values that this model cannot have made")
-                padded = _padded(halves, state, number)
-                self._cache.keep_bytes(layer, array.address, padded.view(np.uint8).reshape(-1))
+            self._gpu.device.set_current()
+            with self._preparing:
+                scales = self._scales(layer)
+                if not self._slots and not isinstance(self._cache, HostCache):
+                    self._make_slots()
+            arrays = token_arrays(self._cache.offset(layer, type(state)), state, self._cache.capacity)
+            for number, (rows, scale, array) in enumerate(zip((first, second), scales, arrays)):
+                step = max(1, _WRITTEN // array.row_bytes)
+                for at in range(0, len(rows), step):
+                    halves = _scaled(rows[at : at + step], scale)
+                    if halves is None:
+                        raise StateError(f"layer {layer}: the state has values that this model cannot have made")
+                    place = array.address + (begin + at) * array.row_bytes
+                    self._keep(layer, place, _padded(halves, state, number).view(np.uint8).reshape(-1))
+
+    def _keep(self, layer: int, offset: int, raw: NDArray[np.uint8]) -> None:
+        """As the cache's keep_bytes, from any thread: of at most _WRITTEN bytes, or a single row's."""
+        if isinstance(self._cache, HostCache):
+            self._cache.keep_bytes(layer, offset, raw)
+            return
+        slot = self._free.get()
+        try:
+            ctypes.memmove(slot.host, raw.ctypes.data, raw.nbytes)
+            self._cache.begin_keeping(layer, offset, slot.host, raw.nbytes, self._stream)
+            self._stream.record(slot.landed)
+            slot.landed.sync()
+        finally:
+            self._free.put(slot)
 
     def write_recurrence(self, layer: int, matrices: Float32Array, rows: Float32Array) -> None:
         kept = _as_kept(self._recurrent(layer), self._family.recurrence, matrices, rows)
@@ -252,8 +280,32 @@ def _cut(rows: Float32Array, state: LayerState, number: int) -> Float32Array:
     return rows[..., : state.head_dim]
 
 
+def _scaled(rows: NDArray[Any], scale: np.float32) -> NDArray[np.float16] | None:
+    """float32 or float16 rows times a power of two, as halves; None where one is too large for that.
+
+    Halves get it added to their exponents: to go through float32 takes several times as long (NumPy 2.4).
+    """
+    power = math.frexp(scale)[1] - 1
+    if rows.dtype != np.float16 or abs(power) > _MOST_POWER:
+        with np.errstate(over="ignore"):
+            halves = (rows * scale).astype(np.float16)
+        return halves if all_finite(halves) else None
+    bits = rows.view(np.uint16)
+    exponents, added = bits & EXPONENT, power * _ONE_MORE
+    if int(exponents.max(initial=0)) + max(0, added) >= EXPONENT:
+        return None
+    moved: NDArray[np.float16] = (bits + np.uint16(added & 0xFFFF)).view(np.float16)
+    least = max(0, -added)
+    if exponents.min(initial=EXPONENT) <= least:  # zeros, and what is less than any half with all its digits
+        small = exponents <= least
+        moved[small] = rows[small] * scale
+    return moved
+
+
 def _padded(halves: NDArray[np.float16], state: KeysValues | Latent, number: int) -> NDArray[np.float16]:
     """The reverse of _cut."""
+    if isinstance(state, KeysValues) and halves.shape[1:] == token_shapes(state)[number]:
+        return halves
     out = np.zeros((len(halves), *token_shapes(state)[number]), np.float16)
     if isinstance(state, Latent):
         out[:, operand_positions(state.rank) if number == 0 else slice(None)] = halves
