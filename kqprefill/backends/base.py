@@ -68,8 +68,9 @@ class StateAccess(ABC):
     """
 
     @abstractmethod
-    def rows(self, layer: int, end: int, wide: bool, take: TakeRows, live: bool = False) -> None:
-        """Have `take` hear of the rows of tokens 0 to end - 1, in pieces, as soon as they are on their way.
+    def rows(self, layer: int, end: int, wide: bool, take: TakeRows, live: bool = False) -> Callable[[], None]:
+        """Begin to read the rows of tokens 0 to end - 1. Returns what has `take` hear of them, in pieces, as soon as
+        they are on their way: to be called once, perhaps in another thread, as it may wait for pieces to be taken.
 
         wide: float32, else perhaps float16, which entering the rows raises InputError for where it cannot hold one.
         live: while a batch runs, just after the layer has been started; else between batches.
@@ -106,7 +107,7 @@ def whole_rows(access: StateAccess, layer: int, end: int) -> tuple[Float32Array,
         with rows as (a, b):
             pieces.append((a.astype(np.float32), b.astype(np.float32)))
 
-    access.rows(layer, end, True, take)
+    access.rows(layer, end, True, take)()
     return np.concatenate([a for a, _ in pieces]), np.concatenate([b for _, b in pieces])
 
 

@@ -88,6 +88,8 @@ class Saving:
         self._writer = StateWriter(file, state_shape(family), options, tokens, cells)
         self._access: StateAccess = backend.state_access(family, cache)
         self._pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
+        self._reader = ThreadPoolExecutor(1)  # waits until there is room for more rows, so that no launch does
+        self._read: list[Future[None]] = []
         self._written: list[Future[None]] = []
         self._started: set[int] = set()
 
@@ -112,7 +114,9 @@ class Saving:
                 self._writer.recurrence(layer, *self._access.recurrence(layer))
             else:
                 self._start(layer, live=False)
-        for written in self._written:
+        for read in self._read:
+            read.result()
+        for written in self._written:  # all of which is listed once all is read
             written.result()
         return time.perf_counter() - begin
 
@@ -128,7 +132,7 @@ class Saving:
         def take(first: int, rows: _Rows) -> None:
             self._written.append(self._pool.submit(self._write, layer, first, rows, expand))
 
-        self._access.rows(layer, self._cells, wide, take, live)
+        self._read.append(self._reader.submit(self._access.rows(layer, self._cells, wide, take, live)))
 
     def _write(self, layer: int, first: int, rows: _Rows, expand: _Expanding | None) -> None:
         with rows as (keys, values):
@@ -141,6 +145,7 @@ class Saving:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._reader.shutdown(cancel_futures=True)
         self._pool.shutdown(cancel_futures=False)
         self._access.close()
 

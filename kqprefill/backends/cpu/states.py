@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,11 +21,15 @@ class CpuStates(StateAccess):
     def __init__(self, cache: CpuCache) -> None:
         self._cache = cache
 
-    def rows(self, layer: int, end: int, wide: bool, take: TakeRows, live: bool = False) -> None:
+    def rows(self, layer: int, end: int, wide: bool, take: TakeRows, live: bool = False) -> Callable[[], None]:
         first, second = self._cache.rows[layer]
-        for begin in range(0, end, _PIECE):
-            piece = slice(begin, min(end, begin + _PIECE))
-            take(begin, nullcontext((first[piece], second[piece])))
+
+        def give() -> None:
+            for begin in range(0, end, _PIECE):
+                piece = slice(begin, min(end, begin + _PIECE))
+                take(begin, nullcontext((first[piece], second[piece])))
+
+        return give
 
     def recurrence(self, layer: int) -> tuple[Float32Array, Float32Array]:
         matrices, rows = self._cache.recurrences[layer]

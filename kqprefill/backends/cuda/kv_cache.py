@@ -254,6 +254,10 @@ class HostCache(DeviceCache):
         self._copy_out(len(self._states) - 1, start, n)
         self._stream.sync()
 
+    def wait_for(self, stream: Any) -> None:
+        """Have no other layer come to the device before a stream has got to where it is now."""
+        self._stream.wait(stream)
+
     def kept_bytes(self, layer: int) -> NDArray[np.uint8]:
         return self._on_host[layer]
 
