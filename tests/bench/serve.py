@@ -36,7 +36,7 @@ from kqprefill.engine.model import open_model
 from kqprefill.engine.scoring import Item
 
 COUNT = 600
-_PATIENCE = 60  # seconds for an answer
+_PATIENCE = 60  # seconds for an answer, and for the server to end
 TOLERANCE = {"cuda": 1e-6, "cpu": 1e-4}  # on the CPU a row more or less of a prompt is another order of sums
 MALFORMED = [b"{", b'{"prompt": [-1], "max_tokens": 0}', b'{"prompt": "a", "max_tokens": 9}', b"\xff"]
 PORT = re.compile(r" is served at http://[^ ]*:(\d+) ")
@@ -163,8 +163,10 @@ def main() -> int:
     processes = min(given.processes, given.clients)
     expected = expected_of(given.model, given.backend, given.longest)
     command = [sys.executable, "-m", "kqprefill", "serve", given.model, "--port", "0", "--backend", given.backend]
-    begin = time.monotonic()
-    server = subprocess.Popen([*command, *given.option], stderr=subprocess.PIPE, text=True)
+    begin, more = time.monotonic(), {"PYTHONFAULTHANDLER": "1"}
+    # Whoever has started this may have it ignored, and what is ignored is so in the processes that it starts, too.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    server = subprocess.Popen([*command, *given.option], stderr=subprocess.PIPE, text=True, env={**os.environ, **more})
     assert server.stderr is not None
     said: list[str] = []
     while (found := PORT.search(line := server.stderr.readline())) is None:
@@ -191,14 +193,20 @@ def main() -> int:
         for one in waiting:
             outcome.add(one.result())
     rate = outcome.tokens / (outcome.last - begin)
-    server.send_signal(signal.SIGTERM)
-    status = server.wait()
-    hearing.join()
     p50, p99 = np.percentile(outcome.seconds, (50, 99)) if outcome.seconds else (np.nan, np.nan)
     print(f"{given.clients} clients, {given.seconds:.0f} s: {dict(outcome.kinds)}, {len(outcome.wrong)} wrong")
     print(f"p50 {p50:.3f} s, p99 {p99:.3f} s; {rate:.0f} tokens/s, {rate / expected.rate:.3f} of Model.score's")
-    print(f"memory of the server, MiB: {', '.join(f'{own:.0f}' for own in held)}; exit status {status}")
-    for complaint in (*outcome.wrong[:10], *wrong[:10], *map(str.strip, said[:10])):
+    print(f"memory of the server, MiB: {', '.join(f'{own:.0f}' for own in held)}", flush=True)
+    server.send_signal(signal.SIGTERM)
+    try:
+        status = server.wait(_PATIENCE)
+    except subprocess.TimeoutExpired:
+        wrong.append(f"the server has not ended {_PATIENCE} s after SIGTERM")
+        server.send_signal(signal.SIGABRT)  # which has it say where its threads are
+        status = server.wait()
+    hearing.join()
+    print(f"exit status of the server: {status}")
+    for complaint in (*outcome.wrong[:10], *wrong[:10], *map(str.rstrip, said)):
         print(complaint)
     return int(bool(outcome.wrong or wrong or status))
 
