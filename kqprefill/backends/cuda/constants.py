@@ -30,7 +30,7 @@ _THREADS = {
     "COPY_THREADS": (128, "copy_rows gather gather_shares"),
     "SINGLE_THREAD": (1, "weight_scale divide_scale square_scale smaller_scale"),
     "LATENT_THREADS": (256, "latent_rows latent_queries latent_heads latent_values"),
-    "ACTIVATE_THREADS": (256, "activate activate_halves cast_rows add_rows"),
+    "ACTIVATE_THREADS": (256, "activate_halves cast_rows add_rows"),
     "OUTPUT_SCALE_THREADS": (256, "output_scale"),
     "HEAD_THREADS": (1024, "finish_logits rank"),
     "EXPERT_THREADS": (256, "route route_biased combine"),
