@@ -78,12 +78,15 @@ def _source(program):
     text = text.replace("__shared__", "static")
     defines = "".join(f"#define {name} {value}\n" for name, value in program.defines)
     constants = dict(program.constants)
-    cluster, left_out = constants.get("CLUSTER", 1), {"0": "gemm_gated", "1": "gemm_linear"}.get(constants.get("GATED"))
+    cluster, kernels = constants.get("CLUSTER", 1), set(signatures_of(program.source))
+    if "ACTIVATED" in constants:  # a product: of one kind, but that gemm_sm80.cu has two of them in one program
+        gated = {"0": {"gemm_linear"}, "1": {"gemm_gated"}, None: {"gemm_linear", "gemm_gated"}}
+        own = gated[constants.get("GATED")]
+        kernels = {"gemm_activated"} if constants["ACTIVATED"] == "1" else own
     launches = "".join(
         f'extern "C" void launch_{kernel}(const uint64_t* values, unsigned x, unsigned y, unsigned z, unsigned n) '
         f"{{ launch({kernel}, values, {{x, y, z}}, n, {cluster}); }}\n"
-        for kernel in signatures_of(program.source)
-        if kernel != left_out
+        for kernel in sorted(kernels)
     )
     return f"{SHIM.read_text()}\n{defines}{text}\n{launches}"
 

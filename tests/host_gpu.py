@@ -45,6 +45,7 @@ class HostGpu:
         self.driver = SimpleNamespace(
             cuMemFreeHost=lambda host: self.blocks.pop(int(host)),
             cuMemcpyDtoHAsync=lambda to, source, nbytes, stream: (ctypes.memmove(to, source, nbytes), (OK,))[1],
+            cuMemcpyHtoDAsync=lambda to, source, nbytes, stream: (ctypes.memmove(to, source, nbytes), (OK,))[1],
             cuMemHostUnregister=lambda *args: (OK,),
             cuStreamSynchronize=lambda *args: (OK,),
         )

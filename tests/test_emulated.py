@@ -122,7 +122,7 @@ def test_states_are_those_of_the_cpu(name, opened, rng):
                         assert not got.size or relative_error(expected, got) < 0.02
                     copy.write_recurrence(layer, *states)
                 else:
-                    copy.write(layer, *whole_rows(access, layer, len(first)))
+                    copy.write(layer, 0, *whole_rows(access, layer, len(first)))
     other.length = len(first)
     after = Batch(tokens[100:], start=100)
     assert kl_divergence(model.run(after, cache=cache).logits, model.run(after, cache=other).logits) < 1e-4

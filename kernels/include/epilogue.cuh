@@ -70,31 +70,26 @@ struct ExpertOutput {
     }
 };
 
-// gemm_gated's outputs, scale * act(gate) * up of `features` features: an operand, with rows `ldo` apart.
-struct GatedOutput {
+// Where a thread's outputs of a transposed product go that become an operand's: feature `feature` of every pair of
+// tokens that it has, rows `ldo` apart. row: the feature's in its row tile, as row_of_thread (gemm_sm90.cu) has it.
+struct OperandColumn {
     half_t* out;
-    int ldo, features;
-    float alpha, scale;
-    int activation;
+    int ldo, features, feature, row;
 
-    // Writes feature f of every pair of tokens that a thread has in a transposed product: accumulators 4j and 4j + 1
-    // are gate's sums of tokens token + 8j and the next, 4j + 2 and 4j + 3 up's. row: as row_of_thread (gemm_sm90.cu)
-    // has it.
+    __device__ __forceinline__ bool exists() const { return feature < features; }
+
+    // Writes value(4j) and value(4j + 1), of tokens token + 8j and the next, where these are before `end`; zeros where
+    // the feature is one of those that fill a group.
     //
     // A thread has two neighbouring tokens of one feature in each batch of 8 tokens; so of two batches, lanes of
     // neighbouring features trade a token, then lanes whose pairs of features are 16 apart trade a batch. Each then has
     // four outputs of one token, which are neighbours in operand order.
-    template <int kTokens>
-    __device__ __forceinline__ void store_transposed(const float (&acc)[kTokens / 2], const float* gate_bias,
-                                                     const float* up_bias, int expert, int first, int row, int token,
-                                                     int end) const {
-        int f = first + row;
-        bool inside = f < ceil_div(features, kOperandGroup) * kOperandGroup;
-        Biases biases = {expert, features, f, f < features};
-        float gate_b = biases.of(gate_bias), up_b = biases.of(up_bias);
+    template <int kTokens, class Value>
+    __device__ __forceinline__ void store(int token, int end, Value value) const {
+        bool inside = feature < ceil_div(features, kOperandGroup) * kOperandGroup;
         bool odd = row & 1, second = row & 16;
-        uint32_t keep = f < features ? ~0u : 0;  // a select would be compiled to a branch around each
-        half_t* to = out + operand_position(f & ~17);
+        uint32_t keep = exists() ? ~0u : 0;  // a select would be compiled to a branch around each
+        half_t* to = out + operand_position(feature & ~17);
 #pragma unroll
         for (int j = 0; j < kTokens / 8; j += 2) {
             OperandPair pair[2];
@@ -102,11 +97,7 @@ struct GatedOutput {
             for (int batch = 0; batch < 2; ++batch) {
                 float y[2];
 #pragma unroll
-                for (int c = 0; c < 2; ++c) {
-                    int at = 4 * (j + batch) + c;
-                    float g = fmaf(acc[at], alpha, gate_b), u = fmaf(acc[at + 2], alpha, up_b);
-                    y[c] = bits_to_float(__float_as_uint(gated(g, u, activation) * scale) & keep);
-                }
+                for (int c = 0; c < 2; ++c) y[c] = bits_to_float(__float_as_uint(value(4 * (j + batch) + c)) & keep);
                 float given = __shfl_xor_sync(0xffffffffu, odd ? y[0] : y[1], 4);
                 pair[batch] = odd ? operand_pair(given, y[1]) : operand_pair(y[0], given);
             }
@@ -115,5 +106,48 @@ struct GatedOutput {
             uint2 pairs = second ? make_uint2(given, pair[1]) : make_uint2(pair[0], given);
             if (t < end && inside) store_operand(to + static_cast<uint64_t>(t) * ldo, pairs);
         }
+    }
+};
+
+// gemm_gated's outputs, scale * act(gate) * up of `features` features: an operand, with rows `ldo` apart.
+struct GatedOutput {
+    half_t* out;
+    int ldo, features;
+    float alpha, scale;
+    int activation;
+
+    // Accumulators 4j and 4j + 1 of a thread are gate's sums of tokens token + 8j and the next, 4j + 2 and 4j + 3 up's,
+    // of feature first + row.
+    template <int kTokens>
+    __device__ __forceinline__ void store_transposed(const float (&acc)[kTokens / 2], const float* gate_bias,
+                                                     const float* up_bias, int expert, int first, int row, int token,
+                                                     int end) const {
+        OperandColumn column = {out, ldo, features, first + row, row};
+        Biases biases = {expert, features, first + row, column.exists()};
+        float gate_b = biases.of(gate_bias), up_b = biases.of(up_bias);
+        column.store<kTokens>(token, end, [&](int at) {
+            float g = fmaf(acc[at], alpha, gate_b), u = fmaf(acc[at + 2], alpha, up_b);
+            return gated(g, u, activation) * scale;
+        });
+    }
+};
+
+// gemm_activated's outputs, scale * act(x) of `features` features: an operand, with rows `ldo` apart.
+struct ActivatedOutput {
+    half_t* out;
+    int ldo, features;
+    float alpha, scale;
+    int activation;
+
+    // Accumulators 4j + 2i and 4j + 2i + 1 of a thread, where i is kTile, are tokens token + 8j and the next, of
+    // feature first + row.
+    template <int kTokens, int kTile>
+    __device__ __forceinline__ void store_transposed(const float (&acc)[kTokens / 2], const float* bias, int first,
+                                                     int row, int token, int end) const {
+        OperandColumn column = {out, ldo, features, first + row, row};
+        float own_bias = Biases{0, features, first + row, column.exists()}.of(bias);
+        column.store<kTokens>(token, end, [&](int at) {
+            return activated(fmaf(acc[at + 2 * kTile], alpha, own_bias), activation) * scale;
+        });
     }
 };

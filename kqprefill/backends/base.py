@@ -70,8 +70,9 @@ class StateAccess(ABC):
     """
 
     @abstractmethod
-    def rows(self, layer: int, end: int, wide: bool, take: TakeRows, live: bool = False) -> None:
-        """Have `take` hear of the rows of tokens 0 to end - 1, in pieces, as soon as they are on their way.
+    def rows(self, layer: int, end: int, wide: bool, take: TakeRows, live: bool = False) -> Callable[[], None]:
+        """Begin to read the rows of tokens 0 to end - 1. Returns what has `take` hear of them, in pieces, as soon as
+        they are on their way: to be called once, perhaps in another thread, as it may wait for pieces to be taken.
 
         wide: float32, else perhaps float16, which entering the rows raises InputError for where it cannot hold one.
         live: while a batch runs, just after the layer has been started; else between batches.
@@ -82,9 +83,9 @@ class StateAccess(ABC):
         """A recurrence's state, between batches."""
 
     @abstractmethod
-    def write(self, layer: int, first: Float32Array, second: Float32Array) -> None:
-        """Make these two arrays the layer's rows of tokens 0 to n - 1; between batches. Raises StateError for values
-        that the model cannot have made."""
+    def write(self, layer: int, begin: int, first: NDArray[Any], second: NDArray[Any]) -> None:
+        """Make these two arrays, float32 or float16, the layer's rows of tokens from `begin` on; between batches, and
+        from several threads. Raises StateError for values that the model cannot have made."""
 
     @abstractmethod
     def write_recurrence(self, layer: int, matrices: Float32Array, rows: Float32Array) -> None:
@@ -108,7 +109,7 @@ def whole_rows(access: StateAccess, layer: int, end: int) -> tuple[Float32Array,
         with rows as (a, b):
             pieces.append((a.astype(np.float32), b.astype(np.float32)))
 
-    access.rows(layer, end, True, take)
+    access.rows(layer, end, True, take)()
     return np.concatenate([a for a, _ in pieces]), np.concatenate([b for _, b in pieces])
 
 

@@ -35,7 +35,7 @@ from .ops.head import RANKED
 from .ops.latent import expanded_bytes
 from .programs import SQUARES, weight_program
 from .rehearsal import LIKELIEST, collected_bytes, plan_model, rehearse
-from .state_access import SLOTS_BYTES, DeviceStates
+from .state_access import DeviceStates
 from .weights.plan import Plan, budget_of
 from .weights.share import Share
 from .weights.small_arrays import SmallArrays
@@ -50,7 +50,6 @@ class CudaBackend(Backend):
     name = "cuda"
     ahead = 1
     plan: Plan | None = None
-    _slots_bytes = 0  # of device memory that states are read through, once any have been
 
     def __init__(self, device: int, kernels: str = "auto", ahead: int = 1) -> None:
         """ahead: batches that may be started before one is waited for."""
@@ -180,16 +179,12 @@ class CudaBackend(Backend):
     def state_access(self, family: Family, cache: Cache, writing: bool = False) -> StateAccess:
         assert isinstance(cache, DeviceCache), "a cache of another backend"
         assert self.plan is not None, "a model is loaded before it has a cache"
-        with cuda_errors("making room for states"):
-            self.gpu.device.set_current()
-            self._slots_bytes = SLOTS_BYTES
-            others = self.plan.nbytes - self.plan.parts.get("caches", 0)
-            if others + self._cache_bytes(family) > self._budget:
-                self._make_room(family, self.plan.tokens, 0, self._ranks, no_progress)
         if writing:  # a token of any kind has the scales made that values are kept times
             pending, _ = self.run(family, Batch(np.zeros(1, np.int32)), cache, None, no_progress)
             pending()
-        return DeviceStates(self.context, family, cache)
+        with cuda_errors("reading a state"):
+            self.gpu.device.set_current()
+            return DeviceStates(self.context, family, cache)
 
     def new_collector(self, family: Family, output: bool, progress: Progress = no_progress) -> Collector:
         assert self.plan is not None, "a model is loaded before it is given a collector"
@@ -308,9 +303,8 @@ class CudaBackend(Backend):
         return wait
 
     def _cache_bytes(self, family: Family) -> int:
-        """Of the caches that there are, of what a layer's latent rows in the largest are expanded to, and of the slots
-        through which states are read."""
-        held = sum(cache.device_bytes for cache in self._caches) + self._slots_bytes
+        """Of the caches that there are, and of what a layer's latent rows in the largest are expanded to."""
+        held = sum(cache.device_bytes for cache in self._caches)
         return held + expanded_bytes(family, self._largest_cache())
 
     def _expanded_bytes(self, family: Family, capacity: int) -> int:

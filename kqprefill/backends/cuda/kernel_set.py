@@ -29,6 +29,7 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")  # wha
 _HEAD_DIMS = *((size, size) for size in (64, 80, 96, 112, 128, 192, 256, 512)), (192, 128)
 _MIXED = (GGML.Q4_K, GGML.Q6_K)  # of the matrices of q, k and v, in most files
 _EXPERT_TYPES = (GGML.Q4_K, GGML.Q6_K, GGML.MXFP4)  # of most experts
+_UNGATED_TYPES = (GGML.Q4_K, GGML.Q5_K, GGML.Q8_0)  # of most networks without a gate
 
 
 class Gemms(ABC):
@@ -86,6 +87,7 @@ class Portable(KernelSet):
         for config in (*portable.LARGE, portable.SMALL):
             yield config.program()
             yield config.program(grouped=True)
+            yield config.program(activated=True)
         for sizes in _HEAD_DIMS:
             yield self.attention(*sizes).program()
         yield self.attention(256, 256).program(both_ways=True)  # EmbeddingGemma's
@@ -110,6 +112,8 @@ class Hopper(Portable):
                 yield config.program((kind,))
             if not config.gated:
                 yield config.program(_MIXED)
+                for kind in _UNGATED_TYPES:
+                    yield config.program((kind,), activated=True)
             for kind in _EXPERT_TYPES:
                 yield config.program((kind,), grouped=True)
 

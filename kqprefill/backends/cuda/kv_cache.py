@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import takewhile
 import mmap
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -171,6 +172,11 @@ class DeviceCache(Cache):
         self._gpu.upload(self._address(layer) + offset, raw)
         self._gpu.stream.sync()
 
+    def begin_keeping(self, layer: int, offset: int, host: int, nbytes: int, stream: Any) -> None:
+        """As keep_bytes, from page-locked memory, in the order of a stream that is not waited for."""
+        address = self._address(layer) + offset
+        check(self._gpu.driver.cuMemcpyHtoDAsync(address, host, nbytes, stream.handle))
+
     def begin_layer(self, layer: int, start: int, n: int) -> None:
         """Launch what has the layer's state of `start` cached tokens ready; n more are to come."""
 
@@ -253,6 +259,10 @@ class HostCache(DeviceCache):
     def end_batch(self, start: int, n: int) -> None:
         self._copy_out(self._layers.stop - 1, start, n)
         self._stream.sync()
+
+    def wait_for(self, stream: Any) -> None:
+        """Have no other layer come to the device before a stream has got to where it is now."""
+        self._stream.wait(stream)
 
     def kept_bytes(self, layer: int) -> NDArray[np.uint8]:
         return self._on_host[layer]

@@ -8,8 +8,8 @@ from ...gguf.types import GGML
 from .device.compiler import Program
 from .units import repack_units
 
-_NAMES = "norm rope scales head experts gates activations per_layer altup latent states squares"
-NORM, ROPE, SCALES, HEAD, EXPERTS, GATES, ACTIVATIONS, PER_LAYER, ALTUP, LATENT, STATES, SQUARES = COMMON = tuple(
+_NAMES = "norm rope scales head experts gates activations per_layer altup latent squares"
+NORM, ROPE, SCALES, HEAD, EXPERTS, GATES, ACTIVATIONS, PER_LAYER, ALTUP, LATENT, SQUARES = COMMON = tuple(
     Program(f"{name}.cu") for name in _NAMES.split()
 )
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
+
+from numpy.typing import NDArray
 
 from ....collector import Collector, Squares
 from ....core import Float32Array
@@ -80,14 +82,14 @@ class PipelineStates(StateAccess):
                 return member.call(what, access)
         raise AssertionError("every layer has a device")
 
-    def rows(self, layer: int, end: int, wide: bool, take: TakeRows, live: bool = False) -> None:
-        self._ask(layer, lambda access: access.rows(layer, end, wide, take, live))
+    def rows(self, layer: int, end: int, wide: bool, take: TakeRows, live: bool = False) -> Callable[[], None]:
+        return self._ask(layer, lambda access: access.rows(layer, end, wide, take, live))
 
     def recurrence(self, layer: int) -> tuple[Float32Array, Float32Array]:
         return self._ask(layer, lambda access: access.recurrence(layer))
 
-    def write(self, layer: int, first: Float32Array, second: Float32Array) -> None:
-        self._ask(layer, lambda access: access.write(layer, first, second))
+    def write(self, layer: int, begin: int, first: NDArray[Any], second: NDArray[Any]) -> None:
+        self._ask(layer, lambda access: access.write(layer, begin, first, second))
 
     def write_recurrence(self, layer: int, matrices: Float32Array, rows: Float32Array) -> None:
         self._ask(layer, lambda access: access.write_recurrence(layer, matrices, rows))
