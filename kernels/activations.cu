@@ -1,4 +1,4 @@
-// What stands between two matrices without a GEMM of its own: the activation of networks that have no gate, and sums
+// What stands between two matrices without a GEMM of its own: the activation of experts that have no gate, and sums
 // that become the operand of another matrix.
 #include "include/activation.cuh"
 #include "include/operand.cuh"
@@ -6,22 +6,8 @@
 
 constexpr int kThreads = ACTIVATE_THREADS;
 
-// act(x): GELU, or max(x, 0)² (arXiv 2109.08668); NaN stays.
-__device__ __forceinline__ float activated(float x, int activation) {
-    if (activation == ACTIVATION_RELU_SQUARED) return x < 0.0f ? 0.0f : x * x;
-    return gated(x, 1.0f, activation);
-}
-
-// out[t, :] = *scale * act(x[t, :]), an operand: rows `stride` apart, zeros from `columns` on. A block takes a token.
-extern "C" __global__ void __launch_bounds__(kThreads)
-    activate(const float* x, int columns, int activation, const float* scale, half_t* out, int stride) {
-    begin_kernel();
-    x += static_cast<uint64_t>(blockIdx.x) * columns;
-    out += static_cast<uint64_t>(blockIdx.x) * stride;
-    store_row<kThreads>(out, columns, stride, [&](int i) { return activated(x[i], activation) * *scale; });
-}
-
-// The same of halves, which are *x_scale times as large as x.
+// out[t, :] = *scale * act(x[t, :]), an operand: rows `stride` apart, zeros from `columns` on. x's halves are *x_scale
+// times as large as it. A block takes a token.
 extern "C" __global__ void __launch_bounds__(kThreads)
     activate_halves(const half_t* x, const float* x_scale, int columns, int activation, const float* scale, half_t* out,
                     int stride) {

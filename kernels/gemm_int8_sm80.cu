@@ -51,7 +51,33 @@ __device__ __forceinline__ int row_at(int place) {
     return (place & ~(kInt8TileRows - 1)) + int8_row(place % kInt8TileRows);
 }
 
-#if !GATED
+#if ACTIVATED
+
+// out[m, f] = *out_scale * act(sums * scales + bias) as an operand, rows `ldo` apart; columns from `features` to there
+// become zero. bias, [features], may be null. The others as below.
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
+    gemm_activated(const int8_t* x, const float* x_scale, const int8_t* w, const float* w_scale, int m, int features,
+                   int k, half_t* out, int ldo, const float* bias, const float* out_scale, int activation) {
+    begin_kernel();
+    auto write = [&](OutputTile tile, const Accumulators<int>& acc) {
+        for_each_pair(tile, 0, 1, [&](int row, int place, int i, int j, int half) {
+            int f = row_at(place);
+            if (f >= ldo) return;
+            float y[2], scale = x_scale[row];
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                int at = min(f + c, features - 1);
+                float own = int8_output(acc[i][j][2 * half + c], w_scale[at], scale, bias != nullptr ? bias[at] : 0.0f);
+                y[c] = f + c < features ? activated(own, activation) * *out_scale : 0.0f;
+            }
+            store_operand(out + static_cast<uint64_t>(row) * ldo, f, operand_pair(y[0], y[1]));
+        });
+    };
+    Int8Weights weights = {{w, nullptr}, ceil_div(features, kInt8TileRows) * kInt8TileRows, k / kRotated};
+    multiply_tiles<int>(x, weights, {m, nullptr, nullptr}, {0, MOST_EXPERTS}, ldo, k / 2, write);
+}
+
+#elif !GATED
 
 // out = sums * scales + bias (+ out, if `add`), float32, rows `ldo` apart. Grouped: halves, times *out_scale, and no
 // `add`. w: n rows, or so many for each expert. bias, as many, may be null. k: columns, whole groups.

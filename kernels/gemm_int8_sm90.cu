@@ -16,7 +16,8 @@
 
 // What the host chose (HopperInt8Config in kqprefill/backends/cuda/gemm/int8_hopper.py), and the sizes that follow.
 struct Config {
-    static constexpr bool kGated = GATED;           // whether this is gemm_gated, or else gemm_linear
+    static constexpr bool kGated = GATED;           // whether this is gemm_gated
+    static constexpr bool kActivated = ACTIVATED;   // whether this is gemm_activated; with neither, gemm_linear
     static constexpr bool kGrouped = GROUPED;       // whether x's rows come in groups, each with a matrix of a stack
     static constexpr bool kWhole = WHOLE;           // whether all matrices have whole fours of rows
     static constexpr int kTokens = TOKENS;          // in a token tile
@@ -252,7 +253,36 @@ __device__ __forceinline__ const uint8_t* bytes(const int8_t* tiles) {
     return reinterpret_cast<const uint8_t*>(tiles);
 }
 
-#if !GATED
+#if ACTIVATED
+
+// out[m, f] = *out_scale * act(sums * scales + bias) as an operand, rows `ldo` apart. bias, [features], may be null.
+// Columns from `features` to the next multiple of 64 become zero. The others as below.
+extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bounds__(Config::kThreads, Config::kBlocks)
+    gemm_activated(const int8_t* weights, const float* w_scales, int features, const void* x_map, const float* x_scale,
+                   int m, int k, half_t* out, int ldo, const float* bias, const float* out_scale, int activation) {
+    Weights w = {{{bytes(weights), nullptr, nullptr}, {features, 0, 0}, {0, 0, 0}},
+                 {w_scales, nullptr, nullptr},
+                 k / kRotated,
+                 ceil_div(features, kOperandGroup) * (kOperandGroup / kTileRows)};
+    Tokens x = {m, nullptr, nullptr};
+    int warp = threadIdx.x / 32 % 4, row = int8_row(warp % 2 * 16 + threadIdx.x % 32 / 4);  // and the row 4 below it
+    bool has_rows = warp / 2 < Config::kTiles;
+    auto begin = [&](int first, int expert) -> Rows {
+        RowTile tile = row_tile<Config>(w.matrices, first + warp / 2, w.groups, 0);
+        return {tile.rows, tile.column, {w.scale(tile, row, 0, expert), w.scale(tile, row + 4, 0, expert)}};
+    };
+    auto write = [&](const Accumulators& acc, const Rows& rows, const TokenScales<Config::kTokens>& scales, int token,
+                     int end, int) {
+        Int8Sums<Config::kTokens> sums(acc, rows.scale, scales);
+        ActivatedOutput output = {out, ldo, features, *out_scale, activation};
+        int its_end = has_rows ? end : 0;  // no branch: wgmma's registers must not depend on one
+        output.store_transposed<Config::kTokens, 0>(sums, bias, rows.column, row, token, its_end);
+        output.store_transposed<Config::kTokens, 1>(sums, bias, rows.column, row + 4, token, its_end);
+    };
+    run(w, x_map, x_scale, x, begin, write);
+}
+
+#elif !GATED
 
 // out = sums * scales + bias (+ out, if `add`), float32, rows `ldo` apart: the matrices' outputs side by side. Grouped:
 // halves, times *out_scale, and no `add`. bias, a row for each expert, may be null. k: columns, whole groups. x_map:

@@ -19,6 +19,36 @@ struct HalfWeights {
     __device__ void load(uint32_t stage, int step) const { loader.load(stage, step); }
 };
 
+#if ACTIVATED
+
+// out[m, f] = *out_scale * act(sums / (*x_scale * *w_scale) + bias) as an operand, rows `ldo` apart. w has room for
+// `width` rows, of which `features` are there. bias, [features], may be null. Columns from `features` to `width` become
+// zero.
+extern "C" __global__ void __launch_bounds__(kThreads)
+    gemm_activated(const half_t* x, const half_t* w, int m, int features, int width, int k, half_t* out, int ldo,
+                   const float* x_scale, const float* w_scale, const float* bias, const float* out_scale,
+                   int activation) {
+    begin_kernel();
+    auto write = [&](OutputTile tile, const Accumulators<float>& acc) {
+        float alpha = unscale(x_scale, w_scale), scale = *out_scale;
+        for_each_pair(tile, 0, 1, [&](int row, int column, int i, int j, int half) {
+            if (column >= width) return;
+            float y[2];
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                bool inside = column + c < features;
+                float own_bias = bias != nullptr && inside ? bias[column + c] : 0.0f;
+                float sum = fmaf(acc[i][j][2 * half + c], alpha, own_bias);
+                y[c] = inside ? activated(sum, activation) * scale : 0.0f;
+            }
+            store_operand(out + static_cast<uint64_t>(row) * ldo, column, operand_pair(y[0], y[1]));
+        });
+    };
+    multiply_tiles<float>(x, HalfWeights{w, width, k}, {m, nullptr, nullptr}, {0, 0}, width, k, write);
+}
+
+#else
+
 // out = sums / (*x_scale * *w_scale) + bias + residual, float32, rows `ldo` apart. bias (a row for each expert) and
 // residual may be null, and residual may be out itself. Grouped: halves, times *out_scale; n is even, and no residual.
 extern "C" __global__ void __launch_bounds__(kThreads)
@@ -87,3 +117,5 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     multiply_tiles<float>(x, HalfWeights{w, 2 * width, k}, {m, groups, group_count}, {first_expert, last_expert},
                           2 * width, k, write);
 }
+
+#endif

@@ -21,7 +21,8 @@
 
 // What the host chose (HopperConfig in kqprefill/backends/cuda/gemm/hopper.py), and the sizes that follow from it.
 struct Config {
-    static constexpr bool kGated = GATED;           // whether this is gemm_gated, or else gemm_linear
+    static constexpr bool kGated = GATED;           // whether this is gemm_gated
+    static constexpr bool kActivated = ACTIVATED;   // whether this is gemm_activated; with neither, gemm_linear
     static constexpr bool kGrouped = GROUPED;       // whether x's rows come in groups, each with a matrix of a stack
     using Formats = FormatList<FORMATS>;            // the block formats that the launch's matrices may have
     static constexpr int kTokens = TOKENS;          // in a token tile
@@ -51,7 +52,7 @@ struct Config {
 
     static_assert(kTiles == 1 || kTiles == 2, "wgmma's 64 rows are those of one or two row tiles");
     static_assert(!kGated || kTiles == 2, "gate and up: a row tile of each");
-    static_assert(kTokens % 16 == 0, "gemm_gated's threads trade outputs of 16 tokens");
+    static_assert(kTokens % 16 == 0, "threads trade outputs of 16 tokens");
     static_assert(kUnitSteps % kStageSteps == 0, "whole stages in a unit");
     static_assert(kStages >= 2 && kRawStages >= 2, "a stage is released when the next has begun");
     static_assert(THREADS == kThreads, "what the host launches");
@@ -128,15 +129,16 @@ __device__ __forceinline__ void produce_x(const Rings& rings, const void* x_map,
 
 // Consumers -----------------------------------------------------------------------------------------------------------
 
-// Which row of its row tiles a thread has. In gemm_gated a warp has such rows that each lane, when lanes have traded
-// outputs (epilogue.cuh), writes four that are neighbours in operand order. For warp w of a warpgroup:
+// Which row of its row tiles a thread has. Where outputs are an operand a warp has such rows that each lane, when lanes
+// have traded outputs (epilogue.cuh), writes four that are neighbours in operand order. For warp w of a warpgroup:
 //
 //     lanes          0-3     4-7     8-11    12-15   16-19   20-23   24-27   28-31
 //     gemm_linear    8w      8w+1    8w+2    8w+3    8w+4    8w+5    8w+6    8w+7
-//     gemm_gated     4w      4w+1    4w+16   4w+17   4w+2    4w+3    4w+18   4w+19
+//     the others     4w      4w+1    4w+16   4w+17   4w+2    4w+3    4w+18   4w+19
 __device__ __forceinline__ int row_of_thread() {
     int warp = threadIdx.x / 32 % 4, slot = threadIdx.x % 32 / 4;
-    return Config::kGated ? slot / 2 % 2 * 16 + warp * 4 + slot / 4 * 2 + slot % 2 : warp * 8 + slot;
+    return Config::kGated || Config::kActivated ? slot / 2 % 2 * 16 + warp * 4 + slot / 4 * 2 + slot % 2
+                                                : warp * 8 + slot;
 }
 
 template <class Format>
@@ -304,7 +306,30 @@ __device__ __forceinline__ void run(const Matrices& matrices, const void* x_map,
         cluster_sync();  // until then others may write to this block's shared memory and arrive at its barriers
 }
 
-#if !GATED
+#if ACTIVATED
+
+// out[m, f] = *out_scale * act(sums / (*x_scale * *w_scale) + bias) as an operand, rows `ldo` apart. bias, [features],
+// may be null. Columns from `features` to the next multiple of 64 become zero. x_map as below.
+extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bounds__(Config::kThreads, Config::kBlocks)
+    gemm_activated(const uint8_t* weights, int features, const void* x_map, int m, int k, half_t* out, int ldo,
+                   const float* x_scale, const float* w_scale, const float* bias, const float* out_scale,
+                   int activation) {
+    Matrices matrices = {{weights, nullptr, nullptr}, {features, 0, 0}, {0, 0, 0}};
+    int row_tiles = ceil_div(features, kOperandGroup) * (kOperandGroup / kTileRows);
+    Tokens x = {m, nullptr, nullptr};
+    auto write = [&](Accumulators& acc, float alpha, const RowTile(&tiles)[Config::kTiles], int row, int token, int end,
+                     int expert) {
+        token += threadIdx.x % 4 * 2;
+        ActivatedOutput output = {out, ldo, features, *out_scale, activation};
+        HalfSums<Config::kTokens> sums = {acc, alpha};
+        output.store_transposed<Config::kTokens, 0>(sums, bias, tiles[0].column, row, token, end);
+        if constexpr (Config::kTiles == 2)
+            output.store_transposed<Config::kTokens, 1>(sums, bias, tiles[1].column, row, token, end);
+    };
+    run(matrices, x_map, x, k, x_scale, w_scale, row_tiles, write);
+}
+
+#elif !GATED
 
 // out = sums / (*x_scale * *w_scale) + bias (+ out, if `add`), float32, rows `ldo` apart: the matrices' outputs side by
 // side. Grouped: halves, times *out_scale, and no `add`. bias, a row for each expert, may be null. x_map: x's tensor

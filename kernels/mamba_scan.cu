@@ -76,19 +76,28 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     const float of_state = 1.0f / (scales[2] * unit * state_factor),
                 of_weights = 1.0f / (scales[2] * unit * weight_unit());
 
-    auto load = [&](int index) {
-        if (index < sequence.count) {
-            uint64_t chunk = sequence.first + index, own = chunk * heads + head;
-            uint32_t stage = base + index % kStages * kStage;
-            uint64_t rows = (chunk * groups + group) * (kChunk * kState);
-            copy_chunk<kThreads>(stage + kC, kRow, c + rows, kState, kState);
-            copy_chunk<kThreads>(stage + kB, kRow, b + rows, kState, kState);
-            copy_chunk<kThreads>(stage + kP, kWeightRow, p + own * (kChunk * kChunk), kChunk, kChunk);
-            copy_chunk<kThreads>(stage + kU, kSliceRow, u + own * (kChunk * padded) + first_column, padded, kSlice);
-            if (threadIdx.x < kChunk / 4)
-                cp_async16(stage + kDecay + threadIdx.x * 16, decay + own * kChunk + threadIdx.x * 4, true);
-        }
+    // What the outputs are made of; and B, which only the new state is.
+    auto load_most = [&](int index) {
+        if (index >= sequence.count) return;
+        uint64_t chunk = sequence.first + index, own = chunk * heads + head;
+        uint32_t stage = base + index % kStages * kStage;
+        copy_chunk<kThreads>(stage + kC, kRow, c + (chunk * groups + group) * (kChunk * kState), kState, kState);
+        copy_chunk<kThreads>(stage + kP, kWeightRow, p + own * (kChunk * kChunk), kChunk, kChunk);
+        copy_chunk<kThreads>(stage + kU, kSliceRow, u + own * (kChunk * padded) + first_column, padded, kSlice);
+        if (threadIdx.x < kChunk / 4)
+            cp_async16(stage + kDecay + threadIdx.x * 16, decay + own * kChunk + threadIdx.x * 4, true);
+    };
+    auto load_b = [&](int index) {
+        if (index < sequence.count)
+            copy_chunk<kThreads>(
+                base + index % kStages * kStage + kB, kRow,
+                b + ((sequence.first + index) * static_cast<uint64_t>(groups) + group) * (kChunk * kState), kState,
+                kState);
         cp_async_commit();
+    };
+    auto load = [&](int index) {
+        load_most(index);
+        load_b(index);
     };
 
     StateSlice<kState> state;
@@ -146,15 +155,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     int column = at.own_column + 8 * j + i;
+                    // The L2 cache adds: each output once, and no load is waited for.
                     if (first_column + column < head_dim)
-                        out[column] += fmaf(read[j][2 * r + i], grown, given[j][2 * r + i] * of_weights);
+                        reduce_add(out + column, fmaf(read[j][2 * r + i], grown, given[j][2 * r + i] * of_weights));
                 }
         }
-        __syncthreads();  // the decayed U is there
+        __syncthreads();  // the decayed U is there, and of the stage only B is still to be read
+        if (kStages == 1) load_most(index + 1);
         if (chunk.count == kChunk) state.advance(at, expf(last), stage + kB, kRow, base + kDecayed, kSliceRow);
         if (kStages == 1) {
             __syncthreads();
-            load(index + 1);
+            load_b(index + 1);
         }
     }
     cp_async_wait<0>();

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 import logging
+import os
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from .backends import precision_called
 from .cli.sources import model_path
 from .engine.checks import token_ids
 from .engine.model import load
@@ -48,6 +50,7 @@ class KqprefillLM(TemplateLM):  # type: ignore[misc]  # the harness need not be 
         prefix_token_id: int | None = None,
         batch_size: Any = None,
         max_batch_size: Any = None,
+        precision: str | None = None,
         **unknown: Any,
     ) -> None:
         """What `--model_args` may name.
@@ -58,20 +61,21 @@ class KqprefillLM(TemplateLM):  # type: ignore[misc]  # the harness need not be 
         text, at most; the model's context length unless given. add_bos_token: whether texts begin with BOS; as the file
         says unless given. prefix_token_id: what comes before a text without context; BOS unless given, or EOS where
         there is none. batch_size, max_batch_size: of the harness, and not needed: batches are packed by tokens.
+        precision: as for `kqprefill.load`; what $KQPREFILL_PRECISION says unless given.
 
         Raises as `kqprefill.load` does; InputError for an argument that is none; ModelError where the file has no
         tokenizer.
         """
         super().__init__()
         if unknown:
-            known = "backend, kernels, vram, batch_tokens, max_length, add_bos_token and prefix_token_id"
+            known = "backend, kernels, vram, precision, batch_tokens, max_length, add_bos_token and prefix_token_id"
             raise InputError(f"model_args: {next(iter(unknown))} is unknown; there are path, {known}")
         if path is None:
             raise InputError("model_args: there is no path; give the model as --model_args path=model.gguf")
         number, backend = _device_of(device, backend)
         self._batch_tokens = batch_tokens
         self._path = model_path(str(path))
-        self.model = load(self._path, backend, number, kernels, vram=vram)
+        self.model = load(self._path, backend, number, kernels, vram=vram, precision=_precision_of(precision))
         try:
             metadata = self.model.file.metadata
             self._tokenizer = Tokenizer(metadata, self._path)
@@ -211,6 +215,15 @@ class KqprefillLM(TemplateLM):  # type: ignore[misc]  # the harness need not be 
 
     def _error(self, what: str) -> ModelError:
         return ModelError(f"{self._path}: {what}")
+
+
+def _precision_of(given: str | None) -> str:
+    """What is given, else what the environment says as it does for our commands, else "exact". Raises InputError."""
+    named = os.environ.get("KQPREFILL_PRECISION") or "exact"
+    try:
+        return precision_called(given or named)
+    except InputError as error:
+        raise InputError(f"{'model_args' if given else 'KQPREFILL_PRECISION'}: {error}") from None
 
 
 def _device_of(device: str | int | None, backend: str) -> tuple[int, str]:

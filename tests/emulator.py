@@ -29,6 +29,7 @@ from kqprefill.backends.cuda.device.workspace import Downloads, Workspace
 from kqprefill.backends.cuda.gemm.tensor_maps import TensorMaps
 from kqprefill.backends.cuda.kernel_set import kernel_set_of
 from kqprefill.backends.cuda.kv_cache import DeviceCache
+from kqprefill.backends.cuda.ops.batch import Residual, received
 from kqprefill.backends.cuda.ops.context import Context
 from kqprefill.backends.cuda.ops.cuda_ops import CudaOps
 from kqprefill.backends.cuda.state_access import DeviceStates
@@ -77,12 +78,15 @@ def _source(program):
     text = text.replace("__shared__", "static")
     defines = "".join(f"#define {name} {value}\n" for name, value in program.defines)
     constants = dict(program.constants)
-    cluster, left_out = constants.get("CLUSTER", 1), {"0": "gemm_gated", "1": "gemm_linear"}.get(constants.get("GATED"))
+    cluster, kernels = constants.get("CLUSTER", 1), set(signatures_of(program.source))
+    if "ACTIVATED" in constants:  # a product: of one kind, but that gemm_sm80.cu has two of them in one program
+        gated = {"0": {"gemm_linear"}, "1": {"gemm_gated"}, None: {"gemm_linear", "gemm_gated"}}
+        own = gated[constants.get("GATED")]
+        kernels = {"gemm_activated"} if constants["ACTIVATED"] == "1" else own
     launches = "".join(
         f'extern "C" void launch_{kernel}(const uint64_t* values, unsigned x, unsigned y, unsigned z, unsigned n) '
         f"{{ launch({kernel}, values, {{x, y, z}}, n, {cluster}); }}\n"
-        for kernel in signatures_of(program.source)
-        if kernel != left_out
+        for kernel in sorted(kernels)
     )
     return f"{SHIM.read_text()}\n{defines}{text}\n{launches}"
 
@@ -181,6 +185,19 @@ class EmulatedWeights:
         pass
 
 
+class _Apart:
+    """A Workspace's arrays under names of one's own."""
+
+    def __init__(self, work, name):
+        self._work, self._name = work, name
+
+    def array(self, name, dtype, *shape):
+        return self._work.array(f"{self._name}: {name}", dtype, *shape)
+
+    def upload(self, name, array):
+        return self._work.upload(f"{self._name}: {name}", array)
+
+
 class EmulatedModel:
     """A model whose batches run on emulated kernels: Hopper's own, or the portable ones with so many bytes of shared
     memory for a block."""
@@ -208,6 +225,18 @@ class EmulatedModel:
     def states(self, cache):
         """The StateAccess to a cache."""
         return DeviceStates(self.context, self.family, cache)
+
+    def run_in_shares(self, batch, first):
+        """The logits of a batch whose layers from number `first` on have other work arrays, as on another device."""
+        count, x = len(self.family.blocks), None
+        for layers, name in ((range(first), "one"), (range(first, count), "other")):
+            ops = CudaOps(replace(self.context, work=_Apart(self.context.work, name)), self.family, batch, None)
+            if x is not None:
+                values = received(ops, self.family)
+                self.gpu.copy(values.address, x.values.address, values.nbytes)
+                x = Residual(values, x.bound)
+            x = self.family.forward(ops, layers=layers, x=x)
+        return self.family.finish(ops, x, "all")().logits
 
     def run(self, batch, logits="all", cache=None):
         """What the head gives of a batch."""

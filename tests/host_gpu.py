@@ -43,18 +43,20 @@ class HostGpu:
         self.stream, self.blocks = Stream(), {}
         self.device = SimpleNamespace(create_stream=Stream, create_event=Event, set_current=lambda: None)
         self.driver = SimpleNamespace(
-            cuMemHostAlloc=self._host_alloc,
             cuMemFreeHost=lambda host: self.blocks.pop(int(host)),
             cuMemcpyDtoHAsync=lambda to, source, nbytes, stream: (ctypes.memmove(to, source, nbytes), (OK,))[1],
-            cuMemHostRegister=lambda *args: (OK,),
+            cuMemcpyHtoDAsync=lambda to, source, nbytes, stream: (ctypes.memmove(to, source, nbytes), (OK,))[1],
             cuMemHostUnregister=lambda *args: (OK,),
             cuStreamSynchronize=lambda *args: (OK,),
         )
 
-    def _host_alloc(self, nbytes, flags):
+    def locked(self, nbytes, for_all=False):
         memory = np.empty(nbytes, np.uint8)
         self.blocks[memory.ctypes.data] = memory
-        return OK, memory.ctypes.data
+        return memory.ctypes.data
+
+    def lock(self, address, nbytes, read_only=False):
+        return OK
 
     def allocate(self, nbytes, what):
         return Buffer(nbytes)

@@ -150,7 +150,7 @@ def launches_of(family, facts, kernel_set, batch, logits, host_embedding=False, 
         NamedSmallArrays(gpu, names),
     )
     ops = CudaOps(context, family, batch, None)
-    family.head(ops, family.forward(ops), logits)
+    family.finish(ops, family.forward(ops), logits)
     return launcher.launched, names
 
 

@@ -15,6 +15,7 @@ from kqprefill.backends.cuda.batch_size import MOST_TOKENS, choose_batch, first_
 from kqprefill.backends.cuda.bounds import H100, Speed, free_from, operations
 from kqprefill.backends.cuda.kernel_set import kernel_set_of
 from kqprefill.backends.cuda.rehearsal import plan_model
+from kqprefill.backends.cuda.weights.share import Share
 from kqprefill.core import BATCH_TOKENS, FIRST_TOKENS
 from kqprefill.models import read_model
 from kqprefill.synthetic import SyntheticFile
@@ -167,7 +168,7 @@ def cuda_backend_without_a_gpu(monkeypatch, name, gib, tokens):
     backend.gpu, backend.kernel_set = SimpleNamespace(device=device, index=0), HOPPER
     backend._budget, backend._caches, backend._ranks, backend._size = int(gib * GIB), [], False, None
     backend._speed, backend.plan = planned.speed, planned.plan(tokens)
-    backend._collectors = []
+    backend._collectors, backend._share = [], Share.whole(planned.family)
     backend._graphs = SimpleNamespace(clear=lambda: None)
     backend._weights = SimpleNamespace(plan=backend.plan, place=lambda plan, progress: placed.append(plan))
     return backend, planned, placed

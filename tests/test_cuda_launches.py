@@ -82,7 +82,9 @@ def test_every_launch_fits_its_kernel(model, capability, kernels):
             launched, _ = launches_of(family, facts, kernel_set, batch, logits, host_embedding, "int8")
             programs = {program for program, *_ in launched}
             assert int8 in {program.source for program in programs}
-            assert programs <= set(rehearse(family, facts, kernel_set, batch, logits, host_embedding, "int8").programs)
+            assert programs <= set(
+                rehearse(family, facts, kernel_set, batch, logits, host_embedding, precision="int8").programs
+            )
             copies = [kernel for _, kernel, *_ in launched].count("copy_rows")
             blocks = [kernel_set.attention(*family.head_dims(index)).block_kv for index in attentive]
             assert copies == sum(logits == "ranks" and batch.segments[0].length % block > 0 for block in blocks)
@@ -111,7 +113,7 @@ def test_arguments_go_by_name():
 def test_shared_numbers_are_used_by_the_kernels():
     """Each define that the host passes is one that some kernel reads; each kernel has its threads from one of them."""
     one_size = (
-        "norm rope scales head experts gates activations per_layer altup latent states squares weights delta_inputs "
+        "norm rope scales head experts gates activations per_layer altup latent squares weights delta_inputs "
         "kda mamba_inputs convolution int8 int8_weights int8_rows".split()
     )  # kernels whose blocks are these
     sources = [

@@ -146,7 +146,7 @@ def test_ops(cuda, name, n, rng):
     try:
         both = BothOps(CpuOps(family, batch, None), CudaOps(context, family, batch, None))
         x = family.forward(both)
-        expected, got = (family.head(ops, x[i], "all")() for i, ops in enumerate((both.cpu, both.cuda)))
+        expected, got = (family.finish(ops, x[i], "all")() for i, ops in enumerate((both.cpu, both.cuda)))
         assert relative_error(expected.logits, got.logits) <= TOLERANCE
         assert got.logit == got.logits[-1].max() and got.token == int(got.logits[-1].argmax())
     finally:

@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 
 from conftest import CASES, found, kl_divergence, relative_error
-from host_gpu import Buffer, Event, HostGpu, on_host
+from host_gpu import Buffer, Event, HostGpu
 import kqprefill
 from kqprefill.backends.base import whole_rows
-from kqprefill.backends.cuda.device.arrays import FLOAT16, FLOAT32, DeviceArray
-from kqprefill.backends.cuda.device.signatures import signatures_of
+from kqprefill.backends.cuda.device.arrays import FLOAT32, DeviceArray
 from kqprefill.backends.cuda.gemm.operand import operand_positions
 from kqprefill.backends.cuda.kv_cache import DeviceCache, HostCache, state_bytes
 from kqprefill.backends.cuda.ops.chunk_layout import chunk_layout
-from kqprefill.backends.cuda.state_access import _SLOT_BYTES, DeviceStates
+from kqprefill.backends.cuda.state_access import _SLOT_BYTES, _SLOTS, DeviceStates, _scaled
 from kqprefill.core import KeysValues, Latent, Recurrent, Segment
 from kqprefill.errors import BackendError, InputError, StateError
 from kqprefill.gguf import GGUFFile
@@ -25,28 +24,6 @@ from kqprefill.synthetic import SyntheticFile
 WANTED = "qwen3-q8_0 phi3-q4_k_m gemma4-q4_k_m deepseek2-moe-glm47-q3_k_m qwen35-tied-nextn qwen35-q4_k_m "
 WANTED += "lfm2-q2_k nemotron_h-q2_k falcon-h1-q2_k kimi-linear-moe-q2_k"
 FAMILIES = [path.stem for path in found(WANTED)]
-
-
-class HostLauncher:
-    """Does what real_rows does (kernels/states.cu)."""
-
-    def fence(self):
-        pass
-
-    def launch(self, program, kernel, grid, **given):
-        a = SimpleNamespace(**given)
-        signatures_of(program.source)[kernel].check(given)
-        rows = np.lib.stride_tricks.as_strided(
-            on_host(a.kept).reshape(-1), (grid, a.stride), (2 * a.stride, 2), writeable=False
-        ).astype(np.float32)
-        i = np.arange(a.columns)
-        places = operand_positions(a.columns) if a.operand else i // a.head_dim * a.padded + i % a.head_dim
-        values = rows[:, places] / on_host(a.scale)[0]
-        assert (a.halves is None) != (a.floats is None)
-        with np.errstate(over="ignore"):
-            on_host(a.halves if a.floats is None else a.floats)[...] = values
-        if a.halves is not None and not (np.abs(values) <= 65504).all():
-            on_host(a.beyond)[0] = 1
 
 
 @pytest.fixture
@@ -103,26 +80,29 @@ def taken(start):
 def test_what_is_written_is_read(gpu, name, kind, rng, monkeypatch):
     """Without a GPU: by halves, which the numbers written are, and floats; in pieces and in other threads."""
     monkeypatch.setattr("kqprefill.backends.cuda.state_access._HOST_PIECE", 7)
+    monkeypatch.setattr("kqprefill.backends.cuda.state_access._WRITTEN", 5000)
     family, n = family_of(name), 53
     cache = cache_of(kind, gpu, family, 60)
-    launcher = HostLauncher()
-    with DeviceStates(SimpleNamespace(gpu=gpu, launcher=launcher), family, cache) as access:
+    with DeviceStates(SimpleNamespace(gpu=gpu), family, cache) as access:
         for layer, state in family.state_parts():
             if not isinstance(state, (KeysValues, Latent, Recurrent)):
                 continue
             given = [numbers(rng, shape) for shape in shapes_of(state, n)]
-            (access.write_recurrence if isinstance(state, Recurrent) else access.write)(layer, *given)
             cache.length = n
             if isinstance(state, Recurrent):
+                access.write_recurrence(layer, *given)
                 got = access.recurrence(layer)
                 assert not given[0].size or relative_error(given[0], got[0]) < 1e-5
                 assert np.array_equal(given[1], got[1])
                 continue
+            for part in (slice(20, n), slice(20)):  # one of float32, the other of halves
+                kind_of = np.float32 if part.start else np.float16
+                access.write(layer, part.start or 0, *(rows[part].astype(kind_of) for rows in given))
             for wide in (True, False):
-                whole = taken(lambda take, wide=wide, layer=layer: access.rows(layer, n, wide, take))
+                whole = taken(lambda take, wide=wide, layer=layer: access.rows(layer, n, wide, take)())
                 assert all(np.array_equal(a, b) for a, b in zip(whole, given))
             assert all(np.array_equal(a, b) for a, b in zip(whole_rows(access, layer, n), given))
-        if kind is HostCache:  # as while a batch runs: of what is on the device
+        if kind is HostCache:  # nothing of it was on the device
             assert len(access._slots) == 0
     cache.close()
 
@@ -150,12 +130,12 @@ def test_more_rows_than_slots(gpu, rng):
     """Slots go round as somebody takes their rows."""
     family = family_of("qwen3-q8_0")
     state = family.layer_states[0]
-    n = 10 * (_SLOT_BYTES // (2 * 2 * state.width))
+    n = 2 * _SLOTS * (_SLOT_BYTES // (2 * 2 * state.width))
     cache = cache_of(DeviceCache, gpu, family, n)
     rows = numbers(rng, (n, state.heads, state.head_dim))
-    with DeviceStates(SimpleNamespace(gpu=gpu, launcher=HostLauncher()), family, cache) as access:
-        access.write(0, rows, rows)
-        got = taken(lambda take: access.rows(0, n, False, take, live=True))
+    with DeviceStates(SimpleNamespace(gpu=gpu), family, cache) as access:
+        access.write(0, 0, rows, rows)
+        got = taken(lambda take: access.rows(0, n, False, take, live=True)())
         assert all(np.array_equal(rows, part) for part in got)
     assert not gpu.blocks
 
@@ -166,23 +146,37 @@ def test_values_that_do_not_fit(gpu, rng):
     cache = cache_of(DeviceCache, gpu, family, 8, scales=(2.0**-4, 64.0))
     shape = shapes_of(family.layer_states[0], 8)[0]
     large, small = np.full(shape, 1e5, np.float32), np.ones(shape, np.float32)
-    with DeviceStates(SimpleNamespace(gpu=gpu, launcher=HostLauncher()), family, cache) as access:
-        access.write(0, large, small)
+    with DeviceStates(SimpleNamespace(gpu=gpu), family, cache) as access:
+        access.write(0, 0, large, small)
         taken = []
-        access.rows(0, 8, False, lambda first, rows: taken.append(rows))
+        access.rows(0, 8, False, lambda first, rows: taken.append(rows))()
         with pytest.raises(InputError, match="layer 0: the state has a value that f16 cannot hold; use f32"), taken[0]:
             pass
         assert relative_error(large, whole_rows(access, 0, 8)[0]) < 1e-3
         with pytest.raises(StateError, match="layer 0: the state has values that this model cannot have made"):
-            access.write(0, small, large)
+            access.write(0, 0, small, large)
+
+
+def test_halves_times_powers_of_two_are_those_of_floats():
+    """Every half: the same bits as by way of float32, and refused where that is infinite."""
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    for power in (-40, -30, -25, -16, -3, 0, 1, 9, 16, 30, 60):
+        scale = np.float32(2.0**power)
+        with np.errstate(over="ignore", invalid="ignore"):
+            expected = (every.astype(np.float32) * scale).astype(np.float16)
+        fits = np.isfinite(expected) & np.isfinite(every)
+        got = _scaled(every[fits], scale)
+        assert np.array_equal(got.view(np.uint16), expected[fits].view(np.uint16)), power
+        assert np.array_equal(got, _scaled(every[fits].astype(np.float32), scale))
+        assert all(_scaled(every[at : at + 1], scale) is None for at in np.flatnonzero(~fits & (every == every))[::97])
 
 
 def test_a_device_that_fails_meanwhile_is_one_line(gpu, monkeypatch):
     """Whoever waits for rows is told as any other: in a thread that writes them, or at the end."""
     family, taken_rows = family_of("qwen3-q8_0"), []
     cache = cache_of(DeviceCache, gpu, family, 9)
-    access = DeviceStates(SimpleNamespace(gpu=gpu, launcher=HostLauncher()), family, cache)
-    access.rows(0, 9, True, lambda first, rows: taken_rows.append(rows))
+    access = DeviceStates(SimpleNamespace(gpu=gpu), family, cache)
+    access.rows(0, 9, True, lambda first, rows: taken_rows.append(rows))()
 
     def failing(event):
         raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS:\nan illegal memory access")
@@ -244,36 +238,3 @@ def test_saving_changes_no_bit(name, kind, rng, tmp_path, monkeypatch):
         saved = model.save_state(tmp_path / "during", prompt, logits="last").logits
         assert np.array_equal(plain, saved)
         assert (tmp_path / "after").read_bytes() == (tmp_path / "during").read_bytes()
-
-
-@pytest.mark.gpu
-def test_real_rows_of_wide_heads(rng):
-    """The kernel by itself, against its definition in NumPy above."""
-    from kqprefill.backends.cuda.device.gpu import Gpu
-    from kqprefill.backends.cuda.device.launcher import Launcher
-    from kqprefill.backends.cuda.kernel_set import kernel_set_of
-    from kqprefill.backends.cuda.programs import STATES
-
-    gpu = Gpu(0)
-    try:
-        launcher = Launcher(gpu, kernel_set_of(gpu.capability, "auto").target)
-        for heads, head_dim, padded, operand in ((3, 80, 96, 0), (1, 100, 128, 1), (2, 512, 512, 0)):
-            n, columns = 9, heads * head_dim
-            kept = rng.normal(size=(n, heads * padded)).astype(np.float16)
-            arrays = {"kept": kept, "scale": np.float32([0.125]), "beyond": np.int32([0])}
-            arrays |= {"halves": np.empty((n, columns), np.float16)}
-            buffers = {key: gpu.allocate(a.nbytes, key) for key, a in arrays.items()}
-            for key, a in arrays.items():
-                gpu.upload(int(buffers[key].handle), a)
-            there = {k: DeviceArray(int(buffers[k].handle), a.dtype, a.shape) for k, a in arrays.items()}
-            sizes = {"stride": kept.shape[1], "padded": padded, "head_dim": head_dim, "columns": columns}
-            launcher.launch(STATES, "real_rows", grid=n, **there, floats=None, operand=operand, **sizes)
-            got = np.empty((n, columns), FLOAT16)
-            gpu.download(got, there["halves"].address)
-            i = np.arange(columns)
-            places = operand_positions(columns) if operand else i // head_dim * padded + i % head_dim
-            assert np.array_equal(got, kept[:, places] * np.float16(8))
-            for buffer in buffers.values():
-                buffer.close(gpu.stream)
-    finally:
-        gpu.close()

@@ -327,13 +327,13 @@ def test_memory_of_a_device_is_shared_out(monkeypatch):
     asked = []
 
     def on(vram):
-        return RunOptions("cuda", 0, "auto", vram, quiet=False, verbose=False)
+        return RunOptions("cuda", "0", "auto", vram, "exact", quiet=False, verbose=False)
 
     def open_fake(file, on):
         nbytes = file.tensors["x"].nbytes
         asked.append((nbytes, on.vram))
         plan = type("P", (), {"nbytes": min(int(on.vram), nbytes + 5)})
-        return type("M", (), {"file": file, "backend": type("B", (), {"name": "cuda", "plan": plan})})
+        return type("M", (), {"file": file, "backend": type("B", (), {"name": "cuda", "plans": (plan,)})})
 
     small, large = Fake(30), Fake(90)
     assert [m.file for m in _open_both(small, large, on(None), 200, open_fake)] == [small, large]

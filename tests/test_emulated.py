@@ -81,6 +81,21 @@ def test_cut_packed_and_cached_are_the_same_bits(name, kernels, precision, opene
     assert np.array_equal(logits[190:], last[100:])
 
 
+SPLIT = "qwen35-tied-nextn gemma3n-tiny gemma4-q4_k_m"
+
+
+@pytest.mark.parametrize("name", slow_but((QUICK,), [(name,) for name in SPLIT.split() if name in CASES]))
+def test_layers_on_two_devices_give_the_same_bits(name, opened, rng):
+    """Wherever the model can be parted: the residual stream, or streams, are all that goes across."""
+    model = opened(name)
+    batch = Batch(rng.integers(0, model.family.config.vocab_size, 70).astype(np.int32))
+    whole = model.run(batch).logits
+    places = [index for index in range(1, len(model.family.blocks)) if model.family.may_part(index)]
+    assert places
+    for first in places[:: max(1, len(places) // 2)]:
+        assert np.array_equal(model.run_in_shares(batch, first), whole), f"parted at {first}"
+
+
 @pytest.mark.parametrize("name,kernels", slow_but((QUICK, "portable"), CUTS))
 def test_threads_in_another_order_are_the_same_bits(name, kernels, opened, rng, monkeypatch):
     """What no barrier keeps in order would differ: a race."""
@@ -112,7 +127,7 @@ def test_states_are_those_of_the_cpu(name, opened, rng):
                         assert not got.size or relative_error(expected, got) < 0.02
                     copy.write_recurrence(layer, *states)
                 else:
-                    copy.write(layer, *whole_rows(access, layer, len(first)))
+                    copy.write(layer, 0, *whole_rows(access, layer, len(first)))
     other.length = len(first)
     after = Batch(tokens[100:], start=100)
     assert kl_divergence(model.run(after, cache=cache).logits, model.run(after, cache=other).logits) < 1e-4

@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from conftest import GOLDEN_FOLDERS, PATHS, kl_divergence
+from conftest import GOLDEN_FOLDERS, PATHS, ROOT, kl_divergence
 import kqprefill
 from kqprefill.gguf import GGUFFile
 from kqprefill.text import Tokenizer
@@ -13,6 +13,26 @@ from kqprefill.text import Tokenizer
 pytestmark = pytest.mark.slow
 
 PROMPTS = ["france", "fox", "code", "unicode"]
+
+# Lewis Carroll, Alice's Adventures in Wonderland (1865), its beginning.
+ALICE = """\
+Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing to do: once or
+twice she had peeped into the book her sister was reading, but it had no pictures or conversations in it, "and what
+is the use of a book," thought Alice, "without pictures or conversations?"
+
+So she was considering in her own mind (as well as she could, for the hot day made her feel very sleepy and stupid),
+whether the pleasure of making a daisy-chain would be worth the trouble of getting up and picking the daisies, when
+suddenly a White Rabbit with pink eyes ran close by her.
+
+There was nothing so very remarkable in that; nor did Alice think it so very much out of the way to hear the Rabbit
+say to itself, "Oh dear! Oh dear! I shall be late!" (when she thought it over afterwards, it occurred to her that
+she ought to have wondered at this, but at the time it all seemed quite natural); but when the Rabbit actually took
+a watch out of its waistcoat-pocket, and looked at it, and then hurried on, Alice started to her feet, for it
+flashed across her mind that she had never before seen a rabbit with either a waistcoat-pocket, or a watch to take
+out of it, and burning with curiosity, she ran across the field after it, and fortunately was just in time to see it
+pop down a large rabbit-hole under the hedge.
+
+In another moment down went Alice after it, never once considering how in the world she was to get out again."""
 
 
 @pytest.fixture(scope="session")
@@ -53,3 +73,19 @@ def test_golden_prompts(gemma, golden):
         tokenizer = Tokenizer(file.metadata, gemma)
     for prompt in PROMPTS:
         assert tokenizer.encode(str(golden[f"{prompt}/text"])) == golden[f"{prompt}/tokens"].tolist()
+
+
+@pytest.mark.parametrize("text", [(ROOT / "LICENSE").read_text(encoding="utf-8"), ALICE], ids=["license", "alice"])
+def test_int8_of_gemma3_270m(gemma, text):
+    """Over all positions of 320 tokens; and the same bits in pieces, where other last digits would round otherwise."""
+    with (
+        kqprefill.load(gemma, backend="cpu") as exact,
+        kqprefill.load(gemma, backend="cpu", precision="int8") as rounded,
+    ):
+        ids = exact.tokenize(text)[:320]
+        assert len(ids) == 320
+        expected, got = (model.prefill(ids, logits="all").logits for model in (exact, rounded))
+        assert 1e-3 < kl_divergence(expected, got) <= 4.5e-3
+        cache = rounded.new_cache(320)
+        pieces = [rounded.prefill(ids[at : at + 90], logits="all", cache=cache).logits for at in range(0, 320, 90)]
+        assert (np.concatenate(pieces) == got).all()

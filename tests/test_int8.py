@@ -7,14 +7,12 @@ import numpy as np
 import pytest
 
 from emulator import EmulatedGpu, EmulatedMaps, Emulator, why_not
-from kqprefill.backends.cuda.bounds import Speed, floors
 from kqprefill.backends.cuda.device.arrays import FLOAT16, FLOAT32, INT8, UINT8, DeviceArray
 from kqprefill.backends.cuda.device.workspace import Workspace
 from kqprefill.backends.cuda.gemm import int8_hopper
 from kqprefill.backends.cuda.gemm.operand import BYTES, HALVES, Groups, Operand, operand_positions
 from kqprefill.backends.cuda.kernel_set import kernel_set_of
 from kqprefill.backends.cuda.programs import NORM, int8_rows_program
-from kqprefill.backends.cuda.rehearsal import plan_model
 from kqprefill.backends.cuda.weights.matrix import matrix_of
 from kqprefill.backends.cuda.weights.scales import Scales
 from kqprefill.backends.cuda.weights.small_arrays import SmallArrays
@@ -22,10 +20,7 @@ from kqprefill.backends.cuda.weights.staging import unpack
 from kqprefill.gguf import dequantize
 from kqprefill.gguf.dequantize import SUPPORTED
 from kqprefill.gguf.types import GGML
-from kqprefill.models import read_model
-from kqprefill.models.precision import takes_int8
-from kqprefill.synthetic import SyntheticFile, SyntheticTensor
-from launches import Facts
+from kqprefill.synthetic import SyntheticTensor
 
 emulated = pytest.mark.skipif(why_not() is not None, reason=f"kernels are not emulated: {why_not()}")
 DEVICES = [
@@ -258,6 +253,25 @@ def test_gated(device, features, columns, rng):
         assert not np.delete(got, at, axis=1).any()
 
 
+@pytest.mark.parametrize("activation", ["gelu_tanh", "relu_squared"])
+@pytest.mark.parametrize("features,columns", [(64, 128), (100, 384)])
+def test_networks_without_a_gate(device, features, columns, activation, rng):
+    up, _ = device.matrix("ffn_up", (features, columns))
+    bias = rng.standard_normal(features).astype(np.float32)
+    held, act_scale = device.work.upload("bias", bias), device.small.constant(np.array([0.25], np.float32))
+    for n in sizes(device):
+        a, _ = device.operand(n, columns, rng)
+        values = device.poisoned("act", FLOAT16, n, HALVES.padded(features))
+        device.gemms.choose([up]).activated(a, up, Operand(values, features, act_scale), None, held, activation)
+        x = products(device, a, [up]) + bias
+        tanh = np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))
+        expected = np.maximum(x, 0) ** 2 if activation == "relu_squared" else 0.5 * x * (1 + tanh)
+        got = device.get(values).astype(np.float64)
+        at = operand_positions(features)
+        assert close_to(expected, got[:, at] * 4, 1e-3)
+        assert not np.delete(got, at, axis=1).any()
+
+
 def grouped(device, counts, most):
     """Groups of at most so many rows, of experts that have these counts of them."""
     groups, first = [], 0
@@ -316,12 +330,15 @@ def test_every_configuration_gives_the_same_bits(device, rng, monkeypatch):
         out = device.poisoned("out", FLOAT32, n, 273)
         gemm.linear(a, matrices, out, None, None, False)
         found.append([device.get(out)])
+        act = device.poisoned("act", FLOAT16, n, 192)
+        gemm.activated(a, gate, Operand(act, 160, scale), None, None, "gelu_tanh")
+        found[-1].append(device.get(act))
         if config.tiles == 2:
             act = device.poisoned("act", FLOAT16, n, 192)
             gemm.gated(a, gate, up, Operand(act, 160, scale), None, (None, None), "gelu_tanh")
             found[-1].append(device.get(act))
-    gated_bits = [results[1] for results in found if len(results) == 2]
-    assert all(np.array_equal(results[0], found[0][0]) for results in found)
+    gated_bits = [results[2] for results in found if len(results) == 3]
+    assert all(np.array_equal(results[i], found[0][i]) for results in found for i in (0, 1))
     assert all(np.array_equal(bits, gated_bits[0]) for bits in gated_bits) and np.isfinite(gated_bits[0]).all()
 
 
@@ -341,43 +358,3 @@ def test_outputs_keep_to_the_bound_that_scales_come_from(device, rng):
     made = np.abs(products(device, a, [matrix]))
     bound = lengths * np.linalg.norm(x.astype(np.float64) / norm, axis=1)[:, None]
     assert (made <= bound * (1 + 1e-5)).all() and (lengths < 20 * np.linalg.norm(rows * norm, axis=1)).all()
-
-
-@pytest.mark.parametrize("model", ["qwen3-8b:Q4_K_M", "qwen3-30b-a3b:Q4_K_M"])
-def test_plans_count_what_int8_takes(model):
-    """A byte for each weight of the layers' large matrices, and 4 for each of their rows; all else as before."""
-    family, kernel_set = read_model(SyntheticFile.named(model)), kernel_set_of((9, 0))
-    exact, int8 = (
-        plan_model(family, Facts((9, 0)), kernel_set, 80 << 30, 512, precision=precision)
-        for precision in ("exact", "int8")
-    )
-    large = [w for block in family.blocks for w in block if w.is_matrix and takes_int8(w)]
-    weights = sum(int(np.prod(w.shape)) for w in large)
-    kept = int8.parts["layers that stay, in int8"]
-    assert weights < kept < 1.01 * weights + 1e8
-    assert all(int8.parts[name] == exact.parts[name] for name in ("CUDA context", "output", "embedding"))
-
-
-def test_streamed_layers_have_room_to_be_made_in():
-    """A budget that not all layers fit has some streamed, in the file's format, and made int8 when they have come."""
-    family, kernel_set = read_model(SyntheticFile.named("qwen3-8b:Q4_K_M")), kernel_set_of((9, 0))
-    exact, int8 = (
-        plan_model(family, Facts((9, 0)), kernel_set, 5 << 30, 512, precision=precision)
-        for precision in ("exact", "int8")
-    )
-    assert int8.streamed and len(int8.streamed) > len(exact.streamed) and int8.nbytes <= 5 << 30
-    raw = sum(t.nbytes for layer in int8.streamed for t in (w.tensor for w in family.blocks[layer] if w.is_matrix))
-    assert raw <= int8.streamed_bytes < 1.001 * raw
-
-
-def test_bounds_are_those_of_int8():
-    """Half the time for Qwen3-8B's matrices, more to read them, and as long as before for attention."""
-    family, kernel_set, facts = read_model(SyntheticFile.named("qwen3-8b:Q4_K_M")), kernel_set_of((9, 0)), Facts((9, 0))
-    exact, int8 = (
-        [seconds(2048) for _, seconds in floors(plan_model(family, facts, kernel_set, 80 << 30, 2048), *given)]
-        for given in ((family, facts), (family, facts, "int8"))
-    )
-    assert 0.5 < int8[0] / exact[0] < 0.6 and 1.2 < int8[1] / exact[1] < 2
-    speeds = (Speed(family, facts, kernel_set, precision) for precision in ("exact", "int8"))
-    plan = plan_model(family, facts, kernel_set, 80 << 30, 2048)
-    assert next(speeds).seconds(plan, 2048).resident > 1.4 * next(speeds).seconds(plan, 2048).resident

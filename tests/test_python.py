@@ -41,7 +41,7 @@ def test_listing_the_package_is_light():
 def test_help_says_what_the_arguments_are():
     code = "import kqprefill; help(kqprefill.load)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
-    for name in ("path", "backend", "device", "kernels", "progress", "warn", "vram", "max_tokens"):
+    for name in ("path", "backend", "device", "kernels", "progress", "warn", "vram", "max_tokens", "precision"):
         assert re.search(rf"^ +{name}: ", shown, re.MULTILINE) and f"{name}: '" in shown.splitlines()[2]
 
 
@@ -73,7 +73,7 @@ def test_reprs_are_a_line(model, rng):
 
 def test_a_models_repr_says_what_and_where():
     model = kqprefill.load(EXAMPLE, backend="cpu")
-    assert repr(model).startswith(f"<Model {EXAMPLE}: qwen3, 2 layers, vocabulary 256, context 4096, on cpu (")
+    assert repr(model).startswith(f"<Model {EXAMPLE}: qwen3, 2 layers, vocabulary 256, context 4096, exact on cpu (")
     model.close()
     assert repr(model).endswith("closed>")
 
@@ -147,6 +147,11 @@ OUTPUTS = [
     ("inspect --json", ["inspect", EXAMPLE, "--json"], None),
     ("tokenize --json", ["tokenize", EXAMPLE, "Hi", "--json"], None),
     ("tokenize --json", ["tokenize", EXAMPLE, "--decode", "72,105", "--json"], None),
+    (
+        "plan --device 0,1 --json",
+        ["plan", "qwen3-8b:Q4_K_M", "--device", "0,1", "--vram", "8G", "--json"],
+        None,
+    ),
     ("doctor --json", ["doctor", "--json"], None),
     ("cache --json", ["cache", "--json"], None),
 ]

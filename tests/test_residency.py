@@ -202,17 +202,17 @@ def force(monkeypatch, resident):
     from kqprefill.backends.cuda.device.workspace import aligned
     from kqprefill.backends.cuda.weights.matrix import layer_matrices, tile_bytes
 
-    def plan(family, facts, kernel_set, budget, tokens, cache_bytes=0, ranks=False, device=0, **more):
-        everything = plan_model(family, facts, kernel_set, 1 << 60, tokens, cache_bytes, ranks, device, **more)
-        layers = layer_matrices(family)
-        streamed = tuple(i for i in range(len(layers)) if i not in resident)
+    def plan(family, facts, kernel_set, budget, tokens, cache_bytes=0, ranks=False, share=None, **more):
+        everything = plan_model(family, facts, kernel_set, 1 << 60, tokens, cache_bytes, ranks, share, **more)
+        own, layers = everything.share.layers, layer_matrices(family)
+        streamed = [i for i in own if i not in resident]
         return replace(
             everything,
-            resident=tuple(resident),
-            streamed=streamed,
+            resident=tuple(i for i in own if i in resident),
+            streamed=tuple(streamed),
             streamed_bytes=1 << 30,
-            slot_bytes=max(sum(aligned(t.nbytes) for t in layers[i]) for i in streamed),
-            tile_bytes=max(tile_bytes(layers[i]) for i in streamed),
+            slot_bytes=max([1 << 20, *(sum(aligned(t.nbytes) for t in layers[i]) for i in streamed)]),
+            tile_bytes=max([0, *(tile_bytes(layers[i]) for i in streamed)]),
         )
 
     monkeypatch.setattr(backend, "plan_model", plan)

@@ -1,6 +1,11 @@
 """State files byte by byte, without a model."""
 
+from dataclasses import replace
+import errno
+import os
+from pathlib import Path
 import struct
+import tempfile
 
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import quantize
@@ -8,12 +13,12 @@ import numpy as np
 import pytest
 
 from kqprefill.core import Recurrent
-from kqprefill.errors import InputError, StateError
+from kqprefill.errors import InputError, KqprefillError, StateError
 from kqprefill.states import FORMATS, TYPES
 from kqprefill.states.elements import ELEMENTS, decode, encode, key_rotation, rotate, value_rotation
 from kqprefill.states.layout import AttentionLayer, StateOptions, StateShape
 from kqprefill.states.read import StateFile
-from kqprefill.states.write import StateWriter
+from kqprefill.states.write import StateWriter, whole_file
 
 FULL = StateShape("tiny", 2, (AttentionLayer(0, 1, 64, 1, 64), AttentionLayer(1, 1, 64, 1, 64)))
 SHAPES = {
@@ -48,15 +53,19 @@ def content(shape, rng, n):
     return rows, states
 
 
+def fill(writer, n, rows, states, piece=4):
+    for layer in reversed(rows):  # in any order
+        for first in range(0, n, piece):
+            keys, values = (a[first : first + piece] for a in rows[layer])
+            writer.rows(layer, first, keys, values if values.size else None)
+    for layer, (matrices, last) in states.items():
+        writer.recurrence(layer, matrices, last)
+
+
 def write(path, shape, options, tokens, cells, rows, states, piece=4):
     with open(path, "wb") as file:
         writer = StateWriter(file, shape, options, tokens, cells)
-        for layer in reversed(rows):  # in any order
-            for first in range(0, len(tokens), piece):
-                keys, values = (a[first : first + piece] for a in rows[layer])
-                writer.rows(layer, first, keys, values if values.size else None)
-        for layer, (matrices, last) in states.items():
-            writer.recurrence(layer, matrices, last)
+        fill(writer, len(tokens), rows, states, piece)
     assert path.stat().st_size == writer.layout.nbytes
 
 
@@ -101,6 +110,54 @@ def test_a_sequence_byte_by_byte(format, extra, rng, tmp_path):
         for layer in (0, 1):
             expected += struct.pack("<iQ", 1, 128) + rows[layer][number].astype("<f2").tobytes()
     assert (tmp_path / "state").read_bytes() == expected
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="there is no tmpfs at /dev/shm")
+def test_a_file_in_memory_has_the_same_bytes(rng, tmp_path, monkeypatch):
+    """It is written through a mapping; where the file system is full, that is an error, not a signal."""
+    shape = SHAPES["hybrid"]
+    rows, states = content(shape, rng, 9)
+    options = StateOptions("ggsn-11", values="f32", transposed=True)
+    write(tmp_path / "state", shape, options, list(range(9)), 8, rows, states)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        path = Path(folder) / "state"
+        with whole_file(path) as file:
+            fill(StateWriter(file, shape, options, list(range(9)), 8), 9, rows, states)
+        assert path.read_bytes() == (tmp_path / "state").read_bytes()
+        write(path, shape, options, list(range(9)), 8, rows, states)  # open for writing only: not through a mapping
+        assert path.read_bytes() == (tmp_path / "state").read_bytes()
+        reserve, calls = os.posix_fallocate, []
+
+        def full(handle, offset, nbytes):
+            calls.append(offset)
+            if len(calls) > 9:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            reserve(handle, offset, nbytes)
+
+        monkeypatch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(KqprefillError, match=r"full: cannot be written: No space left"):  # noqa: SIM117
+            with whole_file(Path(folder) / "full") as file:
+                fill(StateWriter(file, shape, options, list(range(9)), 8), 9, rows, states)
+        assert os.listdir(folder) == ["state"] and len(calls) == 10
+
+
+def test_tokens_of_a_piece(rng, tmp_path):
+    """Cells in any order, and tokens before a window: a piece is the same part of all rows."""
+    shape, n = SHAPES["sliding"], 40
+    rows, _ = content(shape, rng, n)
+    path = tmp_path / "state"
+    for options in (StateOptions(cells=9), StateOptions(keys="q8_0", values="q8_0"), StateOptions(transposed=True)):
+        write(path, shape, options, list(range(n)), n, rows, {})
+        with StateFile(path, shape) as file:
+            order = rng.permutation(n).astype(np.int32)
+            file._attention[1] = replace(file._attention[1], cells=order)  # of a layer without a window
+            for layer, held in rows.items():
+                for given, whole, *pieces in zip(
+                    held, *(file.keys_values(layer, *piece) for piece in ((), (0, 3), (3, 33), (33, n)))
+                ):
+                    assert np.array_equal(whole, np.concatenate(pieces))
+                    expected = given[order] if layer == 1 else given
+                    assert np.abs(np.where(whole == 0, 0, whole - expected)).max() < 0.06
 
 
 def test_a_session_byte_by_byte(rng, tmp_path):

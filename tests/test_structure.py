@@ -13,7 +13,7 @@ PACKAGE = (
 ).split()
 CUDA = (
     "constants units device programs attention_kernels delta_kernels mamba_kernels "
-    "weights gemm kv_cache kernel_set ops state_access rehearsal bounds batch_size backend"
+    "weights gemm kv_cache kernel_set ops state_access rehearsal bounds batch_size backend pipeline"
 ).split()
 
 

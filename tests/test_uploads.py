@@ -19,16 +19,14 @@ class SlowGpu:
 
     def __init__(self):
         self.work, self.blocks, self.waited, self.freed = [], {}, 0, 0
-        self.driver = SimpleNamespace(
-            cuMemHostAlloc=self.allocate, cuMemcpyHtoDAsync=self.copy, cuMemFreeHost=self.free
-        )
+        self.driver = SimpleNamespace(cuMemcpyHtoDAsync=self.copy, cuMemFreeHost=self.free)
         self.device = SimpleNamespace(create_event=lambda: SlowEvent(self))
         self.stream = SimpleNamespace(record=lambda event: event.record(), handle=0)
 
-    def allocate(self, nbytes, flags):
+    def locked(self, nbytes):
         block = ctypes.create_string_buffer(nbytes)
         self.blocks[ctypes.addressof(block)] = block
-        return SUCCESS, ctypes.addressof(block)
+        return ctypes.addressof(block)
 
     def copy(self, to, source, nbytes, stream):
         self.work.append(lambda: ctypes.memmove(to, source, nbytes))
@@ -106,12 +104,10 @@ def test_pages_are_unlocked_after_their_last_copy(monkeypatch, rng):
     def unlock(self, window, event):
         unlocked.append((event.at, last[window.begin >> 16]))
 
-    driver = SimpleNamespace(
-        cuMemHostRegister=lambda *_: (0,), CU_MEMHOSTREGISTER_READ_ONLY=8, cuStreamSynchronize=lambda handle: None
-    )
+    driver = SimpleNamespace(cuStreamSynchronize=lambda handle: None)
     device = SimpleNamespace(set_current=lambda: None, create_event=lambda: SimpleNamespace(at=0))
     monkeypatch.setattr(host_pages.HostPages, "_unlock", unlock)
-    gpu = SimpleNamespace(device=device, driver=driver, upload=copy)
+    gpu = SimpleNamespace(device=device, driver=driver, upload=copy, lock=lambda *_, **__: 0)
     uploader = host_pages.Uploader(gpu, stream, keep=3 << 16)
     memory = np.frombuffer(mmap.mmap(-1, 10 << 16), np.uint8)
     for _ in range(40):

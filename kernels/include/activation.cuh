@@ -17,6 +17,12 @@ __device__ __forceinline__ float gated(float g, float u, int activation) {
     return g * reciprocal_approx(1.0f + exp2_approx(-1.4426950409f * z)) * u;
 }
 
+// act(x): GELU, or max(x, 0)² (arXiv 2109.08668); NaN stays.
+__device__ __forceinline__ float activated(float x, int activation) {
+    if (activation == ACTIVATION_RELU_SQUARED) return x < 0.0f ? 0.0f : x * x;
+    return gated(x, 1.0f, activation);
+}
+
 // With the library's exponential: once for each value, where `gated` is for the inner loops of GEMMs.
 __device__ __forceinline__ float sigmoid(float x) {
     return 1.0f / (1.0f + expf(-x));

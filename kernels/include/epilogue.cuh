@@ -77,30 +77,27 @@ struct ExpertOutput {
     }
 };
 
-// gemm_gated's outputs, scale * act(gate) * up of `features` features: an operand, with rows `ldo` apart.
-struct GatedOutput {
+// Where a thread's outputs of a transposed product go that become an operand's: feature `feature` of every pair of
+// tokens that it has, rows `ldo` apart. row: the feature's in its row tile, as row_of_thread (gemm_sm90.cu) and
+// int8_row (int8.cuh) have it.
+struct OperandColumn {
     half_t* out;
-    int ldo, features;
-    float scale;
-    int activation;
+    int ldo, features, feature, row;
 
-    // Writes feature first + row of every pair of tokens that a thread has, from `token` on, where they are before
-    // `end`: the sums' row 0 is gate's, row 1 up's. row: as row_of_thread (gemm_sm90.cu) and int8_row (int8.cuh) have
-    // it.
+    __device__ __forceinline__ bool exists() const { return feature < features; }
+
+    // Writes value(4j) and value(4j + 1), of tokens token + 8j and the next, where these are before `end`; zeros where
+    // the feature is one of those that fill a group.
     //
     // A thread has two neighbouring tokens of one feature in each batch of 8 tokens; so of two batches, lanes of
     // neighbouring features trade a token, then lanes whose pairs of features are 16 apart trade a batch. Each then has
     // four outputs of one token, which are neighbours in operand order.
-    template <int kTokens, class Sums>
-    __device__ __forceinline__ void store_transposed(const Sums& sums, const float* gate_bias, const float* up_bias,
-                                                     int expert, int first, int row, int token, int end) const {
-        int f = first + row;
-        bool inside = f < ceil_div(features, kOperandGroup) * kOperandGroup;
-        Biases biases = {expert, features, f, f < features};
-        float gate_b = biases.of(gate_bias), up_b = biases.of(up_bias);
+    template <int kTokens, class Value>
+    __device__ __forceinline__ void store(int token, int end, Value value) const {
+        bool inside = feature < ceil_div(features, kOperandGroup) * kOperandGroup;
         bool odd = row & 1, second = row & 16;
-        uint32_t keep = f < features ? ~0u : 0;  // a select would be compiled to a branch around each
-        half_t* to = out + operand_position(f & ~17);
+        uint32_t keep = exists() ? ~0u : 0;  // a select would be compiled to a branch around each
+        half_t* to = out + operand_position(feature & ~17);
 #pragma unroll
         for (int j = 0; j < kTokens / 8; j += 2) {
             OperandPair pair[2];
@@ -108,11 +105,7 @@ struct GatedOutput {
             for (int batch = 0; batch < 2; ++batch) {
                 float y[2];
 #pragma unroll
-                for (int c = 0; c < 2; ++c) {
-                    int at = 4 * (j + batch) + c;
-                    float g = sums(at, gate_b), u = sums(at + 2, up_b);
-                    y[c] = bits_to_float(__float_as_uint(gated(g, u, activation) * scale) & keep);
-                }
+                for (int c = 0; c < 2; ++c) y[c] = bits_to_float(__float_as_uint(value(4 * (j + batch) + c)) & keep);
                 float given = __shfl_xor_sync(0xffffffffu, odd ? y[0] : y[1], 4);
                 pair[batch] = odd ? operand_pair(given, y[1]) : operand_pair(y[0], given);
             }
@@ -121,5 +114,44 @@ struct GatedOutput {
             uint2 pairs = second ? make_uint2(given, pair[1]) : make_uint2(pair[0], given);
             if (t < end && inside) store_operand(to + static_cast<uint64_t>(t) * ldo, pairs);
         }
+    }
+};
+
+// gemm_gated's outputs, scale * act(gate) * up of `features` features: an operand, with rows `ldo` apart.
+struct GatedOutput {
+    half_t* out;
+    int ldo, features;
+    float scale;
+    int activation;
+
+    // Of feature first + row: the sums' row 0 is gate's, row 1 up's.
+    template <int kTokens, class Sums>
+    __device__ __forceinline__ void store_transposed(const Sums& sums, const float* gate_bias, const float* up_bias,
+                                                     int expert, int first, int row, int token, int end) const {
+        OperandColumn column = {out, ldo, features, first + row, row};
+        Biases biases = {expert, features, first + row, column.exists()};
+        float gate_b = biases.of(gate_bias), up_b = biases.of(up_bias);
+        column.store<kTokens>(token, end, [&](int at) {
+            float g = sums(at, gate_b), u = sums(at + 2, up_b);
+            return gated(g, u, activation) * scale;
+        });
+    }
+};
+
+// gemm_activated's outputs, scale * act(x) of `features` features: an operand, with rows `ldo` apart.
+struct ActivatedOutput {
+    half_t* out;
+    int ldo, features;
+    float scale;
+    int activation;
+
+    // Of feature first + row, the sums' row kRow.
+    template <int kTokens, int kRow, class Sums>
+    __device__ __forceinline__ void store_transposed(const Sums& sums, const float* bias, int first, int row, int token,
+                                                     int end) const {
+        OperandColumn column = {out, ldo, features, first + row, row};
+        float own_bias = Biases{0, features, first + row, column.exists()}.of(bias);
+        column.store<kTokens>(token, end,
+                              [&](int at) { return activated(sums(at + 2 * kRow, own_bias), activation) * scale; });
     }
 };

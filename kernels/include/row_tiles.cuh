@@ -4,7 +4,8 @@
 #include "types.cuh"
 #include "../quants/common.cuh"
 
-// The matrices of a launch: up to three, one under another, or gate and up for the gated kernel. Where
+// The matrices of a launch: up to three, one under another, or gate and up for the gated kernel, or one whose outputs
+// become an operand (kActivated). Where
 // Config::kGrouped, each is the first of a stack of experts' matrices.
 struct Matrices {
     const uint8_t* weights[3];
@@ -36,6 +37,12 @@ __device__ __forceinline__ RowTile row_tile(const Matrices& matrices, int index,
         if (rows <= 0) return {nullptr, 0, 0, tile * kTileRows};
         weights += static_cast<uint64_t>(stacked) * units * Formats::tile_bytes(0);
         return {weights + static_cast<uint64_t>(tile) * units * Formats::tile_bytes(0), 0, rows, tile * kTileRows};
+    }
+    if (Config::kActivated) {  // there are row tiles for columns that fill a group of the operand, too
+        int rows = min(kTileRows, matrices.rows[0] - index * kTileRows);
+        if (rows <= 0) return {nullptr, 0, 0, index * kTileRows};
+        return {matrices.weights[0] + static_cast<uint64_t>(index) * units * Formats::tile_bytes(0), 0, rows,
+                index * kTileRows};
     }
     int tiles0 = count_row_tiles<Config>(matrices.rows[0]), tiles1 = count_row_tiles<Config>(matrices.rows[1]);
     int column = 0, format = matrices.format[0], rows = matrices.rows[0];

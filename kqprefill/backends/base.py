@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
@@ -15,6 +16,7 @@ from ..collector import Collector
 from ..core import BATCH_TOKENS, FIRST_TOKENS, Batch, Float32Array, Logits, PendingHead, Progress, no_progress
 from ..errors import InputError
 from ..models.family import Family
+from ..models.precision import Precision
 from ..timeline import Stage
 from .budget import Budget
 
@@ -68,8 +70,9 @@ class StateAccess(ABC):
     """
 
     @abstractmethod
-    def rows(self, layer: int, end: int, wide: bool, take: TakeRows, live: bool = False) -> None:
-        """Have `take` hear of the rows of tokens 0 to end - 1, in pieces, as soon as they are on their way.
+    def rows(self, layer: int, end: int, wide: bool, take: TakeRows, live: bool = False) -> Callable[[], None]:
+        """Begin to read the rows of tokens 0 to end - 1. Returns what has `take` hear of them, in pieces, as soon as
+        they are on their way: to be called once, perhaps in another thread, as it may wait for pieces to be taken.
 
         wide: float32, else perhaps float16, which entering the rows raises InputError for where it cannot hold one.
         live: while a batch runs, just after the layer has been started; else between batches.
@@ -80,9 +83,9 @@ class StateAccess(ABC):
         """A recurrence's state, between batches."""
 
     @abstractmethod
-    def write(self, layer: int, first: Float32Array, second: Float32Array) -> None:
-        """Make these two arrays the layer's rows of tokens 0 to n - 1; between batches. Raises StateError for values
-        that the model cannot have made."""
+    def write(self, layer: int, begin: int, first: NDArray[Any], second: NDArray[Any]) -> None:
+        """Make these two arrays, float32 or float16, the layer's rows of tokens from `begin` on; between batches, and
+        from several threads. Raises StateError for values that the model cannot have made."""
 
     @abstractmethod
     def write_recurrence(self, layer: int, matrices: Float32Array, rows: Float32Array) -> None:
@@ -106,7 +109,7 @@ def whole_rows(access: StateAccess, layer: int, end: int) -> tuple[Float32Array,
         with rows as (a, b):
             pieces.append((a.astype(np.float32), b.astype(np.float32)))
 
-    access.rows(layer, end, True, take)
+    access.rows(layer, end, True, take)()
     return np.concatenate([a for a, _ in pieces]), np.concatenate([b for _, b in pieces])
 
 
@@ -131,15 +134,26 @@ class BatchSize:
 class Backend(ABC):
     """A device that can run a model.
 
-    name: "cpu" or "cuda". device_name: for people. plan: what of the model stays in the device's memory
-    (kqprefill.backends.cuda.weights.plan.Plan), None where that means nothing. runs_ahead: whether `run` returns before
-    the batch is computed, so that the next can be prepared meanwhile.
+    name: "cpu" or "cuda". device_name: for people. ahead: how many batches may be started before the first of them is
+    waited for; 0 where `run` returns once the batch is computed. tells_layers: whether `run`'s progress hears of each
+    layer, in order, just after it has been started.
     """
 
     name: str = ""
     device_name: str = ""
-    plan: Any = None
-    runs_ahead: bool = False
+    ahead: int = 0
+    tells_layers: bool = True
+
+    @property
+    def plans(self) -> Sequence[Any]:
+        """What of the model stays in each device's memory (kqprefill.backends.cuda.weights.plan.Plan); none where that
+        means nothing."""
+        return ()
+
+    @property
+    def report(self) -> Sequence[str]:
+        """What the devices have done so far, a line each, where there are several."""
+        return ()
 
     @property
     def loaded(self) -> Loaded | None:
@@ -154,12 +168,13 @@ class Backend(ABC):
         vram: Budget | None = None,
         tokens: int | None = None,
         ranks: bool = False,
+        precision: Precision = "exact",
     ) -> None:
         """Make the family's weights ready (a no-op on the CPU); progress hears how far it is.
 
         vram: device memory that may be taken, None for all that is free. tokens: of the longest prompt, or (ranks) of
-        the largest batch with targets, to plan for; None where the backend is to choose. Raises BackendError where the
-        model cannot run within it.
+        the largest batch with targets, to plan for; None where the backend is to choose. precision: what matrices are
+        multiplied as. Raises BackendError where the model cannot run within it, or the backend not so.
         """
 
     def batch_size(
@@ -175,19 +190,16 @@ class Backend(ABC):
     def in_turn(self, started: Iterable[Started | None]) -> Iterator[Started]:
         """Batches in the order in which an iterable starts them, each to be waited for when it comes out.
 
-        Where `run` returns before a batch is done, one comes out once the next has been started, else at once. None
-        among them has what was started before come out without waiting for another.
+        One comes out once `ahead` more have been started. None among them has what was started before come out without
+        waiting for another.
         """
-        running: Started | None = None
+        running: deque[Started] = deque()
         for batch in started:
-            if running is not None:
-                yield running
-            running = batch
-            if running is not None and not self.runs_ahead:
-                yield running
-                running = None
-        if running is not None:
-            yield running
+            if batch is not None:
+                running.append(batch)
+            while len(running) > (0 if batch is None else self.ahead):
+                yield running.popleft()
+        yield from running
 
     @abstractmethod
     def new_cache(self, family: Family, capacity: int) -> Cache:

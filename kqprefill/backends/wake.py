@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import ctypes
 from threading import Thread
 
 
-def wake_gpu(backend: str, device: int) -> None:
-    """Begin to wake the device, unless the backend is "cpu". Returns at once; failures are left for later to report."""
-    if backend != "cpu" and device >= 0:
-        Thread(target=_wake, args=(device,), daemon=True).start()
+def wake_gpu(backend: str, numbers: Sequence[int]) -> None:
+    """Begin to wake the devices, unless the backend is "cpu". Returns at once; failures are for later to report."""
+    if backend != "cpu":
+        for device in numbers:
+            Thread(target=_wake, args=(device,), daemon=True).start()
 
 
 def _wake(device: int) -> None:

@@ -143,6 +143,7 @@ def bench(
                     "parameters": sum(math.prod(w.shape) for w in matrices),
                     "backend": model.backend.name,
                     "device": model.backend.device_name,
+                    "precision": model.precision,
                     "prompt_tokens": length,
                     "repetitions": repetitions,
                     "delay_seconds": delay,
@@ -234,13 +235,14 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
         "params": parameters(rows[0]["parameters"]),
         "backend": rows[0]["backend"],
         "device": rows[0]["device"],
+        "precision": rows[0]["precision"],
     }
     lines = [
         [f"pp{row['prompt_tokens']}", f"{row['tokens_per_second']:.2f} ± {row['tokens_per_second_stddev']:.2f}"]
         for row in rows
     ]
     if sys.stdout.isatty():
-        above = "\n".join(f"{name:8}{shown(value)}" for name, value in same.items())
+        above = "\n".join(f"{name:10}{shown(value)}" for name, value in same.items())
         speeds = above + "\n\n" + table(["test", "t/s"], lines)
     else:
         speeds = table([*same, "test", "t/s"], [[*same.values(), *line] for line in lines])

@@ -110,23 +110,33 @@ def refuse_too_large(file: SyntheticFile, size_of: Callable[[SyntheticFile], int
 
 def plan_lines(plan: Plan, family: Family) -> Iterator[str]:
     """A residency Plan for people."""
-    yield f"GPU memory: {size(plan.nbytes)} of {size(plan.budget)} that may be taken"
+    of = "" if plan.share.is_first and plan.share.is_last else f" for {plan.share}"
+    yield f"GPU memory{of}: {size(plan.nbytes)} of {size(plan.budget)} that may be taken"
     width = max(map(len, plan.parts))
     for name, nbytes in plan.parts.items():
         yield f"  {name:{width}}  {size(nbytes):>10}"
-    yield f"layers: {len(plan.resident)} of {len(family.blocks)} stay, {len(plan.streamed)} are streamed" + (
-        ", and the embedding's rows" if plan.streamed and family.output is not family.token_embd else ""
+    rows = plan.streamed and plan.share.holds_embedding(family)
+    yield f"layers: {len(plan.resident)} of {len(plan.share.layers)} stay, {len(plan.streamed)} are streamed" + (
+        ", and the embedding's rows" if rows else ""
     )
+
+
+def how_it_ran(model: Model) -> str:
+    """A model's backend, device and precision, for people."""
+    return f"{model.backend.name} ({model.backend.device_name}), {model.precision}"
 
 
 def say_loaded(model: Model) -> None:
     """What an open Model's backend has loaded, and where, on stderr."""
     loaded = model.backend.loaded
-    if model.backend.plan is None or loaded is None:
+    if not model.backend.plans or loaded is None:
         return
     rate = loaded.nbytes / loaded.seconds / 1e9
     say_plain(f"weights that stay: {size(loaded.nbytes)} in {loaded.seconds:.3f} s, {rate:.1f} GB/s")
-    for line in plan_lines(model.backend.plan, model.family):
+    for plan in model.backend.plans:
+        for line in plan_lines(plan, model.family):
+            say_plain(line)
+    for line in model.backend.report:
         say_plain(line)
 
 

@@ -20,6 +20,7 @@ from ..terminal import json_line
 from .arrays import FORMATS, write_arrays
 from .common import (
     batch_option,
+    how_it_ran,
     open_file,
     say_batches,
     say_loaded,
@@ -113,8 +114,8 @@ def embed(
         if on.verbose:
             say_loaded(model)
             say_batches(model, batch_tokens)
-    rate, where = run.tokens / seconds, f"{model.backend.name} ({model.backend.device_name})"
-    on.say_summary(f"{run.written} texts, {run.tokens} tokens, {rate:.0f} tokens/s, {where}")
+    rate = run.tokens / seconds
+    on.say_summary(f"{run.written} texts, {run.tokens} tokens, {rate:.0f} tokens/s, {how_it_ran(model)}")
 
 
 def _item(model: Model, content: Any) -> Any:

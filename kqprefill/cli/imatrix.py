@@ -13,6 +13,7 @@ import click
 from ..errors import InputError
 from .common import (
     batch_option,
+    how_it_ran,
     open_file,
     read_text_file,
     read_tokens,
@@ -185,9 +186,8 @@ def imatrix(
                 say_batches(model, batch_tokens)
         matrix = saver.whole(made)
         done = made.chunks - (saver.resumed.chunks if saver.resumed is not None else 0)
-        where = f"{model.backend.name} ({model.backend.device_name})"
-        summary = f"{done} chunks of {context} tokens, {done * context / took:.0f} tokens/s, {where}"
-        on.say_summary(summary)
+        rate = f"{done * context / took:.0f} tokens/s"
+        on.say_summary(f"{done} chunks of {context} tokens, {rate}, {how_it_ran(model)}")
         if not on.quiet:
             say_gaps(matrix)
     else:
@@ -199,7 +199,7 @@ def imatrix(
             write_matrix(matrix, kind, opened)
         if name is not None:
             saver.end()
-    report(matrix, name, show_statistics, as_json)
+    report(matrix, name, on.precision if name else None, show_statistics, as_json)
 
 
 def _check_usage(

@@ -26,8 +26,11 @@ def say_gaps(matrix: ImportanceMatrix) -> None:
         )
 
 
-def report(matrix: ImportanceMatrix, name: str | None, show_statistics: bool, as_json: bool) -> None:
-    """Print the statistics, or one object of docs/json.md, where asked to. name: the model's, if there is one."""
+def report(
+    matrix: ImportanceMatrix, name: str | None, precision: str | None, show_statistics: bool, as_json: bool
+) -> None:
+    """Print the statistics, or one object of docs/json.md, where asked to. name, precision: the model's, if there is
+    one."""
     from ..engine.imatrix_file import means_by_layer, statistics
 
     if not (show_statistics or as_json):
@@ -37,6 +40,7 @@ def report(matrix: ImportanceMatrix, name: str | None, show_statistics: bool, as
     if as_json:
         described: dict[str, Any] = {
             "model": name,
+            "precision": precision,
             "chunks": matrix.chunks,
             "context": matrix.chunk_size,
             "datasets": list(matrix.datasets),

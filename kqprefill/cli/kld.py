@@ -15,6 +15,7 @@ from ..backends.budget import Budget
 from ..terminal import json_value
 from .common import (
     batch_option,
+    how_it_ran,
     open_file,
     print_object,
     say,
@@ -75,13 +76,20 @@ def kld(
     How far they are from another model's, over a text: the figures of llama-perplexity --kl-divergence, of the second
     half of each window. They are the Kullback-Leibler divergence from the other model, the base, in nats; the change of
     the probability of the tokens that came; how often both have the same likeliest token. A file leaves out what is 16
-    nats below the likeliest token; --against leaves nothing out.
+    nats below the likeliest token; --against leaves nothing out. With --precision int8 and neither of the two, MODEL
+    at int8 is compared with itself exact; --precision is MODEL's alone.
 
     \b
+    kqprefill kld examples/tiny-qwen3.gguf --precision int8 -f README.md -c 256
     kqprefill kld examples/tiny-qwen3.gguf --against examples/tiny-qwen3.gguf -f README.md -c 256
     """
-    if (base is None) == (against is None):
-        raise click.UsageError("give what to compare with either as --base FILE or as --against MODEL")
+    if (base is not None and against is not None) or (base is against is None and on.precision == "exact"):
+        raise click.UsageError(
+            "give what to compare with either as --base FILE or as --against MODEL, or compare MODEL at --precision "
+            "int8 with itself"
+        )
+    if base is None and against is None:
+        against = name
     outputs = Outputs(force)
     given = None
     if base is not None:
@@ -137,15 +145,16 @@ def kld(
                 for model in models:
                     say_loaded(model)
             if picture_file is not None:
-                draw_divergence(found, f"{name} against {base or against}", picture_file, kind)
+                draw_divergence(found, f"{name} ({on.precision}) against {base or against}", picture_file, kind)
     except Interrupted:
         if watch is not None and watch.done:
             on.say(f"interrupted: {watch.done:.0%} of the text was run; the figures need all of it (--chunks N: less)")
         raise
-    ran = models[0].backend
-    on.say_summary(f"{found.n_tokens} tokens of {found.windows} windows of {context}, {ran.name} ({ran.device_name})")
+    ran, base_precision = models[0], models[1].precision if against else None
+    on.say_summary(f"{found.n_tokens} tokens of {found.windows} windows of {context}, {how_it_ran(ran)}")
     if as_json:
-        about = {"context": context, "model": name, "base": base or against, "backend": ran.name}
+        about = {"context": context, "model": name, "base": base or against, "backend": ran.backend.name}
+        about |= {"precision": ran.precision, "base_precision": base_precision}
         print_object(json_value({**_described(found), **about}))
     else:
         click.echo("\n".join(_lines(found)))
@@ -168,19 +177,20 @@ def _open_both(
     room: int | None,
     open_model: Callable[[ModelFile, RunOptions], Model],
 ) -> list[Model]:
-    """Both files' Models.
+    """Both files' Models, the other one exact.
 
     room: bytes of device memory, which are shared out by the size of their weights: the larger model is opened first,
     with its share, and the other one has all that is left. None on the CPU.
     """
     sizes = [sum(tensor.nbytes for tensor in each.tensors.values()) for each in (file, other)]
     swapped = sizes[1] > sizes[0]
-    larger, smaller = (other, file) if swapped else (file, other)
+    exact = replace(on, precision="exact")
+    (larger, on), (smaller, then) = ((other, exact), (file, on)) if swapped else ((file, on), (other, exact))
     first = open_model(larger, on if room is None else replace(on, vram=str(room * max(sizes) // sum(sizes))))
-    on = replace(on, backend=first.backend.name, quiet=True)  # what there is to say has been said
-    if room is not None and first.backend.plan is not None:
-        on = replace(on, vram=str(room - first.backend.plan.nbytes))
-    second = open_model(smaller, on)
+    then = replace(then, backend=first.backend.name, quiet=True)  # what there is to say has been said
+    if room is not None and first.backend.plans:
+        then = replace(then, vram=str(room - max(plan.nbytes for plan in first.backend.plans)))
+    second = open_model(smaller, then)
     return [second, first] if swapped else [first, second]
 
 

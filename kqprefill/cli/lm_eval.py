@@ -28,8 +28,8 @@ def lm_eval(context: click.Context, arguments: tuple[str, ...]) -> None:
     \b
     --model_args path=model.gguf,vram=8G --tasks hellaswag,wikitext
 
-    After path may follow backend, kernels, vram, batch_tokens, max_length, add_bos_token and prefix_token_id. Tasks
-    that have text written (generate_until) are refused.
+    After path may follow backend, kernels, vram, precision, batch_tokens, max_length, add_bos_token and
+    prefix_token_id. Tasks that have text written (generate_until) are refused.
 
     \b
     kqprefill lm-eval run --help                                # the harness' options

@@ -8,6 +8,7 @@ import json
 from typing import TYPE_CHECKING, BinaryIO
 
 from ..terminal import shown, shown_json
+from .common import how_it_ran
 
 if TYPE_CHECKING:
     from ..engine.model import Model
@@ -67,6 +68,7 @@ class Page:
 
     def __init__(self, file: BinaryIO, model: Model, name: str, top: int) -> None:
         self._file, self._text, self._top = file, model.token_text, top
+        self._ran = how_it_ran(model)
         self._records = self._tokens = 0
         edges = [0, *_SHADES]
         legend = " ".join(f'<span class="t s{i}">&nbsp;≥&nbsp;{edge:g}&nbsp;</span>' for i, edge in enumerate(edges))
@@ -111,4 +113,4 @@ class Page:
         self._file.write(text.encode("utf-8", "replace"))
 
     def end(self) -> None:
-        self._write(_TAIL.format(summary=f"{self._records} records, {self._tokens} scored tokens"))
+        self._write(_TAIL.format(summary=f"{self._records} records, {self._tokens} scored tokens; {escape(self._ran)}"))

@@ -11,6 +11,7 @@ from ..errors import InputError
 from ..terminal import json_value
 from .common import (
     batch_option,
+    how_it_ran,
     open_file,
     print_object,
     say_batches,
@@ -101,8 +102,7 @@ def perplexity(
                 f"interrupted: {watch.done:.0%} of the text was scored; the figure needs all of it (--chunks N: less)"
             )
         raise
-    where = f"{model.backend.name} ({model.backend.device_name})"
-    on.say_summary(f"{measured.n_tokens} tokens of {measured.windows} windows of {context}, {where}")
+    on.say_summary(f"{measured.n_tokens} tokens of {measured.windows} windows of {context}, {how_it_ran(model)}")
     if as_json:
         described = {
             "perplexity": measured.value,
@@ -112,6 +112,7 @@ def perplexity(
             "context": context,
             "model": name,
             "backend": model.backend.name,
+            "precision": model.precision,
         }
         print_object(json_value(described))
     else:

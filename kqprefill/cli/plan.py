@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -18,7 +19,8 @@ from .common import (
     size,
     wrapped,
 )
-from .run_options import device_options, memory_option, say_ignored
+from .plan_devices import described_plan, planned_gpus, print_pipeline
+from .run_options import device_options, memory_option, precision_option, say_ignored
 
 if TYPE_CHECKING:
     from ..models.family import Family
@@ -31,33 +33,35 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, sizes in bytes.")
 @device_options
 @memory_option
+@precision_option
 def plan(
     model: str,
     length: str,
     layers: int | None,
     as_json: bool,
     backend: str,
-    device: int,
+    device: str,
     kernels: str,
     vram: str | None,
+    precision: str,
 ) -> None:
     """Say what would stay in GPU memory.
 
     Where a model's weights would live, what takes GPU memory, and what bounds the speed.
 
-    With a GPU, its bus is measured and its free memory is the budget; without one, give --vram. With --backend cpu:
-    what the CPU takes, where nothing is planned.
+    With a GPU, its bus is measured and its free memory is the budget; without one, give --vram. With several (--device
+    0,1,2,3): which layers each of them runs, and how work flows through them. With --backend cpu: what the CPU takes,
+    where nothing is planned.
 
     \b
     kqprefill plan qwen3-32b:Q4_K_M --vram 8G -p 8192
     """
+    from ..backends import precision_called
     from ..backends.budget import Budget
     from ..backends.cuda.batch_size import choose_batch
-    from ..backends.cuda.bounds import H100, Speed, estimate, free_from
-    from ..backends.cuda.device.gpu import Gpu, GpuFacts
+    from ..backends.cuda.bounds import Speed, estimate, free_from
     from ..backends.cuda.kernel_set import kernel_set_of
     from ..backends.cuda.rehearsal import plan_model
-    from ..backends.cuda.weights.plan import budget_of
     from ..errors import BackendError
     from ..models import read_model
 
@@ -70,29 +74,22 @@ def plan(
         if not 0 < tokens <= family.config.context_length:
             raise InputError(f"-p {tokens}: the model's context is 1 to {family.config.context_length} tokens")
         if backend == "cpu":
-            _plan_cpu(model, family, tokens, as_json)
+            _plan_cpu(model, family, tokens, precision, as_json)
             return
-        budget = None if vram is None else Budget.parse(vram)
-        try:
-            gpu = Gpu(device)
-        except BackendError as error:
-            if budget is None or budget.is_share:
-                raise BackendError(
-                    f"{error}; without a GPU, say how much memory to plan for, such as --vram 8G"
-                ) from None
-            facts: GpuFacts = H100
-            may_take, name = budget.of(0), "no GPU here: an H100 is assumed"
-        else:
-            facts, may_take, name = gpu, budget_of(gpu, budget), gpu.name
+        how = precision_called(precision)
+        gpus = planned_gpus(device, None if vram is None else Budget.parse(vram))
+        if len(gpus) > 1:
+            print_pipeline(model, family, gpus, kernels, tokens, how, as_json)
+            return
+        facts, may_take, name = gpus[0].facts, gpus[0].budget, gpus[0].name
         kernel_set = kernel_set_of(facts.capability, kernels)
-        made, speed = plan_model(family, facts, kernel_set, may_take, tokens), Speed(family, facts, kernel_set)
+        plan = partial(plan_model, family, facts, kernel_set, may_take, precision=how)
+        made, speed = plan(tokens), Speed(family, facts, kernel_set, how)
         bounds: dict[str, float | None] = {**estimate(made, speed)}
         if made.streamed:
-            bounds["free_from_tokens"] = free_from(
-                speed, made, lambda n: plan_model(family, facts, kernel_set, may_take, n)
-            )
+            bounds["free_from_tokens"] = free_from(speed, made, plan)
             try:
-                _, batch = choose_batch(speed, lambda n: plan_model(family, facts, kernel_set, may_take, n, ranks=True))
+                _, batch = choose_batch(speed, lambda n: plan(n, ranks=True))
                 bounds["score_batch_tokens"] = batch.tokens
             except BackendError:  # not even the usual batches fit
                 bounds["score_batch_tokens"] = None
@@ -100,19 +97,15 @@ def plan(
         described = {
             "model": model,
             "device": name,
-            "budget_bytes": made.budget,
-            "planned_bytes": made.nbytes,
-            "parts": made.parts,
+            "precision": precision,
+            **described_plan(made),
             "prompt_tokens": tokens,
             "layers": len(family.blocks),
-            "resident_layers": list(made.resident),
-            "streamed_layers": list(made.streamed),
-            "streamed_bytes": made.streamed_bytes,
             **bounds,
         }
         print_object(described)
         return
-    print_text(wrapped(f"{model} on {name}, prompts of {tokens} tokens"))
+    print_text(wrapped(f"{model} on {name}, {precision}, prompts of {tokens} tokens"))
     for line in plan_lines(made, family):
         click.echo(line)
     for line in _speed_lines(tokens, made.streamed_bytes, bounds):
@@ -140,7 +133,7 @@ def _speed_lines(tokens: int, streamed_bytes: int, bounds: dict[str, float | Non
         yield line + ("" if batch is None else f"; score and perplexity take batches of {batch} tokens by themselves")
 
 
-def _plan_cpu(model: str, family: Family, tokens: int, as_json: bool) -> None:
+def _plan_cpu(model: str, family: Family, tokens: int, precision: str, as_json: bool) -> None:
     """What the CPU backend takes: nothing is planned there, since the system takes mapped pages back as it needs."""
     say_ignored()
     config = family.config
@@ -152,11 +145,14 @@ def _plan_cpu(model: str, family: Family, tokens: int, as_json: bool) -> None:
         "activations": 4 * tokens * (2 * config.embedding_length + 3 * widest),
     }
     if as_json:
-        described = {"model": model, "device": "cpu", "parts": parts, "prompt_tokens": tokens}
-        print_object(described)
+        about = {"model": model, "device": "cpu", "precision": precision}
+        print_object({**about, "parts": parts, "prompt_tokens": tokens})
         return
     print_text(
-        wrapped(f"{model} on the CPU, prompts of {tokens} tokens: nothing is planned there, and no budget is kept to")
+        wrapped(
+            f"{model} on the CPU, {precision}, prompts of {tokens} tokens: nothing is planned there, and no budget is "
+            "kept to"
+        )
     )
     notes = {"weights": "mapped from the file", "keys, values": "of a layer at a time", "activations": "about"}
     for name, nbytes in parts.items():

@@ -18,6 +18,7 @@ from ..errors import InputError, KqprefillError
 from ..terminal import json_line, print_text
 from .common import (
     batch_option,
+    how_it_ran,
     open_file,
     read_text,
     say_loaded,
@@ -109,7 +110,7 @@ def rerank(
         if on.verbose:
             say_loaded(model)
     seconds = time.perf_counter() - begin
-    on.say_summary(f"{count} documents, {seconds:.2f} s, {model.backend.name}")
+    on.say_summary(f"{count} documents, {seconds:.2f} s, {how_it_ran(model)}")
 
 
 def _item(model: Model, query: str, content: Any) -> Any:

@@ -15,6 +15,7 @@ from ..terminal import print_json, print_text
 from .arrays import check_arrays_path
 from .common import (
     has_piped_stdin,
+    how_it_ran,
     print_object,
     read_template,
     read_text,
@@ -169,7 +170,7 @@ def run(
         held = model.backend.memory_used()
         summary = (
             f"{result.prompt_tokens} tokens, {result.prompt_tokens / timings['prefill']:.0f} tokens/s, "
-            f"load {timings['load']:.2f} s, {model.backend.name} ({model.backend.device_name})"
+            f"load {timings['load']:.2f} s, {how_it_ran(model)}"
             + (f", {size(held)} of GPU memory" if held is not None else "")
         )
         if states.save is not None:
@@ -185,6 +186,7 @@ def run(
             "model": path,
             "backend": model.backend.name,
             "device": model.backend.device_name,
+            "precision": model.precision,
             "timings": {stage: round(seconds, 6) for stage, seconds in timings.items()},
         }
         likeliest: list[dict[str, Any]] = [

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..backends import KERNELS, NAMES
+from ..backends import KERNELS, NAMES, PRECISIONS
+from ..backends.devices import device_numbers
 from ..backends.wake import wake_gpu
+from ..errors import InputError
 from .common import Command, say, say_plain
 
 if TYPE_CHECKING:
@@ -25,15 +27,16 @@ class RunOptions:
     """What was given for the options of `run_options`."""
 
     backend: str
-    device: int
+    device: str
     kernels: str
     vram: str | None
+    precision: str
     quiet: bool
     verbose: bool
 
     def wake(self) -> None:
         """Have the driver start beside what Python does next (`wake_gpu`)."""
-        wake_gpu(self.backend, self.device)
+        wake_gpu(self.backend, device_numbers(self.device) or (0,))
 
     def open(self, file: ModelFile, progress: Progress | None, max_tokens: int | None, ranks: bool = False) -> Model:
         """A Model of an open file; closes the file on failure.
@@ -44,7 +47,7 @@ class RunOptions:
         from ..engine.model import open_model
 
         on = self.backend, self.device, self.kernels
-        model = open_model(file, *on, progress, self.say, self.vram, max_tokens, ranks)
+        model = open_model(file, *on, progress, self.say, self.vram, max_tokens, ranks, self.precision)
         if model.backend.name == "cpu" and not self.quiet:
             say_ignored()
         return model
@@ -61,18 +64,26 @@ class RunOptions:
 
 
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--backend, --device, --kernels, --vram, --quiet, --verbose; the command gets them as `on`, a RunOptions.
+    """--backend, --device, --kernels, --vram, --precision, --quiet, --verbose; the command gets them as `on`.
 
     It stands below the command's other options, nearest to the function.
     """
 
     @wraps(command)
     def run(
-        *args: Any, backend: str, device: int, kernels: str, vram: str | None, quiet: bool, verbose: bool, **more: Any
+        *args: Any,
+        backend: str,
+        device: str,
+        kernels: str,
+        vram: str | None,
+        precision: str,
+        quiet: bool,
+        verbose: bool,
+        **more: Any,
     ) -> Any:
-        return command(*args, on=RunOptions(backend, device, kernels, vram, quiet, verbose), **more)
+        return command(*args, on=RunOptions(backend, device, kernels, vram, precision, quiet, verbose), **more)
 
-    return device_options(memory_option(_volume_options(run)))
+    return device_options(memory_option(precision_option(_volume_options(run))))
 
 
 def device_options(command: Command) -> Command:
@@ -87,7 +98,14 @@ def device_options(command: Command) -> Command:
         help="portable: those of every GPU, where this one has its own.",
     )(command)
     command = click.option(
-        "--device", default=0, metavar="N", envvar="KQPREFILL_DEVICE", show_envvar=True, help="CUDA device number."
+        "--device",
+        default="0",
+        show_default=True,
+        metavar="N[,N…]|all",
+        envvar="KQPREFILL_DEVICE",
+        show_envvar=True,
+        callback=_checked_devices,
+        help="CUDA device number; or several, over which the layers are split.",
     )(command)
     return click.option(
         "--backend",
@@ -100,6 +118,14 @@ def device_options(command: Command) -> Command:
     )(command)
 
 
+def _checked_devices(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    try:
+        device_numbers(value)
+    except InputError as error:
+        raise click.BadParameter(str(error)) from None
+    return value
+
+
 def memory_option(command: Command) -> Command:
     """--vram."""
     return click.option(
@@ -107,8 +133,22 @@ def memory_option(command: Command) -> Command:
         metavar="SIZE",
         envvar="KQPREFILL_VRAM",
         show_envvar=True,
-        help="GPU memory to take at most, such as 8G or 75%; layers beyond it are streamed.  "
+        help="GPU memory to take at most, of each device, such as 8G or 75%; layers beyond it are streamed.  "
         "[default: all that is free]",
+    )(command)
+
+
+def precision_option(command: Command) -> Command:
+    """--precision."""
+    return click.option(
+        "--precision",
+        type=click.Choice(PRECISIONS),
+        default="exact",
+        show_default=True,
+        envvar="KQPREFILL_PRECISION",
+        show_envvar=True,
+        help="int8: layers' large matrices, and what they are multiplied by, are rounded to 8 bits; `kqprefill kld` "
+        "says what that changes.",
     )(command)
 
 

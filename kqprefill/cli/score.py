@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..backends import PRECISIONS
 from ..corpus.records import OURS, Record
 from ..corpus.results import NOT_FINITE, Wanted, all_finite, described
 from ..corpus.scorer import Form, Settings
 from ..errors import InputError, KqprefillError
 from .common import (
     batch_option,
+    how_it_ran,
     open_file,
     read_template,
     say_batches,
@@ -130,7 +132,8 @@ def score(
         raise click.UsageError("--resume continues an --output FILE, without --html")
     if html == STDIO:
         raise click.UsageError("--html - : the results have stdout; name a file")
-    if keep_as is not None and (keep_as in OURS or not keep_as):
+    ours = OURS | _mark(on.precision).keys()
+    if keep_as is not None and (keep_as in ours or not keep_as):
         raise click.UsageError(f"--keep-as {keep_as}: a result has a key of that name; choose another")
     wanted = Wanted(per_token, greedy, top)
     options = FolderOptions(ray, replicas, block, form)
@@ -170,7 +173,7 @@ def score(
 
                 page = Page(page_file, model, name, min(_HTML_TOP, top))
             make = partial(model.item, parse_special=not no_special, chat_template=template)
-            records = Records(paths, make, lines.done, keep_as)
+            records = Records(paths, make, lines.done, keep_as, ours=ours)
             run = _Run(model, records, lines, wanted, on_error == "skip", page, bars)
             begin = time.perf_counter()
             run.go(batch_tokens, top)
@@ -187,8 +190,8 @@ def score(
             done = f"{run.written} records are done{how}" if run.written else "no record is done"
             on.say(f"interrupted: {done}")
         raise
-    rate, where = run.tokens / seconds, f"{model.backend.name} ({model.backend.device_name})"
-    on.say_summary(f"{run.scored} records, {run.tokens} tokens, {rate:.0f} tokens/s, {where}")
+    rate = run.tokens / seconds
+    on.say_summary(f"{run.scored} records, {run.tokens} tokens, {rate:.0f} tokens/s, {how_it_ran(model)}")
     context.exit(status_of(bad, run.written, on))
 
 
@@ -277,14 +280,23 @@ class _Run:
                 yield record.item
             elif not self._skip_bad:
                 return
+        self._check_resumed()
 
     def _check_resumed(self) -> None:
         """That the last line of a resumed output is of the record that is in its place, and was made with these
-        options."""
+        options, at this precision."""
         before, last = self._records.last_skipped, self._lines.last
         self._lines.last = None
         if last is None or before is None:
             return
+        begun, now = last.get("precision"), self._model.precision
+        if begun not in PRECISIONS or "precision" in before.extras:  # the record's own key, if any
+            begun = "exact"
+        if begun != now:
+            raise InputError(
+                f"{self._lines.name} was begun at precision {begun}, and this is {now}: give --precision {begun}, or "
+                "name another file"
+            )
         try:
             same = self._is_of(last, before)
         except (TypeError, KeyError, IndexError):
@@ -337,4 +349,9 @@ class _Run:
             self._page.add(record.index, record.item, result if isinstance(result, list) else [result])
 
     def _write_line(self, line: dict[str, Any], record: Record) -> None:
-        self._lines.write(line | record.extras)
+        self._lines.write(line | _mark(self._model.precision) | record.extras)
+
+
+def _mark(precision: str) -> dict[str, str]:
+    """What is added to each line where the precision is not the usual one, so that a run that goes on can tell."""
+    return {} if precision == "exact" else {"precision": precision}

@@ -147,7 +147,8 @@ def score_folder(
             on.say(f"interrupted: {run.counts.records} records are done in {output}; --resume goes on from there")
         raise
     rate = tokens / (time.perf_counter() - begin)
-    on.say_summary(f"{records} records, {tokens} tokens, {rate:.0f} tokens/s; {run.counts.records} records in {output}")
+    ran = f"{records} records, {tokens} tokens, {rate:.0f} tokens/s, {on.precision}"
+    on.say_summary(f"{ran}; {run.counts.records} records in {output}")
     return status_of(run.counts.bad, run.counts.records, on)
 
 
@@ -220,7 +221,7 @@ def _here(name: str, work: _Work, on: RunOptions) -> Iterator[tuple[Block, Done]
         return
     on.wake()
     with on.open(file, work.bars, work.settings.batch_tokens, ranks=True) as opened:
-        work.run.made_with(model, precision_of(file, opened.backend.name, on.kernels))
+        work.run.made_with(model, precision_of(file, opened.backend.name, on.kernels, on.precision))
         scorer = BlockScorer(opened, work.settings)
         block: Block | None = first
         while block is not None:
@@ -241,7 +242,7 @@ def _over_ray(
     name: str, work: _Work, options: FolderOptions, on: RunOptions, stack: ExitStack
 ) -> Iterator[tuple[Block, Done]]:
     """Blocks through the replicas of a cluster. Raises InputError where Ray is not installed."""
-    if on.device:
+    if on.device != "0":
         raise click.UsageError(f"--device {on.device}: Ray gives each replica its GPU; leave it out")
     try:
         pool: Any = import_module("kqprefill.ray.pool")
@@ -255,6 +256,7 @@ def _over_ray(
     path = model_path(name)
     place = os.path.abspath(path) if os.path.exists(path) else path
     model = {"model": place, "backend": on.backend, "device": 0, "kernels": on.kernels, "vram": on.vram}
+    model["precision"] = on.precision
     cluster = stack.enter_context(pool.Cluster(options.ray, options.replicas, model, work.settings, on.say, on.verbose))
     for block, done in cluster.scored(chain([first], work.blocks), work.run):
         yield block, done

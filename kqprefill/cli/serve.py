@@ -159,7 +159,7 @@ def serve(
             serving.drain()
 
         on_signals(end)
-        where = f"{model.backend.name}, {model.backend.device_name}"
+        where = f"{model.backend.name}, {model.backend.device_name}, {model.precision}"
         on.say(f"{server.name} is served at {address_of(listening)} ({where})")
         if key is None and host not in _LOCAL:
             on.say(f"--host {host}: whoever reaches it may use it; --api-key asks for a key")

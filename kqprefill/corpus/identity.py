@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ..gguf import ModelFile
 
 _SAMPLE = 1024  # bytes of each tensor that its model's digest has
-_ACTIVATIONS = {"cpu": "float32", "cuda": "float16"}  # operands of products; sums are float32
+_ACTIVATIONS = {"cpu": "float32", "cuda": "float16"}  # operands of exact products; sums are float32
 
 
 def model_of(file: ModelFile) -> dict[str, Any]:
@@ -37,9 +37,10 @@ def model_of(file: ModelFile) -> dict[str, Any]:
     return {"path": file.path, "architecture": architecture, "bytes": nbytes, "digest": digest.hexdigest()}
 
 
-def precision_of(file: ModelFile, backend: str, kernels: str) -> dict[str, Any]:
+def precision_of(file: ModelFile, backend: str, kernels: str, precision: str) -> dict[str, Any]:
     """How precisely a backend ("cpu" or "cuda") computes a file's model: the types of its tensors with how many there
-    are of each, and of the operands of products."""
+    are of each, and of the operands of products: "int8" where the layers' large matrices are multiplied so."""
     weights = Counter(tensor.type.name for tensor in file.tensors.values())
     own = {"backend": backend, "kernels": kernels if backend == "cuda" else None}
-    return own | {"activations": _ACTIVATIONS[backend], "weights": dict(sorted(weights.items()))}
+    activations = _ACTIVATIONS[backend] if precision == "exact" else precision
+    return own | {"activations": activations, "weights": dict(sorted(weights.items()))}

@@ -31,7 +31,8 @@ from ..states.read import StateFile
 from ..states.write import StateWriter, whole_file
 from .prefill import Prefill
 
-_THREADS = 8  # that encode and write, at most
+_THREADS = 8  # that encode and write, or read, at most
+_PIECE = 4096  # tokens of a layer that are read at a time
 _AXES = {"qwen3vl", "qwen3vlmoe", "qwen35", "qwen35moe"}  # whose positions have several axes in llama.cpp (M-RoPE)
 _ONE_CACHE = {"phi3"}  # whose windows llama.cpp leaves out
 
@@ -83,15 +84,20 @@ class Saving:
         tokens: Sequence[int],
         cells: int,
     ) -> None:
-        self._family, self._options, self._cells = family, options, cells
+        self._backend, self._family, self._options, self._cells = backend, family, options, cells
         self._writer = StateWriter(file, state_shape(family), options, tokens, cells)
         self._access: StateAccess = backend.state_access(family, cache)
         self._pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
+        self._reader = ThreadPoolExecutor(1)  # waits until there is room for more rows, so that no launch does
+        self._read: list[Future[None]] = []
         self._written: list[Future[None]] = []
         self._started: set[int] = set()
 
     def hears(self, progress: Progress) -> Progress:
-        """A Progress for the batch after which the cache has the state: `progress`, and this."""
+        """A Progress for the batch after which the cache has the state: `progress`, and this, where it is told of
+        layers."""
+        if not self._backend.tells_layers:
+            return progress
 
         def heard(stage: str, done: int, total: int) -> None:
             if stage == "prefill":
@@ -111,7 +117,9 @@ class Saving:
                 self._writer.recurrence(layer, *self._access.recurrence(layer))
             else:
                 self._start(layer, live=False)
-        for written in self._written:
+        for read in self._read:
+            read.result()
+        for written in self._written:  # all of which is listed once all is read
             written.result()
         return time.perf_counter() - begin
 
@@ -127,7 +135,7 @@ class Saving:
         def take(first: int, rows: _Rows) -> None:
             self._written.append(self._pool.submit(self._write, layer, first, rows, expand))
 
-        self._access.rows(layer, self._cells, wide, take, live)
+        self._read.append(self._reader.submit(self._access.rows(layer, self._cells, wide, take, live)))
 
     def _write(self, layer: int, first: int, rows: _Rows, expand: _Expanding | None) -> None:
         with rows as (keys, values):
@@ -140,6 +148,7 @@ class Saving:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._reader.shutdown(cancel_futures=True)
         self._pool.shutdown(cancel_futures=False)
         self._access.close()
 
@@ -167,18 +176,31 @@ class _Expanding:
 def load_rows(backend: Backend, family: Family, cache: Cache, file: StateFile) -> None:
     """Make what a file holds an empty cache's content. Raises StateError for values that the model cannot have made."""
     with backend.state_access(family, cache, writing=True) as access:
-        for layer, state in family.state_parts():
-            if isinstance(state, Recurrent):
-                access.write_recurrence(layer, *file.recurrence(layer))
-            elif isinstance(state, KeysValues):
-                keys, values = file.keys_values(layer)
-                assert values is not None, "a layer with values"
-                shape = -1, state.heads, state.head_dim
-                access.write(layer, keys.reshape(shape), values.reshape(shape))
-            elif isinstance(state, Latent):
-                keys, _ = file.keys_values(layer)
-                access.write(layer, keys[:, : state.rank], keys[:, state.rank :])
+        pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
+        written: list[Future[None]] = []
+        try:
+            for layer, state in family.state_parts():
+                if isinstance(state, Recurrent):
+                    access.write_recurrence(layer, *file.recurrence(layer))
+                elif isinstance(state, (KeysValues, Latent)):
+                    begins = range(0, file.cells, _PIECE)
+                    written += [pool.submit(_load_piece, access, file, layer, state, begin) for begin in begins]
+            for one in written:
+                one.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
     cache.length, cache.tokens = file.cells, file.tokens[: file.cells]
+
+
+def _load_piece(access: StateAccess, file: StateFile, layer: int, state: KeysValues | Latent, begin: int) -> None:
+    """Write _PIECE rows of a layer, from token `begin` on."""
+    keys, values = file.keys_values(layer, begin, min(begin + _PIECE, file.cells))
+    if isinstance(state, Latent):
+        access.write(layer, begin, keys[:, : state.rank], keys[:, state.rank :])
+        return
+    assert values is not None, "a layer with values"
+    shape = -1, state.heads, state.head_dim
+    access.write(layer, begin, keys.reshape(shape), values.reshape(shape))
 
 
 def open_state(family: Family, path: str) -> StateFile:

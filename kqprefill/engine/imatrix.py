@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 import hashlib
@@ -37,12 +38,14 @@ _DAMAGED: tuple[type[Exception], ...] = (
 class Progressed:
     """What has been summed over the first `chunks` chunks of a text.
 
-    squares: by the names of the tensors that share them. key: tells texts, and ways to cut them, apart.
+    squares: by the names of the tensors that share them. key: tells texts, and ways to cut them, apart. precision: of
+    the model that it was summed with.
     """
 
     chunks: int
     squares: Mapping[tuple[str, ...], Squares]
     key: str
+    precision: str = "exact"
 
     def matrix(self, context: int, dataset: str) -> ImportanceMatrix:
         """As an ImportanceMatrix of a text of that name."""
@@ -52,7 +55,8 @@ class Progressed:
     def write(self, file: BinaryIO) -> None:
         """Write a checkpoint, of which `read_checkpoint` makes the same again."""
         names = list(self.squares)
-        about = json.dumps({"version": _VERSION, "chunks": self.chunks, "key": self.key, "names": names})
+        own = {"chunks": self.chunks, "key": self.key, "precision": self.precision, "names": names}
+        about = json.dumps({"version": _VERSION, **own})
         sums = (array for squares in self.squares.values() for array in (squares.sums, squares.counts))
         np.savez(file, np.frombuffer(about.encode(), np.uint8), *sums)  # as arr_0, arr_1, …
 
@@ -71,7 +75,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Progressed:
                 )
                 for number, names in enumerate(about["names"])
             }
-            return Progressed(int(about["chunks"]), squares, str(about["key"]))
+            precision = str(about.get("precision", "exact"))
+            return Progressed(int(about["chunks"]), squares, str(about["key"]), precision)
     except OSError as error:
         raise InputError(f"{os.fspath(path)}: {error.strerror or error}") from None
     except _DAMAGED:
@@ -102,8 +107,8 @@ def importance_matrix(
     from. on_chunks(done, so_far): called after each batch; so_far() waits, and gives what was summed up to there.
     stops: batches end at multiples of so many chunks.
 
-    Raises InputError where a chunk does not fit the model, the text does not fill one, or `resumed` is of another text;
-    BackendError where a sum is not finite.
+    Raises InputError where a chunk does not fit the model, the text does not fill one, or `resumed` is of another text
+    or precision; BackendError where a sum is not finite.
     """
     model._check_open()
     if not 1 <= context <= model.config.context_length:
@@ -122,6 +127,11 @@ def importance_matrix(
     key = _key(model, chunks, output)
     if resumed is not None and resumed.key != key:
         raise InputError("the checkpoint is of another model, text, context or choice of chunks; --force begins anew")
+    if resumed is not None and resumed.precision != model.precision:
+        raise InputError(
+            f"the checkpoint was begun at precision {resumed.precision}, and this is {model.precision}: give "
+            f"--precision {resumed.precision}, or --force begins anew"
+        )
     done = resumed.chunks if resumed is not None else 0
     collector = model.backend.new_collector(model.family, output, progress or no_progress)
     try:
@@ -163,23 +173,19 @@ class _Run:
         """What all chunks from number `done` on add up to, with those before."""
         model, (count, context) = self.model, self.chunks.shape
         size = model.backend.batch_size(model.family, batch_tokens, 0, self.progress or no_progress)
-        at_once, running = max(1, size.tokens // context), None
+        at_once, running = max(1, size.tokens // context), deque[PendingHead]()
         while done < count:
             end = min(count, done + at_once)
             if stops is not None:
                 end = min(end, done - done % stops + stops)
-            started = self._start(done, end)
-            if running is not None:  # while the next batch runs
-                running()
-            running = started
-            if not model.backend.runs_ahead:
-                running()
-                running = None
+            running.append(self._start(done, end))
+            while len(running) > model.backend.ahead:
+                running.popleft()()
             done = end
             if on_chunks is not None:
                 on_chunks(done, lambda done=done: self._so_far(done))  # type: ignore[misc]
-        if running is not None:
-            running()
+        for pending in running:
+            pending()
         return self._so_far(done)
 
     @np.errstate(all="ignore")  # what overflows is told by its sum
@@ -208,4 +214,4 @@ class _Run:
                 raise BackendError(f"what goes into {names[0]} is not finite: {DAMAGED_WEIGHTS}")
         for names, before in (self.resumed.squares if self.resumed is not None else {}).items():
             squares[names] = before + squares[names] if names in squares else before
-        return Progressed(done, squares, self.key)
+        return Progressed(done, squares, self.key, self.model.precision)

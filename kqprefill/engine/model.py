@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from ..backends import open_backend
+from ..backends import open_backend, precision_called
 from ..backends.base import Backend, Cache
 from ..backends.budget import Budget
+from ..backends.devices import Devices
 from ..core import Batch, Float32Array, HeadResult, Int32Array, Logits, Progress, no_progress
 from ..errors import InputError, ModelError
 from ..gguf import GGUFFile, ModelFile
@@ -22,6 +23,7 @@ from ..gguf.vocabulary import token_text
 from ..models import read_model
 from ..models.config import Config
 from ..models.family import Family
+from ..models.precision import Precision
 from ..terminal import shown
 from .checks import refuse_non_finite, token_ids
 from .embedding import Normalise, closing_token, pooling_of, vectors
@@ -48,10 +50,16 @@ _LOG = logging.getLogger("kqprefill")
 
 
 class Model(HandsOver):
-    """A model ready to prefill; a context manager, freed by `close`. Made by `kqprefill.load`."""
+    """A model ready to prefill; a context manager, freed by `close`. Made by `kqprefill.load`.
 
-    def __init__(self, file: ModelFile, family: Family, backend: Backend, timings: dict[str, float]) -> None:
+    precision: "exact" or "int8", what its matrices are multiplied as.
+    """
+
+    def __init__(
+        self, file: ModelFile, family: Family, backend: Backend, timings: dict[str, float], precision: Precision
+    ) -> None:
         self.file, self.family, self.backend, self.timings = file, family, backend, timings
+        self.precision = precision
         self._caches: list[Cache] = []
         self._tokenizer: Tokenizer | None = None
         self._last_chat: Chat | None = None
@@ -63,7 +71,7 @@ class Model(HandsOver):
         return (
             f"<Model {shown(self.file.path)}: {shown(self.file.metadata.get('general.architecture'))}, "
             f"{len(self.family.blocks)} layers, vocabulary {config.vocab_size}, context {config.context_length}, "
-            f"{'closed' if self._closed else f'on {where}'}>"
+            f"{'closed' if self._closed else f'{self.precision} on {where}'}>"
         )
 
     @property
@@ -329,28 +337,30 @@ class Model(HandsOver):
 def load(
     path: str | os.PathLike[str],
     backend: str = "auto",
-    device: int = 0,
+    device: Devices = 0,
     kernels: str = "auto",
     progress: Progress | None = None,
     warn: Callable[[str], None] | None = None,
     vram: Budget | str | int | None = None,
     max_tokens: int | None = None,
+    precision: str = "exact",
 ) -> Model:
     """`kqprefill.load`, which says what the arguments are."""
-    return open_model(GGUFFile(path), backend, device, kernels, progress, warn, vram, max_tokens)
+    return open_model(GGUFFile(path), backend, device, kernels, progress, warn, vram, max_tokens, False, precision)
 
 
 @np.errstate(all="ignore")
 def open_model(
     file: ModelFile,
     backend: str = "auto",
-    device: int = 0,
+    device: Devices = 0,
     kernels: str = "auto",
     progress: Progress | None = None,
     warn: Callable[[str], None] | None = None,
     vram: Budget | str | int | None = None,
     max_tokens: int | None = None,
     ranks: bool = False,
+    precision: str = "exact",
 ) -> Model:
     """`load`, for a file that is open already (a GGUFFile or a SyntheticFile); closes it on failure.
 
@@ -360,24 +370,24 @@ def open_model(
     opened: Backend | None = None
     try:
         budget = None if vram is None else Budget.parse(vram)
+        how = precision_called(precision)
         family = read_model(file)
         opened = open_backend(backend, device, kernels, warn or _warn)
-        opened.load(family, progress or no_progress, budget, max_tokens, ranks)
+        opened.load(family, progress or no_progress, budget, max_tokens, ranks, how)
     except BaseException:
         if opened is not None:
             opened.close()
         file.close()
         raise
-    model = Model(file, family, opened, {"load": time.perf_counter() - start})
+    model = Model(file, family, opened, {"load": time.perf_counter() - start}, how)
     _log_loaded(model)
     return model
 
 
 def _log_loaded(model: Model) -> None:
-    backend, plan = model.backend, model.backend.plan
-    where = f"{backend.name} ({backend.device_name})"
+    backend, where = model.backend, f"{model.precision} on {model.backend.name} ({model.backend.device_name})"
     _LOG.info("%s loaded in %.2f s, %s", shown(model.file.path), model.timings["load"], where)
-    if plan is not None:
+    for plan in backend.plans:
         _LOG.info("GPU memory: %d of %d bytes that may be taken", plan.nbytes, plan.budget)
         _LOG.info("layers: %d stay, %d are streamed", len(plan.resident), len(plan.streamed))
 

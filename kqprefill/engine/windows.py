@@ -92,7 +92,7 @@ def batches_of(windows: Windows, models: Sequence[Model], batch_tokens: int | No
     """
     tokens = min(model.backend.batch_size(model.family, batch_tokens).tokens for model in models)
     room = free_host_memory() // 4
-    if not any(model.backend.plan is not None and model.backend.plan.streamed for model in models):
+    if not any(plan.streamed for model in models for plan in model.backend.plans):
         room = min(room, _LOGITS_BYTES)
     nbytes = sum(4 * windows.scored * model.config.vocab_size for model in models)
     step = max(1, min(tokens // (windows.context - 1), room // nbytes))

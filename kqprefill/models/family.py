@@ -177,6 +177,10 @@ class Family(ABC):
         """The size of a layer's heads in its attention: of queries and keys, and of values."""
         return self.config.head_dim, self.config.head_dim
 
+    def residual_shape(self, tokens: int) -> tuple[int, ...]:
+        """The shape of the residual stream between layers, of a batch of so many tokens."""
+        return tokens, self.config.embedding_length
+
     def embed(self, ops: Ops) -> Residual:
         """The residual stream before the first layer."""
         return ops.embed(self.token_embd)
@@ -191,17 +195,30 @@ class Family(ABC):
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def forward(self, ops: Ops, progress: Progress = no_progress) -> Residual:
-        """The whole batch through all layers, one layer after another, so that each weight is visited once.
+    def forward(
+        self, ops: Ops, progress: Progress = no_progress, layers: range | None = None, x: Residual | None = None
+    ) -> Residual:
+        """The whole batch through the layers, one layer after another, so that each weight is visited once.
 
-        Returns the residual stream that `head` takes.
+        layers: the ones that are gone through, all of them unless given; x: the residual stream before the first of
+        these, where it is not the model's first. Returns the residual stream after the last of them.
         """
-        x = self.embed(ops)
-        for index, weights in enumerate(self.blocks):
+        layers = layers or range(len(self.blocks))
+        if x is None:
+            x = self.embed(ops)
+        elif self.row_table() is not None:
+            self.embed(ops)  # for what the layers take of the embedding beside the residual stream
+        for index in layers:
             ops.begin_layer(index)
-            x = self.layer(ops, weights, x, index)
+            x = self.layer(ops, self.blocks[index], x, index)
             progress("prefill", index + 1, len(self.blocks))
         return x
+
+    def may_part(self, index: int) -> bool:
+        """Whether the layers before that one and those from it on may run on two devices: none of these sees keys and
+        values of those."""
+        shared = ((at, part) for at, part in self.state_parts() if isinstance(part, SharedKeysValues))
+        return not any(part.layer < index <= at for at, part in shared)
 
     def finish(self, ops: Ops, x: Residual, logits: Logits) -> PendingHead:
         """What comes after the last layer: the logits that are asked for, or each segment's vector."""

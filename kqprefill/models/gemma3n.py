@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 
-from ..core import Progress, no_progress
+from ..core import Logits, PendingHead
 from .config import Config
 from .gemma4 import Gemma4
 from .ops import Ops, Residual
@@ -68,6 +68,9 @@ class Gemma3n(Gemma4):
         if meta.has("activation_sparsity_scale"):
             self.sparsity = [s if math.isfinite(s) else None for s in meta.numbers("activation_sparsity_scale", layers)]
 
+    def residual_shape(self, tokens: int) -> tuple[int, ...]:
+        return _STREAMS, *super().residual_shape(tokens)
+
     def embed(self, ops: Ops) -> Residual:
         return ops.altup_streams(super().embed(ops), self.shared.altup_proj)
 
@@ -83,5 +86,5 @@ class Gemma3n(Gemma4):
         m = ops.mlp(h, gate, up, down, activation="gelu_tanh", sparsity=self.sparsity[index])
         return ops.altup_correct(streams, ops.add_rms_norm(x, m, w.post_ffw_norm), w)
 
-    def forward(self, ops: Ops, progress: Progress = no_progress) -> Residual:
-        return ops.altup_merge(super().forward(ops, progress), self.shared.altup_unembd_proj)
+    def finish(self, ops: Ops, x: Residual, logits: Logits) -> PendingHead:
+        return super().finish(ops, ops.altup_merge(x, self.shared.altup_unembd_proj), logits)

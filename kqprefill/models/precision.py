@@ -14,7 +14,6 @@ from typing import Literal, TypeAlias
 from .weights import Weight
 
 Precision: TypeAlias = Literal["exact", "int8"]
-PRECISIONS: tuple[Precision, ...] = ("exact", "int8")
 
 ROTATED = 128  # columns that are rotated together
 

@@ -45,22 +45,23 @@ class Scorer:
         on_error: Literal["stop", "skip"] = "stop",
         parse_special: bool = True,
         chat_template: str | None = None,
+        precision: str = "exact",
     ) -> None:
         """Open the model, as commands name it.
 
-        backend, device, kernels, vram: as for `kqprefill.load`; Ray shows an actor its own GPUs alone, so that device 0
-        is the first of them. batch_tokens, parse_special, chat_template: as in `Model.score`. per_token, greedy, top,
-        keep_as, on_error: as the options of `kqprefill score`. Raises as `kqprefill.load` does; InputError where
-        pyarrow is missing.
+        backend, device, kernels, vram, precision: as for `kqprefill.load`; Ray shows an actor its own GPUs alone, so
+        that device 0 is the first of them. batch_tokens, parse_special, chat_template: as in `Model.score`. per_token,
+        greedy, top, keep_as, on_error: as the options of `kqprefill score`. Raises as `kqprefill.load` does; InputError
+        where pyarrow is missing.
         """
         parquet()
         wanted = Wanted(per_token, greedy, top)
         settings = Settings(wanted, keep_as, on_error == "skip", parse_special, chat_template, batch_tokens)
-        self._open(model, backend, device, kernels, vram, settings)
+        self._open(model, backend, device, kernels, vram, precision, settings)
 
     @classmethod
     def of(cls, model: Mapping[str, Any], settings: Settings) -> Scorer:
-        """One that writes blocks. model: arguments of the constructor from "model" to "vram"."""
+        """One that writes blocks. model: arguments of the constructor, "model" to "vram" and "precision"."""
         scorer = cls.__new__(cls)
         scorer._open(settings=settings, **model)
         return scorer
@@ -72,13 +73,23 @@ class Scorer:
         device: int,
         kernels: str,
         vram: Budget | str | int | None,
+        precision: str,
         settings: Settings,
     ) -> None:
         file = open_file(model)
-        self.model = open_model(file, backend, device, kernels, vram=vram, max_tokens=settings.batch_tokens, ranks=True)
+        self.model = open_model(
+            file,
+            backend,
+            device,
+            kernels,
+            vram=vram,
+            max_tokens=settings.batch_tokens,
+            ranks=True,
+            precision=precision,
+        )
         self._settings, self._blocks = settings, BlockScorer(self.model, settings)
         self.identity = model_of(file)
-        self.precision = precision_of(file, self.model.backend.name, kernels)
+        self.precision = precision_of(file, self.model.backend.name, kernels, precision)
 
     def __call__(self, batch: pyarrow.Table | Mapping[str, Any] | Any) -> pyarrow.Table:
         """The results of a batch (a pyarrow.Table; columns as NumPy arrays by name; a pandas.DataFrame) of N rows.

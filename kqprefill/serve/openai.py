@@ -303,6 +303,7 @@ def models(server: Server, created: int) -> dict[str, Any]:
         "created": created,
         "owned_by": "kqprefill",
         "max_model_len": server.model.config.context_length,
+        "precision": server.model.precision,
     }
     return {"object": "list", "data": [model]}
 

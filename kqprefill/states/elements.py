@@ -16,6 +16,7 @@ Bytes = NDArray[np.uint8]
 
 _Q8_BLOCK = np.dtype([("scale", "<f2"), ("values", "i1", (32,))])  # ggml's block_q8_0
 _LEAST_ROTATION = 64  # a head is rotated where this divides its size
+EXPONENT = np.uint16(0x7C00)  # the bits of a half's exponent, all of which are set where it is infinite or NaN
 
 
 @dataclass(frozen=True)
@@ -79,19 +80,26 @@ def encode(rows: NDArray[Any], element: Element) -> Bytes:
         return np.ascontiguousarray(rows, "<f2").view(np.uint8).reshape(len(rows), -1)
     if element.name == "f32":
         stored: NDArray[Any] = np.ascontiguousarray(rows, "<f4")
-        finite = np.isfinite(stored).all()
+        finite = all_finite(stored)
     elif element.name == "f16":
         with np.errstate(over="ignore"):
             stored = np.ascontiguousarray(rows, "<f2")
-        finite = ((stored.view(np.uint16) & 0x7C00) != 0x7C00).all()  # several times as fast as isfinite
+        finite = all_finite(stored)
     else:
         stored = _quantised(np.asarray(rows, np.float32))
-        finite = np.isfinite(stored["scale"]).all()
+        finite = all_finite(stored["scale"])
     if not finite:
         known = rows[np.isfinite(rows)]
         largest = float(np.abs(known, dtype=np.float32).max()) if known.size == rows.size and known.size else np.inf
         raise InputError(f"the state has a value of magnitude {largest:.4g}, which {element.name} cannot hold; use f32")
     return stored.view(np.uint8).reshape(len(rows), -1)
+
+
+def all_finite(values: NDArray[Any]) -> bool:
+    """Whether no value of float16 or float32 is infinite or NaN."""
+    if values.dtype == np.float16:  # by its exponents, several times as fast as isfinite
+        return bool(((values.view(np.uint16) & EXPONENT) != EXPONENT).all())
+    return bool(np.isfinite(values).all())
 
 
 def _quantised(rows: Float32Array) -> NDArray[Any]:
@@ -107,11 +115,11 @@ def _quantised(rows: Float32Array) -> NDArray[Any]:
     return out
 
 
-def decode(raw: Bytes, element: Element) -> Float32Array:
-    """Bytes [n, row bytes], rows one after another, as float32 [n, width]."""
+def decode(raw: Bytes, element: Element) -> NDArray[Any]:
+    """Bytes [n, row bytes], rows one after another, as real values [n, width]: float32, but of f16 the very halves."""
     raw = np.ascontiguousarray(raw)
     if element.quantised:
         blocks = raw.view(_Q8_BLOCK)
         values = blocks["values"].astype(np.float32) * blocks["scale"].astype(np.float32)[..., None]
         return values.reshape(len(raw), -1)
-    return raw.view("<f4" if element.name == "f32" else "<f2").astype(np.float32)
+    return raw.view("<f4" if element.name == "f32" else "<f2")

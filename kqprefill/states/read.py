@@ -10,13 +10,14 @@ import mmap
 import os
 import struct
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..core import Float32Array
 from ..errors import StateError
-from .elements import ELEMENTS, Element, decode, rotate
+from .elements import ELEMENTS, Element, all_finite, decode, rotate
 from .layout import FORMATS, AttentionLayer, Format, Rows, StateShape, rotations
 
 _PACKED = -1  # what llama-server's token lists begin with: -1, a version, the count, the tokens, the count of media
@@ -24,9 +25,9 @@ _PACKED = -1  # what llama-server's token lists begin with: -1, a version, the c
 
 @dataclass(frozen=True)
 class _Cached:
-    """A layer's rows, and the token that each cell is of."""
+    """A layer's rows, and which cell each token from the first on is in, -1 where it is in none."""
 
-    positions: NDArray[np.int32]
+    cells: NDArray[np.int32]
     keys: Rows
     values: Rows | None
 
@@ -53,12 +54,16 @@ class StateFile:
             self.close()
             raise
 
-    def keys_values(self, layer: int) -> tuple[Float32Array, Float32Array | None]:
-        """A layer's keys, and values, of tokens 0 to cells - 1, float32 [cells, width] each; zeros of those that lie
-        before its window and are not there."""
+    def keys_values(
+        self, layer: int, begin: int = 0, end: int | None = None
+    ) -> tuple[NDArray[Any], NDArray[Any] | None]:
+        """A layer's keys, and values, of tokens begin to end - 1 (of all `cells`, unless given), real values [n, width]
+        each: float16 where the file has those and does not rotate them, perhaps in the file itself, else float32. Zeros
+        of tokens that lie before its window and are not there. Raises StateError for values that are not finite."""
         held = self._attention[layer]
-        keys = self._rows(held.keys, held.positions)
-        return keys, None if held.values is None else self._rows(held.values, held.positions)
+        cells = held.cells[begin:end]
+        keys = self._rows(held.keys, cells)
+        return keys, None if held.values is None else self._rows(held.values, cells)
 
     def recurrence(self, layer: int) -> tuple[Float32Array, Float32Array]:
         """A recurrence's matrices [heads, key_dim, value_dim], and rows [taps, channels] (StateWriter.recurrence)."""
@@ -84,23 +89,32 @@ class StateFile:
     def _floats(self, offset: int, shape: tuple[int, ...]) -> Float32Array:
         count = int(np.prod(shape))
         values = np.frombuffer(self._map, "<f4", count, offset).reshape(shape).astype(np.float32)
-        return self._finite(values)
+        if not all_finite(values):
+            raise self._not_finite()
+        return values
 
-    def _rows(self, rows: Rows, positions: NDArray[np.int32]) -> Float32Array:
-        out = np.zeros((self.cells, rows.width), np.float32)
+    def _rows(self, rows: Rows, cells: NDArray[np.int32]) -> NDArray[Any]:
+        """The rows of tokens that are in these cells."""
+        there = cells >= 0
+        held = cells[there]
+        run = held.size > 0 and (np.diff(held) == 1).all()  # of which there need be no copy
+        picked = slice(int(held[0]), int(held[-1]) + 1) if run else held
         raw = np.frombuffer(self._map, np.uint8, rows.nbytes, rows.offset)
         if rows.transposed:
-            size = rows.element.nbytes
-            turned = raw.reshape(rows.width, rows.cells, size).transpose(1, 0, 2)
-            raw = np.ascontiguousarray(turned)
-        values = decode(raw.reshape(rows.cells, -1), rows.element)
-        out[positions] = self._finite(rotate(values, rows.rotation))
+            raw = raw.reshape(rows.width, rows.cells, -1)[:, picked].transpose(1, 0, 2)
+        else:
+            raw = raw.reshape(rows.cells, -1)[picked]
+        values = rotate(decode(raw.reshape(held.size, rows.element.row_bytes(rows.width)), rows.element), rows.rotation)
+        if not all_finite(values):
+            raise self._not_finite()
+        if there.all():
+            return values
+        out = np.zeros((cells.size, rows.width), values.dtype)
+        out[there] = values
         return out
 
-    def _finite(self, values: Float32Array) -> Float32Array:
-        if not np.isfinite(values).all():
-            raise self._error("the state holds values that are not finite: the file is damaged")
-        return values
+    def _not_finite(self) -> StateError:
+        return self._error("the state holds values that are not finite: the file is damaged")
 
     # What is in the file, from its beginning to its end --------------------------------------------------------------
 
@@ -153,11 +167,11 @@ class StateFile:
             positions = self._cells(cells)
             end = int(positions.max()) + 1
             first = max(0, end - self._shape.window + 1) if number else 0
-            there = np.zeros(end, bool)
-            there[positions] = True
-            if there.sum() != cells or not there[first:].all():
+            places = np.full(end, -1, np.int32)
+            places[positions] = np.arange(cells, dtype=np.int32)
+            if (places >= 0).sum() != cells or (places[first:] < 0).any():
                 raise self._error("its cells are not those of a sequence from its first token on")
-            self._layers(layers, positions)
+            self._layers(layers, cells, places)
         return end
 
     def _cells(self, cells: int) -> NDArray[np.int32]:
@@ -172,23 +186,23 @@ class StateFile:
             raise self._error(f"its cells have positions {low} to {high}, but {len(self.tokens)} tokens are listed")
         return positions
 
-    def _layers(self, layers: Sequence[AttentionLayer], positions: NDArray[np.int32]) -> None:
+    def _layers(self, layers: Sequence[AttentionLayer], cells: int, places: NDArray[np.int32]) -> None:
         transposed, count = self._unpack("<II")
         if transposed > 1 or count != len(layers):
             raise self._error(f"a cache of {count} layers, where the model has {len(layers)}")
         given = self._unpack("<II") if self.format.has_rotations else None
-        keys = [self._keys(layer, len(positions)) for layer in layers]
-        values = [self._values(layer, len(positions), bool(transposed)) for layer in layers]
+        keys = [self._keys(layer, cells) for layer in layers]
+        values = [self._values(layer, cells, bool(transposed)) for layer in layers]
         for layer, (key, key_at), value in zip(layers, keys, values):
             turns = given or rotations(layers, key, value[0] if value else key)
             for turn, dim in zip(turns, (layer.key_dim, layer.value_dim)):
                 if turn and (turn & (turn - 1) or dim % turn):
                     raise self._error(f"a rotation of {turn} values, where heads have {dim}")
-            rows = Rows(key_at, key, layer.key_width, len(positions), turns[0])
+            rows = Rows(key_at, key, layer.key_width, cells, turns[0])
             held = None
             if value is not None:
-                held = Rows(value[1], value[0], layer.value_width, len(positions), turns[1], bool(transposed))
-            self._attention[layer.layer] = _Cached(positions, rows, held)
+                held = Rows(value[1], value[0], layer.value_width, cells, turns[1], bool(transposed))
+            self._attention[layer.layer] = _Cached(places, rows, held)
 
     def _keys(self, layer: AttentionLayer, cells: int) -> tuple[Element, int]:
         number, row_bytes = self._unpack("<iQ")

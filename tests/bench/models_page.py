@@ -22,8 +22,8 @@ from kqprefill.synthetic import SyntheticFile
 ROOT = Path(__file__).resolve().parents[2]
 # The largest model of each architecture that docs/performance.md has figures of, by its shape's name.
 MEASURED = (
-    "qwen3-32b qwen3-30b-a3b gpt-oss-20b llama3-70b qwen3.6-27b qwen3.6-35b-a3b glm-4.5-air deepseek-v2-lite gemma4-31b "
-    "nemotron-nano-9b-v2 lfm2-8b-a1b"
+    "qwen3-32b qwen3-30b-a3b gpt-oss-20b llama3-70b qwen3.6-27b qwen3.6-35b-a3b glm-4.5-air deepseek-v2-lite "
+    "gemma4-31b nemotron-nano-9b-v2 lfm2-8b-a1b"
 ).split()
 MEASURED_ON_A_CPU = ["gemma3-270m"]
 

@@ -26,6 +26,7 @@ def main() -> None:
             for _ in range(3):
                 for what in ("kept", "written"):
                     cache.reset()
+                    path.unlink(missing_ok=True)  # so that no time goes into freeing it
                     start = time.perf_counter()
                     if what == "kept":
                         model.prefill(ids, cache=cache)

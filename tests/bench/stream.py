@@ -63,12 +63,12 @@ def main(name: str, vram: str, lengths: str, repetitions: str = "3") -> None:
     threading.Thread(target=watch_memory, args=(most,), daemon=True).start()
     budget = None if vram == "all" else vram
     with open_model(open_file(name), "cuda", vram=budget, max_tokens=max(prompt_lengths)) as model:
-        plan, loaded = model.backend.plan, model.backend.loaded
+        (plan,), loaded = model.backend.plans, model.backend.loaded
         assert loaded is not None, "the CUDA backend says what it has loaded"
         loading = f"loaded {loaded.nbytes / 1e9:.2f} GB at {loaded.nbytes / loaded.seconds / 1e9:.1f} GB/s"
         rates = [rate(model, length, int(repetitions)) for length in prompt_lengths]
         if plan.streamed:
-            copies, plan = rate_of_copies(model), model.backend.plan
+            copies, (plan,) = rate_of_copies(model), model.backend.plans
             loading += f"; {plan.streamed_bytes / 1e9:.2f} GB a batch at {copies / 1e9:.1f} GB/s by themselves, "
             loading += f"{plan.streamed_bytes / copies:.3f} s"
         print(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from ...core import Float32Array
 from ...models.weights import Weight, Weights
-from .functions import GATES, multiply, vector_of
+from .functions import GATES, vector_of
 from .per_layer_ops import PerLayerOps
 from .weights import DecodedWeights
 
@@ -15,6 +19,10 @@ class AltUpOps(PerLayerOps):
     """Ops that are made of others."""
 
     _weights: DecodedWeights
+
+    @abstractmethod
+    def _multiply(self, a: Float32Array, matrix: Float32Array, batch_rows: NDArray[Any], out: Float32Array) -> None:
+        """a · matrixᵀ, to out; batch_rows: which rows of the batch a's are."""
 
     def altup_streams(self, x: Float32Array, matrices: Weight) -> Float32Array:
         made = (self._by_one(x, matrices, number) for number in range(matrices.shape[0]))
@@ -48,8 +56,7 @@ class AltUpOps(PerLayerOps):
         """x through one matrix of a stack; no collector hears of these few."""
         tensor = stack.expert(number).tensor
         made = np.empty((len(x), tensor.shape[0]), np.float32)
-        bounds = [*(segment.first for segment in self.batch.segments), len(x)]
-        multiply(x, self._weights.rows(tensor, 0, tensor.shape[0]), bounds, made)
+        self._multiply(x, self._weights.rows(tensor, 0, tensor.shape[0]), np.arange(len(x)), made)
         return made
 
     def _mixed(self, x: Float32Array, w: Weights, matrix: Weight) -> Float32Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from ...models.config import Rope
 from ...models.ops import Ops
 from ...models.weights import Weight
 from .functions import attention_tasks, normalised, sigmoid, vector_of
+from .steady import steady_attention_tasks
 from .threads import blas, in_parallel
 
 _SMALL_SCORES = 1 << 20  # attention scores of a segment that one thread computes, beside others' segments
@@ -23,6 +25,7 @@ class AttentionOps(Ops):
     """Part of CpuOps."""
 
     cache: Any  # CpuCache | None
+    _steady: bool  # whether bits may not depend on how a prompt is cut
 
     def __init__(self, layer_states: Sequence[LayerState]) -> None:
         self._layer_states = layer_states
@@ -143,7 +146,8 @@ class AttentionOps(Ops):
                 keys, values = np.concatenate([k[before], keys]), np.concatenate([v[before], values])
             sink = None if sinks is None else vector_of(sinks.tensor)
             is_small = segment.length * end * q.shape[1] < _SMALL_SCORES
-            tasks = attention_tasks(
+            exact = partial(attention_tasks, parts=1 if is_small else blas().threads)
+            tasks = (steady_attention_tasks if self._steady else exact)(
                 q[segment.rows],
                 keys,
                 values,
@@ -153,7 +157,6 @@ class AttentionOps(Ops):
                 window,
                 softcap,
                 sink,
-                parts=1 if is_small else blas().threads,
                 both_ways=both_ways,
                 chunked=chunked,
             )

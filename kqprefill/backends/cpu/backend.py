@@ -8,6 +8,7 @@ import time
 from ...collector import Collector
 from ...core import Batch, Logits, PendingHead, Progress, no_progress
 from ...models.family import Family
+from ...models.precision import Precision
 from ...timeline import Stage, Timeline
 from ..base import Backend, Cache, StateAccess
 from ..budget import Budget
@@ -26,6 +27,7 @@ class CpuBackend(Backend):
     def __init__(self) -> None:
         self.device_name = _processor_name()
         self._weights: DecodedWeights | None = None
+        self._precision: Precision = "exact"
 
     def load(
         self,
@@ -34,7 +36,9 @@ class CpuBackend(Backend):
         vram: Budget | None = None,
         tokens: int | None = None,
         ranks: bool = False,
+        precision: Precision = "exact",
     ) -> None:
+        self._precision = precision
         self._weights = DecodedWeights()  # from the mapped file, as they are used
 
     def new_cache(self, family: Family, capacity: int) -> Cache:
@@ -58,7 +62,7 @@ class CpuBackend(Backend):
         collector: Collector | None = None,
     ) -> tuple[PendingHead, dict[str, Stage] | None]:
         assert cache is None or isinstance(cache, CpuCache), "a cache of another backend"
-        ops = CpuOps(family, batch, cache, self._weights)
+        ops = CpuOps(family, batch, cache, self._weights, self._precision)
         ops.collector = collector
         if timed:
             ops.timeline = Timeline(time.perf_counter, lambda start, end: end - start)

@@ -158,26 +158,41 @@ def attention_tasks(
         """Those heads of keys and values, and of each those of its queries' heads."""
         for at in range(0, n, step):
             end = min(at + step, n)
-            first = 0 if window is None else max(0, start + at - window + 1)
-            if chunked and window is not None:
-                first = (start + at) // window * window
-            last = start + n if both_ways else start + end  # one beyond
-            if both_ways and window is not None:
-                last = min(last, start + end + window - 1)
-            seen = slice(first, last)
+            seen = slice(*seen_keys(start + at, start + end, start + n, window, both_ways, chunked))
             scores = softcapped(q[kv, own, at:end] @ k[kv, ..., seen] * np.float32(scale), softcap)
-            behind = np.arange(start + at, start + end)[:, None] - np.arange(first, last)
-            behind = np.abs(behind) if both_ways else behind
-            reach: int | NDArray[np.int64] | None = window
-            if chunked and window is not None:
-                reach = np.arange(start + at, start + end)[:, None] % window + 1
-            hidden = behind < 0 if reach is None else (behind < 0) | (behind >= reach)
+            hidden = hidden_keys(start + at, start + end, seen.start, seen.stop, window, both_ways, chunked)
             scores[..., hidden] = -np.inf
             out[kv, own, at:end] = softmax(scores, None if sink is None else sink[kv, own]) @ v[kv, :, seen]
 
     if nkv >= group:
         return [partial(attend, some, slice(None)) for some in _shares(nkv, parts)]
     return [partial(attend, slice(None), some) for some in _shares(group, parts)]
+
+
+def seen_keys(begin: int, end: int, total: int, window: int | None, both_ways: bool, chunked: bool) -> tuple[int, int]:
+    """From which key on, and before which, of `total`, queries at positions from begin on, and before end, see any."""
+    first = 0 if window is None else max(0, begin - window + 1)
+    if chunked and window is not None:
+        first = begin // window * window
+    last = total if both_ways else min(end, total)
+    if both_ways and window is not None:
+        last = min(last, end + window - 1)
+    return first, last
+
+
+def hidden_keys(
+    begin: int, end: int, first: int, last: int, window: int | None, both_ways: bool, chunked: bool
+) -> NDArray[np.bool_]:
+    """Which of the keys from number first on, and before last, queries at positions from begin on, and before end, do
+    not see: [queries, keys]."""
+    positions = np.arange(begin, end)[:, None]
+    behind = positions - np.arange(first, last)
+    behind = np.abs(behind) if both_ways else behind
+    reach: int | NDArray[np.int64] | None = window
+    if chunked and window is not None:
+        reach = positions % window + 1
+    hidden: NDArray[np.bool_] = behind < 0 if reach is None else (behind < 0) | (behind >= reach)
+    return hidden
 
 
 def _shares(count: int, parts: int) -> list[slice]:

@@ -4,10 +4,11 @@ and attended to as any."""
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...core import Float32Array
 from ...models.config import Rope
@@ -15,6 +16,7 @@ from ...models.latent import LatentAttention
 from ...models.weights import Weights
 from .collector import HearingOps
 from .functions import attention_tasks, multiply
+from .steady import multiply_by_place, steady_attention_tasks
 from .threads import blas, in_parallel
 from .weights import DecodedWeights
 
@@ -24,6 +26,11 @@ class LatentOps(HearingOps):
 
     cache: Any  # CpuCache | None
     _weights: DecodedWeights
+    _steady: bool  # whether bits may not depend on how a prompt is cut
+
+    @abstractmethod
+    def _multiply(self, a: Float32Array, matrix: Float32Array, batch_rows: NDArray[Any], out: Float32Array) -> None:
+        """a · matrixᵀ, to out; batch_rows: which rows of the batch a's are."""
 
     @abstractmethod
     def _rotate(self, x: Float32Array, rope: Rope) -> Float32Array:
@@ -41,8 +48,9 @@ class LatentOps(HearingOps):
         matrix = _decompressor(w, latent, self._weights)
         if self.cache is None:
             self.enter("linear", latent.decompressing(w), len(h))
-            bounds = [*(segment.first for segment in self.batch.segments), len(h)]
-            k, v = _decompressed(c, k_r, matrix, latent, bounds)
+            made = np.empty((len(h), len(matrix)), np.float32)
+            self._multiply(c, matrix, np.arange(len(h)), made)
+            k, v = _keys_values(made, k_r, latent)
             if self.collector is not None:
                 self._tell_decompression(w, latent, rope, (q, k, c), scale)
             attended: Float32Array = self.attention(q, k, v, scale=scale)
@@ -52,10 +60,16 @@ class LatentOps(HearingOps):
         for rows, new in zip(kept, (c, k_r)):
             rows[segment.position : end] = new
         self.enter("linear", latent.decompressing(w), end)
-        k, v = _decompressed(kept[0][:end], kept[1][:end], matrix, latent, [0, end])
+        made = np.empty((end, len(matrix)), np.float32)
+        if self._steady:
+            multiply_by_place(kept[0][:end], matrix, np.arange(end), made)
+        else:
+            multiply(kept[0][:end], matrix, [0, end], made)
+        k, v = _keys_values(made, kept[1][:end], latent)
         self.enter_attention(latent.head_dim, latent.value_dim, None)
         out = np.empty((len(h), latent.heads, latent.value_dim), np.float32)
-        in_parallel(attention_tasks(q, k, v, out, segment.position, scale, None, None, None, parts=blas().threads))
+        tasks = steady_attention_tasks if self._steady else partial(attention_tasks, parts=blas().threads)
+        in_parallel(tasks(q, k, v, out, segment.position, scale, None, None, None))
         return out.reshape(len(h), -1)
 
     def _tell_decompression(
@@ -106,13 +120,9 @@ def _decompressor(w: Weights, latent: LatentAttention, weights: DecodedWeights) 
     return np.concatenate([k_b.transpose(0, 2, 1), v_b], axis=1).reshape(-1, latent.rank)
 
 
-def _decompressed(
-    c: Float32Array, k_r: Float32Array, matrix: Float32Array, latent: LatentAttention, bounds: Sequence[int]
-) -> tuple[Float32Array, Float32Array]:
-    """Keys [S, heads, head_dim] and values [S, heads, value_dim] of rows c [S, rank] and k_r [S, rotary]; bounds as for
-    `multiply`."""
-    made = np.empty((len(c), len(matrix)), np.float32)
-    multiply(c, matrix, bounds, made)
-    heads = made.reshape(len(c), latent.heads, -1)
-    shared = np.broadcast_to(k_r[:, None], (len(c), latent.heads, latent.rotary))
+def _keys_values(made: Float32Array, k_r: Float32Array, latent: LatentAttention) -> tuple[Float32Array, Float32Array]:
+    """Keys [S, heads, head_dim] and values [S, heads, value_dim], of what the decompressor makes of latent rows, [S,
+    heads * (key_dim + value_dim)], and of k_r [S, rotary]."""
+    heads = made.reshape(len(made), latent.heads, -1)
+    shared = np.broadcast_to(k_r[:, None], (len(made), latent.heads, latent.rotary))
     return np.concatenate([heads[..., : latent.key_dim], shared], axis=-1), heads[..., latent.key_dim :]

@@ -26,6 +26,7 @@ from ...core import (
 from ...gguf import dequantize
 from ...models.experts import Experts
 from ...models.family import Family
+from ...models.precision import Precision, takes_int8
 from ...models.weights import Weight, Weights
 from ..base import Cache
 from .altup_ops import AltUpOps
@@ -43,8 +44,10 @@ from .functions import (
     softmax,
     vector_of,
 )
+from .int8 import Rounded, multiply_rounded
 from .latent_ops import LatentOps
 from .recurrent_ops import RecurrentOps, State, first_state
+from .steady import multiply_by_place
 from .weights import DecodedWeights
 
 _MATRIX_PIECE, _MATRIX_ROWS = 1 << 25, 1 << 13  # elements (128 MB), and rows, of a matrix that are decoded at once
@@ -86,10 +89,18 @@ class CpuOps(AttentionOps, LatentOps, RecurrentOps, AltUpOps):
     cache: CpuCache | None
 
     def __init__(
-        self, family: Family, batch: Batch, cache: CpuCache | None, weights: DecodedWeights | None = None
+        self,
+        family: Family,
+        batch: Batch,
+        cache: CpuCache | None,
+        weights: DecodedWeights | None = None,
+        precision: Precision = "exact",
     ) -> None:
-        """weights: the model's, kept between batches; None where nothing is kept."""
+        """weights: the model's, kept between batches; None where nothing is kept. precision: what matrices are
+        multiplied as."""
         super().__init__(family.layer_states)
+        self._precision = precision
+        self._steady, self._positions = precision != "exact", batch.positions
         self.config, self.batch, self.cache = family.config, batch, cache
         self._weights = DecodedWeights(room=0) if weights is None else weights
         # What BLAS makes of a row depends on how many rows there are: each segment is multiplied by itself, so that it
@@ -156,25 +167,40 @@ class CpuOps(AttentionOps, LatentOps, RecurrentOps, AltUpOps):
         """As `linear`, of an input that the collector hears of elsewhere."""
         self.enter("linear", [weight], len(a))
         out = np.empty((len(a), weight.shape[0]), np.float32)
+        x = Rounded.of(a) if self._precision == "int8" and takes_int8(weight) else a
         for piece in _pieces(weight):
             self._product(
-                a, weight, piece, scale, np.arange(len(a)) if batch_rows is None else batch_rows, out[:, piece]
+                x, weight, piece, scale, np.arange(len(a)) if batch_rows is None else batch_rows, out[:, piece]
             )
         if residual is not None:
             out += residual
         return out
 
     def _product(
-        self, a: Float32Array, weight: Weight, piece: slice, scale: float, batch_rows: NDArray[Any], out: Float32Array
+        self,
+        a: Float32Array | Rounded,
+        weight: Weight,
+        piece: slice,
+        scale: float,
+        batch_rows: NDArray[Any],
+        out: Float32Array,
     ) -> None:
-        """scale * (a · Wᵀ + bias), of a piece of the matrix's rows, to out."""
-        matrix = self._weights.rows(weight.tensor, piece.start, piece.stop)
-        cuts = np.flatnonzero(np.diff(self._segment_of[batch_rows])) + 1
-        multiply(a, matrix, [0, *cuts, len(a)], out)
+        """scale * (a · Wᵀ + bias), of a piece of the matrix's rows, to out; of a Rounded in int8."""
+        if isinstance(a, Rounded):
+            multiply_rounded(a, self._weights.rounded(weight.tensor, piece.start, piece.stop), out)
+        else:
+            self._multiply(a, self._weights.rows(weight.tensor, piece.start, piece.stop), batch_rows, out)
         if weight.bias is not None:
             out += vector_of(weight.bias)[piece]
         if scale != 1.0:
             out *= np.float32(scale)
+
+    def _multiply(self, a: Float32Array, matrix: Float32Array, batch_rows: NDArray[Any], out: Float32Array) -> None:
+        if self._steady:
+            multiply_by_place(a, matrix, self._positions[batch_rows], out)
+            return
+        cuts = np.flatnonzero(np.diff(self._segment_of[batch_rows])) + 1
+        multiply(a, matrix, [0, *cuts, len(a)], out)
 
     def mlp(
         self,

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
+
+from numpy.typing import NDArray
 
 from ...core import Float32Array
 from ..base import StateAccess, TakeRows
@@ -17,19 +21,23 @@ class CpuStates(StateAccess):
     def __init__(self, cache: CpuCache) -> None:
         self._cache = cache
 
-    def rows(self, layer: int, end: int, wide: bool, take: TakeRows, live: bool = False) -> None:
+    def rows(self, layer: int, end: int, wide: bool, take: TakeRows, live: bool = False) -> Callable[[], None]:
         first, second = self._cache.rows[layer]
-        for begin in range(0, end, _PIECE):
-            piece = slice(begin, min(end, begin + _PIECE))
-            take(begin, nullcontext((first[piece], second[piece])))
+
+        def give() -> None:
+            for begin in range(0, end, _PIECE):
+                piece = slice(begin, min(end, begin + _PIECE))
+                take(begin, nullcontext((first[piece], second[piece])))
+
+        return give
 
     def recurrence(self, layer: int) -> tuple[Float32Array, Float32Array]:
         matrices, rows = self._cache.recurrences[layer]
         return matrices.copy(), rows.copy()
 
-    def write(self, layer: int, first: Float32Array, second: Float32Array) -> None:
+    def write(self, layer: int, begin: int, first: NDArray[Any], second: NDArray[Any]) -> None:
         for kept, new in zip(self._cache.rows[layer], (first, second)):
-            kept[: len(new)] = new
+            kept[begin : begin + len(new)] = new
 
     def write_recurrence(self, layer: int, matrices: Float32Array, rows: Float32Array) -> None:
         for kept, new in zip(self._cache.recurrences[layer], (matrices, rows)):

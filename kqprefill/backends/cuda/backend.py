@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,15 +18,16 @@ from ..base import Backend, BatchSize, Cache, Loaded, StateAccess
 from ..budget import Budget
 from .batch_size import choose_batch, first_tokens, with_likeliest
 from .bounds import Speed, floors
+from .device.arrays import DeviceArray
 from .device.gpu import Gpu, cuda_errors
 from .device.graphs import Graphs
 from .device.launcher import Launcher
 from .device.workspace import Downloads, Workspace
 from .gemm.tensor_maps import TensorMaps
 from .kernel_set import kernel_set_of
-from .kv_cache import DeviceCache, HostCache
+from .kv_cache import DeviceCache, HostCache, states_of
 from .ops.attention_layout import key_rows
-from .ops.batch import Residual
+from .ops.batch import Residual, ResidualBound, received
 from .ops.collector import DeviceCollector
 from .ops.context import Context
 from .ops.cuda_ops import CudaOps
@@ -34,8 +35,9 @@ from .ops.head import RANKED
 from .ops.latent import expanded_bytes
 from .programs import SQUARES, int8_program, weight_program
 from .rehearsal import LIKELIEST, collected_bytes, plan_model, rehearse
-from .state_access import SLOTS_BYTES, DeviceStates
+from .state_access import DeviceStates
 from .weights.plan import Plan, budget_of
+from .weights.share import Share
 from .weights.small_arrays import SmallArrays
 from .weights.store import WeightsOnDevice
 
@@ -43,32 +45,44 @@ PLANNED_TOKENS = 4096  # of the longest prompt, where the caller does not say; a
 
 
 class CudaBackend(Backend):
-    """Runs one model on one GPU. Raises BackendError where the GPU cannot be used."""
+    """Runs one model, or some of its layers, on one GPU. Raises BackendError where the GPU cannot be used."""
 
     name = "cuda"
-    runs_ahead = True
+    ahead = 1
     plan: Plan | None = None
     _precision: Precision = "exact"  # that the model was loaded with
-    _slots_bytes = 0  # of device memory that states are read through, once any have been
 
-    def __init__(self, device: int, kernels: str = "auto") -> None:
+    def __init__(self, device: int, kernels: str = "auto", ahead: int = 1) -> None:
+        """ahead: batches that may be started before one is waited for."""
         self.gpu = Gpu(device)
         self.device_name = self.gpu.name
         with cuda_errors("NVRTC"):
             self.kernel_set = kernel_set_of(self.gpu.capability, kernels)
         self.launcher = Launcher(self.gpu, self.kernel_set.target)
-        self.work, self.downloads, self.maps = Workspace(self.gpu), Downloads(self.gpu), TensorMaps(self.gpu)
+        self.work, self.downloads, self.maps = Workspace(self.gpu), Downloads(self.gpu, ahead), TensorMaps(self.gpu)
         self._graphs = Graphs(self.gpu, lambda: (self.work.generation, self.maps.generation))
         self._caches: list[DeviceCache] = []
         self._collectors: list[DeviceCollector] = []
         self._small: SmallArrays | None = None
         self._weights: WeightsOnDevice | None = None
         self._context: Context | None = None
+        self._share: Share | None = None
         self._speed: Speed | None = None
         self._size: BatchSize | None = None  # of batches to score, once it has been chosen
         self._budget = 0
         self._ranks = False  # whether the plan is for batches with targets
         self._ran = self._closed = False  # whether a batch has been through; whether all has been given back
+
+    @property
+    def plans(self) -> Sequence[Plan]:
+        return () if self.plan is None else (self.plan,)
+
+    @property
+    def share(self) -> Share:
+        """The layers that run here, once a model is loaded."""
+        if self._share is None:
+            raise BackendError("no model has been loaded")
+        return self._share
 
     @property
     def context(self) -> Context:
@@ -96,9 +110,12 @@ class CudaBackend(Backend):
         tokens: int | None = None,
         ranks: bool = False,
         precision: Precision = "exact",
+        share: Share | None = None,
     ) -> None:
+        """As Backend.load; share: the layers to run here, all unless given."""
         self._precision = precision
         self._ranks, self._size, self._speed = ranks, None, Speed(family, self.gpu, self.kernel_set, precision)
+        self._share = share or Share.whole(family)
         with cuda_errors("loading the model"):
             self._budget = budget_of(self.gpu, vram)
             if not ranks:  # one prompt
@@ -148,33 +165,29 @@ class CudaBackend(Backend):
             return with_likeliest(self._size, top, LIKELIEST, RANKED.itemsize)
 
     def new_cache(self, family: Family, capacity: int) -> Cache:
-        plan, states = self.plan, family.layer_states
+        plan = self.plan
         assert plan is not None, "a model is loaded before it is given a cache"
         with cuda_errors("making a cache"):
-            kind = DeviceCache
+            kind, states = DeviceCache, states_of(family, self.share.layers)
             expanded = self._expanded_bytes(family, capacity)
             others = plan.nbytes - plan.parts.get("caches", 0) + self._cache_bytes(family) + expanded
             if others + kind.bytes_needed(states, capacity) > self._budget:
                 kind = HostCache
                 more = kind.bytes_needed(states, capacity) + expanded
                 self._make_room(family, plan.tokens, more, self._ranks, no_progress)
-            cache = kind(self.gpu, states, capacity)
+            cache = kind(self.gpu, states, capacity, self.share.layers)
         self._caches = [*(other for other in self._caches if other.device_bytes), cache]
         return cache
 
     def state_access(self, family: Family, cache: Cache, writing: bool = False) -> StateAccess:
         assert isinstance(cache, DeviceCache), "a cache of another backend"
         assert self.plan is not None, "a model is loaded before it has a cache"
-        with cuda_errors("making room for states"):
-            self.gpu.device.set_current()
-            self._slots_bytes = SLOTS_BYTES
-            others = self.plan.nbytes - self.plan.parts.get("caches", 0)
-            if others + self._cache_bytes(family) > self._budget:
-                self._make_room(family, self.plan.tokens, 0, self._ranks, no_progress)
         if writing:  # a token of any kind has the scales made that values are kept times
             pending, _ = self.run(family, Batch(np.zeros(1, np.int32)), cache, None, no_progress)
             pending()
-        return DeviceStates(self.context, family, cache)
+        with cuda_errors("reading a state"):
+            self.gpu.device.set_current()
+            return DeviceStates(self.context, family, cache)
 
     def new_collector(self, family: Family, output: bool, progress: Progress = no_progress) -> Collector:
         assert self.plan is not None, "a model is loaded before it is given a collector"
@@ -197,6 +210,29 @@ class CudaBackend(Backend):
         timed: bool = False,
         collector: Collector | None = None,
     ) -> tuple[PendingHead, dict[str, Stage] | None]:
+        _, pending, stages = self.advance(family, batch, cache, logits, progress, timed, collector)
+        assert pending is not None, "the last layers' device has the head"
+        return pending, stages
+
+    def advance(
+        self,
+        family: Family,
+        batch: Batch,
+        cache: Cache | None,
+        logits: Logits,
+        progress: Progress,
+        timed: bool = False,
+        collector: Collector | None = None,
+        receive: Callable[[DeviceArray], ResidualBound | None] | None = None,
+        head: bool = True,
+    ) -> tuple[Residual, PendingHead | None, dict[str, Stage] | None]:
+        """As `run`, through the layers that this device runs.
+
+        receive(to): launches what puts the residual stream that another device has made into an array, and gives its
+        bound; None where the model's first layer is here. head: whether what comes after the model's last layer is
+        asked for. Returns the residual stream after the last of the layers, and what `run` returns: None for the head
+        where there is none, or the model's last layer is elsewhere.
+        """
         assert cache is None or isinstance(cache, DeviceCache), "a cache of another backend"
         assert collector is None or isinstance(collector, DeviceCollector), "a collector of another backend"
         with cuda_errors("prefill"):
@@ -207,7 +243,9 @@ class CudaBackend(Backend):
             self.maps.make_room()
 
             def upcoming() -> tuple[Any, ...]:
-                return rehearse(family, self.gpu, self.kernel_set, batch, logits, precision=self._precision).programs
+                return rehearse(
+                    family, self.gpu, self.kernel_set, batch, logits, share=self.share, precision=self._precision
+                ).programs
 
             with self.launcher.expecting(upcoming, progress):
                 ops = CudaOps(self.context, family, batch, cache)
@@ -215,21 +253,39 @@ class CudaBackend(Backend):
                 if timed:
                     ops.timeline = self._timeline()
 
+                incoming: Residual | None = None
+                if receive is not None:
+                    values = received(ops, family)
+                    incoming = Residual(values, receive(values))
+                    self.launcher.fence()
+
                 def forward() -> Residual:
-                    residual: Residual = family.forward(ops, progress)
+                    residual: Residual = family.forward(ops, progress, self.share.layers, incoming)
                     return residual
 
                 kept = cache is not None or collector is not None
                 one_by_one = timed or kept or self.weights.streaming or len(batch.segments) > 1
                 x = forward() if one_by_one else self._graphs.run(ops.n, forward)
-                pending = family.finish(ops, x, logits)
-                if collector is not None:
-                    pending = self._after(pending)
+                pending: PendingHead | None = None
+                if self.share.is_last and head:
+                    pending = family.finish(ops, x, logits)
+                    if collector is not None:
+                        pending = self._after(pending)
+                else:
+                    self._end(batch, cache)
             self._ran = True
             if ops.timeline is None:
-                return self._reporting(pending), None
-            result = pending()
-            return lambda: result, ops.timeline.stages()
+                return x, None if pending is None else self._reporting(pending), None
+            result = None if pending is None else pending()
+            stages = ops.timeline.stages()
+            return x, None if result is None else lambda: result, stages
+
+    def _end(self, batch: Batch, cache: DeviceCache | None) -> None:
+        """What a head does for a batch beside its logits, where there is none."""
+        if self.weights.streaming:
+            self.weights.prefetch()
+        if cache is not None:
+            cache.end_batch(batch.start, len(batch.tokens))
 
     def _after(self, pending: PendingHead) -> PendingHead:
         """The same, once all that was launched so far has run."""
@@ -252,9 +308,8 @@ class CudaBackend(Backend):
         return wait
 
     def _cache_bytes(self, family: Family) -> int:
-        """Of the caches that there are, of what a layer's latent rows in the largest are expanded to, and of the slots
-        through which states are read."""
-        held = sum(cache.device_bytes for cache in self._caches) + self._slots_bytes
+        """Of the caches that there are, and of what a layer's latent rows in the largest are expanded to."""
+        held = sum(cache.device_bytes for cache in self._caches)
         return held + expanded_bytes(family, self._largest_cache())
 
     def _expanded_bytes(self, family: Family, capacity: int) -> int:
@@ -301,9 +356,9 @@ class CudaBackend(Backend):
             tokens,
             cache_bytes,
             ranks,
-            self.gpu.index,
-            sums,
-            self._precision,
+            self.share,
+            sums_bytes=sums,
+            precision=self._precision,
         )
 
     def _timeline(self) -> Timeline:

@@ -61,11 +61,11 @@ def peak(facts: GpuFacts, precision: Precision = "exact") -> float:
     return operations * facts.multiprocessors * facts.clock
 
 
-def weight_bytes(family: Family, precision: Precision = "exact") -> int:
-    """Of all layers' matrices, as a batch reads them."""
-    tensors = [tensor for layer in layer_matrices(family) for tensor in layer]
-    matrices = [matrix_of(tensor, 0, precision) for tensor in tensors]
-    return sum(matrix.nbytes if matrix.int8 else tensor.nbytes for matrix, tensor in zip(matrices, tensors))
+def weight_bytes(family: Family, layers: range, precision: Precision = "exact") -> int:
+    """Of those layers' matrices, as a batch reads them."""
+    tensors = layer_matrices(family)
+    matrices = [(matrix_of(tensor, 0, precision), tensor) for index in layers for tensor in tensors[index]]
+    return sum(matrix.nbytes if matrix.int8 else tensor.nbytes for matrix, tensor in matrices)
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,20 @@ def operations(plan: Plan, family: Family, tokens: int, ranks: bool = False) -> 
     """The Operations of one prompt of so many tokens; or (ranks) of a batch of short sequences, whose attention is
     counted as nothing, with the logits of each token."""
     matrices = plan.needs.matrix_flops / plan.tokens * tokens
+    mixing = [mixers(family, index, tokens, ranks) for index in plan.share.layers]
+    head = head_operations(family, tokens) if ranks and plan.share.is_last else 0
+    return Operations(matrices, sum(attention for attention, _ in mixing), sum(other for _, other in mixing), head)
+
+
+def head_operations(family: Family, tokens: int) -> float:
+    """Of the logits of so many tokens."""
+    return 2.0 * tokens * math.prod(family.output.shape)
+
+
+def mixers(family: Family, index: int, tokens: int, ranks: bool) -> tuple[float, float]:
+    """Of a layer's attention, and of its recurrence, as `operations` counts them."""
     attention = recurrences = 0.0
-    for index, state in family.state_parts():
+    for state in family.layer_states[index].parts:
         kept = family.layer_states[state.layer] if isinstance(state, SharedKeysValues) else state
         if isinstance(kept, Recurrent):
             # Chunk by chunk (arXiv 2412.06464): keys and queries with keys, the solved system with keys and values, the
@@ -99,8 +111,7 @@ def operations(plan: Plan, family: Family, tokens: int, ranks: bool = False) -> 
         elif not ranks:
             window = kept.window if isinstance(kept, KeysValues) else None
             attention += 2 * family.config.head_count * sum(family.head_dims(index)) * _pairs(tokens, window)
-    head = 2 * tokens * math.prod(family.output.shape) if ranks else 0
-    return Operations(matrices, attention, recurrences, head)
+    return attention, recurrences
 
 
 def _pairs(tokens: int, window: int | None) -> int:
@@ -143,7 +154,7 @@ class Speed:
     """What batches take of a model on a GPU."""
 
     def __init__(self, family: Family, facts: GpuFacts, kernel_set: KernelSet, precision: Precision = "exact") -> None:
-        self.family, self._facts, self._precision = family, facts, precision
+        self.family, self.precision, self._facts = family, precision, facts
         self._peak = peak(facts)
         self._rate = self._peak * kernel_set.share_of_peak
         share = kernel_set.int8_share_of_peak if precision == "int8" else kernel_set.share_of_peak
@@ -154,15 +165,19 @@ class Speed:
         """Bytes a second from the host, measured when first asked for."""
         return self._facts.bus_rate()
 
-    @cached_property
-    def reading(self) -> float:
-        """Seconds that reading each weight of the layers once takes."""
-        return weight_bytes(self.family, self._precision) / self._facts.memory_rate
-
     def arithmetic(self, done: Operations) -> float:
         """Seconds that the layers' arithmetic takes, at rates that whole prompts have reached."""
         recurrences = done.recurrences / (self._peak * _RECURRENCE_SHARE)
         return done.matrices / self._matrix_rate + done.attention / self._rate + recurrences
+
+    def with_head(self, done: Operations) -> float:
+        """Seconds that all of it takes, the head's products included."""
+        return self.arithmetic(done) + done.head / self._rate
+
+    def unpacking(self, nbytes: float) -> float:
+        """Seconds that making tiles of so many streamed bytes takes, between the arithmetic."""
+        passes = _INT8_PASSES if self.precision == "int8" else 2
+        return passes * nbytes / (self._facts.memory_rate * _COPYING_SHARE)
 
     def seconds(self, plan: Plan, tokens: int, ranks: bool = False) -> Seconds:
         """What a prompt, or (ranks) a batch of short sequences, of so many tokens takes under a plan.
@@ -171,13 +186,13 @@ class Speed:
         """
         done = operations(plan, self.family, tokens, ranks)
         head = done.head / self._rate
-        resident = max(self.arithmetic(done), self.reading) + head
+        reading = weight_bytes(self.family, plan.share.layers, self.precision) / self._facts.memory_rate
+        resident = max(self.arithmetic(done), reading) + head
         if not plan.streamed:
             return Seconds(resident)
         bus = plan.streamed_bytes / self.bus_rate
         ahead = bus * min(1, STAGING_SLOTS / len(plan.streamed))
-        passes = _INT8_PASSES if self._precision == "int8" else 2
-        unpacking = passes * plan.streamed_bytes / (self._facts.memory_rate * _COPYING_SHARE)
+        unpacking = self.unpacking(plan.streamed_bytes)
         return Seconds(resident, unpacking, bus, bus + max(0.0, head - ahead))
 
     def free_under(self, plan: Plan) -> int:
@@ -238,7 +253,7 @@ def floors(
         what, seconds = f"streamed weights over the bus: {bus / 1e9:.0f} GB/s", plan.streamed_bytes / bus
     else:
         rate_read = facts.memory_rate
-        read = weight_bytes(family, precision)
+        read = weight_bytes(family, plan.share.layers, precision)
         what, seconds = f"reading each weight once: {rate_read / 1e12:.2f} TB/s", read / rate_read
 
     def computing(tokens: int) -> float:

@@ -14,7 +14,7 @@ from .device.compiler import Program, Target, known_architectures
 from .device.gpu import GpuFacts
 from .device.launcher import Launches
 from .device.workspace import Workspace
-from .gemm import hopper, int8_hopper, portable
+from .gemm import hopper, int8, int8_hopper, portable
 from .gemm.int8 import Int8Gemm, PortableInt8Gemm, portable_program
 from .gemm.operand import Gemm
 from .gemm.tensor_maps import TensorMaps
@@ -30,6 +30,7 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")  # wha
 _HEAD_DIMS = *((size, size) for size in (64, 80, 96, 112, 128, 192, 256, 512)), (192, 128)
 _MIXED = (GGML.Q4_K, GGML.Q6_K)  # of the matrices of q, k and v, in most files
 _EXPERT_TYPES = (GGML.Q4_K, GGML.Q6_K, GGML.MXFP4)  # of most experts
+_UNGATED_TYPES = (GGML.Q4_K, GGML.Q5_K, GGML.Q8_0)  # of most networks without a gate
 
 
 class Gemms(ABC):
@@ -91,8 +92,8 @@ class Portable(KernelSet):
         for config in (*portable.LARGE, portable.SMALL):
             yield config.program()
             yield config.program(grouped=True)
-            for gated in (False, True):
-                yield from (portable_program(config, gated, grouped) for grouped in (False, True))
+            yield config.program(activated=True)
+            yield from (portable_program(config, kind) for kind in int8.KINDS)
         for sizes in _HEAD_DIMS:
             yield self.attention(*sizes).program()
         yield self.attention(256, 256).program(both_ways=True)  # EmbeddingGemma's
@@ -118,12 +119,13 @@ class Hopper(Portable):
                 yield config.program((kind,))
             if not config.gated:
                 yield config.program(_MIXED)
+                for kind in _UNGATED_TYPES:
+                    yield config.program((kind,), activated=True)
             for kind in _EXPERT_TYPES:
                 yield config.program((kind,), grouped=True)
         for of_int8 in int8_hopper.CONFIGS:
-            yield of_int8.program(gated=False, whole=False)
-            for gated in (False, True)[: of_int8.tiles]:
-                yield from (of_int8.program(gated, grouped) for grouped in (False, True))
+            yield of_int8.program(int8.Kind(), whole=False)
+            yield from (of_int8.program(own) for own in int8.KINDS if of_int8.tiles == 2 or not own.gated)
 
 
 class _PortableGemms(Gemms):

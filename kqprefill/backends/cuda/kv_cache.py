@@ -7,12 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import takewhile
 import mmap
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...core import KeysValues, Latent, LayerState, Recurrent, Several, SharedKeysValues
 from ...errors import BackendError
+from ...models.family import Family
 from ..base import Cache
 from ..budget import gib, host_memory
 from .attention_kernels import padded_head
@@ -96,12 +98,17 @@ def _has_rows(state: LayerState) -> bool:
     return any(isinstance(part, (KeysValues, Latent, SharedKeysValues)) for part in state.parts)
 
 
-class DeviceCache(Cache):
-    """All layers' states in device memory."""
+def states_of(family: Family, layers: range) -> list[LayerState]:
+    """What each layer of a model keeps on the device that runs some of them: the others nothing."""
+    return [state if index in layers else Several() for index, state in enumerate(family.layer_states)]
 
-    def __init__(self, gpu: Gpu, states: Sequence[LayerState], capacity: int) -> None:
+
+class DeviceCache(Cache):
+    """The states of layers in device memory: of some of a model's (states_of), or of all unless `layers` says which."""
+
+    def __init__(self, gpu: Gpu, states: Sequence[LayerState], capacity: int, layers: range | None = None) -> None:
         super().__init__(capacity)
-        self._gpu, self._states = gpu, states
+        self._gpu, self._states, self._layers = gpu, states, layers or range(len(states))
         self._buffer = gpu.allocate(self.bytes_needed(states, capacity), f"a cache of {capacity} tokens")
         # Attention multiplies what lies past a sequence's end by zero, which must not be NaN.
         gpu.zero(int(self._buffer.handle), self._buffer.size)
@@ -165,6 +172,11 @@ class DeviceCache(Cache):
         self._gpu.upload(self._address(layer) + offset, raw)
         self._gpu.stream.sync()
 
+    def begin_keeping(self, layer: int, offset: int, host: int, nbytes: int, stream: Any) -> None:
+        """As keep_bytes, from page-locked memory, in the order of a stream that is not waited for."""
+        address = self._address(layer) + offset
+        check(self._gpu.driver.cuMemcpyHtoDAsync(address, host, nbytes, stream.handle))
+
     def begin_layer(self, layer: int, start: int, n: int) -> None:
         """Launch what has the layer's state of `start` cached tokens ready; n more are to come."""
 
@@ -178,17 +190,17 @@ class DeviceCache(Cache):
 
 
 class HostCache(DeviceCache):
-    """All layers' states in page-locked host memory, of which two of a kind are on the device: while one is computed,
+    """The layers' states in page-locked host memory, of which two of a kind are on the device: while one is computed,
     the one before is copied out and the next comes in. States that later layers see, too, stay for the whole batch."""
 
-    def __init__(self, gpu: Gpu, states: Sequence[LayerState], capacity: int) -> None:
+    def __init__(self, gpu: Gpu, states: Sequence[LayerState], capacity: int, layers: range | None = None) -> None:
         nbytes, most = DeviceCache.bytes_needed(states, capacity), host_memory() * 3 // 4
         if nbytes > most:
             raise BackendError(
                 f"a cache of {capacity} tokens needs {gib(nbytes)} of host memory, as the GPU has no room for it; "
                 f"at most {gib(most)} can be locked"
             )
-        super().__init__(gpu, states, capacity)
+        super().__init__(gpu, states, capacity, layers)
         self._stream = gpu.device.create_stream()
         self._ready = [gpu.device.create_event() for _ in range(2)]
         self._host = mmap.mmap(-1, nbytes)
@@ -200,7 +212,7 @@ class HostCache(DeviceCache):
                 address = self._bytes.ctypes.data + begin
                 pool.submit(populate, address, min(WINDOW, nbytes - begin), write=True)
         with cuda_errors(f"page-locking {gib(nbytes)} of host memory for a cache of {capacity} tokens"):
-            check(gpu.driver.cuMemHostRegister(self._bytes.ctypes.data, nbytes, 0))
+            check((gpu.lock(self._bytes.ctypes.data, nbytes),))
         sizes = [state_bytes(state, capacity) for state in states]
         starts = [sum(sizes[:layer]) for layer in range(len(sizes))]
         self._on_host = [self._bytes[start : start + size] for start, size in zip(starts, sizes)]
@@ -236,17 +248,21 @@ class HostCache(DeviceCache):
         return starts
 
     def begin_layer(self, layer: int, start: int, n: int) -> None:
-        if layer == 0:
-            self._copy_in(0, start)
+        if layer == self._layers.start:
+            self._copy_in(layer, start)
         else:
             self._copy_out(layer - 1, start, n)
         self._gpu.stream.wait(self._ready[layer % 2])
-        if layer + 1 < len(self._states):
+        if layer + 1 < self._layers.stop:
             self._copy_in(layer + 1, start)
 
     def end_batch(self, start: int, n: int) -> None:
-        self._copy_out(len(self._states) - 1, start, n)
+        self._copy_out(self._layers.stop - 1, start, n)
         self._stream.sync()
+
+    def wait_for(self, stream: Any) -> None:
+        """Have no other layer come to the device before a stream has got to where it is now."""
+        self._stream.wait(stream)
 
     def kept_bytes(self, layer: int) -> NDArray[np.uint8]:
         return self._on_host[layer]

@@ -11,8 +11,8 @@ from .units import repack_units
 
 _MOST_WARPS, _WARP_COLUMNS, _MOST_KEPT = THREADS["round_rows"] // 32, 512, 4  # int8_rows.cu's
 
-_NAMES = "norm rope scales head experts gates activations per_layer altup latent states squares int8"
-NORM, ROPE, SCALES, HEAD, EXPERTS, GATES, ACTIVATIONS, PER_LAYER, ALTUP, LATENT, STATES, SQUARES, INT8 = COMMON = tuple(
+_NAMES = "norm rope scales head experts gates activations per_layer altup latent squares int8"
+NORM, ROPE, SCALES, HEAD, EXPERTS, GATES, ACTIVATIONS, PER_LAYER, ALTUP, LATENT, SQUARES, INT8 = COMMON = tuple(
     Program(f"{name}.cu") for name in _NAMES.split()
 )
 

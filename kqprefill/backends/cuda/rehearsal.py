@@ -25,11 +25,13 @@ from .device.workspace import Downloads, Workspace, aligned
 from .gemm.operand import HALVES, OperandFormat
 from .gemm.tensor_maps import TensorMaps
 from .kernel_set import KernelSet
+from .ops.batch import Residual, ResidualBound, received
 from .ops.collector import DeviceCollector
 from .ops.context import Context
 from .ops.cuda_ops import CudaOps
 from .weights.matrix import Matrix, matrix_of
 from .weights.plan import BatchNeeds, Plan, make_plan, refuse_unsupported
+from .weights.share import Share
 from .weights.small_arrays import SmallArrays
 
 LIKELIEST = 32  # tokens that are asked for at each place, at a guess
@@ -180,19 +182,24 @@ def rehearse(
     batch: Batch,
     logits: Logits = None,
     host_embedding: bool = False,
+    share: Share | None = None,
     precision: Precision = "exact",
 ) -> BatchNeeds:
     """What a batch needs whose head is asked for `logits`.
 
-    host_embedding: the embedding's rows come from the host. precision: that the model is opened with. For "ranks" there
-    is room for as many rows of keys as the batch may have.
+    host_embedding: the embedding's rows come from the host. share: the layers that it goes through, all unless given.
+    precision: that the model is opened with. For "ranks" there is room for as many rows of keys as the batch may have.
     """
     work, launcher = _MeasuredWorkspace(NoGpu(facts)), LaunchRecorder()
     context = stand_in(facts, kernel_set, launcher, work, host_embedding, precision)
     key_rows = KEYS_PER_TOKEN * len(batch.tokens) if logits == "ranks" else 0
     ops = CudaOps(context, family, batch, None, key_rows)
     ops.timeline = Timeline(lambda: None, lambda start, end: 0.0)
-    family.finish(ops, family.forward(ops), logits)
+    share = share or Share.whole(family)
+    x = None if share.is_first else Residual(received(ops, family), ResidualBound(family.token_embd, 1.0))
+    x = family.forward(ops, layers=share.layers, x=x)
+    if share.is_last:
+        family.finish(ops, x, logits)
     return BatchNeeds(work.nbytes, tuple(launcher.programs), ops.timeline.stages()["linear"].flops)
 
 
@@ -204,7 +211,7 @@ def collected_bytes(
     context = stand_in(facts, kernel_set, launcher, _MeasuredWorkspace(NoGpu(facts)), precision=precision)
     ops = CudaOps(context, family, planned_batch(1, False), None)
     ops.collector = DeviceCollector(output, context.gpu, launcher)
-    family.head(ops, family.forward(ops), None)
+    family.finish(ops, family.forward(ops), None)
     return ops.collector.taken
 
 
@@ -216,21 +223,22 @@ def plan_model(
     tokens: int,
     cache_bytes: int = 0,
     ranks: bool = False,
-    device: int = 0,
+    share: Share | None = None,
     sums_bytes: int = 0,
     precision: Precision = "exact",
 ) -> Plan:
     """The Plan (weights/plan.py) for a model on a GPU with these facts that may take `budget` bytes.
 
-    tokens: of the longest prompt, or (ranks) of the largest batch with targets. cache_bytes, sums_bytes: device
-    memory that caches, and a collector's sums, hold. precision: that the model is opened with. Raises BackendError
-    where the model does not run there.
+    tokens: of the longest prompt, or (ranks) of the largest batch with targets. share: the layers that are to run
+    there, all unless given. cache_bytes, sums_bytes: device memory that caches, and a collector's sums, hold.
+    precision: that the model is opened with. Raises BackendError where the model does not run there.
     """
     refuse_unsupported(family)
+    own = share or Share.whole(family)
     batch = planned_batch(tokens, ranks)
     logits: Logits = "ranks" if ranks else None
 
     def needs(host_embedding: bool) -> BatchNeeds:
-        return rehearse(family, facts, kernel_set, batch, logits, host_embedding, precision)
+        return rehearse(family, facts, kernel_set, batch, logits, host_embedding, own, precision)
 
-    return make_plan(family, budget, tokens, needs, cache_bytes, device, sums_bytes, precision)
+    return make_plan(family, budget, tokens, needs, own, cache_bytes, sums_bytes, precision)

@@ -1,18 +1,20 @@
 """The states in a GPU's cache as real values, for whoever writes them to a file or reads them from one.
 
-Rows are brought back to real values on the device (kernels/states.cu), in slots that are copied to page-locked memory
-on a stream of their own while the GPU computes on. What is read between batches of a cache in host memory, and all that
-is written, goes through NumPy.
+Rows come as they are kept, through slots of page-locked memory, on a stream of their own while the GPU computes on:
+only its copy engine has to do with them, as its multiprocessors are never free at once. NumPy makes real values of
+them, in the threads that take them. What is written goes the other way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 import ctypes
 from dataclasses import dataclass
+from functools import partial
 import math
 from queue import SimpleQueue
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -22,49 +24,31 @@ from ...core import Float32Array, KeysValues, Latent, LayerState, Recurrent
 from ...errors import InputError, StateError
 from ...models.family import Family
 from ...models.kda import KimiDelta
+from ...states.elements import EXPONENT, all_finite
 from ..base import StateAccess, TakeRows
 from ..cpu.recurrent_ops import Recurrence, advance
 from .constants import DELTA_CHUNK
-from .device.arrays import FLOAT16, FLOAT32, INT32, DeviceArray
+from .device.arrays import DeviceArray
 from .device.gpu import check, cuda_errors
 from .device.workspace import ALIGNMENT
 from .gemm.operand import operand_positions
 from .kv_cache import DeviceCache, HostCache, RecurrentArrays, halo_rows, token_arrays, token_shapes
 from .ops.context import Context
-from .programs import STATES
 
-_SLOTS, _SLOT_BYTES = 8, 16 << 20
-SLOTS_BYTES = _SLOTS * _SLOT_BYTES  # of device memory, which is planned for
+_SLOTS, _SLOT_BYTES = 24, 4 << 20  # each is made when there is none that is free
 _NEVER = np.float32(-1e30)  # of a token that changes no recurrence: its step is softplus(this), its beta sigmoid(this)
 _HOST_PIECE = 4096  # tokens
+_ONE_MORE, _MOST_POWER = 1 << 10, 30  # of a half's exponent: one step among its bits; all of them
+_WRITTEN = 2 << 20  # bytes of rows that a thread scales at a time: what its caches hold
 
 
 @dataclass(frozen=True)
 class _Slot:
-    """Device memory that rows become real values in, the page-locked memory that they are copied to, and the event
-    after which they are there. The first ALIGNMENT bytes say whether a value was beyond a half's range."""
+    """Page-locked memory that rows are copied through, and the event after which those of the cache are there: from
+    the first byte on the scales of a layer's two arrays, from ALIGNMENT on rows of both."""
 
-    buffer: Any
     host: int
     landed: Any
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One of the two arrays of a layer: a token's values, as heads of head_dim that are `padded` apart, or in operand
-    order."""
-
-    kept: DeviceArray
-    scale: DeviceArray
-    shape: tuple[int, ...]
-    head_dim: int
-    padded: int
-    operand: bool
-
-    @property
-    def columns(self) -> int:
-        """Values of a token."""
-        return math.prod(self.shape)
 
 
 class DeviceStates(StateAccess):
@@ -75,101 +59,77 @@ class DeviceStates(StateAccess):
         self._gpu = context.gpu
         self._slots: list[_Slot] = []
         self._free: SimpleQueue[_Slot] = SimpleQueue()  # whose rows somebody has taken
-        self._stream: Any = None
+        self._stream: Any = self._gpu.device.create_stream()
+        self._factors: dict[int, list[np.float32]] = {}  # by layer: what its two arrays are times, for the host
+        self._preparing = Lock()  # of what several threads that write are to have once
 
-    def rows(self, layer: int, end: int, wide: bool, take: TakeRows, live: bool = False) -> None:
+    def rows(self, layer: int, end: int, wide: bool, take: TakeRows, live: bool = False) -> Callable[[], None]:
         if not live and isinstance(self._cache, HostCache):
-            self._rows_on_host(layer, end, take)
-            return
+            return partial(self._rows_on_host, layer, end, take)
         with cuda_errors("reading a state"):
-            parts, dtype = self._parts(layer), FLOAT32 if wide else FLOAT16
-            if not self._slots:
-                self._make_slots()
-            token_bytes = dtype.itemsize * sum(part.columns for part in parts)
-            step = max(1, (_SLOT_BYTES - 3 * ALIGNMENT) // token_bytes)
+            copy = partial(self._copy_rows, layer, end, wide, take, self._gpu.stream.record())
+            if not isinstance(self._cache, HostCache):
+                return copy
+            copy()  # before another layer comes in its place
+            self._cache.wait_for(self._stream)
+        return _nothing
+
+    def _copy_rows(self, layer: int, end: int, wide: bool, take: TakeRows, computed: Any) -> None:
+        """Have rows come to slots, as these become free; computed: the event after which the device has them."""
+        with cuda_errors("reading a state"):
+            self._gpu.device.set_current()
+            self._stream.wait(computed)
+            arrays = self._arrays(layer)
+            step = max(1, (_SLOT_BYTES - ALIGNMENT) // sum(array.row_bytes for array in arrays))
             for begin in range(0, end, step):
-                n = min(step, end - begin)
-                slot = self._free.get()
-                arrays = self._launch(slot, parts, begin, n, dtype)
-                take(begin, self._landed(slot, arrays, parts, layer))
+                slot, parts = self._take_slot(), [array.rows(begin, min(end, begin + step)) for array in arrays]
+                first, second = slot.host + ALIGNMENT, slot.host + ALIGNMENT + parts[0].nbytes
+                held = zip((*self._cache.scales[layer], *parts), (slot.host, slot.host + 4, first, second))
+                for array, to in held:
+                    check(self._gpu.driver.cuMemcpyDtoHAsync(to, array.address, array.nbytes, self._stream.handle))
+                self._stream.record(slot.landed)
+                take(begin, self._landed(slot, layer, [part.shape for part in parts], wide))
 
-    def _parts(self, layer: int) -> tuple[_Part, _Part]:
-        state, (first_scale, second_scale) = self._with_rows(layer), self._cache.scales[layer]
-        if isinstance(state, Latent):
-            c, k_r = self._cache.latent(layer)
-            return (
-                _Part(c, first_scale, (state.rank,), state.rank, c.shape[1], True),
-                _Part(k_r, second_scale, (state.rotary,), state.rotary, state.rotary, False),
-            )
-        k, v = self._cache.keys_values(layer)
-        shape = state.heads, state.head_dim
-        return (
-            _Part(k, first_scale, shape, state.head_dim, k.shape[2], False),
-            _Part(v, second_scale, shape, state.head_dim, v.shape[2], False),
-        )
+    def _arrays(self, layer: int) -> tuple[DeviceArray, DeviceArray]:
+        """A layer's two arrays of halves on the device."""
+        if isinstance(self._with_rows(layer), Latent):
+            return self._cache.latent(layer)
+        return self._cache.keys_values(layer)
 
-    def _make_slots(self) -> None:
-        self._stream = self._gpu.device.create_stream()
-        for _ in range(_SLOTS):
-            host = int(check(self._gpu.driver.cuMemHostAlloc(_SLOT_BYTES, 0)))
-            buffer = self._gpu.allocate(_SLOT_BYTES, "the rows of a state")
-            self._slots.append(_Slot(buffer, host, self._gpu.device.create_event()))
-            self._free.put(self._slots[-1])
-
-    def _launch(
-        self, slot: _Slot, parts: tuple[_Part, _Part], begin: int, n: int, dtype: np.dtype
-    ) -> tuple[DeviceArray, DeviceArray]:
-        """Have n rows of both parts come to the slot's page-locked memory. Returns where they are on the device."""
-        base = int(slot.buffer.handle)
-        first = DeviceArray(base + ALIGNMENT, dtype, (n, parts[0].columns))
-        second = DeviceArray(first.address + -(-first.nbytes // ALIGNMENT) * ALIGNMENT, dtype, (n, parts[1].columns))
-        beyond, launcher = DeviceArray(base, INT32, (1,)), self._context.launcher
-        self._gpu.zero(base, beyond.nbytes)
-        launcher.fence()
-        for part, out in zip(parts, (first, second)):
-            launcher.launch(
-                STATES,
-                "real_rows",
-                grid=n,
-                kept=part.kept.rows(begin, begin + n),
-                stride=part.kept.row_bytes // part.kept.dtype.itemsize,
-                padded=part.padded,
-                head_dim=part.head_dim,
-                columns=part.columns,
-                operand=int(part.operand),
-                scale=part.scale,
-                halves=out if dtype == FLOAT16 else None,
-                floats=out if dtype == FLOAT32 else None,
-                beyond=beyond,
-            )
-        self._stream.wait(self._gpu.stream)
-        nbytes = second.address + second.nbytes - base
-        check(self._gpu.driver.cuMemcpyDtoHAsync(slot.host, base, nbytes, self._stream.handle))
-        self._stream.record(slot.landed)
-        launcher.fence()
-        return first, second
+    def _take_slot(self) -> _Slot:
+        """One that is free, perhaps a new one; from any thread."""
+        with self._preparing:
+            if self._free.empty() and len(self._slots) < _SLOTS:
+                host = self._gpu.locked(_SLOT_BYTES)
+                self._slots.append(_Slot(host, self._gpu.device.create_event()))
+                return self._slots[-1]
+        return self._free.get()
 
     @contextmanager
     def _landed(
-        self, slot: _Slot, arrays: tuple[DeviceArray, DeviceArray], parts: tuple[_Part, _Part], layer: int
+        self, slot: _Slot, layer: int, shapes: Sequence[tuple[int, ...]], wide: bool
     ) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+        state = self._with_rows(layer)
         try:
             with cuda_errors("reading a state"):
                 self._gpu.device.set_current()
                 slot.landed.sync()
             held = memoryview((ctypes.c_uint8 * _SLOT_BYTES).from_address(slot.host))
-            if np.frombuffer(held, np.int32, 1)[0]:
-                raise InputError(f"layer {layer}: the state has a value that f16 cannot hold; use f32")
-            first, second = (
-                np.frombuffer(held, a.dtype, math.prod(a.shape), a.address - int(slot.buffer.handle)) for a in arrays
-            )
-            yield first.reshape(-1, *parts[0].shape), second.reshape(-1, *parts[1].shape)
+            rows, at = [], ALIGNMENT
+            for number, (shape, scale) in enumerate(zip(shapes, np.frombuffer(held, np.float32, 2))):
+                kept = np.frombuffer(held, np.float16, math.prod(shape), at).reshape(shape)
+                cut, at = _cut(kept, state, number), at + kept.nbytes
+                real = cut.astype(np.float32) * (1 / scale) if wide else _scaled(cut, 1 / scale)
+                if real is None:
+                    raise InputError(f"layer {layer}: the state has a value that f16 cannot hold; use f32")
+                rows.append(real)
+            yield rows[0], rows[1]
         finally:
             self._free.put(slot)
 
     def _rows_on_host(self, layer: int, end: int, take: TakeRows) -> None:
         kept, state = self._halves(layer), self._with_rows(layer)
-        factors = [1 / self._scale(scale) for scale in self._cache.scales[layer]]
+        factors = [1 / scale for scale in self._scales(layer)]
         for begin in range(0, end, _HOST_PIECE):
             rows = [a[begin : min(end, begin + _HOST_PIECE)].astype(np.float32) * f for a, f in zip(kept, factors)]
             take(begin, nullcontext((_cut(rows[0], state, 0), _cut(rows[1], state, 1))))
@@ -181,11 +141,13 @@ class DeviceStates(StateAccess):
         arrays = token_arrays(self._cache.offset(layer, type(state)), state, self._cache.capacity)
         return [raw[a.address : a.address + a.nbytes].view(np.float16).reshape(a.shape) for a in arrays]
 
-    def _scale(self, scale: DeviceArray) -> np.float32:
-        value = np.empty(1, np.float32)
-        self._gpu.download(value, scale.address)
-        scalar: np.float32 = value[0]
-        return scalar
+    def _scales(self, layer: int) -> list[np.float32]:
+        if layer not in self._factors:
+            values = [np.empty(1, np.float32) for _ in self._cache.scales[layer]]
+            for value, scale in zip(values, self._cache.scales[layer]):
+                self._gpu.download(value, scale.address)
+            self._factors[layer] = [value[0] for value in values]
+        return self._factors[layer]
 
     def recurrence(self, layer: int) -> tuple[Float32Array, Float32Array]:
         """What is kept is the state after the last whole chunk, and the rows since: they are gone through here."""
@@ -216,17 +178,35 @@ class DeviceStates(StateAccess):
         assert rows is not None, "a layer with rows of its own"
         return rows
 
-    def write(self, layer: int, first: Float32Array, second: Float32Array) -> None:
-        state, capacity = self._with_rows(layer), self._cache.capacity
+    def write(self, layer: int, begin: int, first: NDArray[Any], second: NDArray[Any]) -> None:
+        state = self._with_rows(layer)
         with cuda_errors("writing a state"):
-            arrays = token_arrays(self._cache.offset(layer, type(state)), state, capacity)
-            for number, (rows, scale, array) in enumerate(zip((first, second), self._cache.scales[layer], arrays)):
-                with np.errstate(over="ignore"):
-                    halves = (rows * self._scale(scale)).astype(np.float16)
-                if not np.isfinite(halves).all():
-                    raise StateError(f"layer {layer}: the state has values that this model cannot have made")
-                padded = _padded(halves, state, number)
-                self._cache.keep_bytes(layer, array.address, padded.view(np.uint8).reshape(-1))
+            self._gpu.device.set_current()
+            with self._preparing:
+                scales = self._scales(layer)
+            arrays = token_arrays(self._cache.offset(layer, type(state)), state, self._cache.capacity)
+            for number, (rows, scale, array) in enumerate(zip((first, second), scales, arrays)):
+                step = max(1, _WRITTEN // array.row_bytes)
+                for at in range(0, len(rows), step):
+                    halves = _scaled(rows[at : at + step], scale)
+                    if halves is None:
+                        raise StateError(f"layer {layer}: the state has values that this model cannot have made")
+                    place = array.address + (begin + at) * array.row_bytes
+                    self._keep(layer, place, _padded(halves, state, number).view(np.uint8).reshape(-1))
+
+    def _keep(self, layer: int, offset: int, raw: NDArray[np.uint8]) -> None:
+        """As the cache's keep_bytes, from any thread: of at most _WRITTEN bytes, or a single row's."""
+        if isinstance(self._cache, HostCache):
+            self._cache.keep_bytes(layer, offset, raw)
+            return
+        slot = self._take_slot()
+        try:
+            ctypes.memmove(slot.host, raw.ctypes.data, raw.nbytes)
+            self._cache.begin_keeping(layer, offset, slot.host, raw.nbytes, self._stream)
+            self._stream.record(slot.landed)
+            slot.landed.sync()
+        finally:
+            self._free.put(slot)
 
     def write_recurrence(self, layer: int, matrices: Float32Array, rows: Float32Array) -> None:
         kept = _as_kept(self._recurrent(layer), self._family.recurrence, matrices, rows)
@@ -238,13 +218,15 @@ class DeviceStates(StateAccess):
             with cuda_errors("reading a state"):
                 slot.landed.sync()
             self._gpu.driver.cuMemFreeHost(slot.host)
-            slot.buffer.close(self._gpu.stream)
-        if self._stream is not None:
-            self._stream.close()
+        self._stream.close()
         self._slots.clear()
 
 
-def _cut(rows: Float32Array, state: LayerState, number: int) -> Float32Array:
+def _nothing() -> None:
+    """What is left to do where all has been done."""
+
+
+def _cut(rows: NDArray[Any], state: LayerState, number: int) -> NDArray[Any]:
     """The values of rows as they are kept, without what pads them and in their own order."""
     if isinstance(state, Latent):
         return rows[:, operand_positions(state.rank)] if number == 0 else rows
@@ -252,8 +234,32 @@ def _cut(rows: Float32Array, state: LayerState, number: int) -> Float32Array:
     return rows[..., : state.head_dim]
 
 
+def _scaled(rows: NDArray[Any], scale: np.float32) -> NDArray[np.float16] | None:
+    """float32 or float16 rows times a power of two, as halves; None where one is too large for that.
+
+    Halves get it added to their exponents: to go through float32 takes several times as long (NumPy 2.4).
+    """
+    power = math.frexp(scale)[1] - 1
+    if rows.dtype != np.float16 or abs(power) > _MOST_POWER:
+        with np.errstate(over="ignore"):
+            halves = (rows * scale).astype(np.float16)
+        return halves if all_finite(halves) else None
+    bits = rows.view(np.uint16)
+    exponents, added = bits & EXPONENT, power * _ONE_MORE
+    if int(exponents.max(initial=0)) + max(0, added) >= EXPONENT:
+        return None
+    moved: NDArray[np.float16] = (bits + np.uint16(added & 0xFFFF)).view(np.float16)
+    least = max(0, -added)
+    if exponents.min(initial=EXPONENT) <= least:  # zeros, and what is less than any half with all its digits
+        small = exponents <= least
+        moved[small] = rows[small] * scale
+    return moved
+
+
 def _padded(halves: NDArray[np.float16], state: KeysValues | Latent, number: int) -> NDArray[np.float16]:
     """The reverse of _cut."""
+    if isinstance(state, KeysValues) and halves.shape[1:] == token_shapes(state)[number]:
+        return halves
     out = np.zeros((len(halves), *token_shapes(state)[number]), np.float16)
     if isinstance(state, Latent):
         out[:, operand_positions(state.rank) if number == 0 else slice(None)] = halves

@@ -15,6 +15,8 @@ import numpy as np
 from ....errors import BackendError
 
 _importing = Lock()
+# Two threads that page-lock memory at once, for two devices, were seen to fail (CUDA_ERROR_ALREADY_MAPPED).
+_locking = Lock()
 _OLDEST = (8, 0)  # cp.async and mma.m16n8k16
 _OLDEST_DRIVER = 13000  # its CUDA version: what cuda-python 13 and NVRTC 13's CUBINs ask for
 _NEEDED = "a GPU needs an NVIDIA driver of 580 or later"
@@ -60,6 +62,13 @@ def _start_driver(driver: Any) -> None:
         name = re.search(r"CUDA_ERROR_\w+", str(error))
         why = f" ({name[0]})" if name and "NO_DEVICE" not in name[0] else ""
         raise BackendError(f"the NVIDIA driver finds no GPU that can be used{why}; {_NEEDED}") from error
+
+
+def device_count() -> int:
+    """How many CUDA devices there are, at least one. Raises BackendError where none can be used."""
+    _, driver = import_cuda()
+    _start_driver(driver)
+    return int(check(driver.cuDeviceGetCount()))
 
 
 def check(result: Any) -> Any:
@@ -168,16 +177,32 @@ class Gpu:
         """Set bytes of device memory to zero, in the order of the stream."""
         check(self.driver.cuMemsetD8Async(address, 0, nbytes, self.stream.handle))
 
+    def locked(self, nbytes: int, for_all: bool = False) -> int:
+        """The address of new page-locked host memory; for_all: that other devices copy from and to, too. It is freed by
+        cuMemFreeHost."""
+        flags = self.driver.CU_MEMHOSTALLOC_PORTABLE if for_all else 0
+        with _locking:
+            return int(check(self.driver.cuMemHostAlloc(nbytes, flags)))
+
+    def lock(self, address: int, nbytes: int, read_only: bool = False) -> Any:
+        """Lock pages of host memory in place. Returns the driver's status, which is 0 where it could."""
+        flags = self.driver.CU_MEMHOSTREGISTER_READ_ONLY if read_only else 0
+        with _locking:
+            (status,) = self.driver.cuMemHostRegister(address, nbytes, flags)
+        return status
+
     def memory(self) -> tuple[int, int]:
         """(free, all) bytes of the device's memory, whoever holds the rest."""
         free, total = check(self.driver.cuMemGetInfo())
         return free, total
 
     def bus_rate(self) -> float:
-        """Bytes a second from page-locked host memory, measured once nothing else uses the bus."""
+        """Bytes a second from page-locked host memory, measured once nothing else uses the bus. The device is current
+        then in the thread that asks."""
+        self.device.set_current()
         self.device.sync()
         nbytes, timing = 32 << 20, self.core.EventOptions(timing_enabled=True)
-        host, buffer = check(self.driver.cuMemHostAlloc(nbytes, 0)), self.allocate(nbytes, "measuring the bus")
+        host, buffer = self.locked(nbytes), self.allocate(nbytes, "measuring the bus")
         marks = []
         for _ in range(3):  # the first wakes the bus
             marks.append(self.stream.record(options=timing))
@@ -245,7 +270,7 @@ class _Uploads:
         block = min(unread, key=lambda block: block.room, default=None)
         if block is None and (not fitting or sum(block.room for block in self._blocks) + nbytes <= self._MOST):
             room = max(self._LEAST, 1 << (nbytes - 1).bit_length())
-            host = int(check(self._gpu.driver.cuMemHostAlloc(room, 0)))
+            host = self._gpu.locked(room)
             block = _Block(host, room, self._gpu.device.create_event())
         elif block is None:
             block = fitting[0]

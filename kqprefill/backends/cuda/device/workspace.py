@@ -61,22 +61,23 @@ class Workspace:
 
 
 class Downloads:
-    """Copies to the host that are waited for later, through two page-locked buffers in turn."""
+    """Copies to the host that are waited for later, through page-locked buffers in turn: one more than the batches that
+    are started before one is waited for."""
 
-    def __init__(self, gpu: Gpu) -> None:
+    def __init__(self, gpu: Gpu, ahead: int = 1) -> None:
         self._gpu, self._next = gpu, 0
-        self._buffers: list[tuple[Any, int]] = [(None, 0), (None, 0)]
+        self._buffers: list[tuple[Any, int]] = [(None, 0)] * (ahead + 1)
 
     def start(self, to: np.ndarray[Any, Any], source: DeviceArray) -> Callable[[], None]:
         """Have an array copied once all launched so far has run. The function returned waits and fills `to`.
 
-        It must be called before the next download but one is started.
+        It must be called before its buffer's turn comes again.
         """
-        which, self._next = self._next, 1 - self._next
+        which, self._next = self._next, (self._next + 1) % len(self._buffers)
         driver, (host, room) = self._gpu.driver, self._buffers[which]
         if room < to.nbytes:
             self._free(which)
-            host = check(driver.cuMemHostAlloc(to.nbytes, 0))
+            host = self._gpu.locked(to.nbytes)
             self._buffers[which] = host, to.nbytes
         check(driver.cuMemcpyDtoHAsync(int(host), source.address, to.nbytes, self._gpu.stream.handle))
         landed = self._gpu.stream.record()
@@ -96,5 +97,5 @@ class Downloads:
     def close(self) -> None:
         """Free the buffers, once nothing is copied into them any more."""
         self._gpu.driver.cuStreamSynchronize(self._gpu.stream.handle)
-        for which in (0, 1):
+        for which in range(len(self._buffers)):
             self._free(which)

@@ -28,14 +28,16 @@ class HopperConfig(TileConfig):
     producer_registers = 24  # the fewest there can be
 
     @cache
-    def program(self, types: tuple[GGML, ...], grouped: bool = False) -> Program:
+    def program(self, types: tuple[GGML, ...], grouped: bool = False, activated: bool = False) -> Program:
         """For launches over matrices of these ggml types (distinct, in the order of their format numbers).
 
-        grouped: over a stack of experts of one type.
+        grouped: over a stack of experts of one type. activated: of one matrix without a gate, whose outputs go through
+        an activation.
         """
         layout = self._layout(types)
         constants = {
             "GATED": self.gated,
+            "ACTIVATED": int(activated),
             "TOKENS": self.tokens,
             "WARPGROUPS": self.warpgroups,
             "TILES": self.tiles,
@@ -159,6 +161,34 @@ class HopperGemm(Gemm):
             add=int(add),
             groups=groups.groups if groups else None,
             group_count=groups.count if groups else None,
+        )
+
+    def activated(
+        self,
+        a: Operand,
+        matrix: Matrix,
+        act: Operand,
+        weight_scale: DeviceArray,
+        bias: DeviceArray | None,
+        activation: str,
+    ) -> None:
+        config = self._config(a.rows, (matrix,), False, 0)
+        self._launcher.launch(
+            config.program((matrix.type,), activated=True),
+            "gemm_activated",
+            grid=self._grid(config, a.rows, (matrix,), None),
+            weights=matrix.array,
+            features=matrix.rows,
+            x_map=self._maps.of(a.values, config.tokens // config.cluster, a.format),
+            m=a.rows,
+            k=a.columns,
+            out=act.values,
+            ldo=act.values.shape[1],
+            x_scale=a.scale,
+            w_scale=weight_scale,
+            bias=bias,
+            out_scale=act.scale,
+            activation=ACTIVATIONS[activation],
         )
 
     def gated(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 
 from ..constants import ACTIVATIONS, THREADS
@@ -76,12 +76,29 @@ class Int8Gemm(Gemm):
         """As `linear`, of a rounded operand."""
 
 
+@dataclass(frozen=True)
+class Kind:
+    """Which product a program of int8 makes: of gate and up, or of one matrix with an activation, or neither; grouped:
+    over a stack of experts."""
+
+    gated: bool = False
+    activated: bool = False
+    grouped: bool = False
+
+    @property
+    def constants(self) -> tuple[tuple[str, str], ...]:
+        """The defines that say so."""
+        return tuple((field.name.upper(), str(int(getattr(self, field.name)))) for field in fields(self))
+
+
+KINDS = (Kind(), Kind(grouped=True), Kind(gated=True), Kind(gated=True, grouped=True), Kind(activated=True))
+
+
 @cache
-def portable_program(config: PortableConfig, gated: bool, grouped: bool) -> Program:
+def portable_program(config: PortableConfig, kind: Kind) -> Program:
     """gemm_int8_sm80.cu with tiles as gemm_sm80.cu's, whose columns are half as wide."""
-    halves = config.program(grouped)
-    constants = (*halves.constants, ("GATED", str(int(gated))))
-    return Program("gemm_int8_sm80.cu", constants, halves.threads, halves.shared_bytes)
+    halves = config.program()
+    return Program("gemm_int8_sm80.cu", (*config.tiles, *kind.constants), halves.threads, halves.shared_bytes)
 
 
 class PortableInt8Gemm(Int8Gemm):
@@ -104,7 +121,7 @@ class PortableInt8Gemm(Int8Gemm):
         for matrix in matrices:
             config = best_config(x.rows, matrix.rows, self._facts, experts)
             self._launcher.launch(
-                portable_program(config, False, groups is not None),
+                portable_program(config, Kind(grouped=groups is not None)),
                 "gemm_linear",
                 grid=config.grid(x.rows, matrix.rows, self._facts.multiprocessors, experts),
                 x=x.values,
@@ -124,6 +141,35 @@ class PortableInt8Gemm(Int8Gemm):
             )
             first += matrix.rows
 
+    def activated(
+        self,
+        a: Operand,
+        matrix: Matrix,
+        act: Operand,
+        weight_scale: DeviceArray,
+        bias: DeviceArray | None,
+        activation: str,
+    ) -> None:
+        x, width = self.rounded(a), act.values.shape[1]
+        config = best_config(x.rows, width, self._facts)
+        self._launcher.launch(
+            portable_program(config, Kind(activated=True)),
+            "gemm_activated",
+            grid=config.grid(x.rows, width, self._facts.multiprocessors),
+            x=x.values,
+            x_scale=x.scale,
+            w=matrix.array,
+            w_scale=matrix.scales,
+            m=x.rows,
+            features=matrix.rows,
+            k=x.values.shape[1],
+            out=act.values,
+            ldo=width,
+            bias=bias,
+            out_scale=act.scale,
+            activation=ACTIVATIONS[activation],
+        )
+
     def gated(
         self,
         a: Operand,
@@ -139,7 +185,7 @@ class PortableInt8Gemm(Int8Gemm):
         config = best_config(x.rows, 2 * gate.rows, self._facts, experts)
         gate_bias, up_bias = biases
         self._launcher.launch(
-            portable_program(config, True, groups is not None),
+            portable_program(config, Kind(gated=True, grouped=groups is not None)),
             "gemm_gated",
             grid=config.grid(x.rows, 2 * width, self._facts.multiprocessors, experts),
             x=x.values,

@@ -15,7 +15,7 @@ from ..device.launcher import Grid, Launches
 from ..device.signatures import Argument
 from ..device.workspace import Workspace
 from ..weights.matrix import Matrix
-from .int8 import Int8Gemm
+from .int8 import Int8Gemm, Kind
 from .operand import Groups, Operand
 from .tensor_maps import TensorMaps
 from .tiles import TileConfig, row_tiles
@@ -34,11 +34,9 @@ class HopperInt8Config(TileConfig):
     producer_registers = 32
 
     @cache
-    def program(self, gated: bool, grouped: bool = False, whole: bool = True) -> Program:
-        """gated: of the kernel for gate and up. grouped: over a stack of experts. whole: matrices that lie side by side
-        have whole fours of rows."""
+    def program(self, kind: Kind, whole: bool = True) -> Program:
+        """whole: matrices that lie side by side have whole fours of rows."""
         constants = {
-            "GATED": int(gated),
             "TOKENS": self.tokens,
             "WARPGROUPS": self.warpgroups,
             "TILES": self.tiles,
@@ -48,11 +46,15 @@ class HopperInt8Config(TileConfig):
             "STAGES": self._stages,
             "PRODUCER_REGISTERS": self.producer_registers,
             "CONSUMER_REGISTERS": self.consumer_registers(self.blocks),
-            "GROUPED": int(grouped),
             "WHOLE": int(whole),
         }
         defines = tuple((name, str(value)) for name, value in constants.items())
-        return Program("gemm_int8_sm90.cu", defines, self.threads, self._stages * self._stage_bytes + _TILE_BYTES)
+        return Program(
+            "gemm_int8_sm90.cu",
+            (*kind.constants, *defines),
+            self.threads,
+            self._stages * self._stage_bytes + _TILE_BYTES,
+        )
 
     def cost(self, m: int, row_tiles: int, multiprocessors: int, experts: int = 0) -> int:
         """But for few tokens no less than reading the weights takes: then the smallest tiles do."""
@@ -136,7 +138,7 @@ class HopperInt8Gemm(Int8Gemm):
             described[f"rows{i}"] = matrix.rows if matrix else 0
         self._launch(
             config,
-            config.program(False, groups is not None, all(matrix.rows % 4 == 0 for matrix in matrices)),
+            config.program(Kind(grouped=groups is not None), all(matrix.rows % 4 == 0 for matrix in matrices)),
             "gemm_linear",
             grid=config.grid(x.rows, row_tiles(matrices), self._facts.multiprocessors, experts),
             **described,
@@ -151,6 +153,36 @@ class HopperInt8Gemm(Int8Gemm):
             add=int(add),
             groups=groups.groups if groups else None,
             group_count=groups.count if groups else None,
+        )
+
+    def activated(
+        self,
+        a: Operand,
+        matrix: Matrix,
+        act: Operand,
+        weight_scale: DeviceArray,
+        bias: DeviceArray | None,
+        activation: str,
+    ) -> None:
+        x = self.rounded(a)
+        config = self._config(x.rows, (matrix,), False, 0)
+        self._launch(
+            config,
+            config.program(Kind(activated=True)),
+            "gemm_activated",
+            grid=config.grid(x.rows, row_tiles((matrix,)), self._facts.multiprocessors),
+            weights=matrix.array,
+            w_scales=matrix.scales,
+            features=matrix.rows,
+            x_map=self._maps.of(x.values, config.tokens // config.cluster, x.format),
+            x_scale=x.scale,
+            m=x.rows,
+            k=x.values.shape[1],
+            out=act.values,
+            ldo=act.values.shape[1],
+            bias=bias,
+            out_scale=act.scale,
+            activation=ACTIVATIONS[activation],
         )
 
     def gated(
@@ -169,7 +201,7 @@ class HopperInt8Gemm(Int8Gemm):
         gate_bias, up_bias = biases
         self._launch(
             config,
-            config.program(True, groups is not None),
+            config.program(Kind(gated=True, grouped=groups is not None)),
             "gemm_gated",
             grid=config.grid(x.rows, row_tiles((gate, up)), self._facts.multiprocessors, experts),
             gate=gate.array,

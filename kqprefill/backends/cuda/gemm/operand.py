@@ -122,6 +122,18 @@ class Gemm(ABC):
         """
 
     @abstractmethod
+    def activated(
+        self,
+        a: Operand,
+        matrix: Matrix,
+        act: Operand,
+        weight_scale: DeviceArray,
+        bias: DeviceArray | None,
+        activation: str,
+    ) -> None:
+        """act = act(a · matrixᵀ + bias), of as many rows; activation: one of constants.ACTIVATIONS."""
+
+    @abstractmethod
     def gated(
         self,
         a: Operand,

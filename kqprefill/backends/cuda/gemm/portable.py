@@ -33,12 +33,17 @@ class PortableConfig:
     warps_n: int
 
     @cache
-    def program(self, grouped: bool = False) -> Program:
-        """grouped: over a stack of experts."""
-        constants = ((field.name.upper(), str(getattr(self, field.name))) for field in fields(self))
-        grouping = ("GROUPED", str(int(grouped)))
+    def program(self, grouped: bool = False, activated: bool = False) -> Program:
+        """grouped: over a stack of experts. activated: of a matrix without a gate, whose outputs go through an
+        activation."""
+        kind = ("GROUPED", str(int(grouped))), ("ACTIVATED", str(int(activated)))
         threads = 32 * self.warps_m * self.warps_n
-        return Program("gemm_sm80.cu", (*constants, grouping), threads, self.shared_bytes)
+        return Program("gemm_sm80.cu", (*self.tiles, *kind), threads, self.shared_bytes)
+
+    @property
+    def tiles(self) -> tuple[tuple[str, str], ...]:
+        """The constants that say how a block goes about it."""
+        return tuple((field.name.upper(), str(getattr(self, field.name))) for field in fields(self))
 
     @property
     def shared_bytes(self) -> int:
@@ -153,6 +158,42 @@ class PortableGemm(Gemm):
             residual=out if add else None,
             **_grouping(experts),
         )
+
+    def activated(
+        self,
+        a: Operand,
+        matrix: Matrix,
+        act: Operand,
+        weight_scale: DeviceArray,
+        bias: DeviceArray | None,
+        activation: str,
+    ) -> None:
+        k, stride = a.format.padded(a.columns), act.values.shape[1]
+        rows_at_once = min(stride, _SCRATCH_BYTES // (2 * k) // 256 * 256)
+        scratch = self._work.array("dequantised", FLOAT16, rows_at_once, k)
+        for at in range(0, stride, rows_at_once):
+            width = min(rows_at_once, stride - at)
+            features = max(0, min(width, matrix.rows - at))
+            self._dequantise(matrix, at, features, scratch, weight_scale)
+            config = best_config(a.rows, width, self._facts)
+            self._launcher.launch(
+                config.program(activated=True),
+                "gemm_activated",
+                grid=config.grid(a.rows, width, self._facts.multiprocessors),
+                x=a.values,
+                w=scratch,
+                m=a.rows,
+                features=features,
+                width=width,
+                k=k,
+                out=act.values.columns(at),
+                ldo=stride,
+                x_scale=a.scale,
+                w_scale=weight_scale,
+                bias=None if bias is None else bias.rows(at),
+                out_scale=act.scale,
+                activation=ACTIVATIONS[activation],
+            )
 
     def gated(
         self,

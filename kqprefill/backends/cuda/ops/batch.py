@@ -11,7 +11,7 @@ from ....models.family import Family
 from ....models.ops import Ops
 from ....models.weights import Weight
 from ..attention_kernels import AttentionConfig
-from ..device.arrays import FLOAT16, DeviceArray
+from ..device.arrays import FLOAT16, FLOAT32, DeviceArray
 from ..device.workspace import Workspace
 from ..gemm.operand import Operand
 from ..kv_cache import DeviceCache, token_shapes
@@ -42,6 +42,11 @@ class Residual:
 
     values: DeviceArray
     bound: ResidualBound | None = None
+
+
+def received(ops: BatchOps, family: Family) -> DeviceArray:
+    """Where a residual stream that another device has made is put."""
+    return ops.work.array("received", FLOAT32, *family.residual_shape(ops.n))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import numpy as np
 
 from ....errors import ModelError
 from ....models.weights import Weight
-from ..constants import ACTIVATIONS as NUMBERS
 from ..device.arrays import FLOAT32, DeviceArray
 from ..gemm.operand import HALVES, Operand
 from ..programs import ACTIVATIONS, NORM, weight_program
@@ -221,24 +220,14 @@ class DenseOps(NormOps):
         self.hear([up], h)
         u, d, bias = self.matrix(up), self.matrix(down), self.bias(up)
         out = self._sums(residual, d)
+        weight_scale = self.scales.of_weights([u], h.norm)
+        act_scale = self.activated_scale(activation, self.scales.of_outputs(u, h.length, bias))
+        gemm = self.context.gemms.choose([u])
         for t in range(0, self.n, TOKENS_AT_ONCE):
             end = min(t + TOKENS_AT_ONCE, self.n)
-            sums = self.work.array("up", FLOAT32, end - t, u.rows)
-            self.multiply(h.part(t, end), [u], sums, bias)
-            act_scale = self.activated_scale(activation, self.scales.of_outputs(u, h.length, bias))
             values = self.work.array("activated", HALVES.dtype, end - t, HALVES.padded(u.rows))
-            self.launcher.launch(
-                ACTIVATIONS,
-                "activate",
-                grid=end - t,
-                x=sums,
-                columns=u.rows,
-                activation=NUMBERS[activation],
-                scale=act_scale,
-                out=values,
-                stride=values.shape[1],
-            )
             act = Operand(values, u.rows, act_scale)
+            gemm.activated(h.part(t, end), u, act, weight_scale, bias, activation)
             self.hear([down], act, t)
             self.multiply(self.scaled(act, scale), [d], out.rows(t, end), self.bias(down), add=residual is not None)
         return out if residual is None else Residual(out)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..device.gpu import Gpu, check, cuda_errors
+from ..device.gpu import Gpu, cuda_errors
 
 WINDOW = 64 << 20  # bytes of host memory that are locked at a time
 
@@ -68,8 +68,7 @@ class HostPages:
                 if oldest in self._used:
                     self._used.pop(oldest).record(event)
                 self._leaving[oldest] = self._threads.submit(self._unlock, oldest, event)
-            flags = 0 if window.writeable else self._gpu.driver.CU_MEMHOSTREGISTER_READ_ONLY
-            (status,) = self._gpu.driver.cuMemHostRegister(window.begin, window.end - window.begin, flags)
+            status = self._gpu.lock(window.begin, window.end - window.begin, read_only=not window.writeable)
             self._windows[window] = self._gpu.device.create_event() if status == 0 else None
         self._windows.move_to_end(window)
         return self._windows[window] is not None
@@ -177,7 +176,7 @@ class _Ring:
     def __init__(self, gpu: Gpu, stream: Any, slots: int, slot_bytes: int, threads: int) -> None:
         self._gpu, self._stream, self._slot_bytes = gpu, stream, slot_bytes
         with cuda_errors("allocating page-locked staging memory"):
-            self._base = check(gpu.driver.cuMemHostAlloc(slots * slot_bytes, 0))
+            self._base = gpu.locked(slots * slot_bytes)
         memory = np.ctypeslib.as_array((ctypes.c_uint8 * (slots * slot_bytes)).from_address(int(self._base)))
         self._slots = list(memory.reshape(slots, slot_bytes))
         self._events = [gpu.device.create_event() for _ in self._slots]

@@ -87,11 +87,6 @@ def layer_matrices(family: Family) -> list[list[ModelTensor]]:
     return [[w.tensor for w in block if w.is_matrix] for block in family.blocks]
 
 
-def tensors_outside(family: Family) -> list[ModelTensor]:
-    """Those of the matrices outside the layers that always stay: the output, and whatever else is multiplied by."""
-    return [w.tensor for w in (family.output, *family.other_matrices())]
-
-
 def tile_bytes(tensors: Iterable[ModelTensor], precision: Precision = "exact") -> int:
     """What tensors take in device memory together, as matrices of a model that is opened with that precision."""
     return sum(aligned(matrix_of(tensor, 0, precision).nbytes) for tensor in tensors)

@@ -21,9 +21,11 @@ from ..device.compiler import Program
 from ..device.gpu import Gpu
 from ..device.workspace import aligned
 from .host_pages import WINDOW
-from .matrix import layer_matrices, tensors_outside, tile_bytes
+from .matrix import layer_matrices, tile_bytes
+from .share import Share
 from .staging import STAGING_BYTES, STAGING_SLOTS, scratch_bytes
 
+CROSSINGS = 2  # residual streams that have come from another device and wait, at most
 CONTEXT_BYTES = 560 << 20  # that the driver takes for a context and our kernels (an H100: 540 MiB)
 _SLACK_BYTES, _SLACK_SHARE = (
     64 << 20,
@@ -47,35 +49,19 @@ class BatchNeeds:
 
 
 @dataclass(frozen=True)
-class Placement:
-    """Which device each layer runs on: device numbers, a layer each."""
-
-    devices: tuple[int, ...]
-
-    @classmethod
-    def on_one(cls, device: int, layers: int) -> Placement:
-        """All layers on the same device."""
-        return cls((device,) * layers)
-
-    def layers_of(self, device: int) -> tuple[int, ...]:
-        """The layers that run on a device, ascending."""
-        return tuple(layer for layer, its in enumerate(self.devices) if its == device)
-
-
-@dataclass(frozen=True)
 class Plan:
     """What of a model stays in GPU memory.
 
     budget: bytes of GPU memory that may be taken. tokens: of the longest prompt planned for, and needs: what such a
-    batch takes. placement: which device runs each layer. resident, streamed: layers. parts: bytes by what takes them.
-    streamed_bytes: over the bus for each prompt. slot_bytes: of a staging buffer. tile_bytes: of the largest streamed
-    layer in tiles.
+    batch takes. share: the layers that the device runs. resident, streamed: which of them. parts: bytes by what takes
+    them. streamed_bytes: over the bus for each prompt. slot_bytes: of a staging buffer. tile_bytes: of the largest
+    streamed layer in tiles.
     """
 
     budget: int
     tokens: int
     needs: BatchNeeds
-    placement: Placement
+    share: Share
     resident: tuple[int, ...]
     streamed: tuple[int, ...]
     parts: dict[str, int]
@@ -99,7 +85,7 @@ class Plan:
 
     def places_as(self, other: Plan) -> bool:
         """Whether the other plan has the same weights in the same places."""
-        own, others = ((plan.placement, plan.resident, plan.slot_bytes, plan.tile_bytes) for plan in (self, other))
+        own, others = ((plan.share, plan.resident, plan.slot_bytes, plan.tile_bytes) for plan in (self, other))
         return own == others
 
 
@@ -129,40 +115,41 @@ def make_plan(
     budget: int,
     tokens: int,
     needs: Callable[[bool], BatchNeeds],
+    share: Share,
     cache_bytes: int = 0,
-    device: int = 0,
     sums_bytes: int = 0,
     precision: Precision = "exact",
 ) -> Plan:
-    """A Plan for a model on a GPU that may take `budget` bytes.
+    """A Plan for a model, or some of its layers, on a GPU that may take `budget` bytes.
 
     tokens: of the longest prompt. needs(host_embedding): what such a batch takes where the embedding is on the device,
-    or on the host. cache_bytes, sums_bytes: device memory that caches, and a collector's sums, hold. device: the GPU's
-    number. precision: that the model is opened with. Raises BackendError where even streaming every layer takes more.
+    or on the host. cache_bytes, sums_bytes: device memory that caches, and a collector's sums, hold. precision: that
+    the model is opened with. Raises BackendError where even streaming every layer takes more.
     """
-    layers = layer_matrices(family)
-    placement = Placement.on_one(device, len(layers))
+    own, layers = share.layers, layer_matrices(family)
     tiles = [tile_bytes(tensors, precision) for tensors in layers]
-    scratch = scratch_bytes((tensor for tensors in layers for tensor in tensors), precision)
+    scratch = scratch_bytes((tensor for index in own for tensor in layers[index]), precision)
     raw = [sum(aligned(t.nbytes) for t in tensors) for tensors in layers]
-    output, embedding = tile_bytes(tensors_outside(family)), tile_bytes([family.token_embd.tensor])
-    tied = family.output is family.token_embd
+    embeds = share.holds_embedding(family)
+    output, embedding = tile_bytes(share.outside(family)), tile_bytes([family.token_embd.tensor]) if embeds else 0
     least_slot = aligned(max(TILE_ROWS * w.tensor.nbytes // math.prod(w.shape[:-1]) for w in family.matrices()))
     layers_that_stay = f"layers that stay{', in int8' if precision == 'int8' else ''}"
     parts = {"CUDA context": CONTEXT_BYTES, "output": output}
+    if not share.is_first:
+        parts["between devices"] = CROSSINGS * 4 * math.prod(family.residual_shape(tokens))
     if cache_bytes:
         parts["caches"] = cache_bytes
     if sums_bytes:
         parts["sums of squares"] = sums_bytes
 
     def plan(resident: Sequence[int], batch: BatchNeeds) -> Plan:
-        streamed = tuple(i for i in placement.layers_of(device) if i not in resident)
+        streamed = tuple(i for i in own if i not in resident)
         slot = max(least_slot, *(raw[i] for i in streamed)) if streamed else STAGING_BYTES
         tile = max((tiles[i] for i in streamed), default=0)
         work, loading = batch.work_bytes, STAGING_SLOTS * STAGING_BYTES + scratch  # loading comes first
         takes = {
             **parts,
-            "embedding": 0 if tied or streamed else embedding,
+            "embedding": 0 if streamed else embedding,
             layers_that_stay: sum(tiles[i] for i in resident),
             "streaming buffers": STAGING_SLOTS * slot + tile + scratch if streamed else 0,
             "activations, K, V": work if streamed else max(work, loading),
@@ -172,7 +159,7 @@ def make_plan(
             budget,
             tokens,
             batch,
-            placement,
+            share,
             tuple(resident),
             streamed,
             {name: nbytes for name, nbytes in takes.items() if nbytes},
@@ -181,12 +168,12 @@ def make_plan(
             tile,
         )
 
-    everything = plan(placement.layers_of(device), needs(False))
+    everything = plan(own, needs(False))
     if everything.nbytes <= budget:
         return everything
-    batch = needs(not tied)
-    for count in range(len(layers) - 1, -1, -1):
-        chosen = plan(_spread(count, len(layers)), batch)
+    batch = needs(embeds)
+    for count in range(len(own) - 1, -1, -1):
+        chosen = plan([own[i] for i in _spread(count, len(own))], batch)
         if chosen.nbytes <= budget:
             return chosen
     takes = ", ".join(f"{name} {gib(nbytes)}" for name, nbytes in chosen.parts.items())

@@ -23,7 +23,7 @@ from ..constants import TILE_ROWS
 from ..device.gpu import Gpu
 from ..device.launcher import Launches
 from ..device.workspace import aligned
-from .matrix import Matrix, layer_matrices, matrix_of, tensors_outside, tile_bytes
+from .matrix import Matrix, layer_matrices, matrix_of, tile_bytes
 from .plan import Plan
 from .staging import STAGING_BYTES, STAGING_SLOTS, Brought, Piece, Staging, pieces_of, scratch_bytes
 
@@ -117,16 +117,15 @@ class WeightsOnDevice:
     def _groups(self, plan: Plan) -> dict[str | int, list[ModelTensor]]:
         """The tensors that share an allocation on this device, by what it is called; an embedding that is not to be on
         the device is forgotten."""
-        family, layers = self._family, layer_matrices(self._family)
-        groups: dict[str | int, list[ModelTensor]] = {"output": tensors_outside(family)}
-        tied = family.output is family.token_embd
-        if plan.streamed or tied:
-            self._free("embedding")
-            if not tied:
-                self._matrices.pop(family.token_embd.name, None)
-        else:
+        family, share, layers = self._family, plan.share, layer_matrices(self._family)
+        groups: dict[str | int, list[ModelTensor]] = {"output": share.outside(family)}
+        if share.holds_embedding(family) and not plan.streamed:
             groups["embedding"] = [family.token_embd.tensor]
-        return {**groups, **{layer: layers[layer] for layer in plan.placement.layers_of(self._gpu.index)}}
+        else:
+            self._free("embedding")
+            if family.token_embd.name not in {tensor.name for tensor in groups["output"]}:
+                self._matrices.pop(family.token_embd.name, None)
+        return {**groups, **{layer: layers[layer] for layer in share.layers}}
 
     def settle(self) -> None:
         """Unlock the host's pages that only loading read. It takes 10 ms a gigabyte, which a first batch need not wait

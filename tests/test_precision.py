@@ -1,0 +1,317 @@
+"""int8 precision on the CPU: its arithmetic against a plain formula, the same bits in any batch, and what it costs."""
+
+from typing import get_args
+
+import numpy as np
+import pytest
+
+from conftest import CASES, EXAMPLE, kl_divergence, relative_error
+import kqprefill
+from kqprefill.backends import PRECISIONS
+from kqprefill.backends.cpu import int8, steady
+from kqprefill.backends.cpu.backend import CpuBackend
+from kqprefill.backends.cpu.functions import attention_tasks
+from kqprefill.backends.cpu.int8 import Rounded, multiply_rounded, rotated
+from kqprefill.backends.cpu.ops import CpuOps
+from kqprefill.backends.cpu.steady import multiply_by_place, steady_attention_tasks
+from kqprefill.core import Batch, no_progress
+from kqprefill.errors import InputError
+from kqprefill.gguf import GGUFFile, dequantize
+from kqprefill.models import read_model
+from kqprefill.models.precision import Precision, takes_int8
+from test_cpu import several_threads  # noqa: F401  # a fixture
+
+
+def hadamard(n):
+    """The orthogonal one, in float64."""
+    return np.array([[1.0]]) if n == 1 else np.kron([[1, 1], [1, -1]], hadamard(n // 2)) / np.sqrt(2)
+
+
+def plainly_rotated(x):
+    """As kqprefill.models.precision says it, in float64."""
+    groups = -(-x.shape[1] // 128)
+    whole = np.zeros((len(x), groups * 128))
+    whole[:, : x.shape[1]] = x
+    return (whole.reshape(-1, 128) @ hadamard(128)).reshape(len(x), -1)
+
+
+def plainly_rounded(x):
+    turned = plainly_rotated(x)
+    scales = np.abs(turned).max(axis=1, keepdims=True) / 127
+    return np.rint(turned / scales), scales
+
+
+def plain_product(a, matrix):
+    (x, x_scales), (w, w_scales) = plainly_rounded(a), plainly_rounded(matrix)
+    return x @ w.T * x_scales * w_scales.T
+
+
+def product(a, matrix):
+    out = np.full((len(a), len(matrix)), np.nan, np.float32)
+    multiply_rounded(Rounded.of(a), Rounded.of(matrix), out)
+    return out
+
+
+# The arithmetic ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("columns", [1, 64, 128, 200, 1024, 1400])
+def test_rotation(columns, rng):
+    x = rng.standard_normal((37, columns), np.float32)
+    assert relative_error(plainly_rotated(x), rotated(x)) < 1e-6
+
+
+@pytest.mark.parametrize("columns", [80, 128, 640, 2500])
+def test_products_are_the_formulas(columns, several_threads, rng, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(int8, "_ROTATED_AT_ONCE", 5000)  # in several pieces
+    a, matrix = (rng.standard_normal((n, columns), np.float32) for n in (33, 700))
+    a *= np.exp(rng.standard_normal((33, 1), np.float32))
+    integers, scales = plainly_rounded(a)
+    made = Rounded.of(a)
+    assert made.integers.dtype == np.int8 and made.integers.min() >= -127
+    assert relative_error(scales[:, 0], made.scales) < 1e-6
+    near = np.abs(made.integers - integers)  # a half may round otherwise
+    assert near.max() <= 1 and near.mean() < 1e-3
+    assert (
+        relative_error(plain_product(a, matrix), product(a, matrix)) < 1e-3
+    )  # where one of them has rounded otherwise
+    assert 1e-3 < relative_error(a.astype(np.float64) @ matrix.T.astype(np.float64), product(a, matrix)) < 3e-2
+
+
+def test_the_sums_are_exact(rng):
+    """Also the largest that there are: beyond 2^24, where float32 no longer has every integer."""
+    for columns in (128, 1024, 1152, 9216):
+        x = rng.integers(-127, 128, (9, columns)).astype(np.int8)
+        w = rng.integers(-127, 128, (300, columns)).astype(np.int8)
+        x[0], w[0], w[1] = 127, 127, -127
+        w[1, 0] = -126
+        ones = np.ones(300, np.float32)
+        out = np.empty((9, 300), np.float32)
+        multiply_rounded(Rounded(x, ones[:9]), Rounded(w, ones), out)
+        assert (out == (x.astype(np.int64) @ w.T.astype(np.int64)).astype(np.float32)).all()
+
+
+def test_a_tokens_result_is_its_own(rng):
+    a, matrix = rng.standard_normal((50, 300), np.float32), rng.standard_normal((64, 300), np.float32)
+    a[7], a[9] = 0, a[9] * np.float32(1e6)
+    whole = product(a, matrix)
+    assert all((product(a[i : i + 1], matrix) == whole[i]).all() for i in range(50))
+    assert (whole[7] == 0).all()
+    broken = a.copy()
+    broken[3, 5], broken[4, 5] = np.nan, np.inf
+    with np.errstate(all="ignore"):  # as in the engine
+        out = product(broken, matrix)
+    assert not np.isfinite(out[3:5]).any()  # told by the logits, as in exact arithmetic
+    assert (np.delete(out, (3, 4), 0) == np.delete(whole, (3, 4), 0)).all()
+
+
+def test_tiny_rows_do_not_overflow():
+    x = np.full((2, 128), 1e-45, np.float32)
+    x[1] = 1e-38
+    assert np.isfinite(product(x, np.ones((3, 128), np.float32))).all()
+
+
+# Which matrices ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name,taken",
+    [
+        ("blk.0.attn_q.weight", True),
+        ("blk.12.ffn_down_exps.weight", True),
+        ("blk.3.ssm_in.weight[0:256]", True),
+        ("blk.3.ffn_gate_up_exps.weight[:,0:32]", True),
+        ("blk.0.shortconv.in_proj.weight", True),
+        ("blk.0.ffn_gate_inp.weight", False),
+        ("blk.0.attn_norm.weight", False),
+        ("blk.0.ssm_alpha.weight", False),
+        ("token_embd.weight", False),
+        ("output.weight", False),
+    ],
+)
+def test_which_matrices(name, taken):
+    assert takes_int8(type("W", (), {"name": name})) == taken
+
+
+def linear(weight, a, family, scale=1.0):
+    """What the CPU makes of an exact and of an int8 product."""
+    batch = Batch(np.zeros(len(a), np.int32))
+    every = [CpuOps(family, batch, None, None, precision).linear(a, weight, None, scale) for precision in PRECISIONS]
+    return every
+
+
+def test_weights_of_a_model_are_multiplied_so(rng):
+    """Matrices with biases and scales, one expert of many, a part of a matrix; others stay exact."""
+    tried = set()
+    for case in ("gpt-oss-mxfp4", "qwen2moe-q4_k", "hunyuan-moe-q3_k", "qwen2vl-q3_k", "nemotron_h-q2_k"):
+        if case not in CASES:
+            continue
+        with GGUFFile(CASES[case]) as file:
+            family = read_model(file)
+            for weight in family.matrices():
+                own = weight.expert(1) if len(weight.shape) == 3 else weight
+                a = rng.standard_normal((5, own.shape[1]), np.float32)
+                exact, found = linear(own, a, family, 1.0 if own.bias else 0.5)
+                tried.add((takes_int8(own), own.bias is not None, own.of_stack is not None, "[" in weight.name))
+                if not takes_int8(own):
+                    assert relative_error(exact, found) < 1e-5
+                    continue
+                matrix = dequantize(own.tensor.data, own.tensor.type)
+                expected = plain_product(a, matrix) * (1.0 if own.bias else 0.5)
+                if own.bias:
+                    expected += dequantize(own.bias.data, own.bias.type)
+                assert relative_error(expected, found) < 3e-3  # a half may round otherwise
+                assert relative_error(exact, found) < 0.05
+    assert {(True, True, False, False), (True, False, True, False), (True, False, False, True)} <= tried
+    assert any(not taken for taken, *_ in tried)
+
+
+def test_they_are_kept_as_integers():
+    tokens = [1, 2, 3]
+    with kqprefill.load(EXAMPLE, backend="cpu", precision="int8") as model:
+        results = [model.prefill(tokens, logits="all").logits for _ in range(3)]
+        matrices = {w.name: w for w in model.family.matrices()}
+        of_layers = [w for name, w in matrices.items() if takes_int8(w)]
+        kept = sum(w.shape[0] * (-(-w.shape[1] // 128) * 128 + 4) for w in of_layers)
+        output = matrices["output.weight"]
+        assert model.backend._weights.nbytes == kept + 4 * output.shape[0] * output.shape[1]
+        assert all((logits == results[0]).all() for logits in results)
+    assert model.backend._weights.nbytes == 0
+
+
+# The same bits -------------------------------------------------------------------------------------------------------
+
+KINDS = (  # of layers, by the beginnings of cases
+    "qwen3-q4_k gemma3-q4_k_m gemma4-q4_k_m gemma3n-tiny lfm2moe-q3_k qwen35 falcon-h1-q2_k kimi-linear deepseek2 "
+    "llama4-moe-q"
+).split()
+CUT = sorted(name for name in CASES if name.startswith(tuple(KINDS)))
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_the_same_bits_however_a_prompt_is_cut_or_packed(name, rng):
+    """Else a last digit that differs makes a value round otherwise, and results differ as much as from exact ones."""
+    with kqprefill.load(CASES[name], backend="cpu", precision="int8") as model:
+        ids = np.load(CASES[name].with_suffix(".npz"))["tokens"].tolist()
+        whole = model.prefill(ids, logits="all").logits
+        cache, pieces, at = model.new_cache(len(ids)), [], 0
+        while at < len(ids):
+            end = min(len(ids), at + int(rng.integers(1, 41)))
+            pieces.append(model.prefill(ids[at:end], logits="all", cache=cache).logits)
+            at = end
+        assert (np.concatenate(pieces) == whole).all()
+        half = len(ids) // 2
+        records = [ids, ids[:3], {"tokens": ids[:half], "choices": [ids[half:], ids[half:][::-1]]}, ids[5:]]
+        together = list(model.score(records))
+        alone = [next(iter(model.score([record]))) for record in records]
+        assert all((a.logprobs == b.logprobs).all() for a, b in zip([together[0], *together[2]], [alone[0], *alone[2]]))
+        assert (together[2][0].logprobs == together[0].logprobs[half - 1 :]).all()
+
+
+def test_products_by_place(several_threads, rng, monkeypatch):  # noqa: F811
+    a, matrix = rng.standard_normal((150, 70), np.float32), rng.standard_normal((1100, 70), np.float32)
+    positions = np.r_[np.arange(90), np.arange(40, 100)]
+    monkeypatch.setattr(steady, "_AT_ONCE", 2)
+    out = np.full((150, 1200), np.nan, np.float32)[:, 50:1150]
+    multiply_by_place(a, matrix, positions, out)
+    assert relative_error(a.astype(np.float64) @ matrix.T.astype(np.float64), out) < 1e-6
+    for own in (slice(0, 1), slice(3, 40), slice(31, 33), slice(85, 120), slice(0, 150, 32)):
+        alone = np.empty((len(positions[own]), 1100), np.float32)
+        multiply_by_place(a[own], matrix, positions[own], alone)
+        assert (alone == out[own]).all()
+
+
+@pytest.mark.parametrize("heads,nkv", [(8, 2), (6, 6)])
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"window": 37}, {"window": 40, "chunked": True}, {"both_ways": True}, {"window": 30, "both_ways": True}],
+)
+def test_attention_by_place(heads, nkv, more, rng):
+    q = rng.standard_normal((300, heads, 16), np.float32)
+    k, v = rng.standard_normal((300, nkv, 16), np.float32), rng.standard_normal((300, nkv, 24), np.float32)
+    sinks = rng.standard_normal(heads, np.float32)
+
+    def attended(way, begin, end, keys, **parts):
+        out = np.full((end - begin, heads, 24), np.nan, np.float32)
+        options = {"window": None, "softcap": 20.0, "sinks": sinks, **more, **parts}
+        for task in way(q[begin:end], k[:keys], v[:keys], out, begin, 0.25, **options):
+            task()
+        return out
+
+    whole = attended(steady_attention_tasks, 0, 300, 300)
+    assert relative_error(attended(attention_tasks, 0, 300, 300, parts=2), whole) < 1e-6
+    for begin, end in () if more.get("both_ways") else ((0, 1), (0, 150), (31, 33), (150, 300), (299, 300)):
+        assert (attended(steady_attention_tasks, begin, end, end) == whole[begin:end]).all()
+
+
+# What it costs -------------------------------------------------------------------------------------------------------
+
+# llama.cpp multiplies these without rounding x to 8 bits (or, of Q8_K, not at all).
+NOT_ROUNDED = {"qwen3-f32", "qwen3-f16", "qwen3-bf16"}
+# llama.cpp has a scale for each 32 columns of x here, and rounds no weight.
+FINER = {f"qwen3-{kind}" for kind in "q8_0 q4_0 q5_1 q1_0 iq4_nl mxfp4 nvfp4".split()}
+# The errors of q, k and v add up to more here.
+SHARP = {
+    "seed_oss-q3_k": 2.5,
+    "command-r-plus": 2.5,
+    "deepseek2-moe-kv_b-q3_k_m": 2.5,
+    "ernie4_5-moe-q3_k": 2.5,
+    "llama4-moe-8k": 5,
+}
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_conformance(name):
+    """At most twice as far from exact arithmetic as llama.cpp is, whose blocks of x have a scale each."""
+    reference = np.load(CASES[name].with_suffix(".npz"))
+    theirs = float(reference.get("ggml_kld", np.nan))
+    if not np.isfinite(theirs):
+        pytest.skip("llama.cpp's own divergence is not known")
+    with kqprefill.load(CASES[name], backend="cpu", precision="int8") as model:
+        logits = model.prefill(reference["tokens"], logits="all").logits
+        experts = any(len(weight.shape) == 3 for weight in model.family.matrices())
+    each = np.sort([kl_divergence(p, q) for p, q in zip(reference["logits"], logits)])
+    if experts:  # a token with a near tie between two may go to the other one, which nothing else is like
+        each = each[: -(len(each) // 10)] if len(each) >= 10 else each
+    found = float(each.mean())
+    limit = 2.5 if name in FINER else SHARP.get(name, 2.0)
+    most = 5e-4 if name in NOT_ROUNDED else limit * theirs
+    assert found <= most, f"mean KL {found:.2e}, llama.cpp's {theirs:.2e}"
+
+
+# The interface -------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_asked_for_when_a_model_is_opened():
+    assert get_args(Precision) == PRECISIONS
+    models = [kqprefill.load(EXAMPLE, backend="cpu", **given) for given in ({}, {"precision": "int8"})]
+    assert [model.precision for model in models] == ["exact", "int8"]
+    assert ", int8 on cpu (" in repr(models[1])
+    results = [model.prefill([1, 2, 3], logits="all").logits for model in models]
+    assert 0 < kl_divergence(*results) < 1e-3
+    with pytest.raises(InputError, match="precision 'int4' is unknown; choose one of exact, int8"):
+        kqprefill.load(EXAMPLE, backend="cpu", precision="int4")
+
+
+def test_a_backend_takes_it(rng):
+    with GGUFFile(EXAMPLE) as file:
+        family, backend = read_model(file), CpuBackend()
+        backend.load(family, no_progress, precision="int8")
+        pending, _ = backend.run(family, Batch(np.array([1, 2, 3], np.int32)), None, "last", no_progress)
+        with kqprefill.load(EXAMPLE, backend="cpu", precision="int8") as model:
+            assert (pending().logits == model.prefill([1, 2, 3], logits="last").logits).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernels", ["auto", "portable"])
+def test_a_gpu_computes_what_the_cpu_does(kernels, rng):
+    """Far nearer to it than both are to exact products."""
+    tokens = rng.integers(0, 256, 100)
+    with kqprefill.load(EXAMPLE, backend="cpu") as model:
+        exact = model.prefill(tokens, logits="all").logits
+    with kqprefill.load(EXAMPLE, backend="cpu", precision="int8") as model:
+        expected = model.prefill(tokens, logits="all").logits
+    with kqprefill.load(EXAMPLE, backend="cuda", kernels=kernels, precision="int8") as model:
+        assert model.precision == "int8"
+        got = model.prefill(tokens, logits="all").logits
+    assert kl_divergence(expected, got) < 0.1 * kl_divergence(exact, expected)
