@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from conftest import CASES, CONFORMANCE_FOLDERS, kl_divergence, relative_error
+from conftest import CASES, CONFORMANCE_FOLDERS, EXAMPLE, kl_divergence, relative_error
 from emulator import EmulatedModel, why_not
 import kqprefill
 from kqprefill.backends.base import whole_rows
@@ -32,7 +32,7 @@ def opened():
     models = []
 
     def open_(name, kernels="portable", precision="exact"):
-        models.append(EmulatedModel(CASES[name], hopper=kernels == "hopper", precision=precision))
+        models.append(EmulatedModel(CASES.get(name, name), hopper=kernels == "hopper", precision=precision))
         return models[-1]
 
     yield open_
@@ -46,6 +46,22 @@ def test_logits(name, kernels, opened):
     logits = opened(name, kernels).run(Batch(reference["tokens"].astype(np.int32))).logits
     divergence = kl_divergence(reference["logits"], logits)
     assert divergence <= limit(name, "cuda"), f"mean KL {divergence:.2e}"
+
+
+@pytest.mark.parametrize(
+    "name,kernels",
+    [("tiny-qwen3", kernels) for kernels in ("portable", "hopper")]
+    + [pytest.param(name, "hopper", marks=pytest.mark.slow) for name in ("nemotron_h-q2_k", "starcoder2-q3_k")],
+)
+def test_int8_is_as_far_from_exact_products_as_on_the_cpu(name, kernels, opened, rng):
+    path = EXAMPLE if name == "tiny-qwen3" else CASES[name]
+    model = opened(path, kernels, "int8")
+    tokens = rng.integers(0, model.family.config.vocab_size, 100).astype(np.int32)
+    exact, rounded = (kqprefill.load(path, backend="cpu", precision=precision) for precision in ("exact", "int8"))
+    with exact, rounded:
+        expected = exact.prefill(tokens, logits="all").logits
+        limit = kl_divergence(expected, rounded.prefill(tokens, logits="all").logits)
+    assert 0.75 * limit < kl_divergence(expected, model.run(Batch(tokens)).logits) < 1.35 * limit
 
 
 CONTRACT = (

