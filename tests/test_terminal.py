@@ -193,7 +193,14 @@ def test_doctor_on_a_terminal(monkeypatch, tmp_path):
 def test_each_token_of_the_page_is_isolated():
     texts = ["\u202eabc", "</bdi>", "\x1b[31m", "d"]
     written = io.BytesIO()
-    page = Page(written, SimpleNamespace(token_text=texts.__getitem__), "m\u202e", 2)
+    page = Page(
+        written,
+        SimpleNamespace(
+            token_text=texts.__getitem__, precision="exact", backend=SimpleNamespace(name="cpu", device_name="a CPU")
+        ),
+        "m\u202e",
+        2,
+    )
     one = np.zeros((2, 2), np.int32)
     page.add(0, Item([0, 1, 2, 3]), [Scored(np.array([2, 3], np.int32), np.array([-1.0, -2.0]), one, -np.ones((2, 2)))])
     page.end()
