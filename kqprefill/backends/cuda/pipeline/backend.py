@@ -317,7 +317,8 @@ class Pipeline(Backend):
         return [_slowest(floors) for floors in zip(*own)]
 
     def memory_used(self) -> int | None:
-        return sum(member.backend.memory_used() or 0 for member in self._members)
+        used = {member.backend.gpu.index: member.backend.memory_used() for member in self._members}  # a pool a device
+        return sum(nbytes or 0 for nbytes in used.values())
 
     def close(self) -> None:
         with suppress(BackendError):
