@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from functools import cache
 
 from ....gguf.types import GGML
-from ..constants import ACTIVATIONS, OPERAND_GROUP, TILE_ROWS
+from ..constants import OPERAND_GROUP, TILE_ROWS
 from ..device.arrays import DeviceArray
 from ..device.compiler import Program
 from ..device.gpu import GpuFacts
 from ..device.launcher import Launches
 from ..units import unit_size
 from ..weights.matrix import Matrix
-from .operand import Gemm, Groups, Operand
+from .operand import Gemm, Groups, Operand, listed, made_into, number_of
 from .tensor_maps import TensorMaps
-from .tiles import TileConfig, row_tiles
+from .tiles import TileConfig, cheapest, row_tiles
 
 _BARRIERS = 512  # bytes: more than the stages' barriers take
 
@@ -109,11 +109,8 @@ CONFIGS = (
 
 @cache
 def best_config(m: int, row_tiles: int, gated: bool, multiprocessors: int, experts: int = 0) -> HopperConfig:
-    """The cheapest for m tokens by that many row tiles of W, or of each of so many experts' W."""
-    return min(
-        (config for config in CONFIGS if bool(config.gated) == gated),
-        key=lambda config: config.cost(m, row_tiles, multiprocessors, experts),
-    )
+    """As `cheapest`, of those for one matrix, or for gate and up."""
+    return cheapest((c for c in CONFIGS if bool(c.gated) == gated), m, row_tiles, multiprocessors, experts)
 
 
 class HopperGemm(Gemm):
@@ -137,7 +134,7 @@ class HopperGemm(Gemm):
         out_scale: DeviceArray | None = None,
     ) -> None:
         types = _types(matrices)
-        config = self._config(a.rows, matrices, False, groups.experts if groups else 0)
+        config = self._config(a.rows, matrices, False, number_of(groups))
         described: dict[str, DeviceArray | int | None] = {}
         for i in range(3):  # up to three matrices, one under another
             matrix = matrices[i] if i < len(matrices) else None
@@ -159,8 +156,7 @@ class HopperGemm(Gemm):
             out_scale=out_scale,
             bias=bias,
             add=int(add),
-            groups=groups.groups if groups else None,
-            group_count=groups.count if groups else None,
+            **listed(groups),
         )
 
     def activated(
@@ -182,13 +178,10 @@ class HopperGemm(Gemm):
             x_map=self._maps.of(a.values, config.tokens // config.cluster, a.format),
             m=a.rows,
             k=a.columns,
-            out=act.values,
-            ldo=act.values.shape[1],
+            **made_into(act, activation),
             x_scale=a.scale,
             w_scale=weight_scale,
             bias=bias,
-            out_scale=act.scale,
-            activation=ACTIVATIONS[activation],
         )
 
     def gated(
@@ -202,7 +195,7 @@ class HopperGemm(Gemm):
         activation: str,
         groups: Groups | None = None,
     ) -> None:
-        config = self._config(a.rows, (gate, up), True, groups.experts if groups else 0)
+        config = self._config(a.rows, (gate, up), True, number_of(groups))
         gate_bias, up_bias = biases
         self._launcher.launch(
             config.program((gate.type,), groups is not None),
@@ -214,24 +207,19 @@ class HopperGemm(Gemm):
             x_map=self._maps.of(a.values, config.tokens // config.cluster, a.format),
             m=a.rows,
             k=a.columns,
-            out=act.values,
-            ldo=act.values.shape[1],
+            **made_into(act, activation),
             x_scale=a.scale,
             w_scale=weight_scale,
             gate_bias=gate_bias,
             up_bias=up_bias,
-            out_scale=act.scale,
-            activation=ACTIVATIONS[activation],
-            groups=groups.groups if groups else None,
-            group_count=groups.count if groups else None,
+            **listed(groups),
         )
 
     def _config(self, m: int, matrices: Sequence[Matrix], gated: bool, experts: int) -> HopperConfig:
         return best_config(m, row_tiles(matrices), gated, self._facts.multiprocessors, experts)
 
     def _grid(self, config: HopperConfig, m: int, matrices: Sequence[Matrix], groups: Groups | None) -> int:
-        experts = groups.experts if groups else 0
-        return config.grid(m, row_tiles(matrices), self._facts.multiprocessors, experts)
+        return config.grid(m, row_tiles(matrices), self._facts.multiprocessors, number_of(groups))
 
 
 def _types(matrices: Sequence[Matrix]) -> tuple[GGML, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 
-from ..constants import ACTIVATIONS, THREADS
+from ..constants import THREADS
 from ..device.arrays import FLOAT32, DeviceArray
 from ..device.compiler import Program
 from ..device.gpu import GpuFacts
@@ -15,7 +15,7 @@ from ..device.launcher import Launches
 from ..device.workspace import Workspace
 from ..programs import int8_row_warps, int8_rows_program
 from ..weights.matrix import Matrix
-from .operand import BYTES, MORE_SCALES, Gemm, Groups, Operand
+from .operand import BYTES, MORE_SCALES, Gemm, Groups, Operand, listed, made_into, number_of
 from .portable import PortableConfig, best_config
 
 
@@ -117,7 +117,7 @@ class PortableInt8Gemm(Int8Gemm):
         groups: Groups | None,
         out_scale: DeviceArray | None,
     ) -> None:
-        first, total, experts = 0, sum(matrix.rows for matrix in matrices), groups.experts if groups else 0
+        first, total, experts = 0, sum(matrix.rows for matrix in matrices), number_of(groups)
         for matrix in matrices:
             config = best_config(x.rows, matrix.rows, self._facts, experts)
             self._launcher.launch(
@@ -136,8 +136,7 @@ class PortableInt8Gemm(Int8Gemm):
                 out_scale=out_scale,
                 bias=bias if bias is None or groups is not None else bias.rows(first),
                 add=int(add),
-                groups=groups.groups if groups else None,
-                group_count=groups.count if groups else None,
+                **listed(groups),
             )
             first += matrix.rows
 
@@ -163,11 +162,8 @@ class PortableInt8Gemm(Int8Gemm):
             m=x.rows,
             features=matrix.rows,
             k=x.values.shape[1],
-            out=act.values,
-            ldo=width,
+            **made_into(act, activation),
             bias=bias,
-            out_scale=act.scale,
-            activation=ACTIVATIONS[activation],
         )
 
     def gated(
@@ -181,7 +177,7 @@ class PortableInt8Gemm(Int8Gemm):
         activation: str,
         groups: Groups | None = None,
     ) -> None:
-        x, width, experts = self.rounded(a), act.values.shape[1], groups.experts if groups else 0
+        x, width, experts = self.rounded(a), act.values.shape[1], number_of(groups)
         config = best_config(x.rows, 2 * gate.rows, self._facts, experts)
         gate_bias, up_bias = biases
         self._launcher.launch(
@@ -197,12 +193,8 @@ class PortableInt8Gemm(Int8Gemm):
             m=x.rows,
             features=gate.rows,
             k=x.values.shape[1],
-            out=act.values,
-            ldo=width,
+            **made_into(act, activation),
             gate_bias=gate_bias,
             up_bias=up_bias,
-            out_scale=act.scale,
-            activation=ACTIVATIONS[activation],
-            groups=groups.groups if groups else None,
-            group_count=groups.count if groups else None,
+            **listed(groups),
         )

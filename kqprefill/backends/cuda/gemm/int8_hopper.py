@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from ....models.precision import ROTATED
-from ..constants import ACTIVATIONS, TILE_ROWS
+from ..constants import TILE_ROWS
 from ..device.arrays import DeviceArray
 from ..device.compiler import Program
 from ..device.gpu import GpuFacts
@@ -16,9 +16,9 @@ from ..device.signatures import Argument
 from ..device.workspace import Workspace
 from ..weights.matrix import Matrix
 from .int8 import Int8Gemm, Kind
-from .operand import Groups, Operand
+from .operand import Groups, Operand, listed, made_into, number_of
 from .tensor_maps import TensorMaps
-from .tiles import TileConfig, row_tiles
+from .tiles import TileConfig, cheapest, row_tiles
 
 _READ = 1.5  # nanoseconds in which an int8 tile is read from memory
 _TILE_BYTES = TILE_ROWS * ROTATED  # of an int8 tile: also room behind the ring, for its barriers
@@ -101,11 +101,8 @@ CONFIGS = (
 
 @cache
 def best_config(m: int, row_tiles: int, gated: bool, multiprocessors: int, experts: int = 0) -> HopperInt8Config:
-    """The cheapest for m tokens by that many row tiles of W, or of each of so many experts' W."""
-    return min(
-        (config for config in CONFIGS if config.tiles == 2 or not gated),
-        key=lambda config: config.cost(m, row_tiles, multiprocessors, experts),
-    )
+    """As `cheapest`; gate and up take one of a warpgroup's row tiles each."""
+    return cheapest((c for c in CONFIGS if c.tiles == 2 or not gated), m, row_tiles, multiprocessors, experts)
 
 
 class HopperInt8Gemm(Int8Gemm):
@@ -128,7 +125,7 @@ class HopperInt8Gemm(Int8Gemm):
         groups: Groups | None,
         out_scale: DeviceArray | None,
     ) -> None:
-        experts = groups.experts if groups else 0
+        experts = number_of(groups)
         config = self._config(x.rows, matrices, False, experts)
         described: dict[str, DeviceArray | int | None] = {}
         for i in range(3):  # up to three matrices, one under another
@@ -151,8 +148,7 @@ class HopperInt8Gemm(Int8Gemm):
             out_scale=out_scale,
             bias=bias,
             add=int(add),
-            groups=groups.groups if groups else None,
-            group_count=groups.count if groups else None,
+            **listed(groups),
         )
 
     def activated(
@@ -178,11 +174,8 @@ class HopperInt8Gemm(Int8Gemm):
             x_scale=x.scale,
             m=x.rows,
             k=x.values.shape[1],
-            out=act.values,
-            ldo=act.values.shape[1],
+            **made_into(act, activation),
             bias=bias,
-            out_scale=act.scale,
-            activation=ACTIVATIONS[activation],
         )
 
     def gated(
@@ -196,7 +189,7 @@ class HopperInt8Gemm(Int8Gemm):
         activation: str,
         groups: Groups | None = None,
     ) -> None:
-        x, experts = self.rounded(a), groups.experts if groups else 0
+        x, experts = self.rounded(a), number_of(groups)
         config = self._config(x.rows, (gate, up), True, experts)
         gate_bias, up_bias = biases
         self._launch(
@@ -213,14 +206,10 @@ class HopperInt8Gemm(Int8Gemm):
             x_scale=x.scale,
             m=x.rows,
             k=x.values.shape[1],
-            out=act.values,
-            ldo=act.values.shape[1],
+            **made_into(act, activation),
             gate_bias=gate_bias,
             up_bias=up_bias,
-            out_scale=act.scale,
-            activation=ACTIVATIONS[activation],
-            groups=groups.groups if groups else None,
-            group_count=groups.count if groups else None,
+            **listed(groups),
         )
 
     def _launch(

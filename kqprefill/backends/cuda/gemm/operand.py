@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ....models.precision import ROTATED
-from ..constants import OPERAND_GROUP
+from ..constants import ACTIVATIONS, OPERAND_GROUP
 from ..device.arrays import FLOAT16, INT8, DeviceArray
 from ..weights.matrix import Matrix
 
@@ -89,6 +89,29 @@ class Groups:
     groups: DeviceArray
     count: DeviceArray
     experts: int
+
+
+def number_of(groups: Groups | None) -> int:
+    """How many experts there are; 0 for a matrix that all rows are multiplied by."""
+    return groups.experts if groups is not None else 0
+
+
+def listed(groups: Groups | None) -> dict[str, DeviceArray | None]:
+    """What a GEMM's kernel is told of the groups of its rows, by its parameters' names."""
+    if groups is None:
+        return {"groups": None, "group_count": None}
+    return {"groups": groups.groups, "group_count": groups.count}
+
+
+def made_into(act: Operand, activation: str) -> dict[str, DeviceArray | int]:
+    """What a GEMM's kernel is told of the operand that its outputs become, by its parameters' names; activation: one of
+    constants.ACTIVATIONS."""
+    return {
+        "out": act.values,
+        "ldo": act.values.shape[1],
+        "out_scale": act.scale,
+        "activation": ACTIVATIONS[activation],
+    }
 
 
 class Gemm(ABC):

@@ -14,7 +14,7 @@ from ..device.launcher import Launches
 from ..device.workspace import Workspace
 from ..programs import weight_program
 from ..weights.matrix import Matrix
-from .operand import Gemm, Groups, Operand
+from .operand import Gemm, Groups, Operand, listed
 
 _SCRATCH_BYTES = 256 << 20  # of dequantised weights at a time
 _GATED_ROWS = 8  # gate's and up's rows follow one another so many at a time (weights.cu: dequantize's `gated`)
@@ -320,11 +320,5 @@ class _Experts:
 def _grouping(experts: _Experts | None) -> dict[str, DeviceArray | int | None]:
     """The last parameters of both kernels."""
     if experts is None:
-        return {"groups": None, "group_count": None, "first_expert": 0, "last_expert": 0}
-    groups = experts.groups
-    return {
-        "groups": groups.groups,
-        "group_count": groups.count,
-        "first_expert": experts.first,
-        "last_expert": experts.last,
-    }
+        return {**listed(None), "first_expert": 0, "last_expert": 0}
+    return {**listed(experts.groups), "first_expert": experts.first, "last_expert": experts.last}

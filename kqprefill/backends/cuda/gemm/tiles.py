@@ -3,9 +3,9 @@ these cost, and which is the cheapest."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from ..weights.matrix import Matrix
 
@@ -71,6 +71,14 @@ class TileConfig:
     def room(blocks: int) -> int:
         """Bytes of shared memory of a block, where so many share a multiprocessor."""
         return (_SHARED_MEMORY >> 10) // blocks * 1024 - 1024
+
+
+_Config = TypeVar("_Config", bound=TileConfig)
+
+
+def cheapest(configs: Iterable[_Config], m: int, row_tiles: int, multiprocessors: int, experts: int) -> _Config:
+    """The cheapest of these for m tokens by that many row tiles of W, or of each of so many experts' W."""
+    return min(configs, key=lambda config: config.cost(m, row_tiles, multiprocessors, experts))
 
 
 def row_tiles(matrices: Sequence[Matrix]) -> int:
