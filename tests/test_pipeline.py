@@ -38,7 +38,7 @@ def shares_of(name, budgets, tokens=4096, ranks=False):
     """The layers of each device, of a model on H100s that may take so many GiB each."""
     family = family_of(name)
     devices = [Device(Speed(family, H100, HOPPER), int(budget * GIB)) for budget in budgets]
-    return [share.layers for share in split(family, devices, tokens, 1 << 30, ranks)]
+    return [share.layers for share in split(devices, tokens, 8192, ranks)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])

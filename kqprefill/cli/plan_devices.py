@@ -16,6 +16,7 @@ from .common import plan_lines, print_object, size, wrapped
 if TYPE_CHECKING:
     from ..backends.budget import Budget
     from ..backends.cuda.device.gpu import GpuFacts
+    from ..backends.cuda.pipeline.split import Flow
     from ..backends.cuda.weights.plan import Plan
     from ..models.family import Family
     from ..models.precision import Precision
@@ -37,6 +38,7 @@ def planned_gpus(device: str, budget: Budget | None) -> list[PlannedGpu]:
     much memory to plan for has not been said."""
     from ..backends.cuda.bounds import H100
     from ..backends.cuda.device.gpu import Gpu, device_count
+    from ..backends.cuda.pipeline.split import shared_budget
     from ..backends.cuda.weights.plan import budget_of
     from ..backends.devices import device_numbers
 
@@ -50,7 +52,7 @@ def planned_gpus(device: str, budget: Budget | None) -> list[PlannedGpu]:
         return [PlannedGpu(number, H100, budget.of(0), assumed) for number in numbers or (0,)]
     named = numbers or tuple(range(here))
     gpus = {number: Gpu(number) for number in named}
-    budgets = {number: budget_of(gpu, budget) // named.count(number) for number, gpu in gpus.items()}
+    budgets = {number: shared_budget(budget_of(gpu, budget), named.count(number)) for number, gpu in gpus.items()}
     return [PlannedGpu(number, gpus[number], budgets[number], gpus[number].name) for number in named]
 
 
@@ -80,8 +82,8 @@ def print_pipeline(
     from ..backends.cuda.bounds import Speed
     from ..backends.cuda.kernel_set import kernel_set_of
     from ..backends.cuda.pipeline.split import Device, Flow, chunk_tokens, split
-    from ..backends.cuda.rehearsal import plan_model, planned_batch, rehearse
-    from ..core import BATCH_TOKENS, Logits
+    from ..backends.cuda.rehearsal import plan_model
+    from ..core import BATCH_TOKENS
 
     kernel_sets = [kernel_set_of(gpu.facts.capability, kernels) for gpu in gpus]
     speeds = [Speed(family, gpu.facts, kernel_set, precision) for gpu, kernel_set in zip(gpus, kernel_sets)]
@@ -89,10 +91,7 @@ def print_pipeline(
     chunk = min(tokens, chunk_tokens(tokens, len(gpus)))
 
     def planned(at_once: int, longest: int, ranks: bool) -> list[Plan]:
-        batch = planned_batch(at_once, ranks)
-        logits: Logits = "ranks" if ranks else None
-        needs = rehearse(family, gpus[0].facts, kernel_sets[0], batch, logits, precision=precision)
-        shares = split(family, devices, longest, needs.work_bytes, ranks)
+        shares = split(devices, longest, at_once, ranks)
         return [
             plan_model(
                 family, gpu.facts, kernel_set, gpu.budget, at_once, ranks=ranks, share=share, precision=precision
@@ -141,7 +140,8 @@ def print_pipeline(
         click.echo(wrapped(line))
 
 
-def _flow_lines(prompt: Any, scoring: Any, crossing: int, count: int) -> Iterator[str]:
+def _flow_lines(prompt: Flow, scoring: Flow, crossing: int, count: int) -> Iterator[str]:
+    """How one prompt, and batches to score, go through so many devices, for people."""
     yield (
         f"one prompt, in {prompt.pieces} chunks of {prompt.tokens:.0f} tokens: {prompt.all_seconds:.3f} s, about "
         f"{prompt.rate:.0f} tokens/s; devices wait for one another {prompt.bubble:.0%} of the time"

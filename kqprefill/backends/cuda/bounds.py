@@ -154,7 +154,8 @@ class Speed:
     """What batches take of a model on a GPU."""
 
     def __init__(self, family: Family, facts: GpuFacts, kernel_set: KernelSet, precision: Precision = "exact") -> None:
-        self.family, self.precision, self._facts = family, precision, facts
+        self.family, self.precision, self.facts, self.kernel_set = family, precision, facts, kernel_set
+        self._reading: dict[range, float] = {}
         self._peak = peak(facts)
         self._rate = self._peak * kernel_set.share_of_peak
         share = kernel_set.int8_share_of_peak if precision == "int8" else kernel_set.share_of_peak
@@ -163,7 +164,13 @@ class Speed:
     @cached_property
     def bus_rate(self) -> float:
         """Bytes a second from the host, measured when first asked for."""
-        return self._facts.bus_rate()
+        return self.facts.bus_rate()
+
+    def reading(self, layers: range) -> float:
+        """Seconds that reading each weight of those layers once takes; found when first asked for."""
+        if layers not in self._reading:
+            self._reading[layers] = weight_bytes(self.family, layers, self.precision) / self.facts.memory_rate
+        return self._reading[layers]
 
     def arithmetic(self, done: Operations) -> float:
         """Seconds that the layers' arithmetic takes, at rates that whole prompts have reached."""
@@ -177,7 +184,7 @@ class Speed:
     def unpacking(self, nbytes: float) -> float:
         """Seconds that making tiles of so many streamed bytes takes, between the arithmetic."""
         passes = _INT8_PASSES if self.precision == "int8" else 2
-        return passes * nbytes / (self._facts.memory_rate * _COPYING_SHARE)
+        return passes * nbytes / (self.facts.memory_rate * _COPYING_SHARE)
 
     def seconds(self, plan: Plan, tokens: int, ranks: bool = False) -> Seconds:
         """What a prompt, or (ranks) a batch of short sequences, of so many tokens takes under a plan.
@@ -186,8 +193,7 @@ class Speed:
         """
         done = operations(plan, self.family, tokens, ranks)
         head = done.head / self._rate
-        reading = weight_bytes(self.family, plan.share.layers, self.precision) / self._facts.memory_rate
-        resident = max(self.arithmetic(done), reading) + head
+        resident = max(self.arithmetic(done), self.reading(plan.share.layers)) + head
         if not plan.streamed:
             return Seconds(resident)
         bus = plan.streamed_bytes / self.bus_rate

@@ -30,7 +30,6 @@ from ..bounds import Speed
 from ..device.arrays import DeviceArray
 from ..device.gpu import cuda_errors
 from ..ops.batch import ResidualBound
-from ..rehearsal import planned_batch, rehearse
 from ..weights.plan import Plan, budget_of
 from .crossing import Crossing, Parcel
 from .members import Member, PipelineCache, PipelineCollector, PipelineStates
@@ -128,14 +127,10 @@ class Pipeline(Backend):
             tokens = min(tokens or PLANNED_TOKENS, family.config.context_length)
         longest = tokens or BATCH_TOKENS
         at_once = longest if ranks or family.both_ways else min(longest, chunk_tokens(longest, len(self._members)))
-        first = self._members[0].backend
-        batch = planned_batch(at_once, ranks)
-        logits: Logits = "ranks" if ranks else None
-        needs = rehearse(family, first.gpu, first.kernel_set, batch, logits, precision=precision)
         backends = [member.backend for member in self._members]
         speeds = [Speed(family, backend.gpu, backend.kernel_set, precision) for backend in backends]
         devices = [Device(speed, budget) for speed, budget in zip(speeds, budgets)]
-        shares = split(family, devices, longest, needs.work_bytes, ranks)
+        shares = split(devices, longest, at_once, ranks)
         heard = _Together(progress)
         planned = None if ranks and tokens is None else at_once
         loading = [

@@ -52,8 +52,7 @@ class Member:
 
     def close(self) -> None:
         with suppress(BackendError):
-            if hasattr(self, "backend"):
-                self.call(self.backend.close)
+            self.call(self.backend.close)
         self._thread.shutdown(cancel_futures=True)
 
 

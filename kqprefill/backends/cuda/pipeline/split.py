@@ -3,17 +3,18 @@ another, batches of records or chunks of one long prompt, each of which is on on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 import math
 
+from ....core import Logits
 from ....errors import BackendError
-from ....models.family import Family
 from ...budget import gib
 from ..bounds import Operations, Speed, head_operations, mixers
 from ..kv_cache import state_bytes
+from ..rehearsal import planned_batch, rehearse
 from ..weights.matrix import layer_matrices, tile_bytes
 from ..weights.plan import CONTEXT_BYTES
 from ..weights.share import Share
@@ -24,8 +25,8 @@ _SLACK = 0.03  # of a device's memory that is not counted on
 
 
 def chunk_tokens(tokens: int, devices: int) -> int:
-    """How long the chunks are in which one prompt of so many tokens flows through so many devices. All but the last
-    begin and end at multiples of LEAST_CHUNK of the prompt, where recurrences' chunks and attention's tiles do, too."""
+    """How long the chunks are in which one prompt of so many tokens flows through so many devices. Each begins at a
+    multiple of LEAST_CHUNK tokens of the prompt, as the chunks of recurrences and the tiles of attention do."""
     share = math.ceil(tokens / (_CHUNKS * devices * LEAST_CHUNK))
     return min(MOST_CHUNK, max(1, share) * LEAST_CHUNK)
 
@@ -41,12 +42,15 @@ class Device:
 class _Costs:
     """What runs of layers take, of prompts of so many tokens or (ranks) batches with as many targets."""
 
-    def __init__(self, family: Family, devices: Sequence[Device], tokens: int, work_bytes: int, ranks: bool) -> None:
-        self._family, self._devices, self._tokens, self._work, self._ranks = family, devices, tokens, work_bytes, ranks
-        self.count, self._precision = len(family.blocks), devices[0].speed.precision
+    def __init__(self, devices: Sequence[Device], tokens: int, work_bytes: int, ranks: bool) -> None:
+        self._devices, self._tokens, self._work, self._ranks = devices, tokens, work_bytes, ranks
+        self._family, self._precision = devices[0].speed.family, devices[0].speed.precision
+        self.count = len(self._family.blocks)
 
-    def _sums(self, values: Sequence[float]) -> list[float]:
-        return [0.0, *accumulate(values)]
+    @staticmethod
+    def _sums(values: Iterable[float]) -> list[float]:
+        """Of none of the values, of the first, of the first two, …"""
+        return list(accumulate(values, initial=0.0))
 
     @cached_property
     def _matrices(self) -> list[float]:
@@ -93,15 +97,19 @@ class _Costs:
         return CONTEXT_BYTES + self._work + own + tile_bytes([*share.outside(self._family), *embedding])
 
 
-def split(family: Family, devices: Sequence[Device], tokens: int, work_bytes: int, ranks: bool = False) -> list[Share]:
-    """A Share for each device, in order, such that the slowest takes as little time as can be.
+def split(devices: Sequence[Device], tokens: int, at_once: int, ranks: bool = False) -> list[Share]:
+    """A Share of their model for each device, in order, such that the slowest takes as little time as can be.
 
     tokens: of the longest prompt, or (ranks) of a batch with as many targets, which have the logits computed at each.
-    work_bytes: what a batch's work arrays take. A device whose layers do not all fit streams some, which takes it the
-    longer; so layers go where there is room as long as that is faster. Raises BackendError where there are more devices
-    than places to part the model at.
+    at_once: how many of them a device computes at a time. A device whose layers do not all fit streams some, which
+    takes it the longer; so layers go where there is room as long as that is faster. Raises BackendError where there are
+    more devices than places to part the model at.
     """
-    count, costs = len(family.blocks), _Costs(family, devices, tokens, work_bytes, ranks)
+    speed = devices[0].speed
+    family, batch = speed.family, planned_batch(at_once, ranks)
+    logits: Logits = "ranks" if ranks else None
+    needs = rehearse(family, speed.facts, speed.kernel_set, batch, logits, precision=speed.precision)
+    count, costs = len(family.blocks), _Costs(devices, tokens, needs.work_bytes, ranks)
     parts = [0, *(index for index in range(1, count) if family.may_part(index)), count]
     most = len(parts) - 1
     if len(devices) > most:
