@@ -295,6 +295,7 @@ def test_a_device_that_fails_is_told_once(cut, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.whole_gpu
 def test_memory_is_as_planned():
     with open_model(SyntheticFile.named("qwen3-0.6b:Q4_K_M"), "cuda", several(2), max_tokens=4000) as model:
         model.prefill(np.arange(4000), "last")
