@@ -16,7 +16,8 @@ from ....errors import BackendError
 
 _importing = Lock()
 # Two threads page-lock memory at once where a model is loaded on two devices. Where both were the same device, and six
-# processes did so, cuMemHostAlloc failed in one of four (CUDA_ERROR_ALREADY_MAPPED), with this lock, too: why is not known.
+# processes did so, cuMemHostAlloc failed in one of four (CUDA_ERROR_ALREADY_MAPPED), with this lock, too; why, is not
+# known.
 _locking = Lock()
 _OLDEST = (8, 0)  # cp.async and mma.m16n8k16
 _OLDEST_DRIVER = 13000  # its CUDA version: what cuda-python 13 and NVRTC 13's CUBINs ask for
