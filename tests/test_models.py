@@ -119,6 +119,13 @@ def test_refused_in_one_line(case, tmp_path):
     assert complaint in message and message.startswith(str(path)) and "\n" not in message
 
 
+def test_a_number_for_an_array_is_told_as_it_is():
+    with GGUFFile(CONFORMANCE_FOLDERS[0] / "gemma3n-tiny.gguf") as file:
+        file.metadata = {**file.metadata, "gemma3n.activation_sparsity_scale": 7}
+        with pytest.raises(kqprefill.ModelError, match="activation_sparsity_scale is 7, not an array of at least"):
+            read_model(file)
+
+
 @pytest.mark.parametrize("path", sorted(CONFORMANCE_FOLDERS[0].glob("*.gguf")), ids=lambda path: path.stem)
 def test_blocks_past_counting_are_refused_before_they_are_counted(path, monkeypatch):
     """In every family: lists with an element for each layer would take all memory."""

@@ -104,6 +104,8 @@ def key_or_none(metadata: Mapping[str, Any], key: str) -> Any:
 
 def described(value: Any) -> str:
     """A value in few words, for messages."""
+    if isinstance(value, np.ndarray) and value.ndim == 0:  # what np.asarray makes of a value that is no array
+        value = value.item()
     if isinstance(value, (list, np.ndarray)):
         return f"an array of {len(value)} {'values' if isinstance(value, list) else value.dtype.name}"
     if isinstance(value, int) and value.bit_length() > 256:
