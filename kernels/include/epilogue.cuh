@@ -70,8 +70,8 @@ struct ExpertOutput {
     }
 };
 
-// Where a thread's outputs of a transposed product go that become an operand's: feature `feature` of every pair of tokens
-// that it has, rows `ldo` apart. row: the feature's in its row tile, as row_of_thread (gemm_sm90.cu) has it.
+// Where the outputs that a thread has of a transposed product go, as an operand's column: `feature` of every pair of
+// tokens, in rows `ldo` apart. row: the feature's in its row tile, as row_of_thread (gemm_sm90.cu) has it.
 struct OperandColumn {
     half_t* out;
     int ldo, features, feature, row;

@@ -36,7 +36,7 @@ from kqprefill.engine.model import open_model
 from kqprefill.engine.scoring import Item
 
 COUNT = 600
-_PATIENCE = 60  # seconds for an answer, and for the server to end
+_PATIENCE = 15  # seconds for an answer, and for the server to end
 TOLERANCE = {"cuda": 1e-6, "cpu": 1e-4}  # on the CPU a row more or less of a prompt is another order of sums
 MALFORMED = [b"{", b'{"prompt": [-1], "max_tokens": 0}', b'{"prompt": "a", "max_tokens": 9}', b"\xff"]
 PORT = re.compile(r" is served at http://[^ ]*:(\d+) ")
