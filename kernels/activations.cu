@@ -1,5 +1,5 @@
-// What stands between two matrices without a GEMM of its own: the activation of experts that have no gate, and sums that
-// become the operand of another matrix.
+// What stands between two matrices without a GEMM of its own: the activation of experts that have no gate, and sums
+// that become the operand of another matrix.
 #include "include/activation.cuh"
 #include "include/operand.cuh"
 #include "include/reduce.cuh"

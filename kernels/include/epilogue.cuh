@@ -116,8 +116,8 @@ struct GatedOutput {
     float alpha, scale;
     int activation;
 
-    // Accumulators 4j and 4j + 1 of a thread are gate's sums of tokens token + 8j and the next, 4j + 2 and 4j + 3 up's, of
-    // feature first + row.
+    // Accumulators 4j and 4j + 1 of a thread are gate's sums of tokens token + 8j and the next, 4j + 2 and 4j + 3 up's,
+    // of feature first + row.
     template <int kTokens>
     __device__ __forceinline__ void store_transposed(const float (&acc)[kTokens / 2], const float* gate_bias,
                                                      const float* up_bias, int expert, int first, int row, int token,
@@ -139,8 +139,8 @@ struct ActivatedOutput {
     float alpha, scale;
     int activation;
 
-    // Accumulators 4j + 2i and 4j + 2i + 1 of a thread, where i is kTile, are tokens token + 8j and the next, of feature
-    // first + row.
+    // Accumulators 4j + 2i and 4j + 2i + 1 of a thread, where i is kTile, are tokens token + 8j and the next, of
+    // feature first + row.
     template <int kTokens, int kTile>
     __device__ __forceinline__ void store_transposed(const float (&acc)[kTokens / 2], const float* bias, int first,
                                                      int row, int token, int end) const {
