@@ -106,7 +106,7 @@ def test_arguments_go_by_name():
 def test_shared_numbers_are_used_by_the_kernels():
     """Each define that the host passes is one that some kernel reads; each kernel has its threads from one of them."""
     one_size = (
-        "norm rope scales head experts gates activations per_layer altup latent states squares weights delta_inputs "
+        "norm rope scales head experts gates activations per_layer altup latent squares weights delta_inputs "
         "kda mamba_inputs convolution".split()
     )  # kernels whose blocks are these
     sources = [
