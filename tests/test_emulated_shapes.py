@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from conftest import kl_divergence
+from conftest import kl_divergence, relative_error
 from emulator import EmulatedModel, why_not
 import kqprefill
 from kqprefill.core import Batch
@@ -101,3 +101,17 @@ def test_as_the_reference(case, rng, tmp_path):
             divergence = kl_divergence(expected, model.run(Batch(tokens)).logits)
             assert divergence <= (1e-4 if model.family.experts is not None else 1e-5), f"{length}: {divergence:.1e}"
     model.close()
+
+
+@pytest.mark.parametrize("case", ["LayerNorm with biases, no gates", "Mamba-2, heads of 16 and 16 rows"])
+def test_networks_without_a_gate_on_both_kernel_sets(case, rng, tmp_path):
+    """Their products make the activated operand, whose last group 200 columns do not fill."""
+    write_gguf(SyntheticFile(MODELS[case], type_of, case), tmp_path / "model.gguf")
+    tokens, logits = rng.integers(0, 131, 70).astype(np.int32), []
+    for hopper in (False, True):
+        model = EmulatedModel(tmp_path / "model.gguf", hopper=hopper)
+        logits.append(model.run(Batch(tokens)).logits)
+        model.close()
+    with kqprefill.load(tmp_path / "model.gguf", backend="cpu") as cpu:
+        assert kl_divergence(cpu.prefill(tokens, logits="all").logits, logits[1]) <= 1e-5
+    assert relative_error(*logits) < 1e-3

@@ -3,8 +3,11 @@
 import base64
 from dataclasses import replace
 import json
+import os
 import re
+import signal
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -335,3 +338,27 @@ def test_metrics_are_prometheus(model):
     assert 'kqprefill_request_seconds_bucket{endpoint="/v1/completions",le="+Inf"} 2' in text
     line = re.compile(r'# (HELP|TYPE) kqprefill_\w+ .+|kqprefill_\w+(\{\w+="[^"]*"(,\w+="[^"]*")*\})? [0-9.e+-]+')
     assert all(line.fullmatch(one) for one in text.splitlines())
+
+
+def test_a_signal_that_another_thread_is_given_is_heard():
+    """The main thread is not woken by it, but looks again soon."""
+    engine, heard, in_time = Engine(None, 1, None, 1000), threading.Event(), []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: heard.set())
+
+    def given():
+        time.sleep(0.2)  # the main thread waits by then
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+        os.kill(os.getpid(), signal.SIGUSR1)
+        in_time.append(heard.wait(5))
+        engine.close()
+
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        thread = threading.Thread(target=given)
+        thread.start()
+        engine.run()
+        thread.join()
+        assert in_time == [True]
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGUSR1, before)

@@ -17,10 +17,14 @@ __device__ __forceinline__ float gated(float g, float u, int activation) {
     return g * reciprocal_approx(1.0f + exp2_approx(-1.4426950409f * z)) * u;
 }
 
-// act(x): GELU, or max(x, 0)² (arXiv 2109.08668); NaN stays.
+// max(x, 0)² (arXiv 2109.08668); NaN stays.
+__device__ __forceinline__ float relu_squared(float x) {
+    return x < 0.0f ? 0.0f : x * x;
+}
+
+// act(x), of a network without a gate: GELU, or relu_squared.
 __device__ __forceinline__ float activated(float x, int activation) {
-    if (activation == ACTIVATION_RELU_SQUARED) return x < 0.0f ? 0.0f : x * x;
-    return gated(x, 1.0f, activation);
+    return activation == ACTIVATION_RELU_SQUARED ? relu_squared(x) : gated(x, 1.0f, activation);
 }
 
 // With the library's exponential: once for each value, where `gated` is for the inner loops of GEMMs.

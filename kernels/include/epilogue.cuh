@@ -151,7 +151,10 @@ struct ActivatedOutput {
                                                      int end) const {
         OperandColumn column = {out, ldo, features, first + row, row};
         float own_bias = Biases{0, features, first + row, column.exists()}.of(bias);
-        column.store<kTokens>(token, end,
-                              [&](int at) { return activated(sums(at + 2 * kRow, own_bias), activation) * scale; });
+        auto sum = [&](int at) { return sums(at + 2 * kRow, own_bias); };
+        // One branch here, where `activated` would have one for each output.
+        if (activation == ACTIVATION_RELU_SQUARED)
+            column.store<kTokens>(token, end, [&](int at) { return relu_squared(sum(at)) * scale; });
+        else column.store<kTokens>(token, end, [&](int at) { return gated(sum(at), 1.0f, activation) * scale; });
     }
 };

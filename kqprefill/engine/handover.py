@@ -31,7 +31,7 @@ from ..states.read import StateFile
 from ..states.write import StateWriter, whole_file
 from .prefill import Prefill
 
-_THREADS = 8  # that encode and write, or read, at most
+_THREADS = 12  # that encode and write, or read, at most
 _PIECE = 4096  # tokens of a layer that are read at a time
 _AXES = {"qwen3vl", "qwen3vlmoe", "qwen35", "qwen35moe"}  # whose positions have several axes in llama.cpp (M-RoPE)
 _ONE_CACHE = {"phi3"}  # whose windows llama.cpp leaves out

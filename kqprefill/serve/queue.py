@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from ..engine.model import Model
 
 
+_LOOK_SECONDS = 0.5  # that the engine waits at a time
+
+
 @dataclass(frozen=True)
 class Kind:
     """What is asked of the model: vectors that are pooled and normalised so, or (no pooling) log-probabilities."""
@@ -233,6 +236,8 @@ class Engine:
         return any(jobs and jobs[0].number < number for other, jobs in self._waiting.items() if other != kind)
 
     def _wait(self) -> None:
+        """Until something has changed, or for a while: a signal may be given to another thread, and its handler runs
+        only when this one, the main thread, runs again."""
         begin = time.monotonic()
-        self._changed.wait()
+        self._changed.wait(_LOOK_SECONDS)
         self._idle += time.monotonic() - begin

@@ -36,7 +36,8 @@ from kqprefill.engine.model import open_model
 from kqprefill.engine.scoring import Item
 
 COUNT = 600
-_PATIENCE = 60  # seconds for an answer, and for the server to end
+_PATIENCE = 60  # seconds for an answer
+_TO_END = 20  # seconds for the server, after SIGTERM
 TOLERANCE = {"cuda": 1e-6, "cpu": 1e-4}  # on the CPU a row more or less of a prompt is another order of sums
 MALFORMED = [b"{", b'{"prompt": [-1], "max_tokens": 0}', b'{"prompt": "a", "max_tokens": 9}', b"\xff"]
 PORT = re.compile(r" is served at http://[^ ]*:(\d+) ")
@@ -164,8 +165,9 @@ def main() -> int:
     expected = expected_of(given.model, given.backend, given.longest)
     command = [sys.executable, "-m", "kqprefill", "serve", given.model, "--port", "0", "--backend", given.backend]
     begin, more = time.monotonic(), {"PYTHONFAULTHANDLER": "1"}
-    # Whoever has started this may have it ignored, and what is ignored is so in the processes that it starts, too.
+    # Whoever has started this may have it ignored or blocked, which holds in the processes that it starts, too.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     server = subprocess.Popen([*command, *given.option], stderr=subprocess.PIPE, text=True, env={**os.environ, **more})
     assert server.stderr is not None
     said: list[str] = []
@@ -199,9 +201,10 @@ def main() -> int:
     print(f"memory of the server, MiB: {', '.join(f'{own:.0f}' for own in held)}", flush=True)
     server.send_signal(signal.SIGTERM)
     try:
-        status = server.wait(_PATIENCE)
+        status = server.wait(_TO_END)
     except subprocess.TimeoutExpired:
-        wrong.append(f"the server has not ended {_PATIENCE} s after SIGTERM")
+        wrong.append(f"the server has not ended {_TO_END} s after SIGTERM; its signals, and where its threads are:")
+        wrong.append(" ".join(re.findall(r"(?:Sig|Shd)\w+:\s\w+", Path(f"/proc/{server.pid}/status").read_text())))
         server.send_signal(signal.SIGABRT)  # which has it say where its threads are
         status = server.wait()
     hearing.join()

@@ -35,10 +35,11 @@ from .gemm.operand import operand_positions
 from .kv_cache import DeviceCache, HostCache, RecurrentArrays, halo_rows, token_arrays, token_shapes
 from .ops.context import Context
 
-_SLOTS, _SLOT_BYTES = 24, 4 << 20  # each is made when there is none that is free
+_SLOTS, _SLOT_BYTES = 16, 8 << 20  # each is made when there is none that is free
 _NEVER = np.float32(-1e30)  # of a token that changes no recurrence: its step is softplus(this), its beta sigmoid(this)
 _HOST_PIECE = 4096  # tokens
 _ONE_MORE, _MOST_POWER = 1 << 10, 30  # of a half's exponent: one step among its bits; all of them
+_BLOCK = 64 << 10  # bytes of halves that are scaled at a time
 _WRITTEN = 2 << 20  # bytes of rows that a thread scales at a time: what its caches hold
 
 
@@ -119,7 +120,7 @@ class DeviceStates(StateAccess):
             for number, (shape, scale) in enumerate(zip(shapes, np.frombuffer(held, np.float32, 2))):
                 kept = np.frombuffer(held, np.float16, math.prod(shape), at).reshape(shape)
                 cut, at = _cut(kept, state, number), at + kept.nbytes
-                real = cut.astype(np.float32) * (1 / scale) if wide else _scaled(cut, 1 / scale)
+                real = cut.astype(np.float32) * (1 / scale) if wide else _scaled(cut, 1 / scale, cut)
                 if real is None:
                     raise InputError(f"layer {layer}: the state has a value that f16 cannot hold; use f32")
                 rows.append(real)
@@ -234,26 +235,35 @@ def _cut(rows: NDArray[Any], state: LayerState, number: int) -> NDArray[Any]:
     return rows[..., : state.head_dim]
 
 
-def _scaled(rows: NDArray[Any], scale: np.float32) -> NDArray[np.float16] | None:
-    """float32 or float16 rows times a power of two, as halves; None where one is too large for that.
+def _scaled(
+    rows: NDArray[Any], scale: np.float32, out: NDArray[np.float16] | None = None
+) -> NDArray[np.float16] | None:
+    """float32 or float16 rows times a power of two, as halves; None where one is too large for that. out: where those
+    made of halves go, which may be these themselves; a new array unless given.
 
-    Halves get it added to their exponents: to go through float32 takes several times as long (NumPy 2.4).
+    Halves get it added to their exponents: to go through float32 takes several times as long (NumPy 2.4). They do so a
+    block at a time, for which no memory is asked of the system, which would zero it.
     """
     power = math.frexp(scale)[1] - 1
     if rows.dtype != np.float16 or abs(power) > _MOST_POWER:
         with np.errstate(over="ignore"):
             halves = (rows * scale).astype(np.float16)
         return halves if all_finite(halves) else None
-    bits = rows.view(np.uint16)
-    exponents, added = bits & EXPONENT, power * _ONE_MORE
-    if int(exponents.max(initial=0)) + max(0, added) >= EXPONENT:
-        return None
-    moved: NDArray[np.float16] = (bits + np.uint16(added & 0xFFFF)).view(np.float16)
+    out = np.empty(rows.shape, np.float16) if out is None else out
+    added, step = power * _ONE_MORE, max(1, _BLOCK // max(1, rows[:1].nbytes))
     least = max(0, -added)
-    if exponents.min(initial=EXPONENT) <= least:  # zeros, and what is less than any half with all its digits
-        small = exponents <= least
-        moved[small] = rows[small] * scale
-    return moved
+    for at in range(0, len(rows), step):
+        block, to = rows[at : at + step], out[at : at + step]
+        exponents = block.view(np.uint16) & EXPONENT
+        if int(exponents.max(initial=0)) + max(0, added) >= EXPONENT:
+            return None
+        # Zeros, and what is less than any half with all its digits, there or then.
+        small = exponents <= least if exponents.min(initial=EXPONENT) <= least else None
+        exact = None if small is None else block[small] * scale
+        np.add(block.view(np.uint16), np.uint16(added & 0xFFFF), out=to.view(np.uint16))
+        if small is not None:
+            to[small] = exact
+    return out
 
 
 def _padded(halves: NDArray[np.float16], state: KeysValues | Latent, number: int) -> NDArray[np.float16]:
