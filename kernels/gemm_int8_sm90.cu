@@ -8,63 +8,9 @@
 //
 // A launch multiplies by up to three matrices side by side (q, k, v), or by gate and up; or, grouped, each group of x's
 // rows by its own matrix of a stack of them (experts).
+#include "include/epilogue_heads.cuh"
 #include "include/epilogue_int8.cuh"
-#include "include/int8.cuh"
-#include "include/row_tiles.cuh"
-#include "include/scheduler.cuh"
-#include "include/sm90.cuh"
-
-// What the host chose (HopperInt8Config in kqprefill/backends/cuda/gemm/int8_hopper.py), and the sizes that follow.
-struct Config {
-    static constexpr bool kGated = GATED;           // whether this is gemm_gated
-    static constexpr bool kActivated = ACTIVATED;   // whether this is gemm_activated; with neither, gemm_linear
-    static constexpr bool kGrouped = GROUPED;       // whether x's rows come in groups, each with a matrix of a stack
-    static constexpr bool kWhole = WHOLE;           // whether all matrices have whole fours of rows
-    static constexpr int kTokens = TOKENS;          // in a token tile
-    static constexpr int kWarpgroups = WARPGROUPS;  // of consumers in a block
-    static constexpr int kTiles = TILES;            // row tiles of a consumer warpgroup
-    static constexpr int kBlocks = BLOCKS;          // that share a multiprocessor
-    static constexpr int kCluster = CLUSTER;        // blocks of a cluster: they share the tokens that they bring
-    static constexpr int kStages = STAGES, kStageSteps = STEPS;    // of the ring; groups of columns in a stage of it
-    static constexpr int kProducerRegisters = PRODUCER_REGISTERS;  // of a thread
-    static constexpr int kConsumerRegisters = CONSUMER_REGISTERS;
-
-    // All int8 tiles are alike: what row_tiles.cuh takes for a format is the number of the matrix.
-    struct Formats {
-        __device__ static constexpr int tile_bytes(int) { return kInt8TileBytes; }
-    };
-    static constexpr int kBlockTiles = kWarpgroups * kTiles;                                    // row tiles of a block
-    static constexpr int kXBytes = kTokens * kRotated, kWBytes = kBlockTiles * kInt8TileBytes;  // of a step
-    static constexpr int kStepBytes = kWBytes + kXBytes;
-    // gate's and up's atoms take turns, so that a thread has both of a feature.
-    static constexpr int kCopyBytes = kGated ? kAtomBytes : kInt8TileBytes, kCopies = kWBytes / kCopyBytes;
-    static constexpr int kConsumers = 128 * kWarpgroups, kThreads = kConsumers + 128;
-
-    using Steps = Ring<kStages, kStageSteps * kStepBytes>;
-    // After the ring come its barriers, and what the last step's 64 rows may reach into.
-    static constexpr int kAfter = kTiles == 1 ? kInt8TileBytes : Steps::kBarrierBytes;
-    static constexpr int kSharedBytes = Steps::kBytes + kAfter;
-
-    static_assert(kTiles == 1 || kTiles == 2, "wgmma's 64 rows are those of one or two row tiles");
-    static_assert(!kGated || kTiles == 2, "gate and up: a row tile of each");
-    static_assert(kCopies <= 32, "a lane makes each copy of a step");
-    static_assert(kTokens % 16 == 0, "gemm_gated's threads trade outputs of 16 tokens");
-    static_assert(kStages >= 2, "a stage is released when the next has begun");
-    static_assert(THREADS == kThreads, "what the host launches");
-    static_assert(kSharedBytes <= SHARED_BYTES, "what the host launches with");
-};
-
-constexpr int kTogether = 8;  // token tiles that share W's row tiles while these are in the L2 cache
-using Tokens = TokenTiles<Config::kTokens, Config::kGrouped>;
-
-// The blocks of a cluster take the same token tile and neighbouring row tiles.
-using OutputTiles = Scheduler<Tokens, Config::kBlockTiles * Config::kCluster, kTogether, true, Config::kCluster>;
-using Accumulators = int[Config::kTokens / 2];
-
-// The first row tile of this block in an output tile.
-__device__ __forceinline__ int first_row_tile(const OutputTiles& outputs) {
-    return (outputs.column_tile() * Config::kCluster + blockIdx.x % Config::kCluster) * Config::kBlockTiles;
-}
+#include "include/gemm_int8_sm90.cuh"
 
 // The matrices of a launch, and their rows' scales: those of the first row of each, less the rows before it in out.
 struct Weights {
@@ -104,7 +50,10 @@ __device__ __forceinline__ void produce_tile(const Config::Steps& ring, Producer
 __device__ __forceinline__ void produce_weights(const Config::Steps& ring, const Weights& w, const Tokens& x) {
     constexpr int kAtoms = kInt8TileBytes / Config::kCopyBytes, kCopyBytes = Config::kCopyBytes;
     int lane = threadIdx.x % 32, own = lane / kAtoms, atom = lane % kAtoms;
-    int place = Config::kGated ? own / 2 * 2 * kAtoms + 2 * atom + own % 2 : own;
+    int first = own / 2,
+        second = own % 2;  // of which warpgroup it is the first or second row tile; heads of 128: other
+    if (Config::kHeadDim == 128) first = own % 2, second = own / 2;
+    int place = Config::kPaired ? first * 2 * kAtoms + 2 * atom + second : own;
     ProducerPosition<Config::kStages> at;
     for (OutputTiles outputs(x, w.row_tiles); outputs.more(); outputs.next()) {
         RowTile tile =
@@ -200,9 +149,12 @@ __device__ __forceinline__ void consume(const Config::Steps& ring, const Weights
     Consumer consumer = {ring, w.groups, first * kInt8TileBytes};
     for (OutputTiles outputs(x, w.row_tiles); outputs.more(); outputs.next()) {
         int token = x.first(outputs.token_tile()), end = x.end(outputs.token_tile());
-        Rows rows = begin(first_row_tile(outputs) + first, x.expert(outputs.token_tile()));
+        Rows rows =
+            begin(first_row_tile(outputs) + threadIdx.x / 128 * Config::kFirstStep, x.expert(outputs.token_tile()));
         TokenScales<Config::kTokens> scales(x_scale + token);
         Accumulators acc;
+        // Else the next tile's first wgmma, which does not read them, would have them kept in their registers.
+        if (Config::kHeadDim != 0) clear(acc);
         consumer.multiply(acc, end - token);
         token += threadIdx.x % 4 * 2;
         write(acc, rows, scales, token, end, x.expert(outputs.token_tile()));
@@ -210,6 +162,11 @@ __device__ __forceinline__ void consume(const Config::Steps& ring, const Weights
 }
 
 // Kernels -------------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint8_t* block_memory() {
+    extern __shared__ __align__(1024) uint8_t shared[];
+    return shared;
+}
 
 __device__ __forceinline__ void sync_cluster() {
     if (Config::kCluster == 1) __syncthreads();
@@ -221,8 +178,7 @@ template <class Begin, class Write>
 __device__ __forceinline__ void run(const Weights& w, const void* x_map, const float* x_scale, const Tokens& x,
                                     Begin begin, Write write) {
     constexpr int kConsumers = Config::kConsumers;
-    extern __shared__ __align__(1024) uint8_t shared[];
-    uint32_t base = shared_address(shared);
+    uint32_t base = shared_address(block_memory());
     Config::Steps ring = {base, base + Config::Steps::kBytes};
     if (threadIdx.x == 0) {
         ring.init(Config::kCopies + 1, 4 * Config::kWarpgroups * Config::kCluster);
@@ -278,6 +234,46 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
         int its_end = has_rows ? end : 0;  // no branch: wgmma's registers must not depend on one
         output.store_transposed<Config::kTokens, 0>(sums, bias, rows.column, row, token, its_end);
         output.store_transposed<Config::kTokens, 1>(sums, bias, rows.column, row + 4, token, its_end);
+    };
+    run(w, x_map, x_scale, x, begin, write);
+}
+
+#elif HEAD_DIM
+
+// q, k and v: heads of what the matrices make of x, one under another, from head number `first` on (Heads in
+// epilogue_heads.cuh). bias: of all of the launch's outputs, or null. The others as below.
+extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bounds__(Config::kThreads, Config::kBlocks)
+    gemm_heads(const int8_t* w0, const float* scales0, int rows0, const int8_t* w1, const float* scales1, int rows1,
+               const int8_t* w2, const float* scales2, int rows2, const void* x_map, const float* x_scale, int m, int k,
+               const float* bias, half_t* q_out, half_t* k_out, half_t* v_out, int nq, int nkv, int first,
+               const float* q_norm, const float* k_norm, float epsilon, const float2* table, const float* q_scale,
+               const float* k_scale, const float* v_scale, const int* kv_rows) {
+    using Epilogue = HeadsEpilogue<Config::kTokens, HEAD_DIM, NORMED, INTERLEAVED, 16>;
+    static_assert(Epilogue::kSharedBytes == EPILOGUE_BYTES, "what the host counts with");
+    Weights w = {{{bytes(w0), bytes(w1), bytes(w2)}, {rows0, rows1, rows2}, {0, 1, 2}},
+                 {scales0, scales1 - rows0, scales2 - rows0 - rows1},
+                 k / kRotated,
+                 (rows0 + rows1 + rows2) / kTileRows};
+    Tokens x = {m, nullptr, nullptr};
+    Heads heads = {q_out,  k_out,   v_out, nq,      nkv,     first,   q_norm,
+                   k_norm, epsilon, table, q_scale, k_scale, v_scale, kv_rows};
+    int row = int8_row(threadIdx.x / 32 % 4 * 8 + threadIdx.x % 32 / 4);
+    auto begin = [&](int first, int expert) -> Rows {
+        Rows own;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            RowTile tile = row_tile<Config>(w.matrices, first + i * Config::kTileStep, w.groups, 0);
+            own.scale[i] = w.scale(tile, row, tile.format, 0);
+            own.bias[i] = Biases{0, 0, tile.column + row, tile.rows > 0}.of(bias);
+            if (i == 0) own.rows = tile.rows, own.column = tile.column;
+        }
+        return own;
+    };
+    auto write = [&](const Accumulators& acc, const Rows& rows, const TokenScales<Config::kTokens>& scales, int token,
+                     int end, int) {
+        Epilogue epilogue = {heads, reinterpret_cast<float*>(block_memory() + Config::kEpilogueOffset)};
+        Int8Sums<Config::kTokens> sums(acc, rows.scale, scales);
+        epilogue.store(sums, rows.bias, rows.column, row, token - threadIdx.x % 4 * 2, rows.rows > 0 ? end : 0);
     };
     run(w, x_map, x_scale, x, begin, write);
 }

@@ -12,71 +12,8 @@
 //
 // A launch multiplies by up to three matrices side by side (q, k, v), whose block formats may differ, or by gate and up
 // of one format; or, grouped, each group of x's rows by its own matrix of a stack of them (experts).
-#include "include/epilogue.cuh"
-#include "include/row_tiles.cuh"
-#include "include/scheduler.cuh"
-#include "include/sm90.cuh"
-#include "quants/all.cuh"
-#include "quants/format_list.cuh"
-
-// What the host chose (HopperConfig in kqprefill/backends/cuda/gemm/hopper.py), and the sizes that follow from it.
-struct Config {
-    static constexpr bool kGated = GATED;           // whether this is gemm_gated
-    static constexpr bool kActivated = ACTIVATED;   // whether this is gemm_activated; with neither, gemm_linear
-    static constexpr bool kGrouped = GROUPED;       // whether x's rows come in groups, each with a matrix of a stack
-    using Formats = FormatList<FORMATS>;            // the block formats that the launch's matrices may have
-    static constexpr int kTokens = TOKENS;          // in a token tile
-    static constexpr int kWarpgroups = WARPGROUPS;  // of consumers in a block
-    static constexpr int kTiles = TILES;            // row tiles of a consumer warpgroup
-    static constexpr int kBlocks = BLOCKS;          // that share a multiprocessor
-    static constexpr int kCluster = CLUSTER;        // blocks of a cluster: they share the tokens that they bring
-    static constexpr int kMostSteps = STEPS;        // steps that a stage of x has at most
-    static constexpr int kStages = STAGES;          // of the ring of x
-    static constexpr int kRawStages = RAW_STAGES;   // of the ring of weight tiles
-    static constexpr int kProducerRegisters = PRODUCER_REGISTERS;  // of a thread
-    static constexpr int kConsumerRegisters = CONSUMER_REGISTERS;
-
-    static constexpr int kStep = kOperandGroup;                    // columns that are multiplied at a time
-    static constexpr int kUnitSteps = Formats::kElements / kStep;  // steps that one unit of W gives
-    static constexpr int kStageSteps = kMostSteps < kUnitSteps ? kMostSteps : kUnitSteps;  // of a stage of x
-    static constexpr int kBlockTiles = kWarpgroups * kTiles;                               // row tiles of a block
-    static constexpr int kStepBytes = kTokens * kStep * 2, kStageBytes = kStageSteps * kStepBytes;
-    static constexpr int kRawStageBytes = kBlockTiles * Formats::kTileBytes;
-    static constexpr int kConsumers = 128 * kWarpgroups, kThreads = kConsumers + 128;
-
-    using XRing = Ring<kStages, kStageBytes>;
-    using RawRing = Ring<kRawStages, kRawStageBytes>;
-    // In shared memory: x's ring, the weight tiles' ring, and the barriers of both.
-    static constexpr int kRawOffset = XRing::kBytes, kBarrierOffset = kRawOffset + RawRing::kBytes;
-    static constexpr int kSharedBytes = kBarrierOffset + XRing::kBarrierBytes + RawRing::kBarrierBytes;
-
-    static_assert(kTiles == 1 || kTiles == 2, "wgmma's 64 rows are those of one or two row tiles");
-    static_assert(!kGated || kTiles == 2, "gate and up: a row tile of each");
-    static_assert(kTokens % 16 == 0, "threads trade outputs of 16 tokens");
-    static_assert(kUnitSteps % kStageSteps == 0, "whole stages in a unit");
-    static_assert(kStages >= 2 && kRawStages >= 2, "a stage is released when the next has begun");
-    static_assert(THREADS == kThreads, "what the host launches");
-    static_assert(kSharedBytes <= SHARED_BYTES, "what the host launches with");
-};
-
-constexpr int kTogether = 8;  // token tiles that share W's row tiles while these are in the L2 cache
-using Formats = Config::Formats;
-using Tokens = TokenTiles<Config::kTokens, Config::kGrouped>;
-
-// The blocks of a cluster take the same token tile and neighbouring row tiles.
-using OutputTiles = Scheduler<Tokens, Config::kBlockTiles * Config::kCluster, kTogether, true, Config::kCluster>;
-using Accumulators = float[Config::kTokens / 2];
-
-// The first row tile of this block in an output tile.
-__device__ __forceinline__ int first_row_tile(const OutputTiles& outputs) {
-    return (outputs.column_tile() * Config::kCluster + blockIdx.x % Config::kCluster) * Config::kBlockTiles;
-}
-
-struct Rings {
-    Config::XRing x;        // steps of x
-    Config::RawRing raw;    // weight tiles, still quantised: one for each row tile of the block
-    const uint8_t* shared;  // the generic address at which shared memory begins
-};
+#include "include/epilogue_heads.cuh"
+#include "include/gemm_sm90.cuh"
 
 // Producers -----------------------------------------------------------------------------------------------------------
 
@@ -185,7 +122,8 @@ struct Consumer {
                 rings.shared + Config::kRawOffset + raw.stage * Config::kRawStageBytes + first * Formats::kTileBytes;
 #pragma unroll
             for (int i = 0; i < Config::kTiles; ++i)
-                loaded[i] = load_fields<Format>(from + i * Formats::kTileBytes, row, step * Config::kStep + column);
+                loaded[i] = load_fields<Format>(from + i * Config::kTileStep * Formats::kTileBytes, row,
+                                                step * Config::kStep + column);
         };
         auto decode = [&](int i, int step, uint32_t (&to)[2][8]) {
             if (i < Config::kTiles) decode_halves<Format>(loaded[i], step * Config::kStep + column, scale, to[i]);
@@ -245,12 +183,15 @@ template <class Write>
 __device__ __forceinline__ void consume(const Rings& rings, const Matrices& matrices, const Tokens& x, int units,
                                         int row_tiles, float alpha, float scale, Write write) {
     int thread = threadIdx.x;
-    Consumer consumer = {rings, units, thread / 128 * Config::kTiles, row_of_thread(), thread % 4 * 16, scale, 0};
+    Consumer consumer = {rings, units, thread / 128 * Config::kFirstStep, row_of_thread(), thread % 4 * 16, scale, 0};
     for (OutputTiles outputs(x, row_tiles); outputs.more(); outputs.next()) {
         auto tile = [&](int i) {
-            return row_tile<Config>(matrices, first_row_tile(outputs) + consumer.first + i, units, 0);
+            return row_tile<Config>(matrices, first_row_tile(outputs) + consumer.first + i * Config::kTileStep, units,
+                                    0);
         };
         Accumulators acc;
+        // Else the next tile's first wgmma, which does not read them, would have them kept in their registers.
+        if (Config::kHeadDim != 0) clear(acc);
         if (Config::kGrouped) consumer.tokens = x.end(outputs.token_tile()) - x.first(outputs.token_tile());
         Formats::multiply_tile(tile(0).format, consumer, acc);
         RowTile tiles[Config::kTiles];
@@ -263,6 +204,11 @@ __device__ __forceinline__ void consume(const Rings& rings, const Matrices& matr
 
 // Kernels -------------------------------------------------------------------------------------------------------------
 
+__device__ __forceinline__ uint8_t* block_memory() {
+    extern __shared__ __align__(1024) uint8_t shared[];
+    return shared;
+}
+
 __device__ __forceinline__ void sync_cluster() {
     if (Config::kCluster == 1) __syncthreads();
     else cluster_sync();
@@ -273,9 +219,9 @@ template <class Write>
 __device__ __forceinline__ void run(const Matrices& matrices, const void* x_map, const Tokens& x, int k,
                                     const float* x_scale, const float* w_scale, int row_tiles, Write write) {
     constexpr int kConsumers = Config::kConsumers;
-    extern __shared__ __align__(1024) uint8_t shared[];
-    uint32_t base = shared_address(shared), barriers = base + Config::kBarrierOffset;
-    Rings rings = {{base, barriers}, {base + Config::kRawOffset, barriers + Config::XRing::kBarrierBytes}, shared};
+    uint32_t base = shared_address(block_memory()), barriers = base + Config::kBarrierOffset;
+    Rings rings = {
+        {base, barriers}, {base + Config::kRawOffset, barriers + Config::XRing::kBarrierBytes}, block_memory()};
     if (threadIdx.x == 0) {
         rings.x.init(1, 4 * Config::kWarpgroups * Config::kCluster);
         for (int i = 0; i < Config::kRawStages; ++i) {
@@ -325,6 +271,36 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
         output.store_transposed<Config::kTokens, 0>(sums, bias, tiles[0].column, row, token, end);
         if constexpr (Config::kTiles == 2)
             output.store_transposed<Config::kTokens, 1>(sums, bias, tiles[1].column, row, token, end);
+    };
+    run(matrices, x_map, x, k, x_scale, w_scale, row_tiles, write);
+}
+
+#elif HEAD_DIM
+
+// q, k and v: heads of what the matrices make of x, one under another, from head number `first` on (Heads in
+// epilogue_heads.cuh). bias: of all of the launch's outputs, or null. x_map as below.
+extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bounds__(Config::kThreads, Config::kBlocks)
+    gemm_heads(const uint8_t* w0, int rows0, int format0, const uint8_t* w1, int rows1, int format1, const uint8_t* w2,
+               int rows2, int format2, const void* x_map, int m, int k, const float* x_scale, const float* w_scale,
+               const float* bias, half_t* q_out, half_t* k_out, half_t* v_out, int nq, int nkv, int first,
+               const float* q_norm, const float* k_norm, float epsilon, const float2* table, const float* q_scale,
+               const float* k_scale, const float* v_scale, const int* kv_rows) {
+    using Epilogue = HeadsEpilogue<Config::kTokens, HEAD_DIM, NORMED, INTERLEAVED, 8>;
+    static_assert(Epilogue::kSharedBytes == EPILOGUE_BYTES, "what the host counts with");
+    Matrices matrices = {{w0, w1, w2}, {rows0, rows1, rows2}, {format0, format1, format2}};
+    int row_tiles = count_row_tiles<Config>(rows0) + count_row_tiles<Config>(rows1) + count_row_tiles<Config>(rows2);
+    Tokens x = {m, nullptr, nullptr};
+    Heads heads = {q_out,  k_out,   v_out, nq,      nkv,     first,   q_norm,
+                   k_norm, epsilon, table, q_scale, k_scale, v_scale, kv_rows};
+    auto write = [&](Accumulators& acc, float alpha, const RowTile(&tiles)[Config::kTiles], int row, int token, int end,
+                     int) {
+        Epilogue epilogue = {heads, reinterpret_cast<float*>(block_memory() + Config::kEpilogueOffset)};
+        float biases[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            biases[i] = load_where(bias != nullptr && tiles[i].rows > 0, bias + tiles[i].column + row, 0.0f);
+        epilogue.store(HalfSums<Config::kTokens>{acc, alpha}, biases, tiles[0].column, row, token,
+                       tiles[0].rows > 0 ? end : 0);
     };
     run(matrices, x_map, x, k, x_scale, w_scale, row_tiles, write);
 }

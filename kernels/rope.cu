@@ -29,13 +29,32 @@ struct Rotation {
     bool normalised;
     float epsilon, scale;
 
-    __device__ float inverse_rms(float sum) const {
-        return normalised ? 1.0f / sqrtf(warp_sum(sum) / static_cast<float>(head_dim) + epsilon) : 1.0f;
+    // squares: those of the whole head.
+    __device__ float inverse_rms(float squares) const {
+        return normalised ? 1.0f / sqrtf(squares / static_cast<float>(head_dim) + epsilon) : 1.0f;
+    }
+
+    // The squares of a head of 64 or 128 whose columns 4 lane to 4 lane + 3 are own, added up as the GEMMs that make
+    // heads of their sums do it (epilogue_heads.cuh: by which bits of the columns' numbers).
+    __device__ __forceinline__ float squares_of_halves(int lane, const float4& own, bool int8) const {
+        int half = head_dim / 8;  // in lanes
+        bool low = lane < half;
+        auto both = [&](float x) {
+            float given = __shfl_xor_sync(0xffffffffu, x, half);
+            float a = low ? x : given, b = low ? given : x;
+            return fmaf(b, b, a * a);
+        };
+        float x = both(own.x), y = both(own.y), z = both(own.z), w = both(own.w);
+        float sum = (x + y) + (z + w);
+        sum += __shfl_xor_sync(0xffffffffu, sum, int8 ? 4 : 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, int8 ? 1 : 2);
+        sum += __shfl_xor_sync(0xffffffffu, sum, int8 ? 2 : 4);
+        return half > 8 ? sum + __shfl_xor_sync(0xffffffffu, sum, 8) : sum;
     }
 
     // Rotates a head whose pairs are `pairs` columns apart, four columns at a time; head_dim and pairs are multiples of
     // 4. All loads are on their way before the first is waited for.
-    __device__ __forceinline__ void rotate_fours(int lane) const {
+    __device__ __forceinline__ void rotate_fours(int lane, bool int8) const {
         constexpr int kFours = kMostFours / 128;  // a warp takes 128 columns at a time
         float4 own[kFours], other[kFours], weight[kFours], other_weight[kFours], angle[kFours][2];
         auto load = [](const float* from) { return *reinterpret_cast<const float4*>(from); };
@@ -59,7 +78,8 @@ struct Rotation {
         }
 #pragma unroll
         for (int j = 0; j < kFours; ++j) sum = add_squares(sum, own[j]);
-        float r = inverse_rms(sum);
+        bool halves = (head_dim == 64 || head_dim == 128) && (pairs == 0 || 2 * pairs == head_dim);
+        float r = inverse_rms(halves ? squares_of_halves(lane, own[0], int8) : warp_sum(sum));
 #pragma unroll
         for (int j = 0; j < kFours; ++j) {
             int i = 4 * lane + 128 * j;
@@ -83,7 +103,7 @@ struct Rotation {
             x[i] = source[i];
             sum = fmaf(x[i], x[i], sum);
         }
-        float r = inverse_rms(sum);
+        float r = inverse_rms(warp_sum(sum));
         if (normalised)
             for (int i = lane; i < head_dim; i += 32) x[i] *= norm != nullptr ? r * norm[i] : r;
         __syncwarp();
@@ -100,12 +120,13 @@ struct Rotation {
 // k_norm may be null; v_normed: 1 where v is normalised, too, without a weight. kv_rows: which rows of k and v are the
 // tokens'; null where they are in order. Where beta > 0, q at position p becomes (1 + beta ln(1 + p / beta_length))
 // times as large, with p / beta_length rounded down. gated: 1 where each head of q is followed by as many gates, which
-// this passes over (gates.cu), else 0. v_is_k: 1 where qkv has no columns of v, which is made of k's.
+// this passes over (gates.cu), else 0. v_is_k: 1 where qkv has no columns of v, which is made of k's. int8: 1 where q and k were
+// multiplied in int8.
 extern "C" __global__ void __launch_bounds__(32 * kWarps)
     rotate_qkv(const float* qkv, half_t* q, half_t* k, half_t* v, int nq, int nkv, int head_dim, int padded,
                const float* q_norm, const float* k_norm, int v_normed, float epsilon, const float2* table, int pairs,
                int interleaved, const float* q_scale, const float* k_scale, const float* v_scale, const int* kv_rows,
-               const int* positions, float beta, int beta_length, int gated, int v_is_k) {
+               const int* positions, float beta, int beta_length, int gated, int v_is_k, int int8) {
     begin_kernel();
     __shared__ float heads[kWarps][MAX_HEAD_DIM];
     int warp = threadIdx.x / 32, head = blockIdx.y * kWarps + warp, token = blockIdx.x;
@@ -132,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps)
     };
     if (is_q && beta > 0.0f) rotation.scale *= 1.0f + beta * log1pf(static_cast<float>(positions[token] / beta_length));
     if (head_dim % 4 == 0 && pairs % 4 == 0 && !interleaved && padded <= kMostFours)
-        rotation.rotate_fours(threadIdx.x % 32);
+        rotation.rotate_fours(threadIdx.x % 32, int8 != 0);
     else rotation.rotate(threadIdx.x % 32, heads[warp], interleaved);
 }
 

@@ -83,6 +83,7 @@ def _source(program):
         gated = {"0": {"gemm_linear"}, "1": {"gemm_gated"}, None: {"gemm_linear", "gemm_gated"}}
         own = gated[constants.get("GATED")]
         kernels = {"gemm_activated"} if constants["ACTIVATED"] == "1" else own
+        kernels = {"gemm_heads"} if constants.get("HEAD_DIM", "0") != "0" else kernels
     launches = "".join(
         f'extern "C" void launch_{kernel}(const uint64_t* values, unsigned x, unsigned y, unsigned z, unsigned n) '
         f"{{ launch({kernel}, values, {{x, y, z}}, n, {cluster}); }}\n"

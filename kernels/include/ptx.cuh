@@ -56,6 +56,39 @@ __device__ __forceinline__ void reduce_add(float* to, float value) {
     asm volatile("red.global.add.f32 [%0], %1;" ::"l"(to), "f"(value) : "memory");
 }
 
+// threadIdx.x, read here and now: what follows from it is not kept in registers through what comes before.
+__device__ __forceinline__ int thread_here() {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+
+// Loads and stores where `inside`, without a branch.
+__device__ __forceinline__ float2 load_where(bool inside, const float2* from, float2 otherwise) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %3, 0; @p ld.global.v2.f32 {%0, %1}, [%2];}"
+                 : "+f"(otherwise.x), "+f"(otherwise.y)
+                 : "l"(from), "r"(static_cast<int>(inside)));
+    return otherwise;
+}
+__device__ __forceinline__ float load_where(bool inside, const float* from, float otherwise) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.f32 %0, [%1];}"
+                 : "+f"(otherwise)
+                 : "l"(from), "r"(static_cast<int>(inside)));
+    return otherwise;
+}
+__device__ __forceinline__ int load_where(bool inside, const int* from, int otherwise) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.b32 %0, [%1];}"
+                 : "+r"(otherwise)
+                 : "l"(from), "r"(static_cast<int>(inside)));
+    return otherwise;
+}
+
+__device__ __forceinline__ void store_where(bool inside, void* to, uint2 value) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %3, 0; @p st.global.v2.b32 [%0], {%1, %2};}" ::"l"(to), "r"(value.x),
+                 "r"(value.y), "r"(static_cast<int>(inside))
+                 : "memory");
+}
+
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -5,8 +5,7 @@
 #include "../quants/common.cuh"
 
 // The matrices of a launch: up to three, one under another, or gate and up for the gated kernel, or one whose outputs
-// become an operand (kActivated). Where
-// Config::kGrouped, each is the first of a stack of experts' matrices.
+// become an operand (kActivated). Where Config::kGrouped, each is the first of a stack of experts' matrices.
 struct Matrices {
     const uint8_t* weights[3];
     int rows[3], format[3];  // format: the number in Config::Formats

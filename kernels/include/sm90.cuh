@@ -47,6 +47,12 @@ __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// kThreads threads of a block, whole warps, wait for one another at a barrier from 1 to 15 (0 is __syncthreads').
+template <int kThreads>
+__device__ __forceinline__ void sync_threads(int barrier) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
+}
+
 // All warps of a warpgroup call one of these: its threads have kRegisters registers from then on.
 template <int kRegisters>
 __device__ __forceinline__ void give_up_registers() {

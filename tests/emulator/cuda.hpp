@@ -98,6 +98,7 @@ static struct {
     int current, threads, alive, alive_in[kEmulatedBlocks], alive_of[kEmulatedThreads / 32];
     Meeting cluster, block[kEmulatedBlocks], warp[kEmulatedThreads / 32], group[kEmulatedThreads / 128];
     int any[kEmulatedBlocks];
+    Meeting named[kEmulatedBlocks][16];  // of bar.sync
     uint64_t slot[kEmulatedThreads / 32][32];
     uint32_t held[kEmulatedThreads / 32][32][6];
     void (*body)(void*);
@@ -160,7 +161,10 @@ static void run_cluster(int blocks, int threads, void (*body)(void*), void* argu
     if (all > kEmulatedThreads || blocks > kEmulatedBlocks || (blocks > 1 && threads % 32))
         fprintf(stderr, "emulator: %d blocks of %d threads are too many\n", blocks, threads), abort();
     fibers.body = body, fibers.argument = argument, fibers.threads = threads, fibers.alive = all, fibers.cluster = {};
-    for (int block = 0; block < blocks; ++block) fibers.block[block] = {}, fibers.alive_in[block] = threads;
+    for (int block = 0; block < blocks; ++block) {
+        fibers.block[block] = {}, fibers.alive_in[block] = threads;
+        for (Meeting& meeting : fibers.named[block]) meeting = {};
+    }
     for (int t = 0; t < all; ++t) {
         if (t % 32 == 0) fibers.warp[t / 32] = {}, fibers.alive_of[t / 32] = min(32, all - t);
         if (t % 128 == 0) fibers.group[t / 128] = {};
@@ -347,6 +351,16 @@ inline float exp2_approx(float x) {
 inline float reciprocal_approx(float x) {
     return 1.0f / x;
 }
+inline int thread_here() {
+    return threadIdx.x;
+}
+template <class T>
+inline T load_where(bool inside, const T* from, T otherwise) {
+    return inside ? *from : otherwise;
+}
+inline void store_where(bool inside, void* to, uint2 value) {
+    if (inside) *static_cast<uint2*>(to) = value;
+}
 inline void reduce_add(float* to, float value) {
     *to += value;
 }
@@ -487,6 +501,10 @@ inline void tensor_copy(uint32_t destination, const void* map, int column, int r
 }
 inline void tensor_copy(uint32_t destination, const void* map, int column, int row, Barrier barrier) {
     tensor_copy(destination, map, column, row, barrier, static_cast<uint16_t>(1 << own_block()));
+}
+template <int kThreads>
+inline void sync_threads(int barrier) {
+    meet(fibers.named[own_block()][barrier], kThreads);
 }
 template <int kRegisters>
 inline void give_up_registers() {}

@@ -15,6 +15,7 @@ from .device.gpu import GpuFacts
 from .device.launcher import Launches
 from .device.workspace import Workspace
 from .gemm import hopper, int8, int8_hopper, portable
+from .gemm.heads import HEADS_KINDS
 from .gemm.int8 import Int8Gemm, PortableInt8Gemm, portable_program
 from .gemm.operand import Gemm
 from .gemm.tensor_maps import TensorMaps
@@ -123,9 +124,14 @@ class Hopper(Portable):
                     yield config.program((kind,), activated=True)
             for kind in _EXPERT_TYPES:
                 yield config.program((kind,), grouped=True)
+            for heads in HEADS_KINDS:
+                if not config.gated and heads.fits(config):
+                    yield config.program(_MIXED[:1], heads=heads)
+                    yield config.program(_MIXED, heads=heads)
         for of_int8 in int8_hopper.CONFIGS:
             yield of_int8.program(int8.Kind(), whole=False)
             yield from (of_int8.program(own) for own in int8.KINDS if of_int8.tiles == 2 or not own.gated)
+            yield from (of_int8.program(int8.Kind(), heads=own) for own in HEADS_KINDS if own.fits(of_int8))
 
 
 class _PortableGemms(Gemms):

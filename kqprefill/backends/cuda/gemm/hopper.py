@@ -14,6 +14,7 @@ from ..device.gpu import GpuFacts
 from ..device.launcher import Launches
 from ..units import unit_size
 from ..weights.matrix import Matrix
+from .heads import NO_HEADS, HeadsKind, HeadsOutput
 from .operand import Gemm, Groups, Operand, listed, made_into, number_of
 from .tensor_maps import TensorMaps
 from .tiles import TileConfig, cheapest, row_tiles
@@ -28,13 +29,19 @@ class HopperConfig(TileConfig):
     producer_registers = 24  # the fewest there can be
 
     @cache
-    def program(self, types: tuple[GGML, ...], grouped: bool = False, activated: bool = False) -> Program:
+    def program(
+        self,
+        types: tuple[GGML, ...],
+        grouped: bool = False,
+        activated: bool = False,
+        heads: HeadsKind | None = None,
+    ) -> Program:
         """For launches over matrices of these ggml types (distinct, in the order of their format numbers).
 
         grouped: over a stack of experts of one type. activated: of one matrix without a gate, whose outputs go through
-        an activation.
+        an activation. heads: of q, k and v, whose outputs become such heads.
         """
-        layout = self._layout(types)
+        layout = self._layout(types, heads.shared_bytes(self.tokens) if heads else 0)
         constants = {
             "GATED": self.gated,
             "ACTIVATED": int(activated),
@@ -50,6 +57,7 @@ class HopperConfig(TileConfig):
             "CONSUMER_REGISTERS": self.consumer_registers(layout.blocks),
             "FORMATS": ",".join(t.name for t in types),
             "GROUPED": int(grouped),
+            **(heads.constants(self.tokens) if heads else NO_HEADS),
         }
         defines = tuple((name, str(value)) for name, value in constants.items())
         return Program("gemm_sm90.cu", defines, self.threads, layout.shared_bytes)
@@ -59,19 +67,20 @@ class HopperConfig(TileConfig):
         """Steps in a stage of x: a whole unit's where they are small, so that there is less waiting."""
         return max(1, min(4, 128 // self.tokens))
 
-    def _layout(self, types: tuple[GGML, ...]) -> _Layout:
-        """As many blocks of a multiprocessor, and stages of each, as fit its shared memory."""
+    def _layout(self, types: tuple[GGML, ...], epilogue: int) -> _Layout:
+        """As many blocks of a multiprocessor, and stages of each, as fit its shared memory; epilogue: bytes that it
+        takes."""
         unit = unit_size(types[0])[0]
         raw = self.warpgroups * self.tiles * TILE_ROWS * max(unit_size(t)[1] for t in types)
         steps = min(self._steps, unit // OPERAND_GROUP)
         x, stages_of_unit = steps * self.tokens * 2 * OPERAND_GROUP, unit // OPERAND_GROUP // steps
         for blocks in range(self.blocks, 0, -1):  # fewer where units are large
-            room = self.room(blocks) - _BARRIERS
+            room = self.room(blocks) - _BARRIERS - epilogue
             raw_stages = max(2, min(8, room // (raw + stages_of_unit * x)))
             stages = min(raw_stages * stages_of_unit, (room - raw_stages * raw) // x)
             if stages >= 2:
                 break
-        return _Layout(blocks, stages, raw_stages, stages * x + raw_stages * raw + _BARRIERS)
+        return _Layout(blocks, stages, raw_stages, stages * x + raw_stages * raw + _BARRIERS + epilogue)
 
 
 @dataclass(frozen=True)
@@ -133,19 +142,12 @@ class HopperGemm(Gemm):
         groups: Groups | None = None,
         out_scale: DeviceArray | None = None,
     ) -> None:
-        types = _types(matrices)
         config = self._config(a.rows, matrices, False, number_of(groups))
-        described: dict[str, DeviceArray | int | None] = {}
-        for i in range(3):  # up to three matrices, one under another
-            matrix = matrices[i] if i < len(matrices) else None
-            described[f"w{i}"] = matrix.array if matrix else None
-            described[f"rows{i}"] = matrix.rows if matrix else 0
-            described[f"format{i}"] = types.index(matrix.type) if matrix else 0
         self._launcher.launch(
-            config.program(types, groups is not None),
+            config.program(_types(matrices), groups is not None),
             "gemm_linear",
             grid=self._grid(config, a.rows, matrices, groups),
-            **described,
+            **_described(matrices),
             x_map=self._maps.of(a.values, config.tokens // config.cluster, a.format),
             m=a.rows,
             k=a.columns,
@@ -158,6 +160,32 @@ class HopperGemm(Gemm):
             add=int(add),
             **listed(groups),
         )
+
+    def heads(
+        self,
+        a: Operand,
+        matrices: Sequence[Matrix],
+        output: HeadsOutput,
+        weight_scale: DeviceArray,
+        bias: DeviceArray | None,
+    ) -> bool:
+        config = self._config(a.rows, matrices, False, 0)
+        if not output.kind.fits(config):
+            return False
+        self._launcher.launch(
+            config.program(_types(matrices), heads=output.kind),
+            "gemm_heads",
+            grid=self._grid(config, a.rows, matrices, None),
+            **_described(matrices),
+            x_map=self._maps.of(a.values, config.tokens // config.cluster, a.format),
+            m=a.rows,
+            k=a.columns,
+            x_scale=a.scale,
+            w_scale=weight_scale,
+            bias=bias,
+            **output.arguments,
+        )
+        return True
 
     def activated(
         self,
@@ -225,3 +253,15 @@ class HopperGemm(Gemm):
 def _types(matrices: Sequence[Matrix]) -> tuple[GGML, ...]:
     """The distinct ggml types of matrices: what gemm_sm90.cu is compiled for. A type's place is its number there."""
     return tuple(dict.fromkeys(matrix.type for matrix in matrices))
+
+
+def _described(matrices: Sequence[Matrix]) -> dict[str, DeviceArray | int | None]:
+    """What kernels are told of up to three matrices, one under another, by their parameters' names."""
+    types = _types(matrices)
+    described: dict[str, DeviceArray | int | None] = {}
+    for i in range(3):
+        matrix = matrices[i] if i < len(matrices) else None
+        described[f"w{i}"] = matrix.array if matrix else None
+        described[f"rows{i}"] = matrix.rows if matrix else 0
+        described[f"format{i}"] = types.index(matrix.type) if matrix else 0
+    return described

@@ -15,6 +15,7 @@ from ..device.launcher import Grid, Launches
 from ..device.signatures import Argument
 from ..device.workspace import Workspace
 from ..weights.matrix import Matrix
+from .heads import NO_HEADS, HeadsKind, HeadsOutput
 from .int8 import Int8Gemm, Kind
 from .operand import Groups, Operand, listed, made_into, number_of
 from .tensor_maps import TensorMaps
@@ -34,8 +35,8 @@ class HopperInt8Config(TileConfig):
     producer_registers = 32
 
     @cache
-    def program(self, kind: Kind, whole: bool = True) -> Program:
-        """whole: matrices that lie side by side have whole fours of rows."""
+    def program(self, kind: Kind, whole: bool = True, heads: HeadsKind | None = None) -> Program:
+        """whole: matrices that lie side by side have whole fours of rows. heads: what outputs become, of q, k and v."""
         constants = {
             "TOKENS": self.tokens,
             "WARPGROUPS": self.warpgroups,
@@ -47,13 +48,14 @@ class HopperInt8Config(TileConfig):
             "PRODUCER_REGISTERS": self.producer_registers,
             "CONSUMER_REGISTERS": self.consumer_registers(self.blocks),
             "WHOLE": int(whole),
+            **(heads.constants(self.tokens) if heads else NO_HEADS),
         }
         defines = tuple((name, str(value)) for name, value in constants.items())
         return Program(
             "gemm_int8_sm90.cu",
             (*kind.constants, *defines),
             self.threads,
-            self._stages * self._stage_bytes + _TILE_BYTES,
+            self._stages * self._stage_bytes + _TILE_BYTES + (heads.shared_bytes(self.tokens) if heads else 0),
         )
 
     def cost(self, m: int, row_tiles: int, multiprocessors: int, experts: int = 0) -> int:
@@ -127,18 +129,12 @@ class HopperInt8Gemm(Int8Gemm):
     ) -> None:
         experts = number_of(groups)
         config = self._config(x.rows, matrices, False, experts)
-        described: dict[str, DeviceArray | int | None] = {}
-        for i in range(3):  # up to three matrices, one under another
-            matrix = matrices[i] if i < len(matrices) else None
-            described[f"w{i}"] = matrix.array if matrix else None
-            described[f"scales{i}"] = matrix.scales if matrix else None
-            described[f"rows{i}"] = matrix.rows if matrix else 0
         self._launch(
             config,
             config.program(Kind(grouped=groups is not None), all(matrix.rows % 4 == 0 for matrix in matrices)),
             "gemm_linear",
             grid=config.grid(x.rows, row_tiles(matrices), self._facts.multiprocessors, experts),
-            **described,
+            **_described(matrices),
             x_map=self._maps.of(x.values, config.tokens // config.cluster, x.format),
             x_scale=x.scale,
             m=x.rows,
@@ -150,6 +146,33 @@ class HopperInt8Gemm(Int8Gemm):
             add=int(add),
             **listed(groups),
         )
+
+    def heads(
+        self,
+        a: Operand,
+        matrices: Sequence[Matrix],
+        output: HeadsOutput,
+        weight_scale: DeviceArray,
+        bias: DeviceArray | None,
+    ) -> bool:
+        config = self._config(a.rows, matrices, False, 0)
+        if not output.kind.fits(config):
+            return False
+        x = self.rounded(a)
+        self._launch(
+            config,
+            config.program(Kind(), heads=output.kind),
+            "gemm_heads",
+            grid=config.grid(x.rows, row_tiles(matrices), self._facts.multiprocessors),
+            **_described(matrices),
+            x_map=self._maps.of(x.values, config.tokens // config.cluster, x.format),
+            x_scale=x.scale,
+            m=x.rows,
+            k=x.values.shape[1],
+            bias=bias,
+            **output.arguments,
+        )
+        return True
 
     def activated(
         self,
@@ -226,3 +249,14 @@ class HopperInt8Gemm(Int8Gemm):
 
     def _config(self, m: int, matrices: Sequence[Matrix], gated: bool, experts: int) -> HopperInt8Config:
         return best_config(m, row_tiles(matrices), gated, self._facts.multiprocessors, experts)
+
+
+def _described(matrices: Sequence[Matrix]) -> dict[str, DeviceArray | int | None]:
+    """What kernels are told of up to three matrices, one under another, by their parameters' names."""
+    described: dict[str, DeviceArray | int | None] = {}
+    for i in range(3):
+        matrix = matrices[i] if i < len(matrices) else None
+        described[f"w{i}"] = matrix.array if matrix else None
+        described[f"scales{i}"] = matrix.scales if matrix else None
+        described[f"rows{i}"] = matrix.rows if matrix else 0
+    return described

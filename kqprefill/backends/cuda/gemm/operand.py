@@ -13,6 +13,7 @@ from ....models.precision import ROTATED
 from ..constants import ACTIVATIONS, OPERAND_GROUP
 from ..device.arrays import FLOAT16, INT8, DeviceArray
 from ..weights.matrix import Matrix
+from .heads import HeadsOutput
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,18 @@ class Gemm(ABC):
         weight_scale: of the halves that the weights are multiplied as. bias: float32 [all rows], or [experts, rows], or
         None.
         """
+
+    def heads(
+        self,
+        a: Operand,
+        matrices: Sequence[Matrix],
+        output: HeadsOutput,
+        weight_scale: DeviceArray,
+        bias: DeviceArray | None,
+    ) -> bool:
+        """Make heads of q, k and v of a · [matrices, one under another]ᵀ + bias, with the same bits as rotate_qkv makes
+        of `linear`'s; False where this way does not, and nothing was launched."""
+        return False
 
     @abstractmethod
     def activated(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 import math
 from typing import Any
 
@@ -15,67 +15,16 @@ from ....models.family import Family
 from ....models.weights import Weight
 from ..constants import THREADS
 from ..device.arrays import FLOAT16, FLOAT32, DeviceArray
+from ..gemm.heads import HeadsKind, HeadsOutput
 from ..gemm.operand import HALVES, Operand
 from ..programs import GATES, NORM, ROPE
 from ..weights.matrix import Matrix
 from .batch import TOKENS_AT_ONCE, Attending, BatchOps
+from .heads import HeadProducts, Heads
 
 ROTATION_GROWTH = 1.5  # rotating a pair lengthens neither, but may turn it onto one axis: sqrt(2), rounded up
 _HEADS_A_BLOCK = THREADS["rotate_qkv"] // 32  # of rotate_qkv: a warp has one
 _COPY_BYTES = 16  # that a thread of copy_rows copies at a time
-
-
-@dataclass(frozen=True)
-class Heads:
-    """q, k or v: halves [rows, heads, head_dim padded (attention_kernels.py)], holding values times *scale."""
-
-    values: DeviceArray
-    scale: DeviceArray
-    head_dim: int
-
-    @property
-    def matrix(self) -> DeviceArray:
-        """The values as [rows, heads * padded head_dim]."""
-        rows, heads, dim = self.values.shape
-        return DeviceArray(self.values.address, self.values.dtype, (rows, heads * dim))
-
-
-@dataclass(frozen=True)
-class _Products:
-    """What q, k and v of a layer are made of: products of `weights` side by side, q's columns first.
-
-    nq, nkv: heads; nkv is 0 where there are queries only. gated: whether each head of q is followed by as many gates.
-    v_is_k: whether v has no columns of its own, and is made of k's.
-    """
-
-    weights: list[Weight]
-    nq: int
-    nkv: int
-    head_dim: int
-    gated: bool
-    v_is_k: bool
-    q_norm: Weight | None
-    k_norm: Weight | None
-    v_normed: bool
-    rope: Rope | None
-    normed_last: bool = False
-
-    @property
-    def q_width(self) -> int:
-        """Columns of q without its gates."""
-        return self.nq * self.head_dim
-
-    @property
-    def is_usual(self) -> bool:
-        """Whether rotate_qkv does it (kernels/rope.cu); else rotate_and_norm does, which is slower."""
-        norms = [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
-        offset = self.rope.beta_offset if self.rope is not None else 0
-        return not (self.normed_last or offset or any(len(norm.shape) == 2 for norm in norms))
-
-    @property
-    def by_head(self) -> list[Weight | None]:
-        """The norms of q and k that are over each head alone."""
-        return [n if n is not None and n.shape == (self.head_dim,) else None for n in (self.q_norm, self.k_norm)]
 
 
 class AttentionOps(BatchOps):
@@ -129,19 +78,19 @@ class AttentionOps(BatchOps):
         k_norm: Weight | None,
         v_normed: bool = False,
         gated: bool = False,
-    ) -> _Products:
+    ) -> HeadProducts:
         _, wk, wv = weights
         nkv = wk.shape[0] // head_dim if wk is not None else 0
         own = [weight for weight in weights if weight is not None]
         nq, v_is_k = self.config.head_count, wk is not None and wv is None
-        return _Products(own, nq, nkv, head_dim, gated, v_is_k, q_norm, k_norm, v_normed, rope)
+        return HeadProducts(own, nq, nkv, head_dim, gated, v_is_k, q_norm, k_norm, v_normed, rope)
 
     def _layer_keys_values(self) -> tuple[Heads, Heads]:
         """Those that the layer sees, its own or an earlier layer's."""
         state = self._layer_states[self.layer]
         return self._keys_values[state.layer if isinstance(state, SharedKeysValues) else self.layer]
 
-    def _heads(self, h: Operand, products: _Products) -> tuple[Heads, DeviceArray | None]:
+    def _heads(self, h: Operand, products: HeadProducts) -> tuple[Heads, DeviceArray | None]:
         """q, and the gates; k and v, where the layer has its own, go to where they are kept."""
         p, weights = products, products.weights
         matrices = [self.matrix(w) for w in weights]
@@ -155,16 +104,23 @@ class AttentionOps(BatchOps):
         q = self.work.array("q", FLOAT16, self.n, p.nq, attending.config.head_dim)
         gates = self.work.array("gates", HALVES.dtype, self.n, HALVES.padded(p.q_width)) if p.gated else None
         k, v = self.states.keys_values(self.layer) if p.nkv else (None, None)
+        gemm = self.context.gemms.choose(matrices)
         for t in range(0, self.n, TOKENS_AT_ONCE):
             end = min(t + TOKENS_AT_ONCE, self.n)
             self.enter("linear", weights, end - t)
+            if p.kind is not None:
+                weight_scale = self.scales.of_weights(matrices, h.norm)
+                scales = self._rotated_scales(h, matrices, p)
+                output = self._heads_output(p.kind, t, (q, k, v), scales, p, attending)
+                if gemm.heads(h.part(t, end), matrices, output, weight_scale, bias):
+                    continue
             self.multiply(h.part(t, end), matrices, sums.rows(0, end - t), bias)
             self.enter("rest")
             for norm, column in ((p.q_norm, 0), (p.k_norm, p.q_width)):
                 if norm is not None and len(norm.shape) == 1 and norm.shape != (p.head_dim,):
                     self._normalise_all_heads(sums.rows(0, end - t).columns(column), norm, width)
             scales = self._rotated_scales(h, matrices, p)
-            self._rotate(sums, t, end, (q, k, v), scales, p, attending)
+            self._rotate(sums, t, end, (q, k, v), scales, p, attending, matrices[0].int8)
             if gates is not None:
                 self._store_gates(sums.rows(0, end - t), gates.rows(t, end), p)
         if k is not None and v is not None:
@@ -186,7 +142,7 @@ class AttentionOps(BatchOps):
             copies=copies,
         )
 
-    def _store_gates(self, sums: DeviceArray, gates: DeviceArray, products: _Products) -> None:
+    def _store_gates(self, sums: DeviceArray, gates: DeviceArray, products: HeadProducts) -> None:
         self.launcher.launch(
             GATES,
             "store_gates",
@@ -230,32 +186,25 @@ class AttentionOps(BatchOps):
         end: int,
         to: tuple[DeviceArray, DeviceArray | None, DeviceArray | None],
         scales: list[DeviceArray],
-        products: _Products,
+        products: HeadProducts,
         attending: Attending,
+        int8: bool,
     ) -> None:
-        """From the sums of tokens t to end - 1 to their heads, normalised, rotated and scaled."""
-        p, (q, k, v), rope, row_of = products, to, products.rope, attending.key_row_of
+        """From the sums of tokens t to end - 1 to their heads, normalised, rotated and scaled. int8: how the sums were
+        made."""
+        p, rope = products, products.rope
         pairs = rope.width // 2 if rope is not None else 0
-        # Where rows of k and v are in another order than the tokens, the kernel looks them up.
-        first_key = 0 if row_of is not None else self.batch.start * (self.cache is not None) + t
         given: dict[str, Any] = {
             "grid": (end - t, -(-(p.nq + 2 * p.nkv) // _HEADS_A_BLOCK)),
             "qkv": sums,
-            "q": q.rows(t),
-            "k": k.rows(first_key) if k is not None else None,
-            "v": v.rows(first_key) if v is not None else None,
             "nq": p.nq,
             "nkv": p.nkv,
             "head_dim": p.head_dim,
             "padded": attending.config.head_dim,
             "epsilon": self.config.norm_epsilon,
-            "table": self._rope_table(rope).rows(t) if rope is not None and pairs else None,
+            **self._tokens_from(t, to, scales, p, attending),
             "pairs": pairs,
             "interleaved": int(rope is not None and pairs > 0 and rope.interleaved),
-            "q_scale": scales[0],
-            "k_scale": scales[1],
-            "v_scale": scales[2],
-            "kv_rows": row_of.rows(t) if row_of is not None else None,
             "positions": self.positions.rows(t),
             "beta": rope.beta if rope is not None else 0.0,
             "beta_length": rope.beta_length if rope is not None else 1,
@@ -263,6 +212,7 @@ class AttentionOps(BatchOps):
         if p.is_usual:
             given |= {"q_norm": self.vector(p.by_head[0]), "k_norm": self.vector(p.by_head[1])}
             given |= {"v_normed": int(p.v_normed), "gated": int(p.gated), "v_is_k": int(p.v_is_k)}
+            given |= {"int8": int(int8)}
             self.launcher.launch(ROPE, "rotate_qkv", **given)
             return
         assert not (p.gated or p.v_is_k or p.v_normed), "heads of two unusual kinds"
@@ -279,7 +229,52 @@ class AttentionOps(BatchOps):
             **given,
         )
 
-    def _rotated_scales(self, h: Operand, matrices: list[Matrix], products: _Products) -> list[DeviceArray]:
+    def _tokens_from(
+        self,
+        t: int,
+        to: tuple[DeviceArray, DeviceArray | None, DeviceArray | None],
+        scales: list[DeviceArray],
+        products: HeadProducts,
+        attending: Attending,
+    ) -> dict[str, Any]:
+        """Where heads of tokens from number t on go, and what they are made with."""
+        (q, k, v), rope, row_of = to, products.rope, attending.key_row_of
+        # Where rows of k and v are in another order than the tokens, the kernel looks them up.
+        first_key = 0 if row_of is not None else self.batch.start * (self.cache is not None) + t
+        return {
+            "q": q.rows(t),
+            "k": k.rows(first_key) if k is not None else None,
+            "v": v.rows(first_key) if v is not None else None,
+            "table": self._rope_table(rope).rows(t) if rope is not None and rope.width // 2 else None,
+            "q_scale": scales[0],
+            "k_scale": scales[1],
+            "v_scale": scales[2],
+            "kv_rows": row_of.rows(t) if row_of is not None else None,
+        }
+
+    def _heads_output(
+        self,
+        kind: HeadsKind,
+        t: int,
+        to: tuple[DeviceArray, DeviceArray | None, DeviceArray | None],
+        scales: list[DeviceArray],
+        products: HeadProducts,
+        attending: Attending,
+    ) -> HeadsOutput:
+        """As `_rotate`, by the GEMM itself."""
+        assert attending.config.head_dim == products.head_dim, "heads of 64 and 128 are not padded"
+        return HeadsOutput(
+            kind,
+            nq=products.nq,
+            nkv=products.nkv,
+            first=0,
+            q_norm=self.vector(products.q_norm),
+            k_norm=self.vector(products.k_norm),
+            epsilon=self.config.norm_epsilon,
+            **self._tokens_from(t, to, scales, products, attending),
+        )
+
+    def _rotated_scales(self, h: Operand, matrices: list[Matrix], products: HeadProducts) -> list[DeviceArray]:
         """The scales of q, k and v, once their matrices have been measured. Where there are queries only, q's alone
         counts."""
         p, rope = products, products.rope

@@ -30,9 +30,10 @@ from ..gemm.operand import HALVES, Operand
 from ..programs import LATENT, weight_program
 from ..weights.matrix import Matrix
 from ..weights.staging import repack
-from .attention import ROTATION_GROWTH, AttentionOps, Heads
+from .attention import ROTATION_GROWTH, AttentionOps
 from .batch import TOKENS_AT_ONCE
 from .dense import DenseOps
+from .heads import Heads
 
 _SUMS_BYTES = 256 << 20  # of a matrix's sums that exist at a time
 _WHOLE_TILES = 256  # rows that are multiplied at a time are a multiple of this

@@ -1,0 +1,95 @@
+"""What the products of q, k and v are made into, where a GEMM does that itself (kernels/include/epilogue_heads.cuh)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..device.arrays import DeviceArray
+from ..device.signatures import Argument
+from .tiles import TileConfig
+
+_WARPS = 8  # of the consumers of a block
+
+
+@dataclass(frozen=True)
+class HeadsKind:
+    """What a program for heads is compiled for. normed: whether q and k are normalised by head; interleaved: whether
+    the columns that are rotated together are neighbours, not half a head apart."""
+
+    head_dim: int
+    normed: bool
+    interleaved: bool
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there is such an epilogue: its threads add up squares of columns half a head apart."""
+        return self.head_dim in (64, 128) and not (self.normed and self.interleaved)
+
+    def fits(self, config: TileConfig) -> bool:
+        """Whether blocks have whole heads."""
+        return config.warpgroups == 2 and config.tiles == 2
+
+    def shared_bytes(self, tokens: int) -> int:
+        """Of a block whose token tiles have so many tokens, for sums of squares."""
+        return 4 * (_WARPS + 128 // self.head_dim) * tokens if self.normed else 0
+
+    def constants(self, tokens: int) -> dict[str, int]:
+        """The defines that say so."""
+        return {
+            "HEAD_DIM": self.head_dim,
+            "NORMED": int(self.normed),
+            "INTERLEAVED": int(self.interleaved),
+            "EPILOGUE_BYTES": self.shared_bytes(tokens),
+        }
+
+
+HEADS_KINDS = tuple(
+    HeadsKind(head_dim, normed, interleaved)
+    for head_dim in (64, 128)
+    for normed, interleaved in ((False, False), (False, True), (True, False))
+)  # all that there are
+NO_HEADS = {"HEAD_DIM": 0, "EPILOGUE_BYTES": 0}  # the same of other products
+
+
+@dataclass(frozen=True)
+class HeadsOutput:
+    """Where heads go, and how they are made; in the words of kernels/rope.cu's rotate_qkv.
+
+    The heads are those of q, of k and of v, in this order; a launch makes those from number `first` on.
+    """
+
+    kind: HeadsKind
+    q: DeviceArray | None
+    k: DeviceArray | None
+    v: DeviceArray | None
+    nq: int
+    nkv: int
+    first: int
+    q_norm: DeviceArray | None
+    k_norm: DeviceArray | None
+    epsilon: float
+    table: DeviceArray | None
+    q_scale: DeviceArray
+    k_scale: DeviceArray
+    v_scale: DeviceArray
+    kv_rows: DeviceArray | None
+
+    @property
+    def arguments(self) -> dict[str, Argument]:
+        """What gemm_heads is told of them, by its parameters' names."""
+        return {
+            "q_out": self.q,
+            "k_out": self.k,
+            "v_out": self.v,
+            "nq": self.nq,
+            "nkv": self.nkv,
+            "first": self.first,
+            "q_norm": self.q_norm,
+            "k_norm": self.k_norm,
+            "epsilon": self.epsilon,
+            "table": self.table,
+            "q_scale": self.q_scale,
+            "k_scale": self.k_scale,
+            "v_scale": self.v_scale,
+            "kv_rows": self.kv_rows,
+        }
