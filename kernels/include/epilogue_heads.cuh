@@ -48,11 +48,17 @@ struct HeadsEpilogue {
         float given = __shfl_xor_sync(0xffffffffu, upper ? first : second, lanes);
         return (upper ? second : first) + given;
     }
-    // A lane gets, of two tokens (or two rows) whose values it and the one `lanes` from it have, both values of one.
-    __device__ __forceinline__ void trade(float& first, float& second, int lanes) const {
+    // A lane gets, of two values that it and the one `lanes` from it have of two tokens (or two rows), both of one.
+    template <class T>
+    __device__ __forceinline__ void trade(T& first, T& second, int lanes) const {
         bool upper = thread & lanes;
-        float given = __shfl_xor_sync(0xffffffffu, upper ? first : second, lanes);
+        T given = __shfl_xor_sync(0xffffffffu, upper ? first : second, lanes);
         first = upper ? given : first, second = upper ? second : given;
+    }
+    // The same of pairs of halves.
+    __device__ __forceinline__ uint32_t trade_halves(uint32_t pair, int lanes) const {
+        uint32_t given = __shfl_xor_sync(0xffffffffu, pair, lanes);
+        return __byte_perm(pair, given, thread & lanes ? 0x3276 : 0x5410);
     }
 
     // What a group of tokens needs, which is on its way before the group's turn comes. angle: of a lane's pair, of both
@@ -63,18 +69,19 @@ struct HeadsEpilogue {
         int row[kBatches];
     };
 
-    // at: the lane's column. token: its first of the group.
+    // at: the lane's column. token: its first of the group; angles are read beyond `end`, too.
     __device__ __forceinline__ Needed needed(int at, int token, int end, bool turns, const int* rows) const {
         Needed all;
+        int odd = thread >> 2 & 1;
+        const float2* from =
+            heads.table + static_cast<int64_t>(token + (kInterleaved ? odd : 0)) * kHalf + (kInterleaved ? at / 2 : at);
 #pragma unroll
-        for (int i = 0; i < kBatches; ++i, token += 8) {
-            int own = token + (thread >> 2 & 1);
+        for (int i = 0; i < kBatches; ++i, from += 8 * kHalf) {
 #pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                int of = kInterleaved ? own : token + c, pair = kInterleaved ? (at + c * kHalf) / 2 : at;
-                all.angle[i][c] = load_where(turns && of < end, heads.table + static_cast<uint64_t>(of) * kHalf + pair,
-                                             make_float2(1.0f, 0.0f));
-            }
+            for (int c = 0; c < 2; ++c)
+                all.angle[i][c] =
+                    load_where(turns, from + c * (kInterleaved ? kHalf / 2 : kHalf), make_float2(1.0f, 0.0f));
+            int own = token + 8 * i + odd;
             all.row[i] = load_where(rows != nullptr && own < end, rows + own, own);
         }
         return all;
@@ -132,8 +139,9 @@ struct HeadsEpilogue {
         int lane = thread % 32, number = heads.first + column / kHeadDim, at = column % kHeadDim + row;
         bool is_q = number < heads.nq, is_v = number >= heads.nq + heads.nkv, odd = lane & 4, upper = lane & kSecond;
         int of = is_q ? heads.nq : heads.nkv, slot = is_q ? number : is_v ? number - of - heads.nq : number - heads.nq;
-        float weight[2] = {1.0f, 1.0f}, scale = is_q ? *heads.q_scale : is_v ? *heads.v_scale : *heads.k_scale;
-        bool normed = kNormed && !is_v, turns = !is_v && heads.table != nullptr;
+        bool normed = kNormed && !is_v, turns = !is_v && heads.table != nullptr && end > 0;
+        // A power of two: to multiply by it first is the same.
+        float scale = is_q ? *heads.q_scale : is_v ? *heads.v_scale : *heads.k_scale, weight[2] = {scale, scale};
         const int* rows = is_q ? nullptr : heads.kv_rows;
         const float* inverse = shared;
         float y[kTokens / 2];
@@ -143,13 +151,15 @@ struct HeadsEpilogue {
         Needed next = needed(at, token, end, turns, rows);
         if constexpr (kNormed) {
             const float* norm = is_q ? heads.q_norm : heads.k_norm;
-            weight[0] = load_where(normed, norm + at, 1.0f), weight[1] = load_where(normed, norm + at + kHalf, 1.0f);
+            weight[0] *= load_where(normed, norm + at, 1.0f), weight[1] *= load_where(normed, norm + at + kHalf, 1.0f);
             inverse = inverse_rms(y) + lane % 4 * 2;
         }
-        half_t* out = (is_q ? heads.q : is_v ? heads.v : heads.k) + slot * kHeadDim + (at & ~3) + (upper ? kHalf : 0);
-        auto turn = [&](float& a, float& b, const float2& angle) {
-            float x = fmaf(a, angle.x, -(b * angle.y)), z = fmaf(b, angle.x, a * angle.y);
-            a = (turns ? x : a) * scale, b = (turns ? z : b) * scale;
+        int stride = of * kHeadDim * 2;  // bytes from one row to the next
+        half_t* first_head = is_q ? heads.q : is_v ? heads.v : heads.k;
+        uint8_t* out = reinterpret_cast<uint8_t*>(first_head + slot * kHeadDim + (at & ~3) + (upper ? kHalf : 0));
+        auto turn = [](float& a, float& b, const float2& angle) {
+            float x = fmaf(a, angle.x, -(b * angle.y));
+            b = fmaf(b, angle.x, a * angle.y), a = x;
         };
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) {
@@ -158,19 +168,28 @@ struct HeadsEpilogue {
 #pragma unroll
             for (int i = 0; i < kBatches; ++i) {
                 int j = group * kBatches + i;
-                float z[2][2];  // [row][token], then [row][column] of one token, then four columns of it
+                float z[2][2];  // [row][token]
 #pragma unroll
                 for (int c = 0; c < 2; ++c) {
-                    float r = normed ? inverse[8 * j + c] : 1.0f;
-                    z[0][c] = y[4 * j + c] * r * weight[0], z[1][c] = y[4 * j + 2 + c] * r * weight[1];
+                    float low = y[4 * j + c], high = y[4 * j + 2 + c];
+                    if constexpr (kNormed) {
+                        float r = normed ? inverse[8 * j + c] : 1.0f;
+                        low *= r, high *= r;
+                    }
+                    z[0][c] = low * weight[0], z[1][c] = high * weight[1];
                     if constexpr (!kInterleaved) turn(z[0][c], z[1][c], now.angle[i][c]);
                 }
-                trade(z[0][0], z[0][1], 4), trade(z[1][0], z[1][1], 4);
-                if constexpr (kInterleaved)
-                    turn(z[0][0], z[0][1], now.angle[i][0]), turn(z[1][0], z[1][1], now.angle[i][1]);
-                trade(z[0][0], z[1][0], kSecond), trade(z[0][1], z[1][1], kSecond);
-                store_where(token + 8 * j + odd < end, out + static_cast<uint64_t>(now.row[i]) * of * kHeadDim,
-                            make_uint2(pack_half2(z[0][0], z[0][1]), pack_half2(z[1][0], z[1][1])));
+                uint32_t four[2];  // two columns of a row's of one token, then four columns of it
+#pragma unroll
+                for (int row = 0; row < 2; ++row) {
+                    if constexpr (kInterleaved)
+                        trade(z[row][0], z[row][1], 4), turn(z[row][0], z[row][1], now.angle[i][row]);
+                    four[row] = pack_half2(z[row][0], z[row][1]);
+                    if constexpr (!kInterleaved) four[row] = trade_halves(four[row], 4);
+                }
+                trade(four[0], four[1], kSecond);
+                store_where(token + 8 * j + odd < end, out + static_cast<int64_t>(now.row[i]) * stride,
+                            make_uint2(four[0], four[1]));
             }
         }
     }

@@ -32,6 +32,18 @@ class Launches(Protocol):
         """The next launch begins when all before it has ended, whatever `overlap` says."""
 
 
+@contextmanager
+def begun_early(launcher: Launches) -> Iterator[None]:
+    """Launches within the block may begin before the one before them has ended, however small the batch: kernels whose
+    few blocks do not gather on the first multiprocessors that have room."""
+    overlap = launcher.overlap
+    launcher.overlap = True
+    try:
+        yield
+    finally:
+        launcher.overlap = overlap
+
+
 class Launcher:
     """Compiles, loads and launches (see Launches) on one GPU."""
 

@@ -15,7 +15,7 @@ from ..device.launcher import Launches
 from ..device.workspace import Workspace
 from ..programs import int8_row_warps, int8_rows_program
 from ..weights.matrix import Matrix
-from .operand import BYTES, MORE_SCALES, Gemm, Groups, Operand, listed, made_into, number_of
+from .operand import BYTES, MORE_ROWS, Gemm, Groups, Operand, listed, made_into, number_of
 from .portable import PortableConfig, best_config
 
 
@@ -34,7 +34,7 @@ class Int8Gemm(Gemm):
             return replace(a, values=a.rounded[0], scale=a.rounded[1], format=BYTES)
         padded = BYTES.padded(a.columns)
         values = self._work.array("int8 operand", BYTES.dtype, a.rows, padded)
-        scales = self._work.array("int8 operand's scales", FLOAT32, a.rows + MORE_SCALES)
+        scales = self._work.array("int8 operand's scales", FLOAT32, a.rows + MORE_ROWS)
         self._launcher.launch(
             int8_rows_program(padded),
             "round_rows",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 
@@ -11,7 +12,7 @@ from ..constants import TILE_ROWS
 from ..device.arrays import DeviceArray
 from ..device.compiler import Program
 from ..device.gpu import GpuFacts
-from ..device.launcher import Grid, Launches
+from ..device.launcher import Grid, Launches, begun_early
 from ..device.signatures import Argument
 from ..device.workspace import Workspace
 from ..weights.matrix import Matrix
@@ -240,12 +241,8 @@ class HopperInt8Gemm(Int8Gemm):
     ) -> None:
         """Where a block has a multiprocessor for itself, even a small launch may begin early: it still spreads over all
         of them, and brings weights while the operand is made."""
-        launcher, overlap = self._launcher, self._launcher.overlap
-        launcher.overlap = overlap or config.begins_early
-        try:
-            launcher.launch(program, kernel, grid, **arguments)
-        finally:
-            launcher.overlap = overlap
+        with begun_early(self._launcher) if config.begins_early else nullcontext():
+            self._launcher.launch(program, kernel, grid, **arguments)
 
     def _config(self, m: int, matrices: Sequence[Matrix], gated: bool, experts: int) -> HopperInt8Config:
         return best_config(m, row_tiles(matrices), gated, self._facts.multiprocessors, experts)

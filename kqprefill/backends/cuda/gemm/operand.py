@@ -38,7 +38,7 @@ class OperandFormat:
 
 HALVES = OperandFormat("f16", FLOAT16, OPERAND_GROUP, None, "CU_TENSOR_MAP_DATA_TYPE_FLOAT16")
 BYTES = OperandFormat("s8", INT8, ROTATED, 1, "CU_TENSOR_MAP_DATA_TYPE_UINT8")  # in int8: the bits are what is copied
-MORE_SCALES = 256  # rows' scales that may be read beyond the last row's: as many as a token tile has at most
+MORE_ROWS = 256  # whose scales or angles may be read beyond the last row's: as many as a token tile has at most
 
 
 def operand_positions(columns: int) -> NDArray[np.intp]:
@@ -56,7 +56,7 @@ class Operand:
     is, or None. length: a row's Euclidean length after division by `norm` is at most this, where it is known; together
     the two bound what a matrix makes of a row. row_scale: powers of two that the rows are still to be multiplied by,
     float32 [rows]; None for ones. Only `linear` takes such an operand. rounded: the same operand in int8, where whoever
-    made it has made that, too: values, and scales with room to read MORE_SCALES beyond the last.
+    made it has made that, too: values, and scales with room to read MORE_ROWS beyond the last.
     """
 
     values: DeviceArray

@@ -16,7 +16,7 @@ from ....models.weights import Weight
 from ..constants import THREADS
 from ..device.arrays import FLOAT16, FLOAT32, DeviceArray
 from ..gemm.heads import HeadsKind, HeadsOutput
-from ..gemm.operand import HALVES, Operand
+from ..gemm.operand import HALVES, MORE_ROWS, Operand
 from ..programs import GATES, NORM, ROPE
 from ..weights.matrix import Matrix
 from .batch import TOKENS_AT_ONCE, Attending, BatchOps
@@ -213,7 +213,8 @@ class AttentionOps(BatchOps):
             given |= {"q_norm": self.vector(p.by_head[0]), "k_norm": self.vector(p.by_head[1])}
             given |= {"v_normed": int(p.v_normed), "gated": int(p.gated), "v_is_k": int(p.v_is_k)}
             given |= {"int8": int(int8)}
-            self.launcher.launch(ROPE, "rotate_qkv", **given)
+            with self.begun_early():
+                self.launcher.launch(ROPE, "rotate_qkv", **given)
             return
         assert not (p.gated or p.v_is_k or p.v_normed), "heads of two unusual kinds"
         is_normed = p.normed_last or p.q_norm is not None
@@ -305,10 +306,10 @@ class AttentionOps(BatchOps):
         return self.scales.of_outputs(matrix, growth * h.length, vector)
 
     def _rope_table(self, rope: Rope) -> DeviceArray:
-        """(cos, sin) of each token's angles, float32 [T, 2 * pairs]; made once a batch."""
+        """(cos, sin) of each token's angles, float32 [T and MORE_ROWS, 2 * pairs]; made once a batch."""
         if id(rope) not in self.rope_tables:
             pairs = rope.width // 2
-            table = self.work.array(f"rope {len(self.rope_tables)}", FLOAT32, self.n, 2 * pairs)
+            table = self.work.array(f"rope {len(self.rope_tables)}", FLOAT32, self.n + MORE_ROWS, 2 * pairs)
             self.launcher.launch(
                 ROPE,
                 "rope_table",
@@ -351,22 +352,23 @@ class AttentionOps(BatchOps):
                 f"{name}_map": self.context.maps.of(heads.matrix, box_rows)
                 for name, heads, box_rows in zip("qkv", (q, k, v), rows)
             }
-        self.launcher.launch(
-            config.program(both_ways),
-            "attention",
-            grid=(nq, tiles.shape[0], config.parts),
-            **inputs,
-            out=out,
-            tiles=tiles,
-            nq=nq,
-            nkv=k.values.shape[1],
-            value_dim=v.head_dim,
-            out_stride=out.shape[1],
-            scale=scale,
-            q_scale=q.scale,
-            k_scale=k.scale,
-            window=window or 0,
-            softcap=softcap or 0.0,
-            sinks=self.vector(sinks),
-        )
+        with self.begun_early():
+            self.launcher.launch(
+                config.program(both_ways),
+                "attention",
+                grid=(nq, tiles.shape[0], config.parts),
+                **inputs,
+                out=out,
+                tiles=tiles,
+                nq=nq,
+                nkv=k.values.shape[1],
+                value_dim=v.head_dim,
+                out_stride=out.shape[1],
+                scale=scale,
+                q_scale=q.scale,
+                k_scale=k.scale,
+                window=window or 0,
+                softcap=softcap or 0.0,
+                sinks=self.vector(sinks),
+            )
         return Operand(out, columns, v.scale)

@@ -13,7 +13,7 @@ from ....models.weights import Weight, Weights
 from ..constants import ACTIVATIONS as NUMBERS
 from ..constants import ENTRIES_AT_ONCE, THREADS
 from ..device.arrays import FLOAT16, FLOAT32, INT32, DeviceArray
-from ..gemm.operand import BYTES, HALVES, MORE_SCALES, Gemm, Groups, Operand
+from ..gemm.operand import BYTES, HALVES, MORE_ROWS, Gemm, Groups, Operand
 from ..programs import ACTIVATIONS, EXPERTS, INT8
 from ..weights.matrix import Matrix
 from .batch import TOKENS_AT_ONCE, Residual
@@ -323,7 +323,7 @@ class ExpertOps(DenseOps):
         """The same of tokens that are in int8, too, for experts that are: an operand of nothing else."""
         rows, padded = places.shape[0], rounded[0].shape[1]
         values = self.work.array("sorted in int8", BYTES.dtype, rows, padded)
-        scales = self.work.array("sorted rows' scales", FLOAT32, rows + MORE_SCALES)
+        scales = self.work.array("sorted rows' scales", FLOAT32, rows + MORE_ROWS)
         self.launcher.launch(
             INT8,
             "gather_rounded",

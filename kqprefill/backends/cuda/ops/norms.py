@@ -10,7 +10,7 @@ import numpy as np
 from ....models.ops import Sums
 from ....models.weights import Weight
 from ..device.arrays import FLOAT32, DeviceArray
-from ..gemm.operand import BYTES, HALVES, MORE_SCALES, Operand
+from ..gemm.operand import BYTES, HALVES, MORE_ROWS, Operand
 from ..programs import NORM, int8_rows_program
 from .batch import BatchOps, Residual, ResidualBound
 
@@ -58,7 +58,7 @@ class NormOps(BatchOps):
         rows, columns = x.shape
         length, padded = math.sqrt(columns), BYTES.padded(columns)
         rounded = self.work.array("normed in int8", BYTES.dtype, rows, padded)
-        scales = self.work.array("normed rows' scales", FLOAT32, rows + MORE_SCALES)
+        scales = self.work.array("normed rows' scales", FLOAT32, rows + MORE_ROWS)
         values = self.work.array("normed", HALVES.dtype, rows, HALVES.padded(columns))
         scale = self.scales.of_bound(length * most)
         self.launcher.launch(
