@@ -88,7 +88,7 @@ struct HeadsEpilogue {
     }
 
     // The inverse root mean squares of this warpgroup's head, of each of the tile's tokens. Squares are added up in the
-    // order that rope.cu's squares_of_halves has: a column's and its partner's, then by bits 0, 1, and 2, 3 and 4 (int8:
+    // order that rope.cu's squares_of_halves has: a column's and its partner's, then by bits 0, 1, 2, 3 and 4 (int8: 0, 1,
     // 4, 2 and 3) and 5 of the column's number.
     __device__ __forceinline__ const float* inverse_rms(const float (&y)[kTokens / 2]) const {
         int warp = thread / 32, lane = thread % 32, head = thread / kThreadsAHead;
