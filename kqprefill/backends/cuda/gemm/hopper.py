@@ -132,6 +132,7 @@ class HopperGemm(Gemm):
         add: bool,
         groups: Groups | None = None,
         out_scale: DeviceArray | None = None,
+        ldo: int | None = None,
     ) -> None:
         types = _types(matrices)
         config = self._config(a.rows, matrices, False, number_of(groups))
@@ -150,7 +151,7 @@ class HopperGemm(Gemm):
             m=a.rows,
             k=a.columns,
             out=out,
-            ldo=sum(matrix.rows for matrix in matrices),
+            ldo=ldo or sum(matrix.rows for matrix in matrices),
             x_scale=a.scale,
             w_scale=weight_scale,
             out_scale=out_scale,

@@ -15,7 +15,7 @@ from ..device.launcher import Grid, Launches
 from ..device.signatures import Argument
 from ..device.workspace import Workspace
 from ..weights.matrix import Matrix
-from .int8 import Int8Gemm, Kind
+from .int8 import Int8Gemm, Kind, in_fours
 from .operand import Groups, Operand, listed, made_into, number_of
 from .tensor_maps import TensorMaps
 from .tiles import TileConfig, cheapest, row_tiles
@@ -35,7 +35,7 @@ class HopperInt8Config(TileConfig):
 
     @cache
     def program(self, kind: Kind, whole: bool = True) -> Program:
-        """whole: matrices that lie side by side have whole fours of rows."""
+        """whole: outputs begin in_fours."""
         constants = {
             "TOKENS": self.tokens,
             "WARPGROUPS": self.warpgroups,
@@ -124,6 +124,7 @@ class HopperInt8Gemm(Int8Gemm):
         add: bool,
         groups: Groups | None,
         out_scale: DeviceArray | None,
+        ldo: int,
     ) -> None:
         experts = number_of(groups)
         config = self._config(x.rows, matrices, False, experts)
@@ -135,7 +136,7 @@ class HopperInt8Gemm(Int8Gemm):
             described[f"rows{i}"] = matrix.rows if matrix else 0
         self._launch(
             config,
-            config.program(Kind(grouped=groups is not None), all(matrix.rows % 4 == 0 for matrix in matrices)),
+            config.program(Kind(grouped=groups is not None), in_fours(matrices, out, ldo)),
             "gemm_linear",
             grid=config.grid(x.rows, row_tiles(matrices), self._facts.multiprocessors, experts),
             **described,
@@ -144,7 +145,7 @@ class HopperInt8Gemm(Int8Gemm):
             m=x.rows,
             k=x.values.shape[1],
             out=out,
-            ldo=sum(matrix.rows for matrix in matrices),
+            ldo=ldo,
             out_scale=out_scale,
             bias=bias,
             add=int(add),
