@@ -241,62 +241,6 @@ def test_linear(device, rows, columns, rng):
         assert np.array_equal(device.get(first)[0], plain[-1])  # whatever else is multiplied with it
 
 
-@pytest.mark.parametrize("rows", [(64, 32, 32), (96, 33, 31), (34, 33, 33)], ids=str)
-def test_mixed(device, rows, rng):
-    """q in int8 beside exact k and v, with a bias and added to what is there: each has the bits that it has by
-    itself, and the scale of halves is the exact ones' own."""
-    q = replace(device.matrix("attn_q", (rows[0], 256))[0], name=f"q {rows}")
-    exact = [device.exact(f"attn_{name} {rows}", (n, 256), GGML.Q4_K) for name, n in zip("kv", rows[1:])]
-    k, v = (matrix for matrix, _ in exact)
-    bias = rng.standard_normal(sum(rows)).astype(np.float32)
-    held, gemms = device.work.upload("bias", bias), device.gemms
-    scale = device.scales.of_weights([q, k, v], None)
-    assert np.array_equal(device.get(scale), device.get(device.scales.of_weights([k, v], None)))
-    for n in sizes(device):
-        a, x = device.operand(n, 256, rng)
-        out = device.poisoned("out", FLOAT32, n, sum(rows))
-        gemms.choose([q, k, v]).linear(a, [q, k, v], out, scale, held, False)
-        got = device.get(out)
-        alone = device.poisoned("out of q", FLOAT32, n, rows[0])
-        gemms.choose([q]).linear(a, [q], alone, scale, held.rows(0, rows[0]), False)
-        assert np.array_equal(got[:, : rows[0]], device.get(alone))
-        weights = np.concatenate([w for _, w in exact]).astype(np.float64)
-        assert close_to(x.astype(np.float64) @ weights.T + bias[rows[0] :], got[:, rows[0] :], 2e-3)
-        gemms.choose([k, q, v]).linear(a, [k, q, v], out, scale, None, False)  # in another order
-        plain = device.get(out)
-        of_q = slice(rows[1], rows[1] + rows[0])
-        assert close_to(plain[:, of_q] + bias[: rows[0]], got[:, : rows[0]])
-        gemms.choose([k, q, v]).linear(a, [k, q, v], out, scale, None, True)
-        assert np.array_equal(device.get(out), 2 * plain)
-
-
-@pytest.mark.parametrize("exact_one", ["gate", "up"])
-def test_gate_and_up_of_which_one_is_exact(device, exact_one, rng):
-    """Both are multiplied in int8, as if they had been loaded so; also of experts."""
-    act_scale, counts = device.small.constant(np.array([4.0], np.float32)), (5, 0, 9)
-    for shape in ((64, 128), (3, 64, 128)):
-        names = [f"ffn_{name}{'_exps' if len(shape) == 3 else ''}" for name in ("gate", "up")]
-        loaded = [device.matrix(name, shape, GGML.F16)[0] for name in names]
-        mixed = list(loaded)
-        which = ("gate", "up").index(exact_one)
-        mixed[which] = device.exact(names[which], shape, GGML.F16)[0]
-        tensor = SyntheticTensor(f"blk.0.{names[which]}.weight", shape, GGML.F16)
-        raw = np.ascontiguousarray(tensor.data).reshape(mixed[which].rows, -1)
-        unpack(device.launcher, mixed[which], 0, device.work.upload("raw of one", raw), None)  # the same weights
-        experts = shape[0] if len(shape) == 3 else 1
-        n, outcomes = sum(counts), []
-        a, _ = device.operand(n, 128, rng)
-        for matrices in (loaded, mixed):
-            ones = [matrix.one_of(experts) for matrix in matrices]
-            gemm, groups = device.gemms.choose(ones, gated=True), None
-            if experts > 1:
-                groups = grouped(device, counts, gemm.group_rows(n, ones, True, experts))
-            values = device.poisoned("act", FLOAT16, n, HALVES.padded(64))
-            gemm.gated(a, *ones, Operand(values, 64, act_scale), None, (None, None), "silu", groups)
-            outcomes.append(device.get(values))
-        assert np.array_equal(*outcomes)
-
-
 def activated(gate, up):
     return gate / (1 + np.exp(-gate)) * up
 

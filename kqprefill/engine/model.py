@@ -29,17 +29,7 @@ from .checks import refuse_non_finite, token_ids
 from .embedding import Normalise, closing_token, pooling_of, vectors
 from .handover import HandsOver
 from .prefill import Prefill
-from .scoring import (
-    Group,
-    Item,
-    Record,
-    Running,
-    Scored,
-    item_of,
-    no_ranks,
-    packed,
-    packs,
-)
+from .scoring import Group, Item, Record, Running, Scored, item_of, no_ranks, packed, packs
 
 if TYPE_CHECKING:
     from ..text import Tokenizer
