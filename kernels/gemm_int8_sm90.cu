@@ -240,14 +240,14 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
 
 #elif HEAD_DIM
 
-// q, k and v: heads of what the matrices make of x, one under another, from head number `first` on (Heads in
-// epilogue_heads.cuh). bias: of all of the launch's outputs, or null. The others as below.
+// q, k and v: heads of what the matrices make of x, one under another (Heads in epilogue_heads.cuh). bias: of all of
+// the launch's outputs, or null. The others as below.
 extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bounds__(Config::kThreads, Config::kBlocks)
     gemm_heads(const int8_t* w0, const float* scales0, int rows0, const int8_t* w1, const float* scales1, int rows1,
                const int8_t* w2, const float* scales2, int rows2, const void* x_map, const float* x_scale, int m, int k,
-               const float* bias, half_t* q_out, half_t* k_out, half_t* v_out, int nq, int nkv, int first,
-               const float* q_norm, const float* k_norm, float epsilon, const float2* table, const float* q_scale,
-               const float* k_scale, const float* v_scale, const int* kv_rows) {
+               const float* bias, half_t* q_out, half_t* k_out, half_t* v_out, int nq, int nkv, const float* q_norm,
+               const float* k_norm, float epsilon, const float2* table, const float* q_scale, const float* k_scale,
+               const float* v_scale, const int* kv_rows) {
     using Epilogue = HeadsEpilogue<Config::kTokens, HEAD_DIM, NORMED, INTERLEAVED, 16>;
     static_assert(Epilogue::kSharedBytes == EPILOGUE_BYTES, "what the host counts with");
     Weights w = {{{bytes(w0), bytes(w1), bytes(w2)}, {rows0, rows1, rows2}, {0, 1, 2}},
@@ -255,8 +255,7 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
                  k / kRotated,
                  (rows0 + rows1 + rows2) / kTileRows};
     Tokens x = {m, nullptr, nullptr};
-    Heads heads = {q_out,  k_out,   v_out, nq,      nkv,     first,   q_norm,
-                   k_norm, epsilon, table, q_scale, k_scale, v_scale, kv_rows};
+    Heads heads = {q_out, k_out, v_out, nq, nkv, q_norm, k_norm, epsilon, table, q_scale, k_scale, v_scale, kv_rows};
     int row = int8_row(threadIdx.x / 32 % 4 * 8 + threadIdx.x % 32 / 4);
     auto begin = [&](int first, int expert) -> Rows {
         Rows own;

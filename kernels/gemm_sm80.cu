@@ -58,7 +58,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     begin_kernel();
     auto write = [&](OutputTile tile, const Accumulators<float>& acc) {
         float alpha = unscale(x_scale, w_scale);
-        bool paired = ldo % 2 == 0;  // both of a pair's addresses are then 8-byte aligned
+        // Both of a pair's addresses are then 8-byte aligned.
+        bool paired = ldo % 2 == 0 && reinterpret_cast<uint64_t>(out) % sizeof(float2) == 0;
         for_each_pair(tile, 0, 1, [&](int row, int column, int i, int j, int half) {
             if (column >= n) return;
             bool both = column + 1 < n;

@@ -277,21 +277,20 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
 
 #elif HEAD_DIM
 
-// q, k and v: heads of what the matrices make of x, one under another, from head number `first` on (Heads in
-// epilogue_heads.cuh). bias: of all of the launch's outputs, or null. x_map as below.
+// q, k and v: heads of what the matrices make of x, one under another (Heads in epilogue_heads.cuh). bias: of all of
+// the launch's outputs, or null. x_map as below.
 extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bounds__(Config::kThreads, Config::kBlocks)
     gemm_heads(const uint8_t* w0, int rows0, int format0, const uint8_t* w1, int rows1, int format1, const uint8_t* w2,
                int rows2, int format2, const void* x_map, int m, int k, const float* x_scale, const float* w_scale,
-               const float* bias, half_t* q_out, half_t* k_out, half_t* v_out, int nq, int nkv, int first,
-               const float* q_norm, const float* k_norm, float epsilon, const float2* table, const float* q_scale,
-               const float* k_scale, const float* v_scale, const int* kv_rows) {
+               const float* bias, half_t* q_out, half_t* k_out, half_t* v_out, int nq, int nkv, const float* q_norm,
+               const float* k_norm, float epsilon, const float2* table, const float* q_scale, const float* k_scale,
+               const float* v_scale, const int* kv_rows) {
     using Epilogue = HeadsEpilogue<Config::kTokens, HEAD_DIM, NORMED, INTERLEAVED, 8>;
     static_assert(Epilogue::kSharedBytes == EPILOGUE_BYTES, "what the host counts with");
     Matrices matrices = {{w0, w1, w2}, {rows0, rows1, rows2}, {format0, format1, format2}};
     int row_tiles = count_row_tiles<Config>(rows0) + count_row_tiles<Config>(rows1) + count_row_tiles<Config>(rows2);
     Tokens x = {m, nullptr, nullptr};
-    Heads heads = {q_out,  k_out,   v_out, nq,      nkv,     first,   q_norm,
-                   k_norm, epsilon, table, q_scale, k_scale, v_scale, kv_rows};
+    Heads heads = {q_out, k_out, v_out, nq, nkv, q_norm, k_norm, epsilon, table, q_scale, k_scale, v_scale, kv_rows};
     auto write = [&](Accumulators& acc, float alpha, const RowTile(&tiles)[Config::kTiles], int row, int token, int end,
                      int) {
         Epilogue epilogue = {heads, reinterpret_cast<float*>(block_memory() + Config::kEpilogueOffset)};

@@ -98,8 +98,9 @@ def load(
         Layers that have no room in it are streamed from the file for each prompt, with the same results.
     max_tokens: the longest prompt to keep room for (a longer one makes layers leave). Where layers are streamed,
         `Model.score` makes room for the batches that hide their copies by itself.
-    precision: "exact", or "int8": layers' large matrices and what they are multiplied by are rounded to 8 bits
-        (kqprefill.models.precision), which changes results a little: `kqprefill kld --precision int8` says how much.
+    precision: "exact", or "int8": layers' large quantised matrices and what they are multiplied by are rounded to 8
+        bits (kqprefill.models.precision), which changes results a little: `kqprefill kld --precision int8` says how
+        much.
 
     Raises GGUFError (a bad file), ModelError (a model that is not supported), BackendError (no usable GPU, or not
     enough memory), InputError (a bad argument).

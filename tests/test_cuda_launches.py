@@ -81,7 +81,7 @@ def test_every_launch_fits_its_kernel(model, capability, kernels):
             assert programs <= set(rehearse(family, facts, kernel_set, batch, logits, host_embedding).programs)
             launched, _ = launches_of(family, facts, kernel_set, batch, logits, host_embedding, "int8")
             programs = {program for program, *_ in launched}
-            assert int8 in {program.source for program in programs}
+            assert (int8 in {program.source for program in programs}) == (not model.endswith(":F32"))
             assert programs <= set(
                 rehearse(family, facts, kernel_set, batch, logits, host_embedding, precision="int8").programs
             )

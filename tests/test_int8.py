@@ -66,8 +66,7 @@ class Device:
     def matrix(self, name, shape, kind=GGML.F16, tensor=None):
         """(a matrix in int8, its rows in float32)"""
         tensor = tensor or SyntheticTensor(f"blk.0.{name}.weight", shape, kind)
-        matrix = matrix_of(tensor, 0, "int8")
-        assert matrix.int8
+        matrix = replace(matrix_of(tensor), int8=True)
         raw = np.ascontiguousarray(tensor.data).reshape(matrix.rows, -1)
         held = self.poisoned(f"{name} in int8", UINT8, matrix.nbytes)
         matrix = replace(matrix, address=held.address)
@@ -77,6 +76,17 @@ class Device:
         rows = DeviceArray(self.work.upload("raw", padded).address, UINT8, raw.shape)
         unpack(self.launcher, matrix, 0, rows, scratch.address)
         return matrix, dequantize(raw, tensor.type)
+
+    def exact(self, name, shape, kind):
+        """(a matrix as a file has it, its rows in float32)"""
+        tensor = SyntheticTensor(f"blk.1.{name}.weight", shape, kind)
+        matrix = matrix_of(tensor)
+        matrix = replace(matrix, address=self.poisoned(f"exact {name}", UINT8, matrix.nbytes).address)
+        raw = np.ascontiguousarray(tensor.data).reshape(matrix.rows, -1)
+        padded = np.zeros(raw.nbytes + 4, np.uint8)  # a kernel reads up to three bytes more
+        padded[: raw.nbytes] = raw.reshape(-1)
+        unpack(self.launcher, matrix, 0, DeviceArray(self.work.upload("raw", padded).address, UINT8, raw.shape), None)
+        return matrix, dequantize(raw, kind)
 
     def operand(self, rows, columns, rng, scale=2.0**5):
         """(an operand, its rows in float32)"""

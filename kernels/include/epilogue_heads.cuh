@@ -5,11 +5,11 @@
 #include "epilogue.cuh"
 #include "sm90.cuh"
 
-// The heads of q, then of k, then of v, of which a launch's outputs are those from number `first` on. The rest as
-// rotate_qkv has it (rope.cu); table may be null, where nothing is rotated.
+// A launch's outputs: the heads of q, then of k, then of v, of which nq or nkv may be 0. The rest is as rotate_qkv has
+// it (rope.cu); table may be null, where nothing is rotated.
 struct Heads {
     half_t *q, *k, *v;
-    int nq, nkv, first;
+    int nq, nkv;
     const float *q_norm, *k_norm;
     float epsilon;
     const float2* table;
@@ -88,8 +88,8 @@ struct HeadsEpilogue {
     }
 
     // The inverse root mean squares of this warpgroup's head, of each of the tile's tokens. Squares are added up in the
-    // order that rope.cu's squares_of_halves has: a column's and its partner's, then by bits 0, 1, 2, 3 and 4 (int8: 0, 1,
-    // 4, 2 and 3) and 5 of the column's number.
+    // order that rope.cu's squares_of_halves has: a column's and its partner's, then by bits 0, 1, 2, 3, 4 (int8: 0, 1,
+    // 4, 2, 3) and 5 of the column's number.
     __device__ __forceinline__ const float* inverse_rms(const float (&y)[kTokens / 2]) const {
         int warp = thread / 32, lane = thread % 32, head = thread / kThreadsAHead;
         int kept = (lane & 4) + (lane & kSecond ? 2 : 0) + (lane & kThird ? 1 : 0);  // the batch that it gets sums of
@@ -136,7 +136,7 @@ struct HeadsEpilogue {
     template <class Sums>
     __device__ __forceinline__ void store(const Sums& sums, const float (&bias)[2], int column, int row, int first,
                                           int end) const {
-        int lane = thread % 32, number = heads.first + column / kHeadDim, at = column % kHeadDim + row;
+        int lane = thread % 32, number = column / kHeadDim, at = column % kHeadDim + row;
         bool is_q = number < heads.nq, is_v = number >= heads.nq + heads.nkv, odd = lane & 4, upper = lane & kSecond;
         int of = is_q ? heads.nq : heads.nkv, slot = is_q ? number : is_v ? number - of - heads.nq : number - heads.nq;
         bool normed = kNormed && !is_v, turns = !is_v && heads.table != nullptr && end > 0;

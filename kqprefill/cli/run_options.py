@@ -147,8 +147,8 @@ def precision_option(command: Command) -> Command:
         show_default=True,
         envvar="KQPREFILL_PRECISION",
         show_envvar=True,
-        help="int8: layers' large matrices, and what they are multiplied by, are rounded to 8 bits; `kqprefill kld` "
-        "says what that changes.",
+        help="int8: layers' large quantised matrices, and what they are multiplied by, are rounded to 8 bits; "
+        "`kqprefill kld` says what that changes.",
     )(command)
 
 

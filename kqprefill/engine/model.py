@@ -23,23 +23,13 @@ from ..gguf.vocabulary import token_text
 from ..models import read_model
 from ..models.config import Config
 from ..models.family import Family
-from ..models.precision import Precision
+from ..models.precision import Precision, takes_int8
 from ..terminal import shown
 from .checks import refuse_non_finite, token_ids
 from .embedding import Normalise, closing_token, pooling_of, vectors
 from .handover import HandsOver
 from .prefill import Prefill
-from .scoring import (
-    Group,
-    Item,
-    Record,
-    Running,
-    Scored,
-    item_of,
-    no_ranks,
-    packed,
-    packs,
-)
+from .scoring import Group, Item, Record, Running, Scored, item_of, no_ranks, packed, packs
 
 if TYPE_CHECKING:
     from ..text import Tokenizer
@@ -373,6 +363,8 @@ def open_model(
         how = precision_called(precision)
         family = read_model(file)
         opened = open_backend(backend, device, kernels, warn or _warn)
+        if how == "int8" and not any(takes_int8(weight) for weight in family.matrices()):
+            (warn or _warn)("--precision int8 changes nothing: it leaves matrices in float formats as they are")
         opened.load(family, progress or no_progress, budget, max_tokens, ranks, how)
     except BaseException:
         if opened is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import re
 from typing import TypeAlias
 
@@ -126,20 +126,23 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _cut(whole: Weight, rows: Mapping[str, int | NDArray[np.intp]]) -> dict[str, Weight]:
     """The matrices that `whole` holds, by name (see Parts)."""
-    cut, begin, tensor, bias = {}, 0, whole.tensor, whole.bias
+    cut: dict[str, Weight] = {}
+    begin, stacked = 0, len(whole.shape) == 3
     for name, own in rows.items():
-        if not isinstance(own, int):
-            cut[name] = Weight(
-                tensor.picked(own, f"{tensor.name}[{name}]"), bias and bias.picked(own, f"{bias.name}[{name}]")
-            )
-            continue
-        end = begin + own
-        if len(tensor.shape) == 3:
-            cut[name] = Weight(tensor.within(begin, end), bias and bias.within(begin, end))
-        else:
-            cut[name] = Weight(tensor.rows(begin, end), bias and bias.rows(begin, end))
-        begin = end
+        its = slice(begin, begin + own) if isinstance(own, int) else own
+        tensor, bias = whole.tensor, whole.bias
+        cut[name] = Weight(_part(tensor, its, stacked, name), bias and _part(bias, its, stacked, name))
+        begin += own if isinstance(own, int) else 0
     return cut
+
+
+def _part(tensor: ModelTensor, rows: slice | NDArray[np.intp], stacked: bool, name: str) -> ModelTensor:
+    """Those rows of a tensor, or of each of a stack's, as a tensor that is named after the part."""
+    called = f"{tensor.name}[{name}]"
+    if not isinstance(rows, slice):
+        return tensor.picked(rows, called)
+    cut = tensor.within if stacked else tensor.rows
+    return replace(cut(rows.start, rows.stop), name=called)
 
 
 def _check(file: ModelFile, tensor: ModelTensor, shape: tuple[int, ...]) -> None:

@@ -11,7 +11,7 @@ import math
 from ...core import KeysValues, Recurrent, SharedKeysValues
 from ...errors import BackendError
 from ...models.family import Family
-from ...models.precision import Precision
+from ...models.precision import Precision, takes_int8
 from .constants import DELTA_CHUNK
 from .device.gpu import GpuFacts
 from .kernel_set import KernelSet
@@ -59,6 +59,23 @@ def peak(facts: GpuFacts, precision: Precision = "exact") -> float:
     if precision == "int8":
         operations = _INT8_OPERATIONS.get(facts.capability, _OTHERS_INT8_OPERATIONS)
     return operations * facts.multiprocessors * facts.clock
+
+
+def int8_share(family: Family) -> float:
+    """What of the layers' products is made in int8 where a model is opened so (models/precision.py)."""
+    used = family.experts.used / family.experts.count if family.experts is not None else 1.0
+    sizes = [
+        (math.prod(w.shape) * (used if "_exps" in w.name else 1.0), takes_int8(w))
+        for block in family.blocks
+        for w in block
+        if w.is_matrix
+    ]
+    return sum(size for size, int8 in sizes if int8) / sum(size for size, _ in sizes)
+
+
+def _together(rates: tuple[float, float], int8: float) -> float:
+    """The rate of products of which that share is made at the second rate, and the others at the first."""
+    return 1 / ((1 - int8) / rates[0] + int8 / rates[1])
 
 
 def weight_bytes(family: Family, layers: range, precision: Precision = "exact") -> int:
@@ -158,8 +175,9 @@ class Speed:
         self._reading: dict[range, float] = {}
         self._peak = peak(facts)
         self._rate = self._peak * kernel_set.share_of_peak
-        share = kernel_set.int8_share_of_peak if precision == "int8" else kernel_set.share_of_peak
-        self._matrix_rate = peak(facts, precision) * share * (_EXPERTS_SHARE if family.experts is not None else 1)
+        rates = self._rate, peak(facts, "int8") * kernel_set.int8_share_of_peak
+        of_matrices = _together(rates, int8_share(family)) if precision == "int8" else self._rate
+        self._matrix_rate = of_matrices * (_EXPERTS_SHARE if family.experts is not None else 1)
 
     @cached_property
     def bus_rate(self) -> float:
@@ -250,10 +268,12 @@ def floors(
     plan: Plan, family: Family, facts: GpuFacts, precision: Precision = "exact"
 ) -> list[tuple[str, Callable[[int], float]]]:
     """[(what, seconds of a prompt of so many tokens)]: no kernel can be faster than either."""
-    rate, matrix_rate = peak(facts), peak(facts, precision)
+    rate = matrix_rate = peak(facts)
     arithmetic = f"arithmetic: {rate / 1e12:.0f} TFLOP/s"
     if precision == "int8":
-        arithmetic += f", of int8 {matrix_rate / 1e12:.0f} TOP/s"
+        int8_rate = peak(facts, "int8")
+        matrix_rate = _together((rate, int8_rate), int8_share(family))
+        arithmetic += f", of int8 {int8_rate / 1e12:.0f} TOP/s"
     if plan.streamed:
         bus = facts.bus_rate()
         what, seconds = f"streamed weights over the bus: {bus / 1e9:.0f} GB/s", plan.streamed_bytes / bus

@@ -17,6 +17,7 @@ from .device.workspace import Workspace
 from .gemm import hopper, int8, int8_hopper, portable
 from .gemm.heads import HEADS_KINDS
 from .gemm.int8 import Int8Gemm, PortableInt8Gemm, portable_program
+from .gemm.mixed import MixedGemm
 from .gemm.operand import Gemm
 from .gemm.tensor_maps import TensorMaps
 from .mamba_kernels import mamba_programs
@@ -137,13 +138,14 @@ class Hopper(Portable):
 class _PortableGemms(Gemms):
     def __init__(self, facts: GpuFacts, launcher: Launches, work: Workspace) -> None:
         self._portable = portable.PortableGemm(facts, launcher, work)
+        self._mixed = MixedGemm(self.choose, launcher, work)
         self._int8: Int8Gemm = PortableInt8Gemm(facts, launcher, work)
 
     def choose(self, matrices: Sequence[Matrix], gated: bool = False) -> Gemm:
-        if any(matrix.int8 for matrix in matrices):
-            assert all(matrix.int8 for matrix in matrices), "matrices side by side are alike (models/precision.py)"
-            return self._int8
-        return self.choose_exact(matrices, gated)
+        kinds = {matrix.int8 for matrix in matrices}
+        if len(kinds) > 1:
+            return self._mixed
+        return self._int8 if kinds == {True} else self.choose_exact(matrices, gated)
 
     def choose_exact(self, matrices: Sequence[Matrix], gated: bool) -> Gemm:
         """As `choose`, of matrices as the file has them."""

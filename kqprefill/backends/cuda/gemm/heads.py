@@ -53,10 +53,8 @@ NO_HEADS = {"HEAD_DIM": 0, "EPILOGUE_BYTES": 0}  # the same of other products
 
 @dataclass(frozen=True)
 class HeadsOutput:
-    """Where heads go, and how they are made; in the words of kernels/rope.cu's rotate_qkv.
-
-    The heads are those of q, of k and of v, in this order; a launch makes those from number `first` on.
-    """
+    """Where heads go, and how they are made; in the words of kernels/rope.cu's rotate_qkv. They are those of q, of k
+    and of v, in this order; nq or nkv may be 0."""
 
     kind: HeadsKind
     q: DeviceArray | None
@@ -64,7 +62,6 @@ class HeadsOutput:
     v: DeviceArray | None
     nq: int
     nkv: int
-    first: int
     q_norm: DeviceArray | None
     k_norm: DeviceArray | None
     epsilon: float
@@ -83,7 +80,6 @@ class HeadsOutput:
             "v_out": self.v,
             "nq": self.nq,
             "nkv": self.nkv,
-            "first": self.first,
             "q_norm": self.q_norm,
             "k_norm": self.k_norm,
             "epsilon": self.epsilon,

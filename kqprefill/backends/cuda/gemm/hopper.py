@@ -141,6 +141,7 @@ class HopperGemm(Gemm):
         add: bool,
         groups: Groups | None = None,
         out_scale: DeviceArray | None = None,
+        ldo: int | None = None,
     ) -> None:
         config = self._config(a.rows, matrices, False, number_of(groups))
         self._launcher.launch(
@@ -152,7 +153,7 @@ class HopperGemm(Gemm):
             m=a.rows,
             k=a.columns,
             out=out,
-            ldo=sum(matrix.rows for matrix in matrices),
+            ldo=ldo or sum(matrix.rows for matrix in matrices),
             x_scale=a.scale,
             w_scale=weight_scale,
             out_scale=out_scale,

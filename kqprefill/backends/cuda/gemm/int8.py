@@ -18,6 +18,8 @@ from ..weights.matrix import Matrix
 from .operand import BYTES, MORE_ROWS, Gemm, Groups, Operand, listed, made_into, number_of
 from .portable import PortableConfig, best_config
 
+_FOUR_BYTES = 4 * FLOAT32.itemsize  # of four columns of float32
+
 
 class Int8Gemm(Gemm):
     """Operands are made int8 for each product; W is so already."""
@@ -59,8 +61,10 @@ class Int8Gemm(Gemm):
         add: bool,
         groups: Groups | None = None,
         out_scale: DeviceArray | None = None,
+        ldo: int | None = None,
     ) -> None:
-        self.multiply(self.rounded(a), matrices, out, bias, add, groups, out_scale)
+        total = sum(matrix.rows for matrix in matrices)
+        self.multiply(self.rounded(a), matrices, out, bias, add, groups, out_scale, ldo or total)
 
     @abstractmethod
     def multiply(
@@ -72,8 +76,14 @@ class Int8Gemm(Gemm):
         add: bool,
         groups: Groups | None,
         out_scale: DeviceArray | None,
+        ldo: int,
     ) -> None:
         """As `linear`, of a rounded operand."""
+
+
+def in_fours(matrices: Sequence[Matrix], out: DeviceArray, ldo: int) -> bool:
+    """Whether all matrices' outputs have whole fours of columns, which can be written at once."""
+    return out.address % _FOUR_BYTES == 0 and all(count % 4 == 0 for count in (ldo, *(m.rows for m in matrices)))
 
 
 @dataclass(frozen=True)
@@ -116,8 +126,9 @@ class PortableInt8Gemm(Int8Gemm):
         add: bool,
         groups: Groups | None,
         out_scale: DeviceArray | None,
+        ldo: int,
     ) -> None:
-        first, total, experts = 0, sum(matrix.rows for matrix in matrices), number_of(groups)
+        first, experts = 0, number_of(groups)
         for matrix in matrices:
             config = best_config(x.rows, matrix.rows, self._facts, experts)
             self._launcher.launch(
@@ -132,7 +143,7 @@ class PortableInt8Gemm(Int8Gemm):
                 n=matrix.rows,
                 k=x.values.shape[1],
                 out=out.columns(first),
-                ldo=total,
+                ldo=ldo,
                 out_scale=out_scale,
                 bias=bias if bias is None or groups is not None else bias.rows(first),
                 add=int(add),

@@ -17,7 +17,7 @@ from ..device.signatures import Argument
 from ..device.workspace import Workspace
 from ..weights.matrix import Matrix
 from .heads import NO_HEADS, HeadsKind, HeadsOutput
-from .int8 import Int8Gemm, Kind
+from .int8 import Int8Gemm, Kind, in_fours
 from .operand import Groups, Operand, listed, made_into, number_of
 from .tensor_maps import TensorMaps
 from .tiles import TileConfig, cheapest, row_tiles
@@ -37,7 +37,7 @@ class HopperInt8Config(TileConfig):
 
     @cache
     def program(self, kind: Kind, whole: bool = True, heads: HeadsKind | None = None) -> Program:
-        """whole: matrices that lie side by side have whole fours of rows. heads: what outputs become, of q, k and v."""
+        """whole: outputs begin in_fours. heads: what outputs become, of q, k and v."""
         constants = {
             "TOKENS": self.tokens,
             "WARPGROUPS": self.warpgroups,
@@ -127,12 +127,13 @@ class HopperInt8Gemm(Int8Gemm):
         add: bool,
         groups: Groups | None,
         out_scale: DeviceArray | None,
+        ldo: int,
     ) -> None:
         experts = number_of(groups)
         config = self._config(x.rows, matrices, False, experts)
         self._launch(
             config,
-            config.program(Kind(grouped=groups is not None), all(matrix.rows % 4 == 0 for matrix in matrices)),
+            config.program(Kind(grouped=groups is not None), in_fours(matrices, out, ldo)),
             "gemm_linear",
             grid=config.grid(x.rows, row_tiles(matrices), self._facts.multiprocessors, experts),
             **_described(matrices),
@@ -141,7 +142,7 @@ class HopperInt8Gemm(Int8Gemm):
             m=x.rows,
             k=x.values.shape[1],
             out=out,
-            ldo=sum(matrix.rows for matrix in matrices),
+            ldo=ldo,
             out_scale=out_scale,
             bias=bias,
             add=int(add),

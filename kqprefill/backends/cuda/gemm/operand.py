@@ -137,12 +137,13 @@ class Gemm(ABC):
         add: bool,
         groups: Groups | None = None,
         out_scale: DeviceArray | None = None,
+        ldo: int | None = None,
     ) -> None:
         """out = a · [matrices, one under another]ᵀ + bias, and + out if `add`; float32 [as many rows, all matrices'
         rows]. With groups: halves, times *out_scale, and never + out.
 
         weight_scale: of the halves that the weights are multiplied as. bias: float32 [all rows], or [experts, rows], or
-        None.
+        None. ldo: values from one row of out to the next, where they are not all matrices' rows.
         """
 
     def heads(

@@ -101,6 +101,7 @@ class PortableGemm(Gemm):
         add: bool,
         groups: Groups | None = None,
         out_scale: DeviceArray | None = None,
+        ldo: int | None = None,
     ) -> None:
         k = a.format.padded(a.columns)
         if groups is not None:
@@ -123,7 +124,7 @@ class PortableGemm(Gemm):
                 self._dequantise(matrix, low - first, high - low, scratch, weight_scale, first_out=low - begin)
                 first += matrix.rows
             its_bias = None if bias is None else bias.rows(begin)
-            self._linear(a, scratch, end - begin, out.columns(begin), total, weight_scale, its_bias, add, None)
+            self._linear(a, scratch, end - begin, out.columns(begin), ldo or total, weight_scale, its_bias, add, None)
 
     def _linear(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 import math
 from typing import Any
@@ -93,42 +94,61 @@ class AttentionOps(BatchOps):
     def _heads(self, h: Operand, products: HeadProducts) -> tuple[Heads, DeviceArray | None]:
         """q, and the gates; k and v, where the layer has its own, go to where they are kept."""
         p, weights = products, products.weights
-        matrices = [self.matrix(w) for w in weights]
-        width = sum(matrix.rows for matrix in matrices)
-        bias = None
-        if any(w.bias is not None for w in weights):
-            bias, _ = self.context.small.vector(*(w.bias or m.rows for w, m in zip(weights, matrices)))
         attending = self.attending(p.head_dim, p.head_dim)
         self.hear(weights, h)
-        sums = self.work.array("qkv", FLOAT32, min(self.n, TOKENS_AT_ONCE), width)
         q = self.work.array("q", FLOAT16, self.n, p.nq, attending.config.head_dim)
         gates = self.work.array("gates", HALVES.dtype, self.n, HALVES.padded(p.q_width)) if p.gated else None
         k, v = self.states.keys_values(self.layer) if p.nkv else (None, None)
-        gemm = self.context.gemms.choose(matrices)
+        scales: list[DeviceArray] = []
         for t in range(0, self.n, TOKENS_AT_ONCE):
             end = min(t + TOKENS_AT_ONCE, self.n)
-            self.enter("linear", weights, end - t)
-            if p.kind is not None:
-                weight_scale = self.scales.of_weights(matrices, h.norm)
-                scales = self._rotated_scales(h, matrices, p)
-                output = self._heads_output(p.kind, t, (q, k, v), scales, p, attending)
-                if gemm.heads(h.part(t, end), matrices, output, weight_scale, bias):
-                    continue
-            self.multiply(h.part(t, end), matrices, sums.rows(0, end - t), bias)
-            self.enter("rest")
-            for norm, column in ((p.q_norm, 0), (p.k_norm, p.q_width)):
-                if norm is not None and len(norm.shape) == 1 and norm.shape != (p.head_dim,):
-                    self._normalise_all_heads(sums.rows(0, end - t).columns(column), norm, width)
-            scales = self._rotated_scales(h, matrices, p)
-            self._rotate(sums, t, end, (q, k, v), scales, p, attending, matrices[0].int8)
-            if gates is not None:
-                self._store_gates(sums.rows(0, end - t), gates.rows(t, end), p)
+            scales = self._make_heads(h.part(t, end), t, (q, k, v), gates, p, attending)
         if k is not None and v is not None:
             if attending.key_copies is not None:
                 self._copy_rows(k, v, attending.key_copies)
             self.states.note_scales(self.layer, *scales[1:])
             self._keys_values[self.layer] = Heads(k, scales[1], p.head_dim), Heads(v, scales[2], p.head_dim)
         return Heads(q, scales[0], p.head_dim), gates
+
+    def _make_heads(
+        self,
+        h: Operand,
+        t: int,
+        to: tuple[DeviceArray, DeviceArray | None, DeviceArray | None],
+        gates: DeviceArray | None,
+        products: HeadProducts,
+        attending: Attending,
+    ) -> list[DeviceArray]:
+        """Multiply the rows of h, tokens from number t on, and make heads of the sums; the scales of q, k and v."""
+        p = products
+        matrices = [self.matrix(w) for w in p.weights]
+        parts = p.parts(matrices)
+        weight_scales = [self.scales.of_weights(own, h.norm) for _, own in parts]
+        scales = self._rotated_scales(h, matrices, p)
+        for (part, own), weight_scale in zip(parts, weight_scales):
+            self.enter("linear", part.weights, h.rows)
+            bias = self._biases(part.weights, own)
+            if p.kind is not None:
+                output = self._heads_output(p.kind, t, to, scales, part, attending)
+                if self.context.gemms.choose(own).heads(h, own, output, weight_scale, bias):
+                    continue
+            width = sum(matrix.rows for matrix in own)
+            sums = self.work.array("qkv", FLOAT32, min(self.n, TOKENS_AT_ONCE), width).rows(0, h.rows)
+            self.multiply(h, own, sums, bias)
+            self.enter("rest")
+            for norm, column in ((p.q_norm, 0), (p.k_norm, p.q_width)):
+                if norm is not None and len(norm.shape) == 1 and norm.shape != (p.head_dim,):
+                    self._normalise_all_heads(sums.columns(column), norm, width)
+            self._rotate(sums, t, to, scales, part, attending, own[0].int8)
+            if gates is not None:
+                self._store_gates(sums, gates.rows(t, t + h.rows), p)
+        return scales
+
+    def _biases(self, weights: Sequence[Weight], matrices: Sequence[Matrix]) -> DeviceArray | None:
+        """Those of matrices one under another, zeros where one has none; None where none has one."""
+        if all(w.bias is None for w in weights):
+            return None
+        return self.context.small.vector(*(w.bias or m.rows for w, m in zip(weights, matrices)))[0]
 
     def _copy_rows(self, k: DeviceArray, v: DeviceArray, copies: DeviceArray) -> None:
         self.launcher.launch(
@@ -183,19 +203,18 @@ class AttentionOps(BatchOps):
         self,
         sums: DeviceArray,
         t: int,
-        end: int,
         to: tuple[DeviceArray, DeviceArray | None, DeviceArray | None],
         scales: list[DeviceArray],
         products: HeadProducts,
         attending: Attending,
         int8: bool,
     ) -> None:
-        """From the sums of tokens t to end - 1 to their heads, normalised, rotated and scaled. int8: how the sums were
-        made."""
+        """From the sums of tokens from number t on to their heads, normalised, rotated and scaled. int8: how the sums
+        were made."""
         p, rope = products, products.rope
         pairs = rope.width // 2 if rope is not None else 0
         given: dict[str, Any] = {
-            "grid": (end - t, -(-(p.nq + 2 * p.nkv) // _HEADS_A_BLOCK)),
+            "grid": (sums.shape[0], -(-(p.nq + 2 * p.nkv) // _HEADS_A_BLOCK)),
             "qkv": sums,
             "nq": p.nq,
             "nkv": p.nkv,
@@ -268,7 +287,6 @@ class AttentionOps(BatchOps):
             kind,
             nq=products.nq,
             nkv=products.nkv,
-            first=0,
             q_norm=self.vector(products.q_norm),
             k_norm=self.vector(products.k_norm),
             epsilon=self.config.norm_epsilon,

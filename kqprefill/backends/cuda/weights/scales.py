@@ -46,7 +46,7 @@ class Scales:
         return self._small.constant(np.ones(1, np.float32))
 
     def of_weights(self, matrices: Sequence[Matrix], norm: DeviceArray | None) -> DeviceArray:
-        """The scale of the halves that these matrices are multiplied as.
+        """The scale of the halves that these matrices, or those of them that are not in int8, are multiplied as.
 
         norm: the RMSNorm weight that their input was multiplied by, or None. Also measures their rows against it, which
         `of_outputs` asks for.
@@ -59,12 +59,12 @@ class Scales:
         return self._small.once(("weights", *(matrix.name for matrix in matrices)), *_SCALE, make)
 
     def _measure(self, matrices: Sequence[Matrix], norm: DeviceArray | None) -> DeviceArray:
-        """Measure matrices' rows; the bits of their largest magnitude."""
+        """Measure matrices' rows; the bits of the largest magnitude of those that are not in int8."""
         largest = self._work.array("absmax", UINT32, 1)
         self._gpu.zero(largest.address, largest.nbytes)
         for matrix in matrices:
             if matrix.int8:
-                self._measure_int8(matrix, norm, largest)
+                self._measure_int8(matrix, norm)
                 continue
             self._launcher.launch(
                 weight_program(matrix.type),
@@ -80,8 +80,8 @@ class Scales:
             )
         return largest
 
-    def _measure_int8(self, matrix: Matrix, norm: DeviceArray | None, largest: DeviceArray) -> None:
-        """The same of a matrix in int8, with room for what rounding its inputs adds to them."""
+    def _measure_int8(self, matrix: Matrix, norm: DeviceArray | None) -> None:
+        """Measure the rows of a matrix in int8, with room for what rounding its inputs adds to them."""
         self._launcher.launch(
             INT8,
             "measure_int8",
@@ -93,7 +93,7 @@ class Scales:
             groups=matrix.units,
             input=norm,
             row_norm=self.row_norms(matrix),
-            absmax=largest,
+            absmax=self._work.array("absmax of int8", UINT32, 1),
         )
 
     def absmax(self, matrix: Matrix) -> float:
