@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+import ctypes
 import fcntl
 import mmap
 import os
@@ -27,6 +28,7 @@ class InMemoryFile:
         a byte to before another, that which is written first."""
         os.ftruncate(handle, nbytes)
         self._mapped = mmap.mmap(handle, nbytes)
+        self._address = np.frombuffer(self._mapped, np.uint8, 1).ctypes.data
         self._thread = ThreadPoolExecutor(1, "reserve")
         numbers = (number for part in (*order, (0, nbytes)) for number in _pieces(*part))
         self._reserved: dict[int, Future[None]] = {}
@@ -39,8 +41,18 @@ class InMemoryFile:
         """Copy bytes to their place; from any thread. Raises OSError where the file system is full."""
         for number in _pieces(offset, offset + len(data)):
             self._reserved[number].result()  # or a file system that is full would end the process (SIGBUS)
-        if data:
-            np.frombuffer(self._mapped, np.uint8, len(data), offset)[:] = np.frombuffer(data, np.uint8)
+        if not data:
+            return
+        np.frombuffer(self._mapped, np.uint8, len(data), offset)[:] = np.frombuffer(data, np.uint8)
+        self._part_with(offset, offset + len(data))
+
+    def _part_with(self, begin: int, end: int) -> None:
+        """Unmap what lies in whole pages, while others copy: at the end a thread alone would take a while for all. (The
+        file keeps it. ctypes lets others run meanwhile, where mmap.madvise does not.)"""
+        begin, end = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+        if begin < end:
+            where, count = ctypes.c_void_p(self._address + begin), ctypes.c_size_t(end - begin)
+            ctypes.CDLL(None).madvise(where, count, mmap.MADV_DONTNEED)
 
     def close(self) -> None:
         """To be called once nothing is being put there."""

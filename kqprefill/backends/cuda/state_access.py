@@ -257,8 +257,8 @@ def _scaled(
     """float32 or float16 rows times a power of two, as halves; None where one is too large for that. out: where those
     made of halves go, which may be these themselves; a new array unless given.
 
-    Halves get it added to their exponents: to go through float32 takes thirty times as long (NumPy 2.4). Each of the few
-    calls that do so has all rows: between calls a thread waits for its turn, and there are a dozen of them. Their
+    Halves get it added to their exponents: to go through float32 takes several times as long (NumPy 2.5). Each of the
+    few calls that do so has all rows: between calls a thread waits for its turn, and there are a dozen of them. Their
     intermediate values stay where they were the time before: the system would zero new memory.
     """
     power = math.frexp(scale)[1] - 1
