@@ -1,5 +1,6 @@
 """State files byte by byte, without a model."""
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 import errno
@@ -141,6 +142,21 @@ def test_a_file_in_memory_has_the_same_bytes(rng, tmp_path, monkeypatch):
             with whole_file(Path(folder) / "full") as file, closing(StateWriter(file, *of)) as writer:
                 fill(writer, 9, rows, states)
         assert os.listdir(folder) == ["state"] and len(calls) > 1
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="there is no tmpfs at /dev/shm")
+def test_pieces_of_a_file_in_memory_keep_each_other(rng, monkeypatch):
+    """By several threads, cut within pages, which are unmapped as they are written."""
+    monkeypatch.setattr(in_memory, "_PIECE", 3 * 4096)
+    data = rng.integers(0, 256, 200_001, np.uint8)
+    cuts = np.sort(rng.choice(np.arange(1, data.size), 40, replace=False)).tolist()
+    with tempfile.TemporaryFile(dir="/dev/shm") as file:
+        with closing(in_memory.InMemoryFile(file.fileno(), data.size, [(100_000, 150_000)])) as mapped:
+            parts = [(begin, memoryview(data[begin:end])) for begin, end in zip([0, *cuts], [*cuts, data.size])]
+            with ThreadPoolExecutor(4) as pool:
+                for done in [pool.submit(mapped.put, part, begin) for begin, part in reversed(parts)]:
+                    done.result()
+        assert file.read() == data.tobytes()
 
 
 def test_tokens_of_a_piece(rng, tmp_path):
