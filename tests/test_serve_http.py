@@ -314,6 +314,15 @@ def test_a_signal_has_what_waits_answered_first(number):
             socket.create_connection(("127.0.0.1", server.port), timeout=5)
 
 
+def test_a_signal_that_was_blocked_for_us_is_heard():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        with served() as server:
+            assert server.end() == (0, "")
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def test_a_client_that_does_not_read_is_left():
     """Its answer, 6 MB, is larger than what the system keeps for it."""
     asked = {"prompt": [[7] * 1500] * 10, "max_tokens": 0, "echo": True, "logprobs": 20}

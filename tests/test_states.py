@@ -1,5 +1,7 @@
 """State files byte by byte, without a model."""
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 import errno
 import os
@@ -14,7 +16,7 @@ import pytest
 
 from kqprefill.core import Recurrent
 from kqprefill.errors import InputError, KqprefillError, StateError
-from kqprefill.states import FORMATS, TYPES
+from kqprefill.states import FORMATS, TYPES, in_memory
 from kqprefill.states.elements import ELEMENTS, decode, encode, key_rotation, rotate, value_rotation
 from kqprefill.states.layout import AttentionLayer, StateOptions, StateShape
 from kqprefill.states.read import StateFile
@@ -63,8 +65,7 @@ def fill(writer, n, rows, states, piece=4):
 
 
 def write(path, shape, options, tokens, cells, rows, states, piece=4):
-    with open(path, "wb") as file:
-        writer = StateWriter(file, shape, options, tokens, cells)
+    with open(path, "wb") as file, closing(StateWriter(file, shape, options, tokens, cells)) as writer:
         fill(writer, len(tokens), rows, states, piece)
     assert path.stat().st_size == writer.layout.nbytes
 
@@ -118,27 +119,44 @@ def test_a_file_in_memory_has_the_same_bytes(rng, tmp_path, monkeypatch):
     shape = SHAPES["hybrid"]
     rows, states = content(shape, rng, 9)
     options = StateOptions("ggsn-11", values="f32", transposed=True)
-    write(tmp_path / "state", shape, options, list(range(9)), 8, rows, states)
+    of = shape, options, list(range(9)), 8
+    write(tmp_path / "state", *of, rows, states)
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         path = Path(folder) / "state"
-        with whole_file(path) as file:
-            fill(StateWriter(file, shape, options, list(range(9)), 8), 9, rows, states)
+        monkeypatch.setattr(in_memory, "_PIECE", 4096)
+        with whole_file(path) as file, closing(StateWriter(file, *of)) as writer:
+            fill(writer, 9, rows, states)
         assert path.read_bytes() == (tmp_path / "state").read_bytes()
-        write(path, shape, options, list(range(9)), 8, rows, states)  # open for writing only: not through a mapping
+        write(path, *of, rows, states)  # open for writing only: not through a mapping
         assert path.read_bytes() == (tmp_path / "state").read_bytes()
         reserve, calls = os.posix_fallocate, []
 
         def full(handle, offset, nbytes):
             calls.append(offset)
-            if len(calls) > 9:
+            if len(calls) > 1:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             reserve(handle, offset, nbytes)
 
         monkeypatch.setattr(os, "posix_fallocate", full)
         with pytest.raises(KqprefillError, match=r"full: cannot be written: No space left"):  # noqa: SIM117
-            with whole_file(Path(folder) / "full") as file:
-                fill(StateWriter(file, shape, options, list(range(9)), 8), 9, rows, states)
-        assert os.listdir(folder) == ["state"] and len(calls) == 10
+            with whole_file(Path(folder) / "full") as file, closing(StateWriter(file, *of)) as writer:
+                fill(writer, 9, rows, states)
+        assert os.listdir(folder) == ["state"] and len(calls) > 1
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="there is no tmpfs at /dev/shm")
+def test_pieces_of_a_file_in_memory_keep_each_other(rng, monkeypatch):
+    """By several threads, cut within pages, which are unmapped as they are written."""
+    monkeypatch.setattr(in_memory, "_PIECE", 3 * 4096)
+    data = rng.integers(0, 256, 200_001, np.uint8)
+    cuts = np.sort(rng.choice(np.arange(1, data.size), 40, replace=False)).tolist()
+    with tempfile.TemporaryFile(dir="/dev/shm") as file:
+        with closing(in_memory.InMemoryFile(file.fileno(), data.size, [(100_000, 150_000)])) as mapped:
+            parts = [(begin, memoryview(data[begin:end])) for begin, end in zip([0, *cuts], [*cuts, data.size])]
+            with ThreadPoolExecutor(4) as pool:
+                for done in [pool.submit(mapped.put, part, begin) for begin, part in reversed(parts)]:
+                    done.result()
+        assert file.read() == data.tobytes()
 
 
 def test_tokens_of_a_piece(rng, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 import math
 from pathlib import Path
@@ -319,3 +320,11 @@ def test_weights_that_choose_experts_choose_all(rng: np.random.Generator) -> Non
         bias = file.tensors["blk.3.exp_probs_b.bias"].data.view(np.float32)
     chosen = np.argsort(1 / (1 + np.exp(-rng.standard_normal((2000, 256)))) + bias)[:, -8:]
     assert (np.bincount(chosen.reshape(-1), minlength=256) / (2000 * 8 / 256)).min() > 0.2
+
+
+def test_threads_have_one_array_between_them() -> None:
+    """Two devices' threads ask for the same weights at once: each of an array's pages is locked for either."""
+    with SyntheticFile.named("qwen3-0.6b:Q4_K") as file, ThreadPoolExecutor(4) as pool:
+        tensor = file.tensors["blk.0.ffn_up.weight"]
+        first, *others = pool.map(lambda _: tensor.data, range(4))
+        assert all(other.ctypes.data == first.ctypes.data for other in others)

@@ -2,8 +2,10 @@
 read."""
 
 import ctypes
+import gc
 import mmap
 from types import SimpleNamespace
+import weakref
 
 from cuda.bindings import driver as cuda
 import numpy as np
@@ -119,3 +121,19 @@ def test_pages_are_unlocked_after_their_last_copy(monkeypatch, rng):
         uploader._pages._leaving.popitem()[1].result()
     assert unlocked and all(recorded >= copied for recorded, copied in unlocked)
     uploader.close()
+
+
+def test_memory_stays_while_it_is_locked():
+    """Else the system may put new memory there, which then counts as locked."""
+    device = SimpleNamespace(set_current=lambda: None, create_event=lambda: SimpleNamespace(sync=lambda: None))
+    driver = SimpleNamespace(cuMemHostUnregister=lambda address: None)
+    pages = host_pages.HostPages(SimpleNamespace(device=device, driver=driver, lock=lambda *_, **__: 0), keep=0)
+    mapping = mmap.mmap(-1, 1 << 16)
+    here = weakref.ref(mapping)
+    [(window, _)] = pages.pieces(np.frombuffer(mapping, np.uint8))
+    assert pages.lock(window)
+    del mapping, window, _
+    assert here() is not None
+    pages.close()
+    gc.collect()
+    assert here() is None

@@ -27,11 +27,14 @@ def raise_signal(number: int, frame: FrameType | None = None) -> NoReturn:
 
 
 def on_signals(handler: Callable[[int, FrameType | None], Any]) -> dict[int, Any]:
-    """Have a handler called for the signals that end a run, unless whoever started us has them ignored (nohup).
+    """Have a handler called for the signals that end a run, unless whoever started us has them ignored (nohup). Where
+    they were blocked for us they no longer are: they would wait until the end, and a server has none.
 
     Returns the handlers before, by signal.
     """
     heard = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, heard)
     return {number: signal.signal(number, handler) for number in heard}
 
 

@@ -85,8 +85,12 @@ class Saving:
         cells: int,
     ) -> None:
         self._backend, self._family, self._options, self._cells = backend, family, options, cells
-        self._writer = StateWriter(file, state_shape(family), options, tokens, cells)
         self._access: StateAccess = backend.state_access(family, cache)
+        try:
+            self._writer = StateWriter(file, state_shape(family), options, tokens, cells)
+        except BaseException:
+            self._access.close()
+            raise
         self._pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
         self._reader = ThreadPoolExecutor(1)  # waits until there is room for more rows, so that no launch does
         self._read: list[Future[None]] = []
@@ -150,6 +154,7 @@ class Saving:
     def __exit__(self, *error: object) -> None:
         self._reader.shutdown(cancel_futures=True)
         self._pool.shutdown(cancel_futures=False)
+        self._writer.close()
         self._access.close()
 
 

@@ -1,17 +1,10 @@
-"""Write a state file, its pieces in any order and from several threads.
-
-Linux writes into a file one thread after another. Of a file in memory (tmpfs) that copying is all the work, so its
-pieces go through mappings instead, which threads fill side by side.
-"""
+"""Write a state file, its pieces in any order and from several threads."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-import fcntl
-import mmap
 import os
-from pathlib import Path
 import tempfile
 from typing import Any, BinaryIO
 
@@ -21,11 +14,13 @@ from numpy.typing import NDArray
 from ..core import Float32Array
 from ..errors import InputError, KqprefillError
 from .elements import encode, rotate
+from .in_memory import InMemoryFile, in_memory
 from .layout import Layout, Rows, StateOptions, StateShape, layout
 
 
 class StateWriter:
-    """Of the first `cells` of a sequence's tokens, to a file that is open for writing and empty.
+    """Of the first `cells` of a sequence's tokens, to a file that is open for writing and empty; to be closed, which
+    leaves the file open.
 
     Raises InputError where the model's rows cannot be stored so, or the file cannot be written in places (a pipe);
     OSError.
@@ -38,9 +33,18 @@ class StateWriter:
         self.layout: Layout = layout(shape, options, tokens, cells)
         if not file.seekable():
             raise InputError("a state is written layer by layer, in several places of its file: it cannot go to a pipe")
-        self._in_memory = _in_memory(file.fileno())
+        self._in_memory: InMemoryFile | None = None
         for offset, data in self.layout.fixed:
             self._put(data, offset)
+        if in_memory(file.fileno()):
+            self._in_memory = InMemoryFile(file.fileno(), self.layout.nbytes, self._order())
+
+    def _order(self) -> Iterator[tuple[int, int]]:
+        """The parts of the file as layers come: keys and values of each are apart."""
+        for _, place in sorted(self.layout.attention.items()):
+            for rows in (place.keys, place.values):
+                if rows is not None:
+                    yield rows.offset, rows.offset + rows.nbytes
 
     def rows(self, layer: int, first: int, keys: NDArray[Any], values: NDArray[Any] | None) -> None:
         """A layer's rows of tokens from `first` on, of which those that have no cell are left out: real values, float32
@@ -78,34 +82,17 @@ class StateWriter:
 
     def _put(self, data: bytes | NDArray[np.uint8], offset: int) -> None:
         view = memoryview(data if isinstance(data, bytes) else data.data).cast("B")
-        if self._in_memory and view:
-            _put_through_mapping(self._file.fileno(), view, offset)
+        if self._in_memory is not None:
+            self._in_memory.put(view, offset)
             return
         while view:
             done = os.pwrite(self._file.fileno(), view, offset)
             view, offset = view[done:], offset + done
 
-
-def _in_memory(handle: int) -> bool:
-    """Whether a file lies in tmpfs, and is open for reading too, as a mapping wants it."""
-    device = os.fstat(handle).st_dev
-    mounted = f"{os.major(device)}:{os.minor(device)}"
-    try:
-        mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines()]
-    except OSError:  # no Linux
-        return False
-    # proc_pid_mountinfo(5): the third field is the device; the type comes after a field that is "-".
-    if not any(fields[2] == mounted and fields[fields.index("-") + 1] == "tmpfs" for fields in mounts):
-        return False
-    return fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
-
-
-def _put_through_mapping(handle: int, data: memoryview, offset: int) -> None:
-    """Copy bytes into a file in memory. Raises OSError, where there is no room for them."""
-    os.posix_fallocate(handle, offset, len(data))  # or a file system that is full would end the process (SIGBUS)
-    before = offset % mmap.ALLOCATIONGRANULARITY
-    with mmap.mmap(handle, before + len(data), offset=offset - before) as mapped:
-        np.frombuffer(mapped, np.uint8, offset=before)[:] = np.frombuffer(data, np.uint8)  # others run meanwhile
+    def close(self) -> None:
+        """To be called once nothing is being written."""
+        if self._in_memory is not None:
+            self._in_memory.close()
 
 
 @contextmanager

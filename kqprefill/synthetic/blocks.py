@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import cache
 import mmap
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -18,16 +19,28 @@ from ..gguf.model_file import nbytes_of
 from ..gguf.types import GGML, GGML_QUANT_SIZES
 
 _POOL_BLOCKS = 8192  # of a type that block_pool.npz does not have
+_drawing = Lock()  # two devices' threads want the same tensors at once
 
 
-@cache
 def random_weights(shape: tuple[int, ...], kind: GGML, name: str) -> NDArray[np.uint8]:
     """A tensor's data, uint8 [..., row bytes]: blocks drawn from the pool; the weights of vectors and norms (F32) are
     spread about 1, or -1 where they are rates of decay, or little about 0 where they choose experts, of which all are
     used then; rope_freqs, which Gemma 4's files must have, let a quarter of the pairs turn.
 
-    The same for the same arguments.
+    The same array for the same arguments, whichever thread asks.
     """
+    with _drawing:
+        return _drawn(shape, kind, name)
+
+
+def forget_weights() -> None:
+    """Have all that were made given back, once nobody uses them."""
+    with _drawing:
+        _drawn.cache_clear()
+
+
+@cache
+def _drawn(shape: tuple[int, ...], kind: GGML, name: str) -> NDArray[np.uint8]:
     if name == "rope_freqs":
         return np.where(np.arange(shape[0]) < shape[0] // 4, 1, 1e30).astype(np.float32).view(np.uint8)
     rng = np.random.default_rng([*shape, int(kind), *name.encode()])

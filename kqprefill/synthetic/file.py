@@ -17,7 +17,7 @@ from ..gguf.types import GGML
 from ..gguf.vocabulary import byte_pieces
 from ..models import describe_model
 from ..models.weights import BY_ROW
-from .blocks import random_weights
+from .blocks import forget_weights, random_weights
 from .shapes import RECIPES, SHAPES, Shape, TypeOf, fitting_type, recipe_types
 
 
@@ -118,7 +118,7 @@ class SyntheticFile:
 
     def close(self) -> None:
         """Forget the weights that were made, of every SyntheticFile."""
-        random_weights.cache_clear()
+        forget_weights()
 
     def __enter__(self) -> SyntheticFile:
         return self

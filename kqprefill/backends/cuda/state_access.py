@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 import math
 from queue import SimpleQueue
-from threading import Lock
+from threading import Lock, local
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,6 @@ _SLOTS, _SLOT_BYTES = 16, 8 << 20  # each is made when there is none that is fre
 _NEVER = np.float32(-1e30)  # of a token that changes no recurrence: its step is softplus(this), its beta sigmoid(this)
 _HOST_PIECE = 4096  # tokens
 _ONE_MORE, _MOST_POWER = 1 << 10, 30  # of a half's exponent: one step among its bits; all of them
-_BLOCK = 64 << 10  # bytes of halves that are scaled at a time
 _WRITTEN = 2 << 20  # bytes of rows that a thread scales at a time: what its caches hold
 
 
@@ -235,14 +234,32 @@ def _cut(rows: NDArray[Any], state: LayerState, number: int) -> NDArray[Any]:
     return rows[..., : state.head_dim]
 
 
+class _Spare(local):
+    """Arrays of a thread's, which it has again and again."""
+
+    def __init__(self) -> None:
+        self._twice, self._less = np.empty(0, np.uint16), np.empty(0, np.bool_)
+
+    def arrays(self, shape: tuple[int, ...]) -> tuple[NDArray[np.uint16], NDArray[np.bool_]]:
+        """Of that shape, with whatever was there before."""
+        size = math.prod(shape)
+        if self._twice.size < size:
+            self._twice, self._less = np.empty(size, np.uint16), np.empty(size, np.bool_)
+        return self._twice[:size].reshape(shape), self._less[:size].reshape(shape)
+
+
+_spare = _Spare()
+
+
 def _scaled(
     rows: NDArray[Any], scale: np.float32, out: NDArray[np.float16] | None = None
 ) -> NDArray[np.float16] | None:
     """float32 or float16 rows times a power of two, as halves; None where one is too large for that. out: where those
     made of halves go, which may be these themselves; a new array unless given.
 
-    Halves get it added to their exponents: to go through float32 takes several times as long (NumPy 2.4). They do so a
-    block at a time, for which no memory is asked of the system, which would zero it.
+    Halves get it added to their exponents: to go through float32 takes several times as long (NumPy 2.5). Each of the
+    few calls that do so has all rows: between calls a thread waits for its turn, and there are a dozen of them. Their
+    intermediate values stay where they were the time before: the system would zero new memory.
     """
     power = math.frexp(scale)[1] - 1
     if rows.dtype != np.float16 or abs(power) > _MOST_POWER:
@@ -250,19 +267,17 @@ def _scaled(
             halves = (rows * scale).astype(np.float16)
         return halves if all_finite(halves) else None
     out = np.empty(rows.shape, np.float16) if out is None else out
-    added, step = power * _ONE_MORE, max(1, _BLOCK // max(1, rows[:1].nbytes))
-    least = max(0, -added)
-    for at in range(0, len(rows), step):
-        block, to = rows[at : at + step], out[at : at + step]
-        exponents = block.view(np.uint16) & EXPONENT
-        if int(exponents.max(initial=0)) + max(0, added) >= EXPONENT:
-            return None
-        # Zeros, and what is less than any half with all its digits, there or then.
-        small = exponents <= least if exponents.min(initial=EXPONENT) <= least else None
-        exact = None if small is None else block[small] * scale
-        np.add(block.view(np.uint16), np.uint16(added & 0xFFFF), out=to.view(np.uint16))
-        if small is not None:
-            to[small] = exact
+    bits, added = rows.view(np.uint16), power * _ONE_MORE
+    twice, less = _spare.arrays(rows.shape)
+    np.add(bits, bits, out=twice)  # without the sign: twice the exponent's bits and the mantissa's
+    if int(twice.max(initial=0)) + 2 * max(0, added) >= 2 * int(EXPONENT):
+        return None
+    # Zeros, and what is less than any half with all its digits, there or then.
+    np.less(twice, 2 * (max(0, -added) + _ONE_MORE), out=less)
+    small = np.unravel_index(np.flatnonzero(less), rows.shape)
+    exact = rows[small] * scale
+    np.add(bits, np.uint16(added & 0xFFFF), out=out.view(np.uint16))
+    out[small] = exact
     return out
 
 

@@ -15,9 +15,9 @@ import numpy as np
 from ....errors import BackendError
 
 _importing = Lock()
-# Two threads page-lock memory at once where a model is loaded on two devices. Where both were the same device, and six
-# processes did so, cuMemHostAlloc failed in one of four (CUDA_ERROR_ALREADY_MAPPED), with this lock, too; why, is not
-# known.
+# Two threads page-lock memory at once where a model is loaded on two devices. That was seen to fail
+# (CUDA_ERROR_ALREADY_MAPPED), with this lock, too: what was locked had been given back, and its addresses were new
+# memory's (host_pages._Window keeps it since).
 _locking = Lock()
 _OLDEST = (8, 0)  # cp.async and mma.m16n8k16
 _OLDEST_DRIVER = 13000  # its CUDA version: what cuda-python 13 and NVRTC 13's CUBINs ask for
@@ -167,7 +167,11 @@ class Gpu:
         check(self.driver.cuMemcpyHtoDAsync(address, array.ctypes.data, array.nbytes, (stream or self.stream).handle))
 
     def download(self, array: np.ndarray[Any, Any], address: int) -> None:
-        """Copy from a device address into a host array; waits for all that was launched before it."""
+        """Copy from a device address into a host array; waits for all that was launched before it.
+
+        It waits first: such a copy that waits for what was launched keeps other threads from copying meanwhile.
+        """
+        self.stream.sync()
         check(self.driver.cuMemcpyDtoHAsync(array.ctypes.data, address, array.nbytes, self.stream.handle))
         self.stream.sync()
 

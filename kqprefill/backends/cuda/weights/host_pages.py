@@ -102,7 +102,8 @@ class HostPages:
 class _Window:
     """The part of a window of addresses that an array's mapping covers.
 
-    Memory that is no mapping shares its pages with who knows what, and is not `lockable`.
+    Memory that is no mapping shares its pages with who knows what, and is not `lockable`. A mapping stays as long as
+    the window: new memory that the system puts where pages are still locked cannot be locked.
     """
 
     def __init__(self, array: NDArray[Any], address: int, length: int) -> None:
@@ -111,6 +112,7 @@ class _Window:
         first, owner = array.ctypes.data, array.base
         owner = owner.obj if isinstance(owner, memoryview) else owner
         self.lockable, self.writeable = isinstance(owner, mmap.mmap), array.flags.writeable
+        self._mapping = owner
         self.begin = max(address, first)
         self.end = min(address + length, -(-(first + array.nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE)
 
