@@ -16,6 +16,7 @@ from kqprefill.gguf.types import GGML
 from kqprefill.models import read_model
 from kqprefill.synthetic import Shape, SyntheticFile, SyntheticTensor
 from launches import Facts, launches_of
+from op_models import DELTA
 from test_int8 import close_to, device, grouped, sizes  # noqa: F401  # a fixture, too
 
 
@@ -86,19 +87,29 @@ def kernels_of(shape, types, kernels):
 
 
 DENSE = Shape("qwen3", 2, 512, 8, 2, 64, 768, 320, 4096, 1e6)
+GATED = Shape("qwen35", 2, 512, 4, 1, 256, 512, 320, 4096, 1e6, more=DELTA | {"full_attention_interval": 2})
 EXPERTS = Shape("qwen3moe", 2, 512, 8, 2, 64, 256, 320, 4096, 1e6, experts=16, used=3)
 
 
 @pytest.mark.parametrize("kernels", ["auto", "portable"])
 def test_what_q_k_and_v_launch(kernels):
-    """In the first layer one product of halves; then q in int8, and k and v behind it, in the same rows."""
+    """In the first layer one product of halves; then q in int8, and k and v, of each of which heads are made."""
     launched = kernels_of(DENSE, {}, kernels)
-    width = 512 + 2 * 128
+    made = [at for at, (_, kernel, _) in enumerate(launched) if kernel in ("rotate_qkv", "gemm_heads")]
+    assert [(launched[at][2]["nq"], launched[at][2]["nkv"]) for at in made] == [(8, 2), (8, 0), (0, 2)]
+    products = [launched[at if launched[at][1] == "gemm_heads" else at - 1][0] for at in made]
+    assert ["int8" in source for source in products] == [False, True, False]
+
+
+@pytest.mark.parametrize("kernels", ["auto", "portable"])
+def test_what_q_with_gates_and_k_and_v_launch(kernels):
+    """Each kind goes to its own columns of the same rows, of which the heads are made together."""
+    launched = kernels_of(GATED, {}, kernels)
+    width = 2 * 4 * 256 + 2 * 256
     side_by_side = [(s, given) for s, kernel, given in launched if kernel == "gemm_linear" and given["ldo"] == width]
     sums = side_by_side[0][1]["out"].address
-    kinds = ["int8" in source for source, _ in side_by_side]
-    assert kinds == [False, True, False]
-    assert [(given["out"].address - sums) // 4 for _, given in side_by_side] == [0, 0, 512]
+    own = [((given["out"].address - sums) // 4, "int8" in source) for source, given in side_by_side]
+    assert (0, True) in own and {at for at, int8 in own if not int8} >= {2 * 4 * 256}
 
 
 @pytest.mark.parametrize("kernels", ["auto", "portable"])
