@@ -121,7 +121,7 @@ struct Rotation {
 // tokens'; null where they are in order. Where beta > 0, q at position p becomes (1 + beta ln(1 + p / beta_length))
 // times as large, with p / beta_length rounded down. gated: 1 where each head of q is followed by as many gates, which
 // this passes over (gates.cu), else 0. v_is_k: 1 where qkv has no columns of v, which is made of k's. int8: 1 where q
-// and k were multiplied in int8.
+// was multiplied in int8.
 extern "C" __global__ void __launch_bounds__(32 * kWarps)
     rotate_qkv(const float* qkv, half_t* q, half_t* k, half_t* v, int nq, int nkv, int head_dim, int padded,
                const float* q_norm, const float* k_norm, int v_normed, float epsilon, const float2* table, int pairs,

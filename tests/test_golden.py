@@ -85,7 +85,7 @@ def test_int8_of_gemma3_270m(gemma, text):
         ids = exact.tokenize(text)[:320]
         assert len(ids) == 320
         expected, got = (model.prefill(ids, logits="all").logits for model in (exact, rounded))
-        assert 1e-3 < kl_divergence(expected, got) <= 3e-3
+        assert 1e-3 < kl_divergence(expected, got) <= 4e-3
         cache = rounded.new_cache(320)
         pieces = [rounded.prefill(ids[at : at + 90], logits="all", cache=cache).logits for at in range(0, 320, 90)]
         assert (np.concatenate(pieces) == got).all()

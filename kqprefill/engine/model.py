@@ -364,7 +364,7 @@ def open_model(
         family = read_model(file)
         opened = open_backend(backend, device, kernels, warn or _warn)
         if how == "int8" and not any(takes_int8(weight) for weight in family.matrices()):
-            (warn or _warn)("--precision int8 changes nothing: it leaves matrices in float formats as they are")
+            (warn or _warn)("--precision int8 changes nothing: it leaves the first layer and float formats as they are")
         opened.load(family, progress or no_progress, budget, max_tokens, ranks, how)
     except BaseException:
         if opened is not None:

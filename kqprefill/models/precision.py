@@ -8,8 +8,7 @@ QuaRot (arXiv 2404.00456) rotates so; llama.cpp multiplies x in int8, too, by bl
 
 Which matrices: the large ones of layers, but for what costs little and errs most (docs/performance.md has the numbers).
 - Matrices in float formats stay exact: llama.cpp does not round what these are multiplied by to 8 bits, either.
-- Those of keys and values stay exact: several heads of queries share each of their errors, and they are small.
-- In the first layer all but the network stay exact: its attention's error goes through everything after it.
+- The first layer stays exact: its error goes through everything after it.
 """
 
 from __future__ import annotations
@@ -26,20 +25,16 @@ ROTATED = 128  # columns that are rotated together
 # The large matrices of layers, by their GGUF names between `blk.N.` and `.weight`; those of experts end in _exps. The
 # output matrix, routers and the small matrices that steps, decays and gates come from stay exact.
 _INT8 = frozenset(
-    "attn_q attn_qkv attn_output attn_gate attn_q_a attn_q_b ffn_gate ffn_up ffn_down "
+    "attn_q attn_k attn_v attn_qkv attn_output attn_gate attn_q_a attn_q_b attn_kv_a_mqa ffn_gate ffn_up ffn_down "
     "ffn_gate_exps ffn_up_exps ffn_gate_up_exps ffn_down_exps ffn_gate_shexp ffn_up_shexp ffn_down_shexp "
     "ffn_gate_chexps ffn_up_chexps ffn_down_chexps ssm_in ssm_out shortconv.in_proj shortconv.out_proj".split()
 )
-_KEYS_VALUES = frozenset(["attn_k", "attn_v"])  # also as parts of attn_qkv
 _FLOATS = frozenset([GGML.F32, GGML.F16, GGML.BF16])
 
 
 def takes_int8(weight: Weight) -> bool:
-    """Whether a matrix, or a part of one ("blk.0.attn_qkv.weight[attn_k]"), is multiplied in int8 where a model is
-    opened so."""
-    whole, _, part = weight.name.partition("[")
-    block, _, name = whole.removesuffix(".weight").partition(".")
+    """Whether a matrix, or a part of one ("blk.1.ssm_in.weight[0:256]"), is multiplied in int8 where a model is opened
+    so."""
+    block, _, name = weight.name.partition("[")[0].removesuffix(".weight").partition(".")
     layer, _, name = name.partition(".")
-    if block != "blk" or name not in _INT8 or part.rstrip("]") in _KEYS_VALUES or weight.tensor.type in _FLOATS:
-        return False
-    return layer != "0" or name.startswith("ffn_")
+    return block == "blk" and layer != "0" and name in _INT8 and weight.tensor.type not in _FLOATS

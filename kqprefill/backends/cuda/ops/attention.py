@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 import math
 from typing import Any
@@ -120,35 +119,30 @@ class AttentionOps(BatchOps):
         attending: Attending,
     ) -> list[DeviceArray]:
         """Multiply the rows of h, tokens from number t on, and make heads of the sums; the scales of q, k and v."""
-        p = products
-        matrices = [self.matrix(w) for w in p.weights]
-        parts = p.parts(matrices)
-        weight_scales = [self.scales.of_weights(own, h.norm) for _, own in parts]
+        p, weights = products, products.weights
+        matrices = [self.matrix(w) for w in weights]
+        width = sum(matrix.rows for matrix in matrices)
+        bias = None
+        if any(w.bias is not None for w in weights):
+            bias, _ = self.context.small.vector(*(w.bias or m.rows for w, m in zip(weights, matrices)))
+        # Also where the GEMM makes the heads: batches of fewer tokens may need them, and take no more memory.
+        sums = self.work.array("qkv", FLOAT32, min(self.n, TOKENS_AT_ONCE), width).rows(0, h.rows)
+        self.enter("linear", weights, h.rows)
+        weight_scale = self.scales.of_weights(matrices, h.norm)
         scales = self._rotated_scales(h, matrices, p)
-        for (part, own), weight_scale in zip(parts, weight_scales):
-            self.enter("linear", part.weights, h.rows)
-            bias = self._biases(part.weights, own)
-            if p.kind is not None:
-                output = self._heads_output(p.kind, t, to, scales, part, attending)
-                if self.context.gemms.choose(own).heads(h, own, output, weight_scale, bias):
-                    continue
-            width = sum(matrix.rows for matrix in own)
-            sums = self.work.array("qkv", FLOAT32, min(self.n, TOKENS_AT_ONCE), width).rows(0, h.rows)
-            self.multiply(h, own, sums, bias)
-            self.enter("rest")
-            for norm, column in ((p.q_norm, 0), (p.k_norm, p.q_width)):
-                if norm is not None and len(norm.shape) == 1 and norm.shape != (p.head_dim,):
-                    self._normalise_all_heads(sums.columns(column), norm, width)
-            self._rotate(sums, t, to, scales, part, attending, own[0].int8)
-            if gates is not None:
-                self._store_gates(sums, gates.rows(t, t + h.rows), p)
+        if p.kind is not None:
+            output = self._heads_output(p.kind, t, to, scales, p, attending)
+            if self.context.gemms.choose(matrices).heads(h, matrices, output, weight_scale, bias):
+                return scales
+        self.multiply(h, matrices, sums, bias)
+        self.enter("rest")
+        for norm, column in ((p.q_norm, 0), (p.k_norm, p.q_width)):
+            if norm is not None and len(norm.shape) == 1 and norm.shape != (p.head_dim,):
+                self._normalise_all_heads(sums.columns(column), norm, width)
+        self._rotate(sums, t, to, scales, p, attending, matrices[0].int8)
+        if gates is not None:
+            self._store_gates(sums, gates.rows(t, t + h.rows), p)
         return scales
-
-    def _biases(self, weights: Sequence[Weight], matrices: Sequence[Matrix]) -> DeviceArray | None:
-        """Those of matrices one under another, zeros where one has none; None where none has one."""
-        if all(w.bias is None for w in weights):
-            return None
-        return self.context.small.vector(*(w.bias or m.rows for w, m in zip(weights, matrices)))[0]
 
     def _copy_rows(self, k: DeviceArray, v: DeviceArray, copies: DeviceArray) -> None:
         self.launcher.launch(
@@ -209,7 +203,7 @@ class AttentionOps(BatchOps):
         attending: Attending,
         int8: bool,
     ) -> None:
-        """From the sums of tokens from number t on to their heads, normalised, rotated and scaled. int8: how the sums
+        """From the sums of tokens from number t on to their heads, normalised, rotated and scaled. int8: how q's sums
         were made."""
         p, rope = products, products.rope
         pairs = rope.width // 2 if rope is not None else 0

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ....models.config import Rope
 from ....models.weights import Weight
 from ..device.arrays import DeviceArray
 from ..gemm.heads import HeadsKind
-from ..weights.matrix import Matrix
 
 
 @dataclass(frozen=True)
@@ -72,17 +70,6 @@ class HeadProducts:
             return None
         kind = HeadsKind(self.head_dim, normed, rope is not None and pairs > 0 and rope.interleaved)
         return kind if kind.is_known else None
-
-    def parts(self, matrices: Sequence[Matrix]) -> list[tuple[HeadProducts, list[Matrix]]]:
-        """The products that one launch makes each, with their matrices: of matrices that are all in int8, or all not,
-        where `kind` says that heads may be made of some of them alone."""
-        if self.kind is None or len({matrix.int8 for matrix in matrices}) == 1:
-            return [(self, list(matrices))]
-        parts: list[tuple[HeadProducts, list[Matrix]]] = []
-        # q, then k and v: a file whose k and v are of two kinds is rare, and MixedGemm multiplies by these.
-        for some, nq, nkv in ((slice(0, 1), self.nq, 0), (slice(1, 3), 0, self.nkv)):
-            parts.append((replace(self, weights=self.weights[some], nq=nq, nkv=nkv), list(matrices[some])))
-        return parts
 
     @property
     def by_head(self) -> list[Weight | None]:
