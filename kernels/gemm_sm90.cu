@@ -115,18 +115,34 @@ struct Consumer {
     template <class Format, int kTokens>
     __device__ __forceinline__ void multiply_tokens(Accumulators& all) {
         float (&acc)[kTokens / 2] = reinterpret_cast<float (&)[kTokens / 2]>(all);
-        Fields loaded[Config::kTiles];
-        uint32_t w[2][2][8] = {};
+        // Of two row tiles neighbouring lanes make d and m of one each, where they need the same. With the fewer tokens
+        // of an expert there is no register for it.
+        constexpr bool kShared = Format::kShared && Config::kTiles == 2 && kTokens == Config::kTokens;
+        Fields loaded[Config::kTiles], affine_fields;
+        uint32_t w[2][2][8] = {}, affine[2];
         auto load = [&](int step) {
             const uint8_t* from =
                 rings.shared + Config::kRawOffset + raw.stage * Config::kRawStageBytes + first * Formats::kTileBytes;
+            constexpr int kTile = Config::kTileStep * Formats::kTileBytes;
+            int at = step * Config::kStep + column;
 #pragma unroll
             for (int i = 0; i < Config::kTiles; ++i)
-                loaded[i] = load_fields<Format>(from + i * Config::kTileStep * Formats::kTileBytes, row,
-                                                step * Config::kStep + column);
+                loaded[i] = load_fields<Format, true, !kShared>(from + i * kTile, row, at);
+            if constexpr (kShared)
+                affine_fields = load_fields<Format, false, true>(from + threadIdx.x % 2 * kTile, row, at);
         };
         auto decode = [&](int i, int step, uint32_t (&to)[2][8]) {
-            if (i < Config::kTiles) decode_halves<Format>(loaded[i], step * Config::kStep + column, scale, to[i]);
+            if (i >= Config::kTiles) return;
+            int at = step * Config::kStep + column;
+            if constexpr (kShared) {
+                if (i == 0) {
+                    uint32_t own = decode_affine<Format>(affine_fields, at, scale);
+                    uint32_t other = __shfl_xor_sync(0xffffffffu, own, 1);
+                    bool odd = threadIdx.x & 1;
+                    affine[0] = odd ? other : own, affine[1] = odd ? own : other;
+                }
+                decode_halves<Format>(loaded[i], at, affine[i], to[i]);
+            } else decode_halves<Format>(loaded[i], at, scale, to[i]);
         };
         rings.raw.wait_until_arrived(raw);
         load(0);

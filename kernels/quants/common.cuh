@@ -9,7 +9,8 @@
 //                           kernel asks): fields are gathered so that all are aligned, and packed integers stand as
 //                           `paired` says
 //   integers(unit, at, q)   q of weights at .. at + 15, as eight pairs of halves; at is a multiple of 16
-//   affine(unit, at, d, m)  their d and m; kHasMin says whether there is an m
+//   affine(unit, at, d, m)  their d and m; kHasMin says whether there is an m; kShared, whether they are costly to make
+//                           and there is one pair for 32 weights from a multiple of 32 on
 // decode_floats and decode_halves below make weights of these; unquantised types bring functions of their own.
 //
 // A matrix is stored in weight tiles of kTileRows rows by one unit, [row tile][unit]: the tiles of one row tile follow
@@ -109,8 +110,9 @@ struct Reader {
 
 // Weights -------------------------------------------------------------------------------------------------------------
 
-// What is read for the sixteen weights at `at` of row `row`'s unit.
-template <class Format>
+// What is read for the sixteen weights at `at` of row `row`'s unit: their integers (or weights, where these are not
+// quantised), and their d and m.
+template <class Format, bool kIntegers = true, bool kAffine = true>
 __device__ __forceinline__ Fields load_fields(const uint8_t* tile, int row, int at) {
     Fields fields;
     Reader<Format, true> unit{fields, {tile, row}};
@@ -120,8 +122,8 @@ __device__ __forceinline__ Fields load_fields(const uint8_t* tile, int row, int 
     } else {
         uint32_t q[8];
         float d, m;
-        Format::integers(unit, at, q);
-        Format::affine(unit, at, d, m);
+        if constexpr (kIntegers) Format::integers(unit, at, q);
+        if constexpr (kAffine) Format::affine(unit, at, d, m);
     }
     return fields;
 }
@@ -173,4 +175,21 @@ __device__ __forceinline__ void decode_halves(Fields& fields, int at, float scal
             for (int i = 0; i < 8; ++i) out[i] = half2_multiply(out[i], slope);
         }
     }
+}
+
+// decode_halves in two parts, for what loads them by themselves: d * scale in the low half of a word, and what is added
+// to the products of sixteen weights' integers in the high half; and the weights that follow from these.
+template <class Format>
+__device__ __forceinline__ uint32_t decode_affine(Fields& fields, int at, float scale) {
+    float d, m;
+    Format::affine(Reader<Format, false>{fields, {}}, at, d, m);
+    d *= scale;
+    return pack_half2(d, fmaf(d, Format::kCenter, -m * scale));
+}
+template <class Format>
+__device__ __forceinline__ void decode_halves(Fields& fields, int at, uint32_t affine, uint32_t (&out)[8]) {
+    Format::integers(Reader<Format, false>{fields, {}}, at, out);
+    uint32_t slope = __byte_perm(affine, 0, 0x1010), shift = __byte_perm(affine, 0, 0x3232);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out[i] = half2_fma(out[i], slope, shift);
 }

@@ -11,7 +11,7 @@ __device__ __forceinline__ int run_of(int at) {
 }
 
 struct KQuant {
-    static constexpr bool kUnquantised = false;
+    static constexpr bool kUnquantised = false, kShared = false;
     static constexpr int kElements = 256;
 };
 
@@ -73,7 +73,7 @@ __device__ __forceinline__ void scale_and_min(const uint4& header, int sub, floa
 
 struct Q4_K : KQuant {
     static constexpr int kBytes = 144, kCenter = 8;  // d, dmin, scales[12], qs[128]
-    static constexpr bool kHasMin = true;
+    static constexpr bool kHasMin = true, kShared = true;
     __host__ __device__ static constexpr int source_of(int to) { return to < 16 ? to : paired(to); }
     template <class U>
     __device__ static void integers(const U& unit, int at, uint32_t (&q)[8]) {
@@ -89,7 +89,7 @@ struct Q4_K : KQuant {
 
 struct Q5_K : KQuant {
     static constexpr int kBytes = 176, kCenter = 16;  // d, dmin, scales[12], qh[32], qs[128]
-    static constexpr bool kHasMin = true;
+    static constexpr bool kHasMin = true, kShared = true;
     __host__ __device__ static constexpr int source_of(int to) { return to < 16 ? to : paired(to); }
     template <class U>
     __device__ static void integers(const U& unit, int at, uint32_t (&q)[8]) {
