@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from emulator import EmulatedModel, why_not
+import kqprefill
 from kqprefill.backends.cuda.gemm import hopper, int8_hopper
 from kqprefill.backends.cuda.gemm.heads import HeadsKind
 from kqprefill.core import Batch, Segment
 from kqprefill.synthetic import SyntheticFile, write_gguf
 from op_models import shape
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"kernels are not emulated: {why_not()}")
+emulated = pytest.mark.skipif(why_not() is not None, reason=f"kernels are not emulated: {why_not()}")
 MODELS = {
     "normed, heads of 128": (shape("qwen3", 128, 3, 1, 128, 128, 65), GGML.Q8_0),
     "normed, heads of 64": (shape("qwen3", 128, 3, 3, 64, 128, 65), GGML.Q8_0),
@@ -32,41 +33,76 @@ def packed(rng):
     return Batch(rng.integers(0, 65, 80).astype(np.int32), segments=segments)
 
 
-@pytest.mark.parametrize(
-    "name,precision,tokens",
-    [
-        pytest.param(name, *tiles, marks=() if (name, *tiles) in QUICK else pytest.mark.slow)
-        for name in MODELS
-        for tiles in TILES
-    ],
-)
-def test_the_same_bits(name, precision, tokens, rng, tmp_path, monkeypatch):
-    description, kind = MODELS[name]
-    file = SyntheticFile(replace(description, layers=1 if precision == "exact" else 2), lambda *_: kind, name)
-    write_gguf(file, tmp_path / "model.gguf")
-    model = EmulatedModel(tmp_path / "model.gguf", hopper=True, precision=precision)
-    fits, made = HeadsKind.fits, []
+EVERY = [(name, *tiles) for name in MODELS for tiles in TILES]
 
-    def of_tokens(module, tokens):
-        """Multiply by the configuration whose blocks have whole heads of so many tokens."""
+
+class Chosen:
+    """Multiplies by the configurations whose blocks have whole heads; and, where told so, lets them make heads."""
+
+    def __init__(self, precision, tokens, monkeypatch):
+        self.made, self._fits, self._patch = [], HeadsKind.fits, monkeypatch
+        self.expected = (
+            [tokens] if precision == "exact" else [128, tokens]
+        )  # of a layer each; in int8 the first is exact
+        self._multiply_by(hopper, self.expected[0])
+        self._multiply_by(int8_hopper, tokens)
+
+    def _multiply_by(self, module, tokens):
         config = next(c for c in module.CONFIGS if (c.gated, c.tokens, c.warpgroups, c.tiles) == (0, tokens, 2, 2))
         best = module.best_config
-        monkeypatch.setattr(
+        self._patch.setattr(
             module,
             "best_config",
             lambda m, row_tiles, gated, *rest: best(m, row_tiles, True, *rest) if gated else config,
         )
 
-    def fitting(kind, config):
-        made.append(config.tokens)
-        return fits(kind, config)
+    def make_heads(self, allowed):
+        def fits(kind, config):
+            if allowed:
+                self.made.append(config.tokens)
+            return allowed and self._fits(kind, config)
 
-    of_tokens(hopper, tokens if precision == "exact" else 128)
-    of_tokens(int8_hopper, tokens)
+        self._patch.setattr(HeadsKind, "fits", fits)
+
+
+def written(name, precision, folder):
+    """The path of such a model."""
+    description, kind = MODELS[name]
+    file = SyntheticFile(replace(description, layers=1 if precision == "exact" else 2), lambda *_: kind, name)
+    write_gguf(file, folder / "model.gguf")
+    return folder / "model.gguf"
+
+
+@emulated
+@pytest.mark.parametrize(
+    "name,precision,tokens",
+    [pytest.param(*each, marks=() if each in QUICK else pytest.mark.slow) for each in EVERY],
+)
+def test_the_same_bits(name, precision, tokens, rng, tmp_path, monkeypatch):
+    model = EmulatedModel(written(name, precision, tmp_path), hopper=True, precision=precision)
+    chosen = Chosen(precision, tokens, monkeypatch)
     batches, logits = [packed(rng), Batch(rng.integers(0, 65, 300).astype(np.int32))], []
-    for allowed in (lambda *_: False, fitting):
-        monkeypatch.setattr(HeadsKind, "fits", allowed)
+    for allowed in (False, True):
+        chosen.make_heads(allowed)
         logits.append([model.run(batch).logits for batch in batches])
-    assert made == len(batches) * ([tokens] if precision == "exact" else [128, tokens])  # in int8 the first is exact
+    assert chosen.made == len(batches) * chosen.expected
     assert all(np.isfinite(e).all() and np.array_equal(e, g) for e, g in zip(*logits))
     model.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name,precision,tokens", EVERY)
+def test_the_same_bits_on_a_gpu(name, precision, tokens, rng, tmp_path, monkeypatch):
+    path, chosen, logits = written(name, precision, tmp_path), Chosen(precision, tokens, monkeypatch), []
+    prompt = rng.integers(0, 65, 300).tolist()
+    records = [{"tokens": prompt[:20], "choices": [prompt[20:70], prompt[100:131]]}, prompt[:90]]
+    for allowed in (False, True):
+        chosen.make_heads(allowed)
+        with kqprefill.load(path, backend="cuda", precision=precision) as model:
+            if model.backend.kernel_set.name != "Hopper":
+                pytest.skip("heads that Hopper's GEMMs make")
+            first, last = model.score(records)
+            scored = [*(choice.logprobs for choice in first), last.logprobs]
+            logits.append([model.prefill(prompt, logits="all").logits, *scored])
+    assert set(chosen.made) == set(chosen.expected)
+    assert all(np.isfinite(e).all() and np.array_equal(e, g) for e, g in zip(*logits))
