@@ -201,10 +201,13 @@ KINDS = (  # of layers, by the beginnings of cases
 CUT = sorted(name for name in CASES if name.startswith(tuple(KINDS)))
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", CUT)
-def test_the_same_bits_however_a_prompt_is_cut_or_packed(name, rng):
-    """Else a last digit that differs makes a value round otherwise, and results differ as much as from exact ones."""
-    with kqprefill.load(CASES[name], backend="cpu", precision="int8") as model:
+def test_the_same_bits_however_a_prompt_is_cut_or_packed(name, precision, rng, monkeypatch):
+    """In int8 a last digit that differs makes a value round otherwise, and results differ as much as from exact ones.
+    Exact products do it where they are told to."""
+    monkeypatch.setenv("KQPREFILL_SAME_BITS", "1" if precision == "exact" else "0")
+    with kqprefill.load(CASES[name], backend="cpu", precision=precision) as model:
         ids = np.load(CASES[name].with_suffix(".npz"))["tokens"].tolist()
         whole = model.prefill(ids, logits="all").logits
         cache, pieces, at = model.new_cache(len(ids)), [], 0

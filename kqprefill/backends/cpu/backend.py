@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 
@@ -17,6 +18,8 @@ from .ops import CpuCache, CpuOps
 from .states import CpuStates
 from .threads import blas
 from .weights import DecodedWeights
+
+_SAME_BITS = "KQPREFILL_SAME_BITS"  # =1: a token's bits do not depend on how prompts are cut or packed (steady.py)
 
 
 class CpuBackend(Backend):
@@ -62,7 +65,7 @@ class CpuBackend(Backend):
         collector: Collector | None = None,
     ) -> tuple[PendingHead, dict[str, Stage] | None]:
         assert cache is None or isinstance(cache, CpuCache), "a cache of another backend"
-        ops = CpuOps(family, batch, cache, self._weights, self._precision)
+        ops = CpuOps(family, batch, cache, self._weights, self._precision, os.environ.get(_SAME_BITS) == "1")
         ops.collector = collector
         if timed:
             ops.timeline = Timeline(time.perf_counter, lambda start, end: end - start)

@@ -95,12 +95,13 @@ class CpuOps(AttentionOps, LatentOps, RecurrentOps, AltUpOps):
         cache: CpuCache | None,
         weights: DecodedWeights | None = None,
         precision: Precision = "exact",
+        steady: bool = False,
     ) -> None:
         """weights: the model's, kept between batches; None where nothing is kept. precision: what matrices are
-        multiplied as."""
+        multiplied as. steady: whether bits may not depend on how a prompt is cut or packed; in int8 they never may."""
         super().__init__(family.layer_states)
         self._precision = precision
-        self._steady, self._positions = precision != "exact", batch.positions
+        self._steady, self._positions = steady or precision != "exact", batch.positions
         self.config, self.batch, self.cache = family.config, batch, cache
         self._weights = DecodedWeights(room=0) if weights is None else weights
         # What BLAS makes of a row depends on how many rows there are: each segment is multiplied by itself, so that it

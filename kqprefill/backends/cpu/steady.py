@@ -1,4 +1,5 @@
-"""Products and attention whose bits of a token do not depend on how a prompt is cut: for what is rounded afterwards.
+"""Products and attention whose bits of a token do not depend on how a prompt is cut: for what is rounded afterwards,
+and for who asks for it.
 
 What rounds to one integer or the next by its last digit would otherwise make other results of other last digits, as far
 apart as rounded results are from exact ones. What BLAS makes of a row depends on a product's sizes and on the row's
