@@ -5,8 +5,8 @@
 #include "epilogue.cuh"
 #include "sm90.cuh"
 
-// A launch's outputs: the heads of q, then of k, then of v, of which nq or nkv may be 0. The rest is as rotate_qkv has
-// it (rope.cu); table may be null, where nothing is rotated.
+// A launch's outputs: the heads of q, then of k, then of v, of which nkv may be 0. The rest is as rotate_qkv has it
+// (rope.cu); table may be null, where nothing is rotated.
 struct Heads {
     half_t *q, *k, *v;
     int nq, nkv;

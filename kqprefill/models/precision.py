@@ -33,8 +33,8 @@ _FLOATS = frozenset([GGML.F32, GGML.F16, GGML.BF16])
 
 
 def takes_int8(weight: Weight) -> bool:
-    """Whether a matrix, or a part of one ("blk.1.ssm_in.weight[0:256]"), is multiplied in int8 where a model is opened
-    so."""
+    """Whether a matrix, or a part of one ("blk.1.attn_qkv.weight[attn_k]"), is multiplied in int8 where a model is
+    opened so."""
     block, _, name = weight.name.partition("[")[0].removesuffix(".weight").partition(".")
     layer, _, name = name.partition(".")
     return block == "blk" and layer != "0" and name in _INT8 and weight.tensor.type not in _FLOATS

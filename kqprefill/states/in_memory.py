@@ -29,6 +29,7 @@ class InMemoryFile:
         os.ftruncate(handle, nbytes)
         self._mapped = mmap.mmap(handle, nbytes)
         self._address = np.frombuffer(self._mapped, np.uint8, 1).ctypes.data
+        self._unmap = ctypes.CDLL(None).madvise
         self._thread = ThreadPoolExecutor(1, "reserve")
         numbers = (number for part in (*order, (0, nbytes)) for number in _pieces(*part))
         self._reserved: dict[int, Future[None]] = {}
@@ -52,7 +53,7 @@ class InMemoryFile:
         begin, end = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
         if begin < end:
             where, count = ctypes.c_void_p(self._address + begin), ctypes.c_size_t(end - begin)
-            ctypes.CDLL(None).madvise(where, count, mmap.MADV_DONTNEED)
+            self._unmap(where, count, mmap.MADV_DONTNEED)
 
     def close(self) -> None:
         """To be called once nothing is being put there."""

@@ -54,10 +54,10 @@ NO_HEADS = {"HEAD_DIM": 0, "EPILOGUE_BYTES": 0}  # the same of other products
 @dataclass(frozen=True)
 class HeadsOutput:
     """Where heads go, and how they are made; in the words of kernels/rope.cu's rotate_qkv. They are those of q, of k
-    and of v, in this order; nq or nkv may be 0."""
+    and of v, in this order; nkv is 0, and k and v are None, where there are queries only."""
 
     kind: HeadsKind
-    q: DeviceArray | None
+    q: DeviceArray
     k: DeviceArray | None
     v: DeviceArray | None
     nq: int

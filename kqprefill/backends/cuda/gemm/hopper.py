@@ -17,7 +17,7 @@ from ..weights.matrix import Matrix
 from .heads import NO_HEADS, HeadsKind, HeadsOutput
 from .operand import Gemm, Groups, Operand, listed, made_into, number_of
 from .tensor_maps import TensorMaps
-from .tiles import TileConfig, cheapest, row_tiles
+from .tiles import TileConfig, Told, cheapest, row_tiles, side_by_side
 
 _BARRIERS = 512  # bytes: more than the stages' barriers take
 
@@ -41,7 +41,8 @@ class HopperConfig(TileConfig):
         grouped: over a stack of experts of one type. activated: of one matrix without a gate, whose outputs go through
         an activation. heads: of q, k and v, whose outputs become such heads.
         """
-        layout = self._layout(types, heads.shared_bytes(self.tokens) if heads else 0)
+        of_heads = heads.constants(self.tokens) if heads else NO_HEADS
+        layout = self._layout(types, of_heads["EPILOGUE_BYTES"])
         constants = {
             "GATED": self.gated,
             "ACTIVATED": int(activated),
@@ -57,7 +58,7 @@ class HopperConfig(TileConfig):
             "CONSUMER_REGISTERS": self.consumer_registers(layout.blocks),
             "FORMATS": ",".join(t.name for t in types),
             "GROUPED": int(grouped),
-            **(heads.constants(self.tokens) if heads else NO_HEADS),
+            **of_heads,
         }
         defines = tuple((name, str(value)) for name, value in constants.items())
         return Program("gemm_sm90.cu", defines, self.threads, layout.shared_bytes)
@@ -256,13 +257,7 @@ def _types(matrices: Sequence[Matrix]) -> tuple[GGML, ...]:
     return tuple(dict.fromkeys(matrix.type for matrix in matrices))
 
 
-def _described(matrices: Sequence[Matrix]) -> dict[str, DeviceArray | int | None]:
-    """What kernels are told of up to three matrices, one under another, by their parameters' names."""
+def _described(matrices: Sequence[Matrix]) -> dict[str, Told]:
+    """What gemm_sm90.cu is told of them: also their formats' numbers."""
     types = _types(matrices)
-    described: dict[str, DeviceArray | int | None] = {}
-    for i in range(3):
-        matrix = matrices[i] if i < len(matrices) else None
-        described[f"w{i}"] = matrix.array if matrix else None
-        described[f"rows{i}"] = matrix.rows if matrix else 0
-        described[f"format{i}"] = types.index(matrix.type) if matrix else 0
-    return described
+    return side_by_side(matrices, "format", [types.index(matrix.type) for matrix in matrices], 0)

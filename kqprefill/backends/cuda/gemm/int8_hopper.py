@@ -20,7 +20,7 @@ from .heads import NO_HEADS, HeadsKind, HeadsOutput
 from .int8 import Int8Gemm, Kind, in_fours
 from .operand import Groups, Operand, listed, made_into, number_of
 from .tensor_maps import TensorMaps
-from .tiles import TileConfig, cheapest, row_tiles
+from .tiles import TileConfig, Told, cheapest, row_tiles, side_by_side
 
 _READ = 1.5  # nanoseconds in which an int8 tile is read from memory
 _TILE_BYTES = TILE_ROWS * ROTATED  # of an int8 tile: also room behind the ring, for its barriers
@@ -38,6 +38,7 @@ class HopperInt8Config(TileConfig):
     @cache
     def program(self, kind: Kind, whole: bool = True, heads: HeadsKind | None = None) -> Program:
         """whole: outputs begin in_fours. heads: what outputs become, of q, k and v."""
+        of_heads = heads.constants(self.tokens) if heads else NO_HEADS
         constants = {
             "TOKENS": self.tokens,
             "WARPGROUPS": self.warpgroups,
@@ -49,14 +50,14 @@ class HopperInt8Config(TileConfig):
             "PRODUCER_REGISTERS": self.producer_registers,
             "CONSUMER_REGISTERS": self.consumer_registers(self.blocks),
             "WHOLE": int(whole),
-            **(heads.constants(self.tokens) if heads else NO_HEADS),
+            **of_heads,
         }
         defines = tuple((name, str(value)) for name, value in constants.items())
         return Program(
             "gemm_int8_sm90.cu",
             (*kind.constants, *defines),
             self.threads,
-            self._stages * self._stage_bytes + _TILE_BYTES + (heads.shared_bytes(self.tokens) if heads else 0),
+            self._stages * self._stage_bytes + _TILE_BYTES + of_heads["EPILOGUE_BYTES"],
         )
 
     def cost(self, m: int, row_tiles: int, multiprocessors: int, experts: int = 0) -> int:
@@ -249,12 +250,6 @@ class HopperInt8Gemm(Int8Gemm):
         return best_config(m, row_tiles(matrices), gated, self._facts.multiprocessors, experts)
 
 
-def _described(matrices: Sequence[Matrix]) -> dict[str, DeviceArray | int | None]:
-    """What kernels are told of up to three matrices, one under another, by their parameters' names."""
-    described: dict[str, DeviceArray | int | None] = {}
-    for i in range(3):
-        matrix = matrices[i] if i < len(matrices) else None
-        described[f"w{i}"] = matrix.array if matrix else None
-        described[f"scales{i}"] = matrix.scales if matrix else None
-        described[f"rows{i}"] = matrix.rows if matrix else 0
-    return described
+def _described(matrices: Sequence[Matrix]) -> dict[str, Told]:
+    """What gemm_int8_sm90.cu is told of them: also their rows' scales."""
+    return side_by_side(matrices, "scales", [matrix.scales for matrix in matrices], None)

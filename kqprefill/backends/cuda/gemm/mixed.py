@@ -9,8 +9,8 @@ from itertools import groupby
 from ..device.arrays import UINT8, DeviceArray
 from ..device.launcher import Launches
 from ..device.workspace import Workspace
-from ..programs import int8_program
 from ..weights.matrix import Matrix
+from ..weights.staging import make_int8
 from .operand import Gemm, Groups, Operand
 
 
@@ -79,16 +79,7 @@ class MixedGemm(Gemm):
         stack = replace(matrix, rows=matrix.rows * matrix.stacked, stacked=1)
         made = replace(stack, int8=True)
         made = replace(made, address=self._work.array("gate or up in int8", UINT8, made.nbytes).address)
-        self._launcher.launch(
-            int8_program(matrix.type),
-            "make_int8",
-            grid=stack.row_tiles,
-            weights=stack.array,
-            units=stack.units,
-            groups=made.units,
-            tiles=made.array,
-            scales=made.scales,
-        )
+        make_int8(self._launcher, stack, made)
         self._launcher.fence()  # GEMMs read weights without waiting for the kernel before them
         return made.one_of(matrix.stacked)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar, TypeAlias, TypeVar
 
+from ..device.arrays import DeviceArray
 from ..weights.matrix import Matrix
 
 _REGISTERS = 65536  # of a multiprocessor
@@ -74,11 +75,24 @@ class TileConfig:
 
 
 _Config = TypeVar("_Config", bound=TileConfig)
+Told: TypeAlias = DeviceArray | int | None
 
 
 def cheapest(configs: Iterable[_Config], m: int, row_tiles: int, multiprocessors: int, experts: int) -> _Config:
     """The cheapest of these for m tokens by that many row tiles of W, or of each of so many experts' W."""
     return min(configs, key=lambda config: config.cost(m, row_tiles, multiprocessors, experts))
+
+
+def side_by_side(matrices: Sequence[Matrix], name: str, of_each: Sequence[Told], none: Told) -> dict[str, Told]:
+    """What kernels are told of up to three matrices, one under another, by their parameters' names: their tiles, their
+    rows, and `name`, of which each has its own; none: where there is no matrix."""
+    told: dict[str, Told] = {}
+    for i in range(3):
+        matrix = matrices[i] if i < len(matrices) else None
+        told[f"w{i}"] = matrix.array if matrix else None
+        told[f"rows{i}"] = matrix.rows if matrix else 0
+        told[f"{name}{i}"] = of_each[i] if matrix else none
+    return told
 
 
 def row_tiles(matrices: Sequence[Matrix]) -> int:

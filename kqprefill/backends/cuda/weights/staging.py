@@ -67,12 +67,18 @@ def repack(launcher: Launches, matrix: Matrix, first: int, raw: DeviceArray) -> 
 
 def unpack(launcher: Launches, matrix: Matrix, first: int, raw: DeviceArray, scratch: int | None) -> None:
     """Launch what makes GGUF's rows, uint8 [rows, row bytes], those of a matrix from row `first` on: repack, and for a
-    matrix in int8 then int8_weights.cu's make_int8. scratch: the address of room for the rows' tiles between both."""
+    matrix in int8 then make_int8. scratch: the address of room for the rows' tiles between both."""
     if not matrix.int8:
         return repack(launcher, matrix, first, raw)
     assert scratch is not None, "there is room to make matrices in int8"
     tiled = replace(matrix, address=scratch, rows=raw.shape[0], int8=False)
     repack(launcher, tiled, 0, raw)
+    make_int8(launcher, tiled, matrix, first)
+
+
+def make_int8(launcher: Launches, tiled: Matrix, matrix: Matrix, first: int = 0) -> None:
+    """Launch int8_weights.cu's make_int8: tiles of quantised rows become those of a matrix in int8, from row
+    `first` on."""
     launcher.launch(
         int8_program(matrix.type),
         "make_int8",
