@@ -36,20 +36,27 @@ struct LinearOutput {
     int ldo;
 
     // Writes column `column`, the sums' row i, of every pair of tokens that a thread has, from `token` on, where they
-    // are before `end`. add: they are added to what is there.
+    // are before `end`. add: they are added to what is there. A whole token tile has no branch for each output.
     template <int kTokens, class Sums>
     __device__ __forceinline__ void store_transposed(const Sums& sums, int i, float bias, int column, int token,
                                                      int end, int add) const {
         float* to = out + static_cast<uint64_t>(token) * ldo + column;
+        if (token - static_cast<int>(threadIdx.x % 4 * 2) + kTokens > end)
+            store_all<kTokens>(sums, i, bias, to, [&](int at, float* one, float y) {
+                if (token + at < end) add ? reduce_add(one, y) : void(*one = y);
+            });
+        // The L2 cache adds: nothing is waited for, and as each output is added to once, the sum is always the same.
+        else if (add) store_all<kTokens>(sums, i, bias, to, [](int, float* one, float y) { reduce_add(one, y); });
+        else store_all<kTokens>(sums, i, bias, to, [](int, float* one, float y) { *one = y; });
+    }
+
+    // Calls write(number of a token from the thread's first on, where its output goes, the output).
+    template <int kTokens, class Sums, class Write>
+    __device__ __forceinline__ void store_all(const Sums& sums, int i, float bias, float* to, Write write) const {
 #pragma unroll
         for (int j = 0; j < kTokens / 8; ++j, to += 8 * static_cast<uint64_t>(ldo))
 #pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                float y = sums(4 * j + 2 * i + c, bias);
-                // The L2 cache adds: nothing is waited for, and as each output is added to once, the sum is always the
-                // same.
-                if (token + 8 * j + c < end) add ? reduce_add(to + c * ldo, y) : void(to[c * ldo] = y);
-            }
+            for (int c = 0; c < 2; ++c) write(8 * j + c, to + c * ldo, sums(4 * j + 2 * i + c, bias));
     }
 };
 
@@ -131,10 +138,16 @@ struct GatedOutput {
         OperandColumn column = {out, ldo, features, first + row, row};
         Biases biases = {expert, features, first + row, column.exists()};
         float gate_b = biases.of(gate_bias), up_b = biases.of(up_bias);
-        column.store<kTokens>(token, end, [&](int at) {
-            float g = sums(at, gate_b), u = sums(at + 2, up_b);
-            return gated(g, u, activation) * scale;
-        });
+        if (activation == kSilu) store_all<kSilu, kTokens>(column, sums, gate_b, up_b, token, end);
+        else if (activation == kGeluTanh) store_all<kGeluTanh, kTokens>(column, sums, gate_b, up_b, token, end);
+        else store_all<kSwigluOai, kTokens>(column, sums, gate_b, up_b, token, end);
+    }
+
+    template <int kActivation, int kTokens, class Sums>
+    __device__ __forceinline__ void store_all(const OperandColumn& column, const Sums& sums, float gate_bias,
+                                              float up_bias, int token, int end) const {
+        column.store<kTokens>(
+            token, end, [&](int at) { return gated<kActivation>(sums(at, gate_bias), sums(at + 2, up_bias)) * scale; });
     }
 };
 
@@ -152,9 +165,10 @@ struct ActivatedOutput {
         OperandColumn column = {out, ldo, features, first + row, row};
         float own_bias = Biases{0, features, first + row, column.exists()}.of(bias);
         auto sum = [&](int at) { return sums(at + 2 * kRow, own_bias); };
-        // One branch here, where `activated` would have one for each output.
         if (activation == ACTIVATION_RELU_SQUARED)
             column.store<kTokens>(token, end, [&](int at) { return relu_squared(sum(at)) * scale; });
+        else if (activation == kGeluTanh)
+            column.store<kTokens>(token, end, [&](int at) { return gated<kGeluTanh>(sum(at), 1.0f) * scale; });
         else column.store<kTokens>(token, end, [&](int at) { return gated(sum(at), 1.0f, activation) * scale; });
     }
 };
