@@ -115,11 +115,16 @@ struct Consumer {
     template <class Format, int kTokens>
     __device__ __forceinline__ void multiply_tokens(Accumulators& all) {
         float (&acc)[kTokens / 2] = reinterpret_cast<float (&)[kTokens / 2]>(all);
-        // Of two row tiles neighbouring lanes make d and m of one each, where they need the same. With the fewer tokens
-        // of an expert there is no register for it.
-        constexpr bool kShared = Format::kShared && Config::kTiles == 2 && kTokens == Config::kTokens;
-        Fields loaded[Config::kTiles], affine_fields;
+        // Where weights' integers are read by themselves, d and m of a unit are read once; and of two row tiles
+        // neighbouring lanes make those of one each, where they need the same. With the fewer tokens of an expert there
+        // is no register for the latter.
+        constexpr bool kApart = Format::kHeader,
+                       kShared = kApart && Format::kShared && Config::kTiles == 2 && kTokens == Config::kTokens;
+        Fields loaded[Config::kTiles], headers[kShared ? 1 : Config::kTiles];
         uint32_t w[2][2][8] = {}, affine[2];
+        // The compiler does not know that units >> 30 is 0: else it would set these registers anew for each use.
+        uint32_t zero = (units + threadIdx.x) >> 30;
+        HalfBits bits = {HalfBits().even | zero, HalfBits().odd | zero};
         auto load = [&](int step) {
             const uint8_t* from =
                 rings.shared + Config::kRawOffset + raw.stage * Config::kRawStageBytes + first * Formats::kTileBytes;
@@ -127,22 +132,27 @@ struct Consumer {
             int at = step * Config::kStep + column;
 #pragma unroll
             for (int i = 0; i < Config::kTiles; ++i)
-                loaded[i] = load_fields<Format, true, !kShared>(from + i * kTile, row, at);
-            if constexpr (kShared)
-                affine_fields = load_fields<Format, false, true>(from + threadIdx.x % 2 * kTile, row, at);
+                loaded[i] = load_fields<Format, true, !kApart>(from + i * kTile, row, at);
+            if constexpr (kApart)
+                if (step == 0)
+#pragma unroll
+                    for (int i = 0; i < (kShared ? 1 : Config::kTiles); ++i)
+                        headers[i] = load_fields<Format, false, true>(
+                            from + (kShared ? threadIdx.x % 2 : i) * kTile, row, at);
         };
         auto decode = [&](int i, int step, uint32_t (&to)[2][8]) {
             if (i >= Config::kTiles) return;
             int at = step * Config::kStep + column;
             if constexpr (kShared) {
                 if (i == 0) {
-                    uint32_t own = decode_affine<Format>(affine_fields, at, scale);
-                    uint32_t other = __shfl_xor_sync(0xffffffffu, own, 1);
-                    bool odd = threadIdx.x & 1;
-                    affine[0] = odd ? other : own, affine[1] = odd ? own : other;
+                    uint32_t own = decode_affine<Format>(headers[0], at, scale);
+                    int lane = threadIdx.x % 32 & ~1;
+                    affine[0] = __shfl_sync(0xffffffffu, own, lane), affine[1] = __shfl_sync(0xffffffffu, own, lane + 1);
                 }
-                decode_halves<Format>(loaded[i], at, affine[i], to[i]);
-            } else decode_halves<Format>(loaded[i], at, scale, to[i]);
+                decode_integers<Format>(loaded[i], at, affine[i], bits, to[i]);
+            } else if constexpr (kApart)
+                decode_integers<Format>(loaded[i], at, decode_affine<Format>(headers[i], at, scale), bits, to[i]);
+            else decode_halves<Format>(loaded[i], at, scale, to[i]);
         };
         rings.raw.wait_until_arrived(raw);
         load(0);

@@ -58,7 +58,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         for (int w = 0; w < 4; ++w) {
             uint32_t bytes[4];
 #pragma unroll
-            for (int b = 0; b < 4; ++b) bytes[b] = from[Format::source_of(16 * piece + 4 * w + b)];
+            for (int b = 0; b < 4; ++b) bytes[b] = repacked_byte<Format>(from, 16 * piece + 4 * w + b);
             words[w] = bytes[0] | bytes[1] << 8 | bytes[2] << 16 | bytes[3] << 24;
         }
         *reinterpret_cast<uint4*>(to + static_cast<uint64_t>(unit) * kTileBytes + (piece * kTileRows + slot) * 16) =
@@ -67,8 +67,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     for (int i = threadIdx.x; i < count * kTail * kTileRows; i += kThreads) {
         int unit = i / (kTileRows * (kTail ? kTail : 1)), row = i / (kTail ? kTail : 1) % kTileRows,
             at = i % (kTail ? kTail : 1);
+        const uint8_t* from = staged + row * kStride + skew_of(row) + unit * Format::kBytes;
         to[static_cast<uint64_t>(unit) * kTileBytes + kTailAt * kTileRows + row * kTail + at] =
-            staged[row * kStride + skew_of(row) + unit * Format::kBytes + Format::source_of(kTailAt + at)];
+            static_cast<uint8_t>(repacked_byte<Format>(from, kTailAt + at));
     }
 }
 

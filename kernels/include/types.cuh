@@ -46,6 +46,29 @@ __device__ __forceinline__ uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
     return r;
 }
+// (a & mask) | bits, in one instruction: the compiler would put the constants of several together, which then need two.
+__device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
+    uint32_t r;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(a), "r"(mask), "r"(bits));
+    return r;
+}
+// Byte i of a word, which may be negative, in one instruction: a selector's 8 takes a byte's sign (__byte_perm has none).
+__device__ __forceinline__ int signed_byte(uint32_t word, int i) {
+    int r;
+    asm("prmt.b32 %0, %1, 0, %2;" : "=r"(r) : "r"(word), "r"(i * 0x1111 | 0x8880));
+    return r;
+}
+// The lower, or the upper, half of a word in both places: written so that an instruction may take it from there.
+__device__ __forceinline__ uint32_t low_halves(uint32_t pair) {
+    uint32_t r;
+    asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; mov.b32 %0, {low, low};}" : "=r"(r) : "r"(pair));
+    return r;
+}
+__device__ __forceinline__ uint32_t high_halves(uint32_t pair) {
+    uint32_t r;
+    asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; mov.b32 %0, {high, high};}" : "=r"(r) : "r"(pair));
+    return r;
+}
 // The half of -(1024 .. 2047) in both places: its mantissa is the number less 1024.
 __host__ __device__ constexpr uint32_t half2_constant(int minus_1024_to_2047) {
     return 0xe400e400u + (static_cast<uint32_t>(-minus_1024_to_2047 - 1024)) * 0x00010001u;

@@ -7,7 +7,7 @@
 //   kBytes                  bytes of a unit, as many as in the file
 //   source_of(to)           which byte of the unit as GGUF stores it becomes byte `to` in device memory (the repack
 //                           kernel asks): fields are gathered so that all are aligned, and packed integers stand as
-//                           `paired` says
+//                           `paired` says. Or, where kByBits, byte_of(from, to): byte `to`, of bits of several bytes
 //   integers(unit, at, q)   q of weights at .. at + 15, as eight pairs of halves; at is a multiple of 16
 //   affine(unit, at, d, m)  their d and m; kHasMin says whether there is an m; kShared, whether they are costly to make
 //                           and there is one pair for 32 weights from a multiple of 32 on
@@ -24,6 +24,11 @@
 constexpr int kTileRows = TILE_ROWS;
 static_assert(kTileRows == 32, "a warp takes a row tile with a row a lane");
 
+// The bits that make halves of pairs of nibbles (below): of even and of odd pairs.
+struct HalfBits {
+    uint32_t even = 0x64006400u, odd = 0x54005400u;
+};
+
 // The unit of row `row` of a weight tile, whose units have kBytes bytes.
 template <int kBytes>
 struct Unit {
@@ -37,10 +42,13 @@ struct Unit {
     }
     __device__ static int swizzle(int piece) { return 2 * (piece % 4); }
     __device__ uint4 load16(int offset) const { return *reinterpret_cast<const uint4*>(at(offset)); }
+    __device__ uint2 load8(int offset) const { return *reinterpret_cast<const uint2*>(at(offset)); }
     __device__ uint32_t u32(int offset) const { return *reinterpret_cast<const uint32_t*>(at(offset)); }
     __device__ uint32_t u16(int offset) const { return *reinterpret_cast<const uint16_t*>(at(offset)); }
     __device__ uint32_t u8(int offset) const { return *at(offset); }
     __device__ float half(int offset) const { return half_to_float(static_cast<half_t>(u16(offset))); }
+    __device__ static HalfBits bits() { return {}; }
+    __device__ static float scale() { return 1.0f; }
 };
 
 __device__ __forceinline__ uint32_t word_of(const uint4& v, int i) {
@@ -66,6 +74,70 @@ __device__ __forceinline__ void signed_bytes_to_pairs(uint32_t word, uint32_t* q
     bytes_to_pairs<128>(word ^ 0x80808080u, q);
 }
 
+// Nibbles, the low four bits of 16 neighbouring weights, are eight bytes of device memory. Pair i of the weights, of
+// eight, is in word i / 4 of these, at bits 4 * (i % 4) of its lower and of its upper half. So a pair becomes halves by
+// one instruction: where i is even 0x6400 | n is the half 1024 + n, and where i is odd 0x5400 | n << 4 is 64 + n. More
+// bits of n may be put above the nibble.
+
+// Byte `to` of the nibbles of a unit, of whose weight w nibble(w) is the nibble in the file.
+template <class Nibble>
+__host__ __device__ __forceinline__ uint32_t nibbles_byte(int to, Nibble nibble) {
+    int weight = to / 8 * 16 + to / 4 % 2 * 8 + to % 2 * 4 + to / 2 % 2;
+    return nibble(weight) | nibble(weight + 2) << 4;
+}
+// Nibble `high` of a byte: 0 for the low one.
+__host__ __device__ __forceinline__ uint32_t nibble_of(uint32_t byte, int high) {
+    return byte >> 4 * high & 15;
+}
+// Pair i of nibbles as halves 1024 + n or 64 + n. above: those bits, with more bits of n.
+__device__ __forceinline__ uint32_t nibble_pair(const uint2& words, int i, uint32_t above) {
+    uint32_t word = (i < 4 ? words.x : words.y) >> (i & 2 ? 8 : 0);
+    return and_or(word, i % 2 ? 0x00f000f0u : 0x000f000fu, above);
+}
+// Takes 1024 + kOffset or 64 + kOffset off the pairs: what is left is exact.
+template <int kOffset>
+__device__ __forceinline__ void center_pairs(uint32_t (&q)[8]) {
+    constexpr uint32_t kOdd = 0xd400d400u + static_cast<uint32_t>(kOffset) * 0x00100010u;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) q[i] = half2_add(q[i], i % 2 ? kOdd : half2_constant(-(1024 + kOffset)));
+}
+
+// The fifth bits of 32 neighbouring weights are a word: that of the lower weight of pair i of the first 16 is bit
+// kFifth[i] of its lower half, the upper weight's is in the upper half, and those of the other 16 are there when the
+// bytes of both halves are exchanged. So they are above pairs of nibbles when the word is shifted by i / 2.
+__host__ __device__ constexpr int fifth_at(int pair) {
+    return 4 + pair % 2 * 4 + pair / 2;
+}
+// Byte `to` of such words, of whose weight w bit(w) is the fifth bit in the file.
+template <class Bit>
+__host__ __device__ __forceinline__ uint32_t fifth_bits_byte(int to, Bit bit) {
+    uint32_t byte = 0;
+    for (int pair = 0; pair < 8; ++pair) {
+        int exchanged = fifth_at(pair) / 8 != to % 2, weight = to / 4 * 32 + exchanged * 16 + 2 * pair + to / 2 % 2;
+        byte |= bit(weight) << fifth_at(pair) % 8;
+    }
+    return byte;
+}
+// Five bits of 16 weights, at `at` of their unit, less kOffset.
+template <int kOffset>
+__device__ __forceinline__ void five_bit_pairs(const HalfBits& bits, const uint2& nibbles, uint32_t fifth, int at,
+                                               uint32_t (&q)[8]) {
+    fifth = __byte_perm(fifth, 0, at & 16 ? 0x2301 : 0x3210);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        uint32_t shifted = fifth >> i / 2;
+        q[i] = nibble_pair(nibbles, i, i % 2 ? and_or(shifted, 0x01000100u, bits.odd) : and_or(shifted, 0x00100010u, bits.even));
+    }
+    center_pairs<kOffset>(q);
+}
+// Four bits of 16 weights, less kOffset.
+template <int kOffset>
+__device__ __forceinline__ void four_bit_pairs(const HalfBits& bits, const uint2& nibbles, uint32_t (&q)[8]) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) q[i] = nibble_pair(nibbles, i, i % 2 ? bits.odd : bits.even);
+    center_pairs<kOffset>(q);
+}
+
 // Looks up four numbers 0 .. 15, one a byte of q, in a table of 16 bytes, whose four words are given.
 __device__ __forceinline__ uint32_t table_values(uint32_t q, uint32_t t0, uint32_t t4, uint32_t t8, uint32_t t12) {
     uint32_t low3 = q & 0x07070707u;
@@ -85,16 +157,22 @@ __device__ __forceinline__ uint32_t iq4_values(uint32_t q) {
 // when the compiler drops what they compute; and again, when the loads have come, to decode.
 struct Fields {
     uint4 pieces[4];
+    uint2 pairs[1];
     uint32_t values[6];
 };
 template <class Format, bool kLoads>
 struct Reader {
     Fields& fields;
     Unit<Format::kBytes> unit;  // where kLoads
-    mutable int pieces = 0, values = 0;
+    HalfBits half_bits = {};
+    float d_scale = 1.0f;
+    mutable int pieces = 0, pairs = 0, values = 0;
 
     __device__ uint4 load16(int offset) const {
         return kLoads ? fields.pieces[pieces++] = unit.load16(offset) : fields.pieces[pieces++];
+    }
+    __device__ uint2 load8(int offset) const {
+        return kLoads ? fields.pairs[pairs++] = unit.load8(offset) : fields.pairs[pairs++];
     }
     __device__ uint32_t u32(int offset) const {
         return kLoads ? fields.values[values++] = unit.u32(offset) : fields.values[values++];
@@ -106,6 +184,8 @@ struct Reader {
         return kLoads ? fields.values[values++] = unit.u8(offset) : fields.values[values++];
     }
     __device__ float half(int offset) const { return half_to_float(static_cast<half_t>(u16(offset))); }
+    __device__ const HalfBits& bits() const { return half_bits; }
+    __device__ float scale() const { return d_scale; }
 };
 
 // Weights -------------------------------------------------------------------------------------------------------------
@@ -128,6 +208,13 @@ __device__ __forceinline__ Fields load_fields(const uint8_t* tile, int row, int 
     return fields;
 }
 
+// Byte `to` of a unit in device memory, of the unit as GGUF stores it.
+template <class Format, class Bytes>
+__host__ __device__ __forceinline__ uint32_t repacked_byte(const Bytes& from, int to) {
+    if constexpr (Format::kByBits) return Format::byte_of(from, to);
+    else return from[Format::source_of(to)];
+}
+
 // Sixteen weights, at `at` of a unit, in float32, with the bits of ggml's dequantize_row_*: the products are exact, so
 // only the last step rounds.
 template <class Format>
@@ -148,48 +235,48 @@ __device__ __forceinline__ void decode_floats(const uint8_t* tile, int row, int 
     }
 }
 
-// The sixteen weights whose fields were loaded, at `at` of their unit, times `scale`, a power of two, as pairs of
-// halves. d and d * kCenter - m are rounded to halves first, each to half a unit in the weight's last place, as the
-// result is too.
+// Of sixteen weights times `scale`, a power of two: what their integers are multiplied by, in the low half of a word,
+// and what is added to the products, in the high half. d and d * kCenter - m are rounded to halves, each to half a unit
+// in the weight's last place, as the result is too.
+template <class Format>
+__device__ __forceinline__ uint32_t affine_halves(float d, float m, float scale) {
+    d *= scale;
+    return pack_half2(d, Format::kHasMin ? fmaf(d, Format::kCenter, -m * scale) : d);
+}
+template <class Format>
+__device__ __forceinline__ void weights_of_integers(uint32_t affine, uint32_t (&q)[8]) {
+    uint32_t slope = low_halves(affine), shift = high_halves(affine);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) q[i] = Format::kHasMin ? half2_fma(q[i], slope, shift) : half2_multiply(q[i], slope);
+}
+
+// The sixteen weights whose fields were loaded, at `at` of their unit, times `scale`, as pairs of halves.
 template <class Format>
 __device__ __forceinline__ void decode_halves(Fields& fields, int at, float scale, uint32_t (&out)[8]) {
-    Reader<Format, false> unit{fields, {}};
+    Reader<Format, false> unit{fields, {}, {}, scale};
     if constexpr (Format::kUnquantised) {
         float w[16];
         Format::floats(unit, at, w);
 #pragma unroll
         for (int i = 0; i < 8; ++i) out[i] = pack_half2(w[2 * i] * scale, w[2 * i + 1] * scale);
     } else {
-        float d, m;
+        float d, m = 0.0f;
         Format::integers(unit, at, out);
         Format::affine(unit, at, d, m);
-        d *= scale;
-        uint32_t slope = pack_half2(d, d);
-        if constexpr (Format::kHasMin) {
-            float c = fmaf(d, Format::kCenter, -m * scale);
-            uint32_t shift = pack_half2(c, c);
-#pragma unroll
-            for (int i = 0; i < 8; ++i) out[i] = half2_fma(out[i], slope, shift);
-        } else {
-#pragma unroll
-            for (int i = 0; i < 8; ++i) out[i] = half2_multiply(out[i], slope);
-        }
+        weights_of_integers<Format>(affine_halves<Format>(d, m, Format::kHeader ? 1.0f : scale), out);
     }
 }
 
-// decode_halves in two parts, for what loads them by themselves: d * scale in the low half of a word, and what is added
-// to the products of sixteen weights' integers in the high half; and the weights that follow from these.
+// decode_halves in two parts, for what loads the fields of each by themselves.
 template <class Format>
 __device__ __forceinline__ uint32_t decode_affine(Fields& fields, int at, float scale) {
-    float d, m;
-    Format::affine(Reader<Format, false>{fields, {}}, at, d, m);
-    d *= scale;
-    return pack_half2(d, fmaf(d, Format::kCenter, -m * scale));
+    float d, m = 0.0f;
+    Format::affine(Reader<Format, false>{fields, {}, {}, scale}, at, d, m);
+    return affine_halves<Format>(d, m, Format::kHeader ? 1.0f : scale);
 }
 template <class Format>
-__device__ __forceinline__ void decode_halves(Fields& fields, int at, uint32_t affine, uint32_t (&out)[8]) {
-    Format::integers(Reader<Format, false>{fields, {}}, at, out);
-    uint32_t slope = __byte_perm(affine, 0, 0x1010), shift = __byte_perm(affine, 0, 0x3232);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) out[i] = half2_fma(out[i], slope, shift);
+__device__ __forceinline__ void decode_integers(Fields& fields, int at, uint32_t affine, const HalfBits& bits,
+                                                uint32_t (&out)[8]) {
+    Format::integers(Reader<Format, false>{fields, {}, bits}, at, out);
+    weights_of_integers<Format>(affine, out);
 }

@@ -3,7 +3,7 @@
 #include "common.cuh"
 
 struct Unquantised {
-    static constexpr bool kUnquantised = true, kShared = false;
+    static constexpr bool kUnquantised = true, kShared = false, kHeader = false, kByBits = false;
     static constexpr int kElements = 128;
     __host__ __device__ static constexpr int source_of(int to) { return to; }
 };

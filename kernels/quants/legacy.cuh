@@ -7,7 +7,8 @@
 // A unit of blocks whose fields have these sizes: 2 for d, kM for m, kQh for qh, kQs for qs.
 template <int kM, int kQh, int kQs>
 struct Gathered {
-    static constexpr bool kUnquantised = false, kShared = false, kHasMin = kM != 0;
+    static constexpr bool kUnquantised = false, kShared = false, kHeader = false, kHasMin = kM != 0,
+                          kByBits = false;
     static constexpr int kBlock = 2 + kM + kQh + kQs, kElements = 256, kBytes = 8 * kBlock;
     static constexpr int kQhAt = 16 + 8 * kM, kQsAt = kQhAt + 8 * kQh;
 
@@ -27,41 +28,36 @@ struct Gathered {
     __device__ static uint32_t nibbles(const uint4& qs, int at, int w) {
         return word_of(qs, w) >> (at & 16 ? 4 : 0) & 0x0f0f0f0fu;
     }
-    // Bits 4w .. 4w+3 of `bits` as bit 4 of a paired word's bytes.
-    __device__ static uint32_t fifth_bits(uint32_t bits, int w) {
-        uint32_t b = bits >> (4 * w);
-        return (b & 1) << 4 | (b & 2) << 19 | (b & 4) << 10 | (b & 8) << 25;
-    }
 };
 
-template <int kOffset, bool kMin>
-struct Nibbles : Gathered<kMin ? 2 : 0, 0, 16> {
-    using Base = Gathered<kMin ? 2 : 0, 0, 16>;
-    static constexpr int kCenter = kMin ? 8 : 0;
+// Q4 and Q5, whose nibbles and fifth bits stand as common.cuh says: kOffset is what is taken off the integers.
+template <int kOffset, bool kMin, bool kFifth>
+struct Nibbles : Gathered<kMin ? 2 : 0, kFifth ? 4 : 0, 16> {
+    using Base = Gathered<kMin ? 2 : 0, kFifth ? 4 : 0, 16>;
+    static constexpr bool kByBits = true;
+    static constexpr int kCenter = kMin ? kOffset : 0;
+    template <class Bytes>
+    __host__ __device__ static uint32_t byte_of(const Bytes& from, int to) {
+        if (to < Base::kQhAt) return from[Base::source_of(to)];
+        if (to < Base::kQsAt)
+            return fifth_bits_byte(to - Base::kQhAt, [&](int w) {
+                return from[w / 32 * Base::kBlock + Base::kQsAt / 8 - 4 + w / 8 % 4] >> w % 8 & 1;
+            });
+        return nibbles_byte(to - Base::kQsAt, [&](int w) {
+            return nibble_of(from[w / 32 * Base::kBlock + Base::kQsAt / 8 + w % 16], w / 16 % 2);
+        });
+    }
     template <class U>
     __device__ static void integers(const U& unit, int at, uint32_t (&q)[8]) {
-        uint4 qs = unit.load16(Base::kQsAt + at / 32 * 16);
-#pragma unroll
-        for (int w = 0; w < 4; ++w) bytes_to_pairs<kOffset>(Base::nibbles(qs, at, w), q + 2 * w);
+        uint2 words = unit.load8(Base::kQsAt + at / 2);
+        if constexpr (kFifth) five_bit_pairs<kOffset>(unit.bits(), words, unit.u32(Base::kQhAt + at / 32 * 4), at, q);
+        else four_bit_pairs<kOffset>(unit.bits(), words, q);
     }
 };
-struct Q4_0 : Nibbles<8, false> {};
-struct Q4_1 : Nibbles<8, true> {};
-
-template <bool kMin>
-struct FiveBits : Gathered<kMin ? 2 : 0, 4, 16> {
-    using Base = Gathered<kMin ? 2 : 0, 4, 16>;
-    static constexpr int kCenter = kMin ? 16 : 0;
-    template <class U>
-    __device__ static void integers(const U& unit, int at, uint32_t (&q)[8]) {
-        uint4 qs = unit.load16(Base::kQsAt + at / 32 * 16);
-        uint32_t high = unit.u32(Base::kQhAt + at / 32 * 4) >> (at & 16);
-#pragma unroll
-        for (int w = 0; w < 4; ++w) bytes_to_pairs<16>(Base::nibbles(qs, at, w) | Base::fifth_bits(high, w), q + 2 * w);
-    }
-};
-struct Q5_0 : FiveBits<false> {};
-struct Q5_1 : FiveBits<true> {};
+struct Q4_0 : Nibbles<8, false, false> {};
+struct Q4_1 : Nibbles<8, true, false> {};
+struct Q5_0 : Nibbles<16, false, true> {};
+struct Q5_1 : Nibbles<16, true, true> {};
 
 struct Q8_0 : Gathered<0, 0, 32> {
     static constexpr int kCenter = 0;

@@ -309,6 +309,18 @@ inline float low_half(uint32_t pair) {
 inline float high_half(uint32_t pair) {
     return half_to_float(static_cast<half_t>(pair >> 16));
 }
+inline uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
+    return (a & mask) | bits;
+}
+inline int signed_byte(uint32_t word, int i) {
+    return static_cast<int8_t>(word >> 8 * i);
+}
+inline uint32_t low_halves(uint32_t pair) {
+    return (pair & 0xffff) * 0x10001u;
+}
+inline uint32_t high_halves(uint32_t pair) {
+    return (pair >> 16) * 0x10001u;
+}
 inline uint32_t half2_add(uint32_t a, uint32_t b) {
     return pack_half2(low_half(a) + low_half(b), high_half(a) + high_half(b));
 }

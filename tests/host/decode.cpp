@@ -13,7 +13,8 @@ void decode() {
     for (int row = 0; row < kTileRows; ++row)
         for (int to = 0; to < Format::kBytes; ++to) {
             unit.row = row;
-            const_cast<uint8_t*>(unit.at(to))[0] = source[row * Format::kBytes + Format::source_of(to)];
+            const_cast<uint8_t*>(unit.at(to))[0] =
+                static_cast<uint8_t>(repacked_byte<Format>(source.data() + row * Format::kBytes, to));
         }
     for (int row = 0; row < kTileRows; ++row)
         for (int at = 0; at < Format::kElements; at += 16) {
