@@ -28,8 +28,9 @@ from ..terminal import shown
 from .checks import refuse_non_finite, token_ids
 from .embedding import Normalise, closing_token, pooling_of, vectors
 from .handover import HandsOver
+from .packing import packs
 from .prefill import Prefill
-from .scoring import Group, Item, Record, Running, Scored, item_of, no_ranks, packed, packs
+from .scoring import Group, Item, Record, Running, Scored, item_of, no_ranks, packed
 
 if TYPE_CHECKING:
     from ..text import Tokenizer
@@ -135,7 +136,8 @@ class Model(HandsOver):
         all before it computed at once, rather than wait for a full batch. batch_tokens: of a batch, at most, but for
         one longer prompt; None for 8192, or where layers are streamed for as many more, up to 32768, as hide their
         copies over the bus. top: how many likeliest tokens to name at each place. progress(stage, done, total) hears of
-        compiling and of each batch's layers, starts(count) before these of how many records the batch completes. parse_special, chat_template: as in `tokenize` and `tokenize_chat`. The
+        compiling and of each batch's layers, starts(count) before these of how many records the batch completes (about
+        half a batch more are taken ahead). parse_special, chat_template: as in `tokenize` and `tokenize_chat`. The
         first batches are smaller where their results come sooner so. Logits stay on the device; results are the same
         however records are packed. Where a record's logits are not finite, so are its log-probabilities: they are
         handed on as they are, since the others are sound (`kqprefill score` reports such a record as one that failed).
