@@ -1,6 +1,7 @@
 """Which records share a batch: in order, never more of them than planned for, in no more batches than if each were
 filled, and none small without need."""
 
+import io
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -15,9 +16,11 @@ from kqprefill.cli.score import _Run
 from kqprefill.core import KEYS_PER_TOKEN
 from kqprefill.corpus.results import Wanted
 from kqprefill.engine import packing
+from kqprefill.engine.logits_file import save_logits
 from kqprefill.engine.packing import packs
 from kqprefill.engine.perplexity import perplexity
 from kqprefill.engine.scoring import Item
+from kqprefill.engine.windows import Windows
 
 STREAMED = 24_576, 12_288  # where layers are streamed; and the first of these batches
 
@@ -184,6 +187,23 @@ def test_evening_out_changes_no_bit(model, ran, rng, monkeypatch):
         assert len(sizes) <= len(ran) and sizes != ran
         for one, other in zip(evened, plain, strict=True):
             assert all(map(np.array_equal, one, other))
+
+
+def test_windows_are_shared_out(model, ran, rng):
+    """Batches of windows differ by one at most; the file of logits, llama.cpp's, has the same bytes."""
+    windows = Windows(rng.integers(0, 256, (16, 32)).astype(np.int32))
+
+    def saved(batch_tokens):
+        ran.clear()
+        file = io.BytesIO()
+        save_logits(model, windows, file, batch_tokens)
+        return file.getvalue()
+
+    whole = saved(16 * 31)
+    assert saved(15 * 31) == whole and ran == [8 * 31, 8 * 31]
+    assert saved(5 * 31 + 30) == whole and ran == [4 * 31] * 4
+    assert saved(1) == whole and ran == [31] * 16
+    assert saved(7 * 31) == whole and ran == [6 * 31, 5 * 31, 5 * 31]
 
 
 def test_a_perplexitys_progress_is_of_what_runs(model, rng):
