@@ -147,6 +147,21 @@ def test_lines_come_as_they_are_ready():
         assert process.stdout.read() == b""
 
 
+def test_a_pipe_that_stays_open_is_answered():
+    """All that it has given, of several batches and less than one, though more may come."""
+    with subprocess.Popen(
+        [*ENTRY, "score", EXAMPLE, "--backend", "cpu", "--batch-tokens", "100"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        for count in (25, 11, 10, 1):
+            process.stdin.write(lines([{"tokens": [1] * 10}] * count))
+            process.stdin.flush()
+            assert len([process.stdout.readline() for _ in range(count)]) == count
+        process.stdin.close()
+        assert process.stdout.read() == b""
+
+
 # Interruptions -------------------------------------------------------------------------------------------------------
 
 
@@ -343,7 +358,7 @@ def test_windows_begin_with_bos(tmp_path):
         class config:
             context_length, vocab_size = 100, 50
 
-        def score(self, records, batch_tokens, progress):
+        def score(self, records, batch_tokens, progress, starts):
             self.records = list(records)
             return iter([type("S", (), {"logprobs": np.full(3, -1.0, np.float32)}) for _ in self.records])
 

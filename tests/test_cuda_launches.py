@@ -22,7 +22,8 @@ from kqprefill.backends.cuda.ops.attention_layout import attention_layout
 from kqprefill.backends.cuda.ops.chunk_layout import chunk_layout, parts_of
 from kqprefill.backends.cuda.rehearsal import planned_batch, rehearse
 from kqprefill.core import KEYS_PER_TOKEN, LARGEST_KEY_BLOCK, Batch, KeysValues, Latent, Segment, Targets
-from kqprefill.engine.scoring import Item, packed, packs
+from kqprefill.engine.packing import packs
+from kqprefill.engine.scoring import Item, packed
 from kqprefill.errors import ModelError
 from kqprefill.gguf import GGUFFile
 from kqprefill.models import read_model

@@ -9,8 +9,9 @@ from kqprefill.backends.cuda.attention_kernels import PortableAttention
 from kqprefill.backends.cuda.ops.attention_layout import attention_layout
 from kqprefill.core import Segment
 from kqprefill.engine.model import open_model
+from kqprefill.engine.packing import packs
 from kqprefill.engine.perplexity import perplexity
-from kqprefill.engine.scoring import Item, item_of, packs
+from kqprefill.engine.scoring import Item, item_of
 from kqprefill.gguf.types import GGML
 from kqprefill.synthetic import SHAPES, Shape, SyntheticFile
 from test_models import variant

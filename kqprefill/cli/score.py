@@ -221,7 +221,8 @@ class _Run:
         self._model, self._records, self._lines, self._wanted = model, records, lines, wanted
         self._skip_bad, self._page, self._bars = skip_bad, page, bars
         self._waiting: deque[Record] = deque()  # records without their result
-        self._waiting_tokens = 0
+        self._taken: deque[Record] = deque()  # of these those that no batch has been started with
+        self._running_tokens = self._running_end = 0  # of batches that have been started; in bytes
         self._stopped_by: Record | None = None  # a bad record
         self._first_error = ""
         self._begin, self._end, self._shown = time.perf_counter(), 0, 0.0  # the last in bytes: written, on the bar
@@ -235,7 +236,7 @@ class _Run:
     def go(self, batch_tokens: int | None, top: int) -> None:
         """Score all records. Raises KqprefillError at the first bad one, unless they are skipped."""
         progress = self._show if self._bars else None
-        for result in self._model.score(self._items(), batch_tokens, top, progress):
+        for result in self._model.score(self._items(), batch_tokens, top, progress, starts=self._starts):
             self._write_bad()
             if self._stopped_by:
                 break
@@ -261,11 +262,17 @@ class _Run:
             self._bars(stage, done, total)
             return
         part = done / total
-        end = self._end + part * ((self._waiting[-1].end if self._waiting else self._end) - self._end)
+        end = self._end + part * (self._running_end - self._end)
         self._shown = max(self._shown, end)
-        rate = (self.tokens + part * self._waiting_tokens) / (time.perf_counter() - self._begin)
+        rate = (self.tokens + part * self._running_tokens) / (time.perf_counter() - self._begin)
         note = f"{self.scored + self.bad} records, {rate:.0f} tokens/s"
         self._bars("score", self._shown, self._records.nbytes, note)
+
+    def _starts(self, count: int) -> None:
+        """A batch has been started that completes so many records."""
+        for record in (self._taken.popleft() for _ in range(count)):
+            assert record.item is not None, "only what has something to score is in a batch"
+            self._running_tokens, self._running_end = self._running_tokens + record.item.tokens, record.end
 
     def _items(self) -> Iterator[Item | None]:
         for record in self._records:
@@ -276,7 +283,7 @@ class _Run:
             self._check_resumed()
             self._waiting.append(record)
             if record.item is not None and record.error is None:
-                self._waiting_tokens += record.item.tokens
+                self._taken.append(record)
                 yield record.item
             elif not self._skip_bad:
                 return
@@ -335,7 +342,7 @@ class _Run:
 
     def _write(self, record: Record, result: Scored | list[Scored]) -> None:
         assert record.item is not None, "a result is of a record that had something to score"
-        self._waiting_tokens -= record.item.tokens
+        self._running_tokens -= record.item.tokens
         if not all_finite(result):
             self._fail(record, NOT_FINITE)
             return

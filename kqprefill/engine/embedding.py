@@ -1,4 +1,4 @@
-"""Vectors of many texts: what is pooled, and packing into batches without padding."""
+"""Vectors of many texts: what is pooled, and batches of them without padding."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from ..core import Batch, Float32Array, PendingHead, Pooling, Progress, Segment,
 from ..errors import InputError
 from ..gguf import dequantize
 from ..models.family import Family
+from .packing import packs
+from .scoring import Group, Item
 
 # What is done to a vector at last: it is divided by its Euclidean length, or handed on as it is.
 Normalise: TypeAlias = Literal["l2", "none"]
@@ -52,29 +54,8 @@ def closing_token(family: Family) -> int | None:
     return int(end) if isinstance(end, (int, np.integer)) and 0 <= end < family.config.vocab_size else None
 
 
-def batches(prompts: Iterable[list[int] | None], pooling: Pooling, most: int, first: int) -> Iterator[Batch | None]:
-    """Batches of whole prompts; and None wherever prompts gives None, when all before has been given.
-
-    most: tokens of a batch, but for one longer prompt. first: of the first one; each that follows may have twice as
-    many as the one before.
-    """
-    limit, group, tokens = min(first, most), list[list[int]](), 0
-    for ids in prompts:
-        full = ids is not None and bool(group) and tokens + len(ids) > limit
-        if group and (ids is None or full):
-            yield _packed(group, pooling)
-            group, tokens = [], 0
-            limit = min(most, 2 * limit) if full else limit
-        if ids is None:
-            yield None
-        else:
-            group.append(ids)
-            tokens += len(ids)
-    if group:
-        yield _packed(group, pooling)
-
-
 def _packed(prompts: Sequence[list[int]], pooling: Pooling) -> Batch:
+    """Whole prompts as one batch."""
     ends = np.cumsum([len(ids) for ids in prompts])
     segments = tuple(Segment(int(end) - len(ids), len(ids)) for ids, end in zip(prompts, ends))
     return Batch(np.concatenate([np.array(ids, np.int32) for ids in prompts]), segments=segments, pooling=pooling)
@@ -94,11 +75,12 @@ def vectors(
     projections = [dequantize(weight.tensor.data, weight.tensor.type) for weight in family.projections()]
 
     @np.errstate(all="ignore")
-    def start(batch: Batch) -> PendingHead:
+    def start(group: Group) -> PendingHead:
+        batch = _packed([item.prompt for item, _ in group], pooling)
         return backend.run(family, batch, None, "pooled", progress)[0]
 
-    all_batches = batches(prompts, pooling, size.tokens, size.first)
-    started = (None if batch is None else start(batch) for batch in all_batches)
+    groups = packs((None if ids is None else Item(ids) for ids in prompts), size.tokens, size.first)
+    started = (None if group is None else start(group) for group in groups)
     for pending in backend.in_turn(started):
         for vector in cast(Vectors, pending()).values:
             for matrix in projections:

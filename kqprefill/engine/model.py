@@ -28,8 +28,9 @@ from ..terminal import shown
 from .checks import refuse_non_finite, token_ids
 from .embedding import Normalise, closing_token, pooling_of, vectors
 from .handover import HandsOver
+from .packing import packs
 from .prefill import Prefill
-from .scoring import Group, Item, Record, Running, Scored, item_of, no_ranks, packed, packs
+from .scoring import Group, Item, Record, Running, Scored, item_of, no_ranks, packed
 
 if TYPE_CHECKING:
     from ..text import Tokenizer
@@ -124,6 +125,7 @@ class Model(HandsOver):
         progress: Progress | None = None,
         parse_special: bool = True,
         chat_template: str | None = None,
+        starts: Callable[[int], None] | None = None,
     ) -> Iterator[Any]:
         """The log-probabilities of many prompts, packed into batches: a generator of a Scored
         (kqprefill.engine.scoring) for each record, or of a list of them where it has "choices".
@@ -134,7 +136,8 @@ class Model(HandsOver):
         all before it computed at once, rather than wait for a full batch. batch_tokens: of a batch, at most, but for
         one longer prompt; None for 8192, or where layers are streamed for as many more, up to 32768, as hide their
         copies over the bus. top: how many likeliest tokens to name at each place. progress(stage, done, total) hears of
-        compiling and of each batch's layers. parse_special, chat_template: as in `tokenize` and `tokenize_chat`. The
+        compiling and of each batch's layers, starts(count) before these of how many records the batch completes (about
+        half a batch more are taken ahead). parse_special, chat_template: as in `tokenize` and `tokenize_chat`. The
         first batches are smaller where their results come sooner so. Logits stay on the device; results are the same
         however records are packed. Where a record's logits are not finite, so are its log-probabilities: they are
         handed on as they are, since the others are sound (`kqprefill score` reports such a record as one that failed).
@@ -150,7 +153,8 @@ class Model(HandsOver):
         size = self.backend.batch_size(self.family, batch_tokens, top, progress or no_progress)
         _LOG.info("%s", size.why or f"batches of {size.tokens} tokens")
         groups = packs(items, size.tokens, size.first)
-        started = (None if group is None else self._start(group, top, progress) for group in groups)
+        hears = starts or (lambda count: None)
+        started = (None if group is None else self._start(group, top, progress, hears) for group in groups)
         partial: list[Scored] = []  # of a record whose last batch has not been read
         for running in self.backend.in_turn(started):
             yield from running.finish(partial)
@@ -204,8 +208,9 @@ class Model(HandsOver):
         return item
 
     @np.errstate(all="ignore")
-    def _start(self, group: Group, top: int, progress: Progress | None) -> Running:
+    def _start(self, group: Group, top: int, progress: Progress | None, starts: Callable[[int], None]) -> Running:
         self._check_open()
+        starts(sum(last for _, last in group))
         batch, places = packed([piece for piece, _ in group], top)
         if batch.targets is not None and len(batch.targets.rows):
             pending, _ = self.backend.run(self.family, batch, None, "ranks", progress or no_progress)

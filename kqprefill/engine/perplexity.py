@@ -47,21 +47,24 @@ def perplexity(
     log-probability is not finite.
     """
     windows = Windows.of(tokens, context, most, bos, [model])
-    taken = done = 0  # windows that batches have taken, and that are scored
+    before = count = 0  # windows of the batches before the last one that has been started, and its own
 
     def records() -> Iterator[dict[str, Any]]:
-        nonlocal taken
-        for taken in range(1, len(windows) + 1):
-            own = windows.window(taken - 1)
+        for own in map(windows.window, range(len(windows))):
             yield {"tokens": own[: windows.first], "completion": own[windows.first :]}
 
+    def starts(completed: int) -> None:
+        nonlocal before, count
+        before, count = before + count, completed
+
     def hear(stage: str, layers: int, of: int) -> None:
-        heard(progress, len(windows), done, taken - done)(stage, layers, of)
+        heard(progress, len(windows), before, count)(stage, layers, of)
 
     parts = []
-    for done, scored in enumerate(model.score(records(), batch_tokens, progress=progress and hear), 1):
+    scores = model.score(records(), batch_tokens, progress=progress and hear, starts=starts)
+    for number, scored in enumerate(scores):
         if not np.isfinite(scored.logprobs).all():
-            raise not_finite(windows, (done - 1) * windows.scored + int((~np.isfinite(scored.logprobs)).argmax()))
+            raise not_finite(windows, number * windows.scored + int((~np.isfinite(scored.logprobs)).argmax()))
         parts.append(-scored.logprobs.astype(np.float64))
     return perplexity_of(np.concatenate(parts), len(windows))
 

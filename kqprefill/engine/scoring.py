@@ -1,4 +1,4 @@
-"""Log-probabilities of many sequences: what a record asks for, and packing into batches without padding.
+"""Log-probabilities of many sequences: what a record asks for, and batches of them without padding.
 
 A batch holds whole sequences one after another, each of which sees itself alone; choices that continue one prompt share
 its computation. A record's figures do not depend on what it was packed with.
@@ -57,13 +57,13 @@ class Item(Brief):
 
     def pieces(self, batch_tokens: int) -> list[Item]:
         """The item as Items that fit a batch of about that many tokens, each with some of the continuations."""
-        if self.continuations is None or _fits(self.tokens, self.keys, batch_tokens):
+        if self.continuations is None or fits(self.tokens, self.keys, batch_tokens):
             return [self]
         pieces = []
         part: list[list[int]] = []
         for continuation in self.continuations:
             larger = Item(self.prompt, [*part, continuation], self.choices)
-            if part and not _fits(larger.tokens, larger.keys, batch_tokens):
+            if part and not fits(larger.tokens, larger.keys, batch_tokens):
                 pieces.append(Item(self.prompt, part, self.choices))
                 part = []
             part = [*part, continuation]
@@ -194,34 +194,9 @@ def _whole(ids: list[int]) -> Item:
 Group: TypeAlias = list[tuple[Item, bool]]
 
 
-def _fits(tokens: int, keys: int, batch_tokens: int) -> bool:
+def fits(tokens: int, keys: int, batch_tokens: int) -> bool:
+    """Whether a batch of so many tokens has the memory for these, and for so many rows of keys."""
     return tokens <= batch_tokens and keys <= KEYS_PER_TOKEN * batch_tokens
-
-
-def packs(items: Iterable[Item | None], batch_tokens: int, first_tokens: int | None = None) -> Iterator[Group | None]:
-    """What each batch is made of; and None wherever items gives None, when all that came before it has been given.
-
-    first_tokens: of the first batch, where fewer; each that follows may have twice as many as the one before.
-    """
-    limit = min(batch_tokens, first_tokens or batch_tokens)
-    group: Group = []
-    tokens = keys = 0
-    for item in items:
-        pieces = [] if item is None else item.pieces(batch_tokens)
-        for piece in pieces:
-            if group and not _fits(tokens + piece.tokens, keys + piece.keys, limit):
-                yield group
-                group, tokens, keys = [], 0, 0
-                limit = min(batch_tokens, 2 * limit)
-            group.append((piece, piece is pieces[-1]))
-            tokens, keys = tokens + piece.tokens, keys + piece.keys
-        if item is None:
-            if group:
-                yield group
-                group, tokens, keys = [], 0, 0
-            yield None
-    if group:
-        yield group
 
 
 # For each item of a batch, for each of its results, the slice of the batch's targets that it is.

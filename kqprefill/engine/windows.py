@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -84,7 +85,7 @@ class Windows(Brief):
 
 
 def batches_of(windows: Windows, models: Sequence[Model], batch_tokens: int | None) -> list[slice]:
-    """Which windows go into each batch.
+    """Which windows go into each batch: about as many into each.
 
     batch_tokens: of a batch, at most, but for one window; None for what the models' backends choose. All models' logits
     of a batch are in host memory at a time: they take at most a quarter of what is free, and at most 1 GiB where no
@@ -95,8 +96,9 @@ def batches_of(windows: Windows, models: Sequence[Model], batch_tokens: int | No
     if not any(plan.streamed for model in models for plan in model.backend.plans):
         room = min(room, _LOGITS_BYTES)
     nbytes = sum(4 * windows.scored * model.config.vocab_size for model in models)
-    step = max(1, min(tokens // (windows.context - 1), room // nbytes))
-    return [slice(at, min(at + step, len(windows))) for at in range(0, len(windows), step)]
+    most = max(1, min(tokens // (windows.context - 1), room // nbytes))
+    count = -(-len(windows) // most)
+    return [slice(*part) for part in pairwise(-(-len(windows) * i // count) for i in range(count + 1))]
 
 
 @np.errstate(all="ignore")
