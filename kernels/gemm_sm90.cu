@@ -137,8 +137,8 @@ struct Consumer {
                 if (step == 0)
 #pragma unroll
                     for (int i = 0; i < (kShared ? 1 : Config::kTiles); ++i)
-                        headers[i] = load_fields<Format, false, true>(
-                            from + (kShared ? threadIdx.x % 2 : i) * kTile, row, at);
+                        headers[i] =
+                            load_fields<Format, false, true>(from + (kShared ? threadIdx.x % 2 : i) * kTile, row, at);
         };
         auto decode = [&](int i, int step, uint32_t (&to)[2][8]) {
             if (i >= Config::kTiles) return;
@@ -147,7 +147,8 @@ struct Consumer {
                 if (i == 0) {
                     uint32_t own = decode_affine<Format>(headers[0], at, scale);
                     int lane = threadIdx.x % 32 & ~1;
-                    affine[0] = __shfl_sync(0xffffffffu, own, lane), affine[1] = __shfl_sync(0xffffffffu, own, lane + 1);
+                    affine[0] = __shfl_sync(0xffffffffu, own, lane),
+                    affine[1] = __shfl_sync(0xffffffffu, own, lane + 1);
                 }
                 decode_integers<Format>(loaded[i], at, affine[i], bits, to[i]);
             } else if constexpr (kApart)

@@ -126,7 +126,8 @@ __device__ __forceinline__ void five_bit_pairs(const HalfBits& bits, const uint2
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
         uint32_t shifted = fifth >> i / 2;
-        q[i] = nibble_pair(nibbles, i, i % 2 ? and_or(shifted, 0x01000100u, bits.odd) : and_or(shifted, 0x00100010u, bits.even));
+        q[i] = nibble_pair(nibbles, i,
+                           i % 2 ? and_or(shifted, 0x01000100u, bits.odd) : and_or(shifted, 0x00100010u, bits.even));
     }
     center_pairs<kOffset>(q);
 }

@@ -148,7 +148,8 @@ struct Q6_K : KQuant {
         for (int i = 0; i < 8; ++i) {
             if (i == 4) high = __byte_perm(high, 0, 0x2301);
             uint32_t shifted = high >> i / 2 % 2 * 2;
-            q[i] = nibble_pair(nibbles, i, i % 2 ? and_or(shifted, 0x03000300u, bits.odd) : and_or(shifted, 0x00300030u, bits.even));
+            q[i] = nibble_pair(
+                nibbles, i, i % 2 ? and_or(shifted, 0x03000300u, bits.odd) : and_or(shifted, 0x00300030u, bits.even));
         }
         center_pairs<32>(q);
     }

@@ -7,8 +7,7 @@
 // A unit of blocks whose fields have these sizes: 2 for d, kM for m, kQh for qh, kQs for qs.
 template <int kM, int kQh, int kQs>
 struct Gathered {
-    static constexpr bool kUnquantised = false, kShared = false, kHeader = false, kHasMin = kM != 0,
-                          kByBits = false;
+    static constexpr bool kUnquantised = false, kShared = false, kHeader = false, kHasMin = kM != 0, kByBits = false;
     static constexpr int kBlock = 2 + kM + kQh + kQs, kElements = 256, kBytes = 8 * kBlock;
     static constexpr int kQhAt = 16 + 8 * kM, kQsAt = kQhAt + 8 * kQh;
 
