@@ -10,10 +10,10 @@
 // epilogue, the rings fill for the next. Each output is one chain of sums over k in order, whatever the tile: a token's
 // bits depend neither on other tokens nor on the configuration.
 //
-// A launch multiplies by up to three matrices side by side (q, k, v), whose block formats may differ, or by gate and up
-// of one format; or, grouped, each group of x's rows by its own matrix of a stack of them (experts).
+// A launch multiplies by up to three matrices side by side (q, k, v), or by gate and up; or, grouped, each group of x's
+// rows by its own matrix of a stack of them (experts). The matrices' block formats may differ.
+#include "include/consumer_sm90.cuh"
 #include "include/epilogue_heads.cuh"
-#include "include/gemm_sm90.cuh"
 
 // Producers -----------------------------------------------------------------------------------------------------------
 
@@ -33,7 +33,7 @@ __device__ __forceinline__ void produce_weights(const Rings& rings, const Matric
             uint32_t to = rings.raw.stage(at.stage) + lane * Formats::kTileBytes;
             Barrier arrived = rings.raw.begin_filling(at, bytes);
             if (bytes) bulk_copy(to, tile.weights, bytes, arrived);
-            tile.weights += bytes;
+            if (Formats::ends(tile.format, unit)) tile.weights += bytes;
         }
     }
 }
@@ -66,143 +66,6 @@ __device__ __forceinline__ void produce_x(const Rings& rings, const void* x_map,
 
 // Consumers -----------------------------------------------------------------------------------------------------------
 
-// Which row of its row tiles a thread has. Where outputs are an operand a warp has such rows that each lane, when lanes
-// have traded outputs (epilogue.cuh), writes four that are neighbours in operand order. For warp w of a warpgroup:
-//
-//     lanes          0-3     4-7     8-11    12-15   16-19   20-23   24-27   28-31
-//     gemm_linear    8w      8w+1    8w+2    8w+3    8w+4    8w+5    8w+6    8w+7
-//     the others     4w      4w+1    4w+16   4w+17   4w+2    4w+3    4w+18   4w+19
-__device__ __forceinline__ int row_of_thread() {
-    int warp = threadIdx.x / 32 % 4, slot = threadIdx.x % 32 / 4;
-    return Config::kGated || Config::kActivated ? slot / 2 % 2 * 16 + warp * 4 + slot / 4 * 2 + slot % 2
-                                                : warp * 8 + slot;
-}
-
-template <class Format>
-constexpr bool kIsQ6K = false;
-template <>
-constexpr bool kIsQ6K<Q6_K> = true;
-
-// A thread of a consumer warpgroup.
-struct Consumer {
-    static constexpr int kUnitSteps = Config::kUnitSteps, kStageSteps = Config::kStageSteps;
-    const Rings& rings;
-    int units, first;  // first: this warpgroup's first row tile, of the block's
-    int row, column;   // this thread's, of a row tile and of a step
-    float scale;       // that weights are decoded with
-    int tokens;        // that the token tile has
-    ConsumerPosition<Config::kStages> stage;
-    ConsumerPosition<Config::kRawStages> raw;
-
-    // acc = W · Xᵀ for this warpgroup's row tiles, of one format. Of an expert's last token tile only so many tokens
-    // are multiplied as it may have.
-    template <class Format>
-    __device__ __forceinline__ void multiply_tile(Accumulators& acc) {
-        constexpr int kTokens = Config::kTokens;
-        // gemm_linear's largest token tile leaves no register for more loops.
-        constexpr bool kFewer = Config::kGrouped && (Config::kGated || kTokens < 256);
-        // Q6_K, whose decoding takes the most registers, leaves none for a third loop in these.
-        constexpr bool kFull = kIsQ6K<Format> && (Config::kGated || kTokens == 64);
-        if constexpr (kFewer && kTokens >= 64 && !kFull)
-            if (tokens <= kTokens / 4) return multiply_tokens<Format, kTokens / 4>(acc);
-        if constexpr (kFewer && kTokens >= 32)
-            if (tokens <= kTokens / 2) return multiply_tokens<Format, kTokens / 2>(acc);
-        multiply_tokens<Format, kTokens>(acc);
-    }
-
-    // The same for the first kTokens of the token tile. Weights go through two steps of work: what is multiplied in
-    // step i was decoded in step i - 1, and loaded in step i - 2.
-    template <class Format, int kTokens>
-    __device__ __forceinline__ void multiply_tokens(Accumulators& all) {
-        float (&acc)[kTokens / 2] = reinterpret_cast<float (&)[kTokens / 2]>(all);
-        // Where weights' integers are read by themselves, d and m of a unit are read once; and of two row tiles
-        // neighbouring lanes make those of one each, where they need the same. With the fewer tokens of an expert there
-        // is no register for the latter.
-        constexpr bool kApart = Format::kHeader,
-                       kShared = kApart && Format::kShared && Config::kTiles == 2 && kTokens == Config::kTokens;
-        Fields loaded[Config::kTiles], headers[kShared ? 1 : Config::kTiles];
-        uint32_t w[2][2][8] = {}, affine[2];
-        // The compiler does not know that units >> 30 is 0: else it would set these registers anew for each use.
-        uint32_t zero = (units + threadIdx.x) >> 30;
-        HalfBits bits = {HalfBits().even | zero, HalfBits().odd | zero};
-        auto load = [&](int step) {
-            const uint8_t* from =
-                rings.shared + Config::kRawOffset + raw.stage * Config::kRawStageBytes + first * Formats::kTileBytes;
-            constexpr int kTile = Config::kTileStep * Formats::kTileBytes;
-            int at = step * Config::kStep + column;
-#pragma unroll
-            for (int i = 0; i < Config::kTiles; ++i)
-                loaded[i] = load_fields<Format, true, !kApart>(from + i * kTile, row, at);
-            if constexpr (kApart)
-                if (step == 0)
-#pragma unroll
-                    for (int i = 0; i < (kShared ? 1 : Config::kTiles); ++i)
-                        headers[i] =
-                            load_fields<Format, false, true>(from + (kShared ? threadIdx.x % 2 : i) * kTile, row, at);
-        };
-        auto decode = [&](int i, int step, uint32_t (&to)[2][8]) {
-            if (i >= Config::kTiles) return;
-            int at = step * Config::kStep + column;
-            if constexpr (kShared) {
-                if (i == 0) {
-                    uint32_t own = decode_affine<Format>(headers[0], at, scale);
-                    int lane = threadIdx.x % 32 & ~1;
-                    affine[0] = __shfl_sync(0xffffffffu, own, lane),
-                    affine[1] = __shfl_sync(0xffffffffu, own, lane + 1);
-                }
-                decode_integers<Format>(loaded[i], at, affine[i], bits, to[i]);
-            } else if constexpr (kApart)
-                decode_integers<Format>(loaded[i], at, decode_affine<Format>(headers[i], at, scale), bits, to[i]);
-            else decode_halves<Format>(loaded[i], at, scale, to[i]);
-        };
-        rings.raw.wait_until_arrived(raw);
-        load(0);
-        decode(0, 0, w[0]);
-        decode(1, 0, w[0]);
-        load(1);
-        for (int unit = 0; unit < units; ++unit) {
-            bool more = unit + 1 < units;
-#pragma unroll
-            for (int step = 0; step < kUnitSteps; ++step) {
-                if (step % kStageSteps == 0) rings.x.wait_until_arrived(stage);
-                uint64_t x = wgmma_operand(rings.x.stage(stage.stage) + step % kStageSteps * Config::kStepBytes);
-                uint32_t (&now)[2][8] = w[step % 2], (&next)[2][8] = w[(step + 1) % 2];
-                auto multiply = [&](int k16) {
-                    wgmma_f16(acc, now[0][2 * k16], now[1][2 * k16], now[0][2 * k16 + 1], now[1][2 * k16 + 1],
-                              x + 2 * k16, unit > 0 || step > 0 || k16 > 0);
-                };
-                // The matrix units take one instruction after another, and a warp that gives them the next waits until
-                // there is room: the decoding stands between them, so as to run beside them.
-                wgmma_begin();
-                multiply(0);
-                multiply(1);
-                wgmma_commit();
-                wgmma_wait<1>();  // the step before this is done with: its registers may be used again, and its stage
-                if (step % kStageSteps == 0 && (unit > 0 || step > 0)) release_previous_stage();
-                if (step < kUnitSteps - 1 || more) decode(0, (step + 1) % kUnitSteps, next);
-                wgmma_begin();
-                multiply(2);
-                multiply(3);
-                wgmma_commit();
-                if (step < kUnitSteps - 1 || more) decode(1, (step + 1) % kUnitSteps, next);
-                if (step == kUnitSteps - 2) {  // the unit has been loaded; the next follows
-                    rings.raw.release_by_thread(raw.stage);
-                    raw.advance();
-                    if (more) rings.raw.wait_until_arrived(raw);
-                }
-                if (step < kUnitSteps - 2 || more) load((step + 2) % kUnitSteps);
-                if (step % kStageSteps == kStageSteps - 1) stage.advance();
-            }
-        }
-        wgmma_wait<0>();
-        release_previous_stage();
-    }
-
-    __device__ __forceinline__ void release_previous_stage() const {
-        rings.x.release_by_warp<Config::kCluster>(stage.previous());
-    }
-};
-
 // Multiplies this block's output tiles; calls write(accumulators, alpha, row tiles, row, first token, end, expert)
 // after each. Accumulators 4j + 2i and 4j + 2i + 1 of a thread are row `row` of row tile i, and tokens 8j + lane % 4 *
 // 2 and the next, counted from the first token of the token tile, which ends before token `end`.
@@ -220,7 +83,8 @@ __device__ __forceinline__ void consume(const Rings& rings, const Matrices& matr
         // Else the next tile's first wgmma, which does not read them, would have them kept in their registers.
         if (Config::kHeadDim != 0) clear(acc);
         if (Config::kGrouped) consumer.tokens = x.end(outputs.token_tile()) - x.first(outputs.token_tile());
-        Formats::multiply_tile(tile(0).format, consumer, acc);
+        if constexpr (Config::kGated) consumer.template multiply_tile<Formats::Gate, Formats::Up>(acc);
+        else Formats::multiply_tile(tile(0).format, consumer, acc);
         RowTile tiles[Config::kTiles];
 #pragma unroll
         for (int i = 0; i < Config::kTiles; ++i) tiles[i] = tile(i);
@@ -376,7 +240,9 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
     gemm_gated(const uint8_t* gate, const uint8_t* up, int features, const void* x_map, int m, int k, half_t* out,
                int ldo, const float* x_scale, const float* w_scale, const float* gate_bias, const float* up_bias,
                const float* out_scale, int activation, const Group* groups, const int* group_count) {
-    Matrices matrices = {{gate, up, nullptr}, {features, features, 0}, {0, 0, 0}};
+    // Where there are two formats, gate has the first.
+    Matrices matrices = {
+        {gate, up, nullptr}, {features, features, 0}, {0, kSame<Formats::Gate, Formats::Up> ? 0 : 1, 0}};
     int row_tiles = 2 * ceil_div(features, kOperandGroup) * (kOperandGroup / kTileRows);
     Tokens x = {m, groups, group_count};
     auto write = [&](Accumulators& acc, float alpha, const RowTile(&tiles)[Config::kTiles], int row, int token, int end,

@@ -1,5 +1,6 @@
 // What gemm_sm90.cu is compiled for, and the names that follow from it.
 #pragma once
+#include "operand.cuh"
 #include "row_tiles.cuh"
 #include "scheduler.cuh"
 #include "sm90.cuh"

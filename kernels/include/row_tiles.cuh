@@ -32,15 +32,16 @@ __device__ __forceinline__ RowTile row_tile(const Matrices& matrices, int index,
     int stacked = Config::kGrouped ? expert * ceil_div(matrices.rows[0], kTileRows) : 0;
     if (Config::kGated) {  // gate's and up's take turns
         int tile = index >> 1, rows = min(kTileRows, matrices.rows[0] - tile * kTileRows);
+        int format = index & 1 ? matrices.format[1] : matrices.format[0];
         const uint8_t* weights = index & 1 ? matrices.weights[1] : matrices.weights[0];
         if (rows <= 0) return {nullptr, 0, 0, tile * kTileRows};
-        weights += static_cast<uint64_t>(stacked) * units * Formats::tile_bytes(0);
-        return {weights + static_cast<uint64_t>(tile) * units * Formats::tile_bytes(0), 0, rows, tile * kTileRows};
+        return {weights + static_cast<uint64_t>(stacked + tile) * Formats::row_tile_bytes(format, units), format, rows,
+                tile * kTileRows};
     }
     if (Config::kActivated) {  // there are row tiles for columns that fill a group of the operand, too
         int rows = min(kTileRows, matrices.rows[0] - index * kTileRows);
         if (rows <= 0) return {nullptr, 0, 0, index * kTileRows};
-        return {matrices.weights[0] + static_cast<uint64_t>(index) * units * Formats::tile_bytes(0), 0, rows,
+        return {matrices.weights[0] + static_cast<uint64_t>(index) * Formats::row_tile_bytes(0, units), 0, rows,
                 index * kTileRows};
     }
     int tiles0 = count_row_tiles<Config>(matrices.rows[0]), tiles1 = count_row_tiles<Config>(matrices.rows[1]);
@@ -48,7 +49,7 @@ __device__ __forceinline__ RowTile row_tile(const Matrices& matrices, int index,
     const uint8_t* weights = matrices.weights[0];
     if (Config::kGrouped) {
         if (index * kTileRows >= rows) return {nullptr, 0, 0, 0};
-        return {weights + (static_cast<uint64_t>(stacked) + index) * units * Formats::tile_bytes(0), 0,
+        return {weights + static_cast<uint64_t>(stacked + index) * Formats::row_tile_bytes(0, units), 0,
                 min(kTileRows, rows - index * kTileRows), index * kTileRows};
     }
     // The matrices are written out, as an index into the arguments would put them into local memory.
@@ -61,6 +62,6 @@ __device__ __forceinline__ RowTile row_tile(const Matrices& matrices, int index,
         }
     }
     if (index * kTileRows >= rows) return {nullptr, 0, 0, 0};
-    return {weights + static_cast<uint64_t>(index) * units * Formats::tile_bytes(format), format,
+    return {weights + static_cast<uint64_t>(index) * Formats::row_tile_bytes(format, units), format,
             min(kTileRows, rows - index * kTileRows), column + index * kTileRows};
 }

@@ -22,7 +22,6 @@ from .gemm.operand import Gemm
 from .gemm.tensor_maps import TensorMaps
 from .mamba_kernels import mamba_programs
 from .programs import COMMON, int8_program, int8_rows_programs, weight_program
-from .units import unit_size
 from .weights.matrix import Matrix
 
 _HOPPER = (9, 0)  # its compute capability
@@ -102,7 +101,7 @@ class Portable(KernelSet):
 
 
 class Hopper(Portable):
-    """Kernels for compute capability 9.0: wgmma and the copy engine. What they do not take, the portable ones do."""
+    """Kernels for compute capability 9.0: wgmma and the copy engine."""
 
     name = "Hopper"
     share_of_peak = 0.6
@@ -145,10 +144,10 @@ class _PortableGemms(Gemms):
         kinds = {matrix.int8 for matrix in matrices}
         if len(kinds) > 1:
             return self._mixed
-        return self._int8 if kinds == {True} else self.choose_exact(matrices, gated)
+        return self._int8 if kinds == {True} else self.choose_exact()
 
-    def choose_exact(self, matrices: Sequence[Matrix], gated: bool) -> Gemm:
-        """As `choose`, of matrices as the file has them."""
+    def choose_exact(self) -> Gemm:
+        """The way for matrices as the file has them."""
         return self._portable
 
 
@@ -158,9 +157,8 @@ class _HopperGemms(_PortableGemms):
         self._hopper = hopper.HopperGemm(facts, launcher, maps)
         self._int8 = int8_hopper.HopperInt8Gemm(facts, launcher, work, maps)
 
-    def choose_exact(self, matrices: Sequence[Matrix], gated: bool) -> Gemm:
-        alike = {matrix.type if gated else unit_size(matrix.type)[0] for matrix in matrices}
-        return self._hopper if len(alike) == 1 else super().choose_exact(matrices, gated)
+    def choose_exact(self) -> Gemm:
+        return self._hopper
 
 
 def kernel_set_of(capability: tuple[int, int], kernels: str = "auto") -> KernelSet:

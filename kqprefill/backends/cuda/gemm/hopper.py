@@ -71,7 +71,7 @@ class HopperConfig(TileConfig):
     def _layout(self, types: tuple[GGML, ...], epilogue: int) -> _Layout:
         """As many blocks of a multiprocessor, and stages of each, as fit its shared memory; epilogue: bytes that it
         takes."""
-        unit = unit_size(types[0])[0]
+        unit = min(unit_size(t)[0] for t in types)
         raw = self.warpgroups * self.tiles * TILE_ROWS * max(unit_size(t)[1] for t in types)
         steps = min(self._steps, unit // OPERAND_GROUP)
         x, stages_of_unit = steps * self.tokens * 2 * OPERAND_GROUP, unit // OPERAND_GROUP // steps
@@ -124,7 +124,7 @@ def best_config(m: int, row_tiles: int, gated: bool, multiprocessors: int, exper
 
 
 class HopperGemm(Gemm):
-    """One fused pass. It takes matrices whose units are equally long, and gate and up of one type."""
+    """One fused pass."""
 
     def __init__(self, facts: GpuFacts, launcher: Launches, maps: TensorMaps) -> None:
         self._facts, self._launcher, self._maps = facts, launcher, maps
@@ -228,7 +228,7 @@ class HopperGemm(Gemm):
         config = self._config(a.rows, (gate, up), True, number_of(groups))
         gate_bias, up_bias = biases
         self._launcher.launch(
-            config.program((gate.type,), groups is not None),
+            config.program(_types((gate, up)), groups is not None),
             "gemm_gated",
             grid=self._grid(config, a.rows, (gate, up), groups),
             gate=gate.array,
