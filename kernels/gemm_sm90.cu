@@ -28,12 +28,14 @@ __device__ __forceinline__ void produce_weights(const Rings& rings, const Matric
         RowTile tile =
             row_tile<Config>(matrices, first_row_tile(outputs) + lane, units, x.expert(outputs.token_tile()));
         int bytes = tile.weights != nullptr ? Formats::tile_bytes(tile.format) : 0;
-#pragma unroll 1  // few registers are left
+        int again =
+            Formats::kMixed ? Formats::served(tile.format) - 1 : 0;  // times that a weight tile is brought again
+#pragma unroll 1                                                     // few registers are left
         for (int unit = 0; unit < units; ++unit, at.advance()) {
             uint32_t to = rings.raw.stage(at.stage) + lane * Formats::kTileBytes;
             Barrier arrived = rings.raw.begin_filling(at, bytes);
             if (bytes) bulk_copy(to, tile.weights, bytes, arrived);
-            if (Formats::ends(tile.format, unit)) tile.weights += bytes;
+            tile.weights += Formats::kMixed && unit % 2 < again ? 0 : bytes;
         }
     }
 }

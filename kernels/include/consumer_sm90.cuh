@@ -52,19 +52,24 @@ struct Consumer {
     __device__ __forceinline__ int place(int unit, int step) const {
         return unit % (Format::kElements / Formats::kElements) * Formats::kElements + step * Config::kStep + column;
     }
-    // Loads the weights of a step; d and m apart from them where they are read once a unit.
+    // Whether d and m are read once a unit, apart from the weights; grouped kernels, which have more loops, have no
+    // registers to keep what was read.
+    template <class Format>
+    static constexpr bool kApart = Format::kHeader && !Config::kGrouped;
+
+    // Loads the weights of a step.
     template <class Format>
     __device__ __forceinline__ void load(const uint8_t* tile, int unit, int step, Fields& weights,
                                          Fields& header) const {
-        weights = load_fields<Format, true, !Format::kHeader>(tile, row, place<Format>(unit, step));
-        if constexpr (Format::kHeader)
+        weights = load_fields<Format, true, !kApart<Format>>(tile, row, place<Format>(unit, step));
+        if constexpr (kApart<Format>)
             if (step == 0) header = load_fields<Format, false, true>(tile, row, 0);
     }
     template <class Format>
     __device__ __forceinline__ void decode(int unit, int step, const HalfBits& bits, Fields& weights, Fields& header,
                                            uint32_t (&to)[8]) const {
         int at = place<Format>(unit, step);
-        if constexpr (Format::kHeader)
+        if constexpr (kApart<Format>)
             decode_integers<Format>(weights, at, decode_affine<Format>(header, at, scale), bits, to);
         else decode_halves<Format>(weights, at, scale, to);
     }
@@ -81,6 +86,8 @@ struct Consumer {
         Fields loaded[2], headers[2];
         uint32_t w[2][2][8] = {}, affine[2];
         // The compiler does not know that this is 0: else it would set these registers anew for each use.
+        if (!Config::kGrouped)
+            forget(column);  // what follows from it would else keep its registers through the epilogue
         uint32_t zero = (units + threadIdx.x) >> 30;
         HalfBits bits = {HalfBits().even | zero, HalfBits().odd | zero};
         auto load_step = [&](int unit, int step) {
@@ -90,7 +97,8 @@ struct Consumer {
             if constexpr (kShared) {
                 loaded[0] = load_fields<First, true, false>(from, row, place<First>(unit, step));
                 loaded[1] = load_fields<First, true, false>(from + kOther, row, place<First>(unit, step));
-                if (step == 0) headers[0] = load_fields<First, false, true>(from + threadIdx.x % 2 * kOther, row, 0);
+                if (step == 0 || Config::kGrouped)
+                    headers[0] = load_fields<First, false, true>(from + threadIdx.x % 2 * kOther, row, 0);
             } else {
                 load<First>(from, unit, step, loaded[0], headers[0]);
                 if constexpr (Config::kTiles == 2) load<Second>(from + kOther, unit, step, loaded[1], headers[1]);

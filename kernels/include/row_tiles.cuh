@@ -35,7 +35,8 @@ __device__ __forceinline__ RowTile row_tile(const Matrices& matrices, int index,
         int format = index & 1 ? matrices.format[1] : matrices.format[0];
         const uint8_t* weights = index & 1 ? matrices.weights[1] : matrices.weights[0];
         if (rows <= 0) return {nullptr, 0, 0, tile * kTileRows};
-        return {weights + static_cast<uint64_t>(stacked + tile) * Formats::row_tile_bytes(format, units), format, rows,
+        weights += static_cast<uint64_t>(stacked) * Formats::row_tile_bytes(format, units);
+        return {weights + static_cast<uint64_t>(tile) * Formats::row_tile_bytes(format, units), format, rows,
                 tile * kTileRows};
     }
     if (Config::kActivated) {  // there are row tiles for columns that fill a group of the operand, too

@@ -46,13 +46,18 @@ __device__ __forceinline__ uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
     return r;
 }
+// The compiler knows no more what the value is, and computes what follows from it after this.
+__device__ __forceinline__ void forget(int& value) {
+    asm volatile("" : "+r"(value));
+}
 // (a & mask) | bits, in one instruction: the compiler would put the constants of several together, which then need two.
 __device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
     uint32_t r;
     asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(a), "r"(mask), "r"(bits));
     return r;
 }
-// Byte i of a word, which may be negative, in one instruction: a selector's 8 takes a byte's sign (__byte_perm has none).
+// Byte i of a word, which may be negative, in one instruction: a selector's 8 takes a byte's sign (__byte_perm has no
+// such selectors).
 __device__ __forceinline__ int signed_byte(uint32_t word, int i) {
     int r;
     asm("prmt.b32 %0, %1, 0, %2;" : "=r"(r) : "r"(word), "r"(i * 0x1111 | 0x8880));

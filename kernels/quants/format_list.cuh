@@ -19,7 +19,7 @@ struct FormatList {
     __device__ static int tile_bytes(int format) {
         return format == 0 ? kTileRows * First::kBytes : Next::tile_bytes(format - 1);
     }
-    // Units of the launch that a weight tile serves.
+    // Units of the launch that a weight tile serves: one, or two.
     __device__ static int served(int format) {
         return format == 0 ? First::kElements / kElements : Next::elements(format - 1) / kElements;
     }
@@ -28,8 +28,6 @@ struct FormatList {
     __device__ static uint64_t row_tile_bytes(int format, int units) {
         return static_cast<uint64_t>(kMixed ? ceil_div(units, served(format)) : units) * tile_bytes(format);
     }
-    // Whether the unit after `unit` is in another weight tile.
-    __device__ static bool ends(int format, int unit) { return !kMixed || (unit + 1) % served(format) == 0; }
     // Calls consumer.multiply_tile<F>(acc) for the format F that has this number.
     template <class Consumer, class Accumulators>
     __device__ __forceinline__ static void multiply_tile(int format, Consumer& consumer, Accumulators& acc) {
@@ -47,7 +45,7 @@ struct FormatList<Only> {
     __device__ static int tile_bytes(int) { return kTileBytes; }
     __device__ static int elements(int) { return kElements; }
     __device__ static uint64_t row_tile_bytes(int, int units) { return static_cast<uint64_t>(units) * kTileBytes; }
-    __device__ static bool ends(int, int) { return true; }
+    __device__ static int served(int) { return 1; }
     template <class Consumer, class Accumulators>
     __device__ __forceinline__ static void multiply_tile(int, Consumer& consumer, Accumulators& acc) {
         consumer.template multiply_tile<Only>(acc);

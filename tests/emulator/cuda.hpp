@@ -309,6 +309,7 @@ inline float low_half(uint32_t pair) {
 inline float high_half(uint32_t pair) {
     return half_to_float(static_cast<half_t>(pair >> 16));
 }
+inline void forget(int&) {}
 inline uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
     return (a & mask) | bits;
 }

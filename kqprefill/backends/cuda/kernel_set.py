@@ -29,7 +29,8 @@ _HOPPER = (9, 0)  # its compute capability
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")  # what we claim to compile for
 # Sizes of heads in use: of keys, and of values.
 _HEAD_DIMS = *((size, size) for size in (64, 80, 96, 112, 128, 192, 256, 512)), (192, 128)
-_MIXED = (GGML.Q4_K, GGML.Q6_K)  # of the matrices of q, k and v, in most files
+_MIXED = (GGML.Q4_K, GGML.Q6_K)  # of the matrices of q, k and v in most files, of gate and up in some
+_OF_TWO_UNITS = (GGML.F16, GGML.Q4_K)  # where some matrices were left unquantised
 _EXPERT_TYPES = (GGML.Q4_K, GGML.Q6_K, GGML.MXFP4)  # of most experts
 _UNGATED_TYPES = (GGML.Q4_K, GGML.Q5_K, GGML.Q8_0)  # of most networks without a gate
 
@@ -118,8 +119,9 @@ class Hopper(Portable):
         for config in hopper.CONFIGS:
             for kind in sorted(SUPPORTED):
                 yield config.program((kind,))
+            yield config.program(_MIXED)
+            yield config.program(_OF_TWO_UNITS)
             if not config.gated:
-                yield config.program(_MIXED)
                 for kind in _UNGATED_TYPES:
                     yield config.program((kind,), activated=True)
             for kind in _EXPERT_TYPES:

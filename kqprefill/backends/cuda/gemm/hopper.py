@@ -20,13 +20,13 @@ from .tensor_maps import TensorMaps
 from .tiles import TileConfig, Told, cheapest, row_tiles, side_by_side
 
 _BARRIERS = 512  # bytes: more than the stages' barriers take
+# Of a thread that brings weights: the fewest there can be, and where units are of two lengths.
+_PRODUCER_REGISTERS, _PRODUCER_REGISTERS_MIXED = 24, 32
 
 
 @dataclass(frozen=True)
 class HopperConfig(TileConfig):
     """The constants of gemm_sm90.cu, and what a step of OPERAND_GROUP columns costs (Q4_K)."""
-
-    producer_registers = 24  # the fewest there can be
 
     @cache
     def program(
@@ -43,6 +43,7 @@ class HopperConfig(TileConfig):
         """
         of_heads = heads.constants(self.tokens) if heads else NO_HEADS
         layout = self._layout(types, of_heads["EPILOGUE_BYTES"])
+        producers = _PRODUCER_REGISTERS if len({unit_size(t)[0] for t in types}) == 1 else _PRODUCER_REGISTERS_MIXED
         constants = {
             "GATED": self.gated,
             "ACTIVATED": int(activated),
@@ -54,8 +55,8 @@ class HopperConfig(TileConfig):
             "STEPS": self._steps,
             "STAGES": layout.stages,
             "RAW_STAGES": layout.raw_stages,
-            "PRODUCER_REGISTERS": self.producer_registers,
-            "CONSUMER_REGISTERS": self.consumer_registers(layout.blocks),
+            "PRODUCER_REGISTERS": producers,
+            "CONSUMER_REGISTERS": self.consumer_registers(layout.blocks, producers),
             "FORMATS": ",".join(t.name for t in types),
             "GROUPED": int(grouped),
             **of_heads,

@@ -22,6 +22,7 @@ from .operand import Groups, Operand, listed, made_into, number_of
 from .tensor_maps import TensorMaps
 from .tiles import TileConfig, Told, cheapest, row_tiles, side_by_side
 
+_PRODUCER_REGISTERS = 32  # of a thread
 _READ = 1.5  # nanoseconds in which an int8 tile is read from memory
 _TILE_BYTES = TILE_ROWS * ROTATED  # of an int8 tile: also room behind the ring, for its barriers
 
@@ -32,8 +33,6 @@ class HopperInt8Config(TileConfig):
 
     gated: 0, as the costs are those of both kernels.
     """
-
-    producer_registers = 32
 
     @cache
     def program(self, kind: Kind, whole: bool = True, heads: HeadsKind | None = None) -> Program:
@@ -47,8 +46,8 @@ class HopperInt8Config(TileConfig):
             "CLUSTER": self.cluster,
             "STEPS": self._steps,
             "STAGES": self._stages,
-            "PRODUCER_REGISTERS": self.producer_registers,
-            "CONSUMER_REGISTERS": self.consumer_registers(self.blocks),
+            "PRODUCER_REGISTERS": _PRODUCER_REGISTERS,
+            "CONSUMER_REGISTERS": self.consumer_registers(self.blocks, _PRODUCER_REGISTERS),
             "WHOLE": int(whole),
             **of_heads,
         }

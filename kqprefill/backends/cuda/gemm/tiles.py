@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 from ..device.arrays import DeviceArray
 from ..weights.matrix import Matrix
@@ -32,8 +32,6 @@ class TileConfig:
     cluster: int
     alone: int
     shared: int
-
-    producer_registers: ClassVar[int]  # of a thread
 
     @property
     def threads(self) -> int:
@@ -62,10 +60,10 @@ class TileConfig:
         and most kernels multiply fewer tokens then (gemm_sm90.cu: multiply_tile)."""
         return 0.3 if self.gated or self.tokens < 256 else 0.5
 
-    def consumer_registers(self, blocks: int) -> int:
+    def consumer_registers(self, blocks: int, of_producers: int) -> int:
         """Of each thread: all that the blocks of a multiprocessor may have, less the producers'."""
         launched = _REGISTERS // (self.threads * blocks) // 8 * 8
-        own = (launched * (self.warpgroups + 1) - self.producer_registers) // self.warpgroups // 8 * 8
+        own = (launched * (self.warpgroups + 1) - of_producers) // self.warpgroups // 8 * 8
         return min(own, _MOST_REGISTERS)
 
     @staticmethod
