@@ -60,12 +60,20 @@ class KeptHalves:
             return
         self._room, before = nbytes, self.nbytes
         self.generation += 1
-        while self.nbytes > nbytes:
+        self._give_back(nbytes)
+        if self.nbytes < before:
+            self._gpu.stream.sync()  # then the allocator has it for arrays of any size
+
+    def _give_back(self, most: int) -> None:
+        """Free what was kept last until at most so many bytes are held."""
+        while self.nbytes > most:
             _, buffer = self._kept.popitem()
             self.nbytes -= buffer.size
             buffer.close(self._gpu.stream)
-        if self.nbytes < before:
-            self._gpu.stream.sync()  # then the allocator has it for arrays of any size
+
+    def close(self) -> None:
+        """Free everything."""
+        self._give_back(0)
 
     def of(
         self,

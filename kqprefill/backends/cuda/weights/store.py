@@ -249,7 +249,7 @@ class WeightsOnDevice:
 
     def close(self) -> None:
         """Free everything."""
-        self.halves.give_room(0)
+        self.halves.close()
         self._stop_streaming()
         for key in list(self._buffers):
             self._free(key)
