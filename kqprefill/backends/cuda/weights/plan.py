@@ -19,7 +19,7 @@ from ...budget import Budget, gib, gib_at_least, host_memory
 from ..constants import MOST_EXPERT_GROUPS, MOST_EXPERTS, MOST_USED_EXPERTS, TILE_ROWS
 from ..device.compiler import Program
 from ..device.gpu import Gpu
-from ..device.workspace import aligned
+from ..device.workspace import ALIGNMENT, aligned
 from .halves import halves_bytes
 from .host_pages import WINDOW
 from .matrix import layer_matrices, tile_bytes
@@ -185,7 +185,7 @@ def make_plan(
         }
         if keeps_halves and not streamed:
             left = int((budget - _SLACK_BYTES) / (1 + _SLACK_SHARE)) - sum(takes.values())
-            takes[_AS_HALVES] = max(0, min(as_halves, left))
+            takes[_AS_HALVES] = max(0, min(as_halves, left // ALIGNMENT * ALIGNMENT))
         takes["allocator's slack"] = _SLACK_BYTES + int(_SLACK_SHARE * sum(takes.values()))
         return Plan(
             budget,
