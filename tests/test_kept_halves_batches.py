@@ -95,6 +95,7 @@ def dequantised(model, tokens):
     result = counted(model, tokens)
     assert model.backend.weights.halves.nbytes <= model.backend.plan.halves_bytes
     assert model.backend.gpu.held <= model.backend.plan.nbytes - CONTEXT_BYTES
+    assert model.backend.gpu.peak <= model.backend.plan.budget - CONTEXT_BYTES
     return result
 
 
@@ -146,9 +147,15 @@ def test_a_prompt_that_makes_layers_leave_gives_all_back(host, rng):
     with opened("deep", 0, 120) as model:
         expected = [dequantised(model, tokens)[0] for tokens in prompts]
     with opened("deep", 200_000, 20) as model:
-        for number, (tokens, logits) in enumerate(zip(prompts, expected)):
-            assert np.array_equal(dequantised(model, tokens)[0], logits)
-            assert bool(model.backend.weights.halves.nbytes) == (not number)
+        halves, gpu = model.backend.weights.halves, model.backend.gpu
+        assert np.array_equal(dequantised(model, prompts[0])[0], expected[0]) and halves.nbytes > 0
+        gpu.limit = 0
+        with pytest.raises(kqprefill.BackendError, match="out of memory"):
+            model.prefill(prompts[1])
+        assert halves.nbytes == 0  # the layers that were to leave have left
+        gpu.limit = 1 << 40
+        for tokens, logits in zip(prompts[1:], expected[1:]):
+            assert np.array_equal(dequantised(model, tokens)[0], logits) and halves.nbytes == 0
         assert model.backend.plan.streamed
 
 
@@ -252,6 +259,18 @@ def test_a_matrix_under_two_scales_is_never_taken_for_the_other(host, rng):
         assert np.isfinite(made[0]).all() and np.abs(made[0]).max() > 0
         assert all(np.array_equal(made[0], other) for other in made[1:])  # powers of two change no bit
         assert weights.halves.nbytes == 2 * 160 * 192 * 2
+
+
+@emulated
+def test_a_matrix_of_that_name_elsewhere_is_not_kept(host, rng):
+    """What each batch makes in work memory may be called as the tensor that it is made of."""
+    with opened("dense") as model:
+        weights, matrix = model.backend.weights, model.backend.weights.matrix(model.family.blocks[0].attn_output)
+        elsewhere = replace(matrix, address=model.backend.gpu.allocate(matrix.nbytes, "a copy").handle)
+        scale, made = model.backend.context.scales.unit(), []
+        for one in (elsewhere, matrix, replace(matrix, name="another")):
+            made.append(weights.halves.of([one], False, scale, (160, 192), lambda array: None))
+        assert made[0] is None and made[1] is not None and made[2] is None
 
 
 @emulated
