@@ -18,6 +18,7 @@ from kqprefill.backends.cuda.kernel_set import kernel_set_of
 from kqprefill.backends.cuda.kv_cache import DeviceCache
 from kqprefill.backends.cuda.rehearsal import plan_model
 from kqprefill.backends.cuda.weights import plan as plan_module
+from kqprefill.backends.cuda.weights.halves import KeptHalves
 from kqprefill.backends.cuda.weights.plan import CONTEXT_BYTES
 from kqprefill.backends.devices import SAME_DEVICE
 from kqprefill.cli import kld
@@ -299,23 +300,26 @@ def halves_of(model):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("path", MODELS, ids=lambda p: p.stem)
-def test_kept_halves_give_the_same_bits_on_a_gpu(path, rng):
-    """Prompts that are launched, captured and replayed; packed records; a cache."""
-    results = []
-    seed = int(rng.integers(1 << 31))
+def test_kept_halves_give_the_same_bits_on_a_gpu(path, monkeypatch, rng):
+    """Prompts that are launched, captured and replayed; packed records; a cache. In a share of every room."""
+    results, seed, give_room = [], int(rng.integers(1 << 31)), KeptHalves.give_room
     for share in (0.0, 0.5, 1.0):
+
+        def give_a_share(self, nbytes, share=share):
+            give_room(self, int(share * nbytes))
+
         own = np.random.default_rng(seed)
+        monkeypatch.setattr(KeptHalves, "give_room", give_a_share)
         with kqprefill.load(path, backend="cuda", kernels="portable") as model:
-            backend, vocab = model.backend, model.config.vocab_size
-            most = backend.plan.halves_bytes
-            backend._place(backend.plan.with_halves(int(share * most)), False, lambda *_: None)
+            vocab = model.config.vocab_size
             prompts = [own.integers(0, vocab, n) for n in (5, 200, 700)]
             logits = [model.prefill(tokens, "all").logits for tokens in prompts for _ in range(4)]
             records = [own.integers(0, vocab, n).tolist() for n in own.integers(2, 200, 20)]
             scored = [one.logprobs for one in model.score(records)]
             cache = model.new_cache(300)
             parts = [model.prefill(prompts[1][at : at + 100], "all", cache).logits for at in (0, 100)]
-            assert (halves_of(model) > 0) == (share > 0) and halves_of(model) <= share * most
+            assert (halves_of(model) > 0) == (share > 0)
+            assert halves_of(model) <= share * model.backend.plan.halves_bytes
             results.append([*logits, *scored, *parts])
     for got in results[1:]:
         assert all(map(np.array_equal, results[0], got))

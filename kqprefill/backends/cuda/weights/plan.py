@@ -3,7 +3,8 @@ allocated.
 
 Weights stay where all fit. Else as many layers as fit stay, spread evenly, so that the copies of those between have
 their time too; the others' weights come through staging buffers while earlier layers compute (staging.py), and the
-embedding's rows from the host, for the prompt's tokens only.
+embedding's rows from the host, for the prompt's tokens only. What is left where all stay may hold them as halves, too
+(halves.py).
 """
 
 from __future__ import annotations
