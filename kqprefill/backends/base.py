@@ -188,7 +188,7 @@ class Backend(ABC):
         return BatchSize() if tokens is None else BatchSize(tokens)
 
     def take_least(self) -> None:
-        """Take no more device memory, from now on, than a loaded model does not run without."""
+        """Take only device memory, from now on, that a loaded model does not run without."""
 
     def in_turn(self, started: Iterable[Started | None]) -> Iterator[Started]:
         """Batches in the order in which an iterable starts them, each to be waited for when it comes out.

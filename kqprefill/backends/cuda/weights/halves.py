@@ -54,8 +54,8 @@ class KeptHalves:
         self.nbytes = self.generation = 0
 
     def give_room(self, nbytes: int) -> None:
-        """Hold at most so many bytes from now on: what was kept last is given back first. 0 gives back all, which must
-        be done before memory that matrices are in is freed or filled with others."""
+        """Hold at most so many bytes from now on: what was kept last is given back first, once what was launched has read
+        it. 0 gives back all, which must be done before memory that matrices are in is freed or filled with others."""
         if nbytes == self._room:
             return
         self._room, before = nbytes, self.nbytes
@@ -100,8 +100,10 @@ class KeptHalves:
             return None
         try:
             buffer = self._gpu.allocate(nbytes, "weights as halves")
-        except BackendError:  # others have taken what was free when the room was planned; it can be done without
-            self._room = self.nbytes
+        except (
+            BackendError
+        ):  # others have taken what was free when the room was planned; the batch may need what is held
+            self.give_room(0)
             return None
         try:
             make(DeviceArray(int(buffer.handle), FLOAT16, form.shape))
