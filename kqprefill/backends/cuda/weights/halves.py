@@ -54,8 +54,9 @@ class KeptHalves:
         self.nbytes = self.generation = 0
 
     def give_room(self, nbytes: int) -> None:
-        """Hold at most so many bytes from now on: what was kept last is given back first, once what was launched has read
-        it. 0 gives back all, which must be done before memory that matrices are in is freed or filled with others."""
+        """Hold at most so many bytes from now on: what was kept last is given back first, once all that was launched
+        has read it. 0 gives back all: to be called before memory that matrices are in is freed, or filled with others.
+        """
         if nbytes == self._room:
             return
         self._room, before = nbytes, self.nbytes
