@@ -153,6 +153,7 @@ class EmulatedWeights:
     """A model's matrices, as WeightsOnDevice has them."""
 
     streaming = False
+    halves = None
 
     def __init__(self, gpu, launcher, host_embedding=False, precision="exact"):
         self._gpu, self._launcher, self._host_embedding, self.precision = gpu, launcher, host_embedding, precision

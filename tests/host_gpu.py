@@ -39,6 +39,8 @@ class Buffer:
 class HostGpu:
     """In place of a Gpu: its memory is the host's, and all that is asked for is done at once."""
 
+    capturing = False
+
     def __init__(self):
         self.stream, self.blocks = Stream(), {}
         self.device = SimpleNamespace(create_stream=Stream, create_event=Event, set_current=lambda: None)

@@ -168,7 +168,7 @@ def cuda_backend_without_a_gpu(monkeypatch, name, gib, tokens):
     backend.gpu, backend.kernel_set = SimpleNamespace(device=device, index=0), HOPPER
     backend._budget, backend._caches, backend._ranks, backend._size = int(gib * GIB), [], False, None
     backend._speed, backend.plan = planned.speed, planned.plan(tokens)
-    backend._collectors, backend._share = [], Share.whole(planned.family)
+    backend._collectors, backend._share, backend._least = [], Share.whole(planned.family), False
     backend._graphs = SimpleNamespace(clear=lambda: None)
     backend._weights = SimpleNamespace(plan=backend.plan, place=lambda plan, progress: placed.append(plan))
     return backend, planned, placed

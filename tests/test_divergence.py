@@ -6,6 +6,7 @@ import re
 import shutil
 import struct
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -316,13 +317,22 @@ def test_a_disk_without_room(pair, tmp_path, monkeypatch):
 
 
 def test_memory_of_a_device_is_shared_out(monkeypatch):
-    """By the size of the weights, the larger model first; what it does not take is the other's."""
+    """By the size of the weights, the larger model first; what it can do without is the other's."""
     from kqprefill.cli.kld import _open_both
     from kqprefill.cli.run_options import RunOptions
 
     class Fake:
         def __init__(self, nbytes):
             self.tensors = {"x": type("T", (), {"nbytes": nbytes})}
+
+    class FakeBackend:
+        name = "cuda"
+
+        def __init__(self, room, nbytes):
+            self.plans, self.least = (SimpleNamespace(nbytes=room),), min(room, nbytes + 5)
+
+        def take_least(self):
+            self.plans = (SimpleNamespace(nbytes=self.least),)
 
     asked = []
 
@@ -332,8 +342,7 @@ def test_memory_of_a_device_is_shared_out(monkeypatch):
     def open_fake(file, on):
         nbytes = file.tensors["x"].nbytes
         asked.append((nbytes, on.vram))
-        plan = type("P", (), {"nbytes": min(int(on.vram), nbytes + 5)})
-        return type("M", (), {"file": file, "backend": type("B", (), {"name": "cuda", "plans": (plan,)})})
+        return SimpleNamespace(file=file, backend=FakeBackend(int(on.vram), nbytes))
 
     small, large = Fake(30), Fake(90)
     assert [m.file for m in _open_both(small, large, on(None), 200, open_fake)] == [small, large]

@@ -187,6 +187,9 @@ class Backend(ABC):
         """
         return BatchSize() if tokens is None else BatchSize(tokens)
 
+    def take_least(self) -> None:
+        """Take only device memory, from now on, that a loaded model does not run without."""
+
     def in_turn(self, started: Iterable[Started | None]) -> Iterator[Started]:
         """Batches in the order in which an iterable starts them, each to be waited for when it comes out.
 

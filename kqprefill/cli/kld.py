@@ -188,6 +188,7 @@ def _open_both(
     (larger, on), (smaller, then) = ((other, exact), (file, on)) if swapped else ((file, on), (other, exact))
     first = open_model(larger, on if room is None else replace(on, vram=str(room * max(sizes) // sum(sizes))))
     then = replace(then, backend=first.backend.name, quiet=True)  # what there is to say has been said
+    first.backend.take_least()
     if room is not None and first.backend.plans:
         then = replace(then, vram=str(room - max(plan.nbytes for plan in first.backend.plans)))
     second = open_model(smaller, then)

@@ -13,7 +13,7 @@ from ...core import KEYS_PER_TOKEN, Batch, Logits, PendingHead, Progress, no_pro
 from ...errors import BackendError
 from ...models.family import Family
 from ...models.precision import Precision, takes_int8
-from ...timeline import Stage, Timeline
+from ...timeline import Stage
 from ..base import Backend, BatchSize, Cache, Loaded, StateAccess
 from ..budget import Budget
 from .batch_size import choose_batch, first_tokens, with_likeliest
@@ -21,6 +21,7 @@ from .bounds import Speed, floors
 from .device.arrays import DeviceArray
 from .device.gpu import Gpu, cuda_errors
 from .device.graphs import Graphs
+from .device.laps import timeline_of
 from .device.launcher import Launcher
 from .device.workspace import Downloads, Workspace
 from .gemm.tensor_maps import TensorMaps
@@ -60,7 +61,9 @@ class CudaBackend(Backend):
             self.kernel_set = kernel_set_of(self.gpu.capability, kernels)
         self.launcher = Launcher(self.gpu, self.kernel_set.target)
         self.work, self.downloads, self.maps = Workspace(self.gpu), Downloads(self.gpu, ahead), TensorMaps(self.gpu)
-        self._graphs = Graphs(self.gpu, lambda: (self.work.generation, self.maps.generation))
+        self._graphs = Graphs(
+            self.gpu, lambda: (self.work.generation, self.maps.generation, self.weights.halves.generation)
+        )
         self._caches: list[DeviceCache] = []
         self._collectors: list[DeviceCollector] = []
         self._small: SmallArrays | None = None
@@ -70,7 +73,7 @@ class CudaBackend(Backend):
         self._speed: Speed | None = None
         self._size: BatchSize | None = None  # of batches to score, once it has been chosen
         self._budget = 0
-        self._ranks = False  # whether the plan is for batches with targets
+        self._ranks = self._least = False  # whether the plan is for batches with targets; for no halves
         self._ran = self._closed = False  # whether a batch has been through; whether all has been given back
 
     @property
@@ -164,14 +167,20 @@ class CudaBackend(Backend):
                 self._size = size
             return with_likeliest(self._size, top, LIKELIEST, RANKED.itemsize)
 
+    def take_least(self) -> None:
+        self._least = True
+        if self.plan is not None:
+            self._place(self.plan.with_halves(0), self._ranks, no_progress)
+
     def new_cache(self, family: Family, capacity: int) -> Cache:
-        plan = self.plan
-        assert plan is not None, "a model is loaded before it is given a cache"
+        assert self.plan is not None, "a model is loaded before it is given a cache"
         with cuda_errors("making a cache"):
             kind, states = DeviceCache, states_of(family, self.share.layers)
             expanded = self._expanded_bytes(family, capacity)
-            others = plan.nbytes - plan.parts.get("caches", 0) + self._cache_bytes(family) + expanded
-            if others + kind.bytes_needed(states, capacity) > self._budget:
+            plan = self.plan.with_caches(self._cache_bytes(family) + expanded + kind.bytes_needed(states, capacity))
+            if plan.nbytes <= self._budget:
+                self._place(plan, self._ranks, no_progress)
+            else:
                 kind = HostCache
                 more = kind.bytes_needed(states, capacity) + expanded
                 self._make_room(family, plan.tokens, more, self._ranks, no_progress)
@@ -251,7 +260,8 @@ class CudaBackend(Backend):
                 ops = CudaOps(self.context, family, batch, cache)
                 ops.collector = collector
                 if timed:
-                    ops.timeline = self._timeline()
+                    self.launcher.overlap = False
+                    ops.timeline = timeline_of(self.gpu)
 
                 incoming: Residual | None = None
                 if receive is not None:
@@ -343,12 +353,14 @@ class CudaBackend(Backend):
         if placed is None or not plan.places_as(placed):
             self._graphs.clear()
             self.weights.place(plan, progress)
+        else:
+            self.weights.halves.give_room(plan.halves_bytes)
         self.plan, self._ranks = plan, ranks
 
     def _make_plan(self, family: Family, tokens: int, cache_bytes: int, ranks: bool, sums: int = 0) -> Plan:
         """sums: bytes of a collector's sums that is yet to be made."""
         sums += sum(collector.room for collector in self._collectors)
-        return plan_model(
+        plan = plan_model(
             family,
             self.gpu,
             self.kernel_set,
@@ -360,17 +372,7 @@ class CudaBackend(Backend):
             sums_bytes=sums,
             precision=self._precision,
         )
-
-    def _timeline(self) -> Timeline:
-        """Marks are events on the stream: what happens between two of them is the GPU's time."""
-        self.launcher.overlap = False
-        options = self.gpu.core.EventOptions(timing_enabled=True)
-
-        def between(start: Any, end: Any) -> float:
-            end.sync()
-            return float(end - start) / 1e3
-
-        return Timeline(lambda: self.gpu.stream.record(options=options), between)
+        return plan.with_halves(0) if self._least else plan
 
     def floors(self, family: Family) -> list[tuple[str, Callable[[int], float]]]:
         assert self.plan is not None

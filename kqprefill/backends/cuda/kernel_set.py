@@ -22,6 +22,7 @@ from .gemm.operand import Gemm
 from .gemm.tensor_maps import TensorMaps
 from .mamba_kernels import mamba_programs
 from .programs import COMMON, int8_program, int8_rows_programs, weight_program
+from .weights.halves import KeptHalves
 from .weights.matrix import Matrix
 
 _HOPPER = (9, 0)  # its compute capability
@@ -48,12 +49,14 @@ class KernelSet(ABC):
 
     name: for people. target: what they are compiled to. overlaps: whether a launch may begin before the one before it
     has ended. share_of_peak, int8_share_of_peak: of the matrix units' rates, what whole prompts have reached
-    (docs/performance.md).
+    (docs/performance.md). keeps_halves: whether matrices that are multiplied exactly are kept as halves where there is
+    room.
     """
 
     name: str
     share_of_peak: float
     int8_share_of_peak: float
+    keeps_halves: bool
 
     def __init__(self, target: Target, overlaps: bool) -> None:
         self.target, self.overlaps = target, overlaps
@@ -63,8 +66,15 @@ class KernelSet(ABC):
         """The attention kernel for such heads (Family.head_dims). Raises ModelError where they are too wide."""
 
     @abstractmethod
-    def gemms(self, facts: GpuFacts, launcher: Launches, work: Workspace, maps: TensorMaps) -> Gemms:
-        """The set's ways to multiply, on a GPU."""
+    def gemms(
+        self,
+        facts: GpuFacts,
+        launcher: Launches,
+        work: Workspace,
+        maps: TensorMaps,
+        halves: KeptHalves | None = None,
+    ) -> Gemms:
+        """The set's ways to multiply, on a GPU; halves: where matrices may be kept as such, if at all."""
 
     @abstractmethod
     def _own_programs(self) -> Iterator[Program]:
@@ -83,12 +93,20 @@ class Portable(KernelSet):
     name = "portable"
     share_of_peak = 0.35
     int8_share_of_peak = 0.28
+    keeps_halves = True
 
     def attention(self, head_dim: int, value_dim: int) -> AttentionConfig:
         return portable_attention(head_dim, value_dim)
 
-    def gemms(self, facts: GpuFacts, launcher: Launches, work: Workspace, maps: TensorMaps) -> Gemms:
-        return _PortableGemms(facts, launcher, work)
+    def gemms(
+        self,
+        facts: GpuFacts,
+        launcher: Launches,
+        work: Workspace,
+        maps: TensorMaps,
+        halves: KeptHalves | None = None,
+    ) -> Gemms:
+        return _PortableGemms(facts, launcher, work, halves)
 
     def _own_programs(self) -> Iterator[Program]:
         for config in (*portable.LARGE, portable.SMALL):
@@ -107,11 +125,19 @@ class Hopper(Portable):
     name = "Hopper"
     share_of_peak = 0.6
     int8_share_of_peak = 0.5
+    keeps_halves = False  # its kernels decode W as they multiply
 
     def attention(self, head_dim: int, value_dim: int) -> AttentionConfig:
         return hopper_attention(head_dim, value_dim)
 
-    def gemms(self, facts: GpuFacts, launcher: Launches, work: Workspace, maps: TensorMaps) -> Gemms:
+    def gemms(
+        self,
+        facts: GpuFacts,
+        launcher: Launches,
+        work: Workspace,
+        maps: TensorMaps,
+        halves: KeptHalves | None = None,
+    ) -> Gemms:
         return _HopperGemms(facts, launcher, work, maps)
 
     def _own_programs(self) -> Iterator[Program]:
@@ -137,8 +163,8 @@ class Hopper(Portable):
 
 
 class _PortableGemms(Gemms):
-    def __init__(self, facts: GpuFacts, launcher: Launches, work: Workspace) -> None:
-        self._portable = portable.PortableGemm(facts, launcher, work)
+    def __init__(self, facts: GpuFacts, launcher: Launches, work: Workspace, halves: KeptHalves | None) -> None:
+        self._portable = portable.PortableGemm(facts, launcher, work, halves)
         self._mixed = MixedGemm(self.choose, launcher, work)
         self._int8: Int8Gemm = PortableInt8Gemm(facts, launcher, work)
 
@@ -155,7 +181,7 @@ class _PortableGemms(Gemms):
 
 class _HopperGemms(_PortableGemms):
     def __init__(self, facts: GpuFacts, launcher: Launches, work: Workspace, maps: TensorMaps) -> None:
-        super().__init__(facts, launcher, work)
+        super().__init__(facts, launcher, work, None)
         self._hopper = hopper.HopperGemm(facts, launcher, maps)
         self._int8 = int8_hopper.HopperInt8Gemm(facts, launcher, work, maps)
 

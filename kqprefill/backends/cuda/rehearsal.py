@@ -106,6 +106,7 @@ class NoWeights:
     """In place of WeightsOnDevice: the matrices' shapes."""
 
     streaming = False
+    halves = None
 
     def __init__(self, host_embedding: bool, precision: Precision = "exact") -> None:
         self._host_embedding, self.precision = host_embedding, precision
@@ -241,4 +242,5 @@ def plan_model(
     def needs(host_embedding: bool) -> BatchNeeds:
         return rehearse(family, facts, kernel_set, batch, logits, host_embedding, own, precision)
 
-    return make_plan(family, budget, tokens, needs, own, cache_bytes, sums_bytes, precision)
+    keeps_halves = kernel_set.keeps_halves and precision == "exact"
+    return make_plan(family, budget, tokens, needs, own, cache_bytes, sums_bytes, precision, keeps_halves)

@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
+from ....timeline import Timeline
 from .gpu import Gpu
+
+
+def timeline_of(gpu: Gpu) -> Timeline:
+    """A Timeline whose marks are events on a GPU's stream: what happens between two of them is the GPU's time."""
+    options = gpu.core.EventOptions(timing_enabled=True)
+
+    def between(start: Any, end: Any) -> float:
+        end.sync()
+        return float(end - start) / 1e3
+
+    return Timeline(lambda: gpu.stream.record(options=options), between)
 
 
 class Laps:

@@ -1,8 +1,9 @@
-"""kernels/gemm_sm80.cu: slices of W dequantised to halves in a scratch buffer, then multiplied. For sm_80 and later."""
+"""kernels/gemm_sm80.cu: W dequantised to halves, slices of it in a scratch buffer unless they are kept
+(weights/halves.py), then multiplied. For sm_80 and later."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 
@@ -13,6 +14,7 @@ from ..device.gpu import GpuFacts
 from ..device.launcher import Launches
 from ..device.workspace import Workspace
 from ..programs import weight_program
+from ..weights.halves import KeptHalves
 from ..weights.matrix import Matrix
 from .operand import Gemm, Groups, Operand, listed
 
@@ -83,10 +85,10 @@ def best_config(m: int, n: int, facts: GpuFacts, experts: int = 0) -> PortableCo
 
 
 class PortableGemm(Gemm):
-    """Slices of W dequantised, then multiplied."""
+    """W dequantised, by slices, or whole where its halves are kept, then multiplied."""
 
-    def __init__(self, facts: GpuFacts, launcher: Launches, work: Workspace) -> None:
-        self._facts, self._launcher, self._work = facts, launcher, work
+    def __init__(self, facts: GpuFacts, launcher: Launches, work: Workspace, halves: KeptHalves | None = None) -> None:
+        self._facts, self._launcher, self._work, self._halves = facts, launcher, work, halves
 
     def group_rows(self, m: int, matrices: Sequence[Matrix], gated: bool, experts: int) -> int:
         return best_config(m, sum(matrix.rows for matrix in matrices), self._facts, experts).block_m
@@ -106,25 +108,30 @@ class PortableGemm(Gemm):
         k = a.format.padded(a.columns)
         if groups is not None:
             (matrix,) = matrices
-            for first, last, scratch in self._experts_at_once(matrix.rows, k, groups):
-                self._dequantise(matrix, first * matrix.rows, (last - first) * matrix.rows, scratch, weight_scale)
+
+            def of_experts(first: int, last: int, to: DeviceArray) -> None:
+                self._dequantise(matrix, first * matrix.rows, (last - first) * matrix.rows, to, weight_scale)
+
+            stack = _Product(matrices, weight_scale, groups.experts, matrix.rows, k)
+            for first, last, halves in self._slices(stack, of_experts):
                 its_bias = None if bias is None else bias.rows(first)
                 experts = _Experts(groups, first, last)
                 self._linear(
-                    a, scratch, matrix.rows, out, matrix.rows, weight_scale, its_bias, False, experts, out_scale
+                    a, halves, matrix.rows, out, matrix.rows, weight_scale, its_bias, False, experts, out_scale
                 )
             return
-        total = sum(matrix.rows for matrix in matrices)
-        slice_rows = min(total, _SCRATCH_BYTES // (2 * k) // 256 * 256)
-        scratch = self._work.array("dequantised", FLOAT16, slice_rows, k)
-        for begin in range(0, total, slice_rows):
-            end, first = min(begin + slice_rows, total), 0
+
+        def dequantise(begin: int, end: int, to: DeviceArray) -> None:
+            first = 0
             for matrix in matrices:  # the part of each that falls into this slice
                 low, high = max(begin, first), min(end, first + matrix.rows)
-                self._dequantise(matrix, low - first, high - low, scratch, weight_scale, first_out=low - begin)
+                self._dequantise(matrix, low - first, high - low, to, weight_scale, first_out=low - begin)
                 first += matrix.rows
+
+        total = sum(matrix.rows for matrix in matrices)
+        for begin, end, halves in self._slices(_Product(matrices, weight_scale, total, 1, k, 256), dequantise):
             its_bias = None if bias is None else bias.rows(begin)
-            self._linear(a, scratch, end - begin, out.columns(begin), ldo or total, weight_scale, its_bias, add, None)
+            self._linear(a, halves, end - begin, out.columns(begin), ldo or total, weight_scale, its_bias, add, None)
 
     def _linear(
         self,
@@ -170,19 +177,20 @@ class PortableGemm(Gemm):
         activation: str,
     ) -> None:
         k, stride = a.format.padded(a.columns), act.values.shape[1]
-        rows_at_once = min(stride, _SCRATCH_BYTES // (2 * k) // 256 * 256)
-        scratch = self._work.array("dequantised", FLOAT16, rows_at_once, k)
-        for at in range(0, stride, rows_at_once):
-            width = min(rows_at_once, stride - at)
+
+        def dequantise(begin: int, end: int, to: DeviceArray) -> None:
+            self._dequantise(matrix, begin, min(end, matrix.rows) - begin, to, weight_scale)
+
+        for at, end, halves in self._slices(_Product([matrix], weight_scale, stride, 1, k, 256), dequantise):
+            width = end - at
             features = max(0, min(width, matrix.rows - at))
-            self._dequantise(matrix, at, features, scratch, weight_scale)
             config = best_config(a.rows, width, self._facts)
             self._launcher.launch(
                 config.program(activated=True),
                 "gemm_activated",
                 grid=config.grid(a.rows, width, self._facts.multiprocessors),
                 x=a.values,
-                w=scratch,
+                w=halves,
                 m=a.rows,
                 features=features,
                 width=width,
@@ -207,27 +215,33 @@ class PortableGemm(Gemm):
         activation: str,
         groups: Groups | None = None,
     ) -> None:
-        k, rows = a.format.padded(a.columns), gate.rows
+        k, rows, stride = a.format.padded(a.columns), gate.rows, act.values.shape[1]
+
+        def by_turns(first: int, count: int, to: DeviceArray) -> None:
+            for matrix, place in ((gate, 0), (up, _GATED_ROWS)):
+                self._dequantise(matrix, first, count, to, weight_scale, first_out=place, gated=True)
+
         if groups is not None:
-            for first, last, scratch in self._experts_at_once(2 * rows, k, groups):
-                for matrix, place in ((gate, 0), (up, _GATED_ROWS)):
-                    count = (last - first) * rows
-                    self._dequantise(matrix, first * rows, count, scratch, weight_scale, first_out=place, gated=True)
+
+            def of_experts(first: int, last: int, to: DeviceArray) -> None:
+                by_turns(first * rows, (last - first) * rows, to)
+
+            stacks = _Product([gate, up], weight_scale, groups.experts, 2 * rows, k, gated=True)
+            for first, last, halves in self._slices(stacks, of_experts):
                 theirs = tuple(None if bias is None else bias.rows(first) for bias in biases)
                 experts = _Experts(groups, first, last)
-                self._gated(a, scratch, rows, rows, act, act.values, weight_scale, theirs, activation, experts)
+                self._gated(a, halves, rows, rows, act, act.values, weight_scale, theirs, activation, experts)
             return
-        stride = act.values.shape[1]
-        rows_at_once = min(stride, _SCRATCH_BYTES // (4 * k) // 64 * 64)  # of gate and of up each
-        for at in range(0, stride, rows_at_once):
-            width = min(rows_at_once, stride - at)
-            features = max(0, min(width, rows - at))
-            scratch = self._work.array("dequantised", FLOAT16, 2 * rows_at_once, k)
-            for matrix, place in ((gate, 0), (up, _GATED_ROWS)):
-                self._dequantise(matrix, at, features, scratch, weight_scale, first_out=place, gated=True)
+
+        def dequantise(begin: int, end: int, to: DeviceArray) -> None:
+            by_turns(begin, min(end, rows) - begin, to)
+
+        product = _Product([gate, up], weight_scale, stride, 2, k, 64, gated=True)
+        for at, end, halves in self._slices(product, dequantise):
+            features = max(0, min(end, rows) - at)
             theirs = tuple(None if bias is None else bias.rows(at) for bias in biases)
             out = act.values.columns(at)
-            self._gated(a, scratch, features, width, act, out, weight_scale, theirs, activation, None)
+            self._gated(a, halves, features, end - at, act, out, weight_scale, theirs, activation, None)
 
     def _gated(
         self,
@@ -266,12 +280,29 @@ class PortableGemm(Gemm):
             **_grouping(experts),
         )
 
-    def _experts_at_once(self, rows: int, k: int, groups: Groups) -> Iterator[tuple[int, int, DeviceArray]]:
-        """(first, last + 1, scratch) of as many experts, of `rows` rows each, as the scratch holds."""
-        count = max(1, _SCRATCH_BYTES // (2 * rows * k))
-        scratch = self._work.array("dequantised", FLOAT16, min(count, groups.experts) * rows, k)
-        for first in range(0, groups.experts, count):
-            yield first, min(first + count, groups.experts), scratch
+    def _slices(
+        self, product: _Product, dequantise: Callable[[int, int, DeviceArray], None]
+    ) -> Iterator[tuple[int, int, DeviceArray]]:
+        """(first, last + 1, their halves): all parts of a product, where they are kept; else as many at a time as the
+        scratch holds. dequantise(first, last + 1, to) launches what makes parts' halves."""
+        count, rows, k = product.parts, product.rows, product.k
+        if self._halves is not None:
+            kept = self._halves.of(
+                product.matrices,
+                product.gated,
+                product.scale,
+                (count * rows, k),
+                lambda to: dequantise(0, count, to),
+            )
+            if kept is not None:
+                yield 0, count, kept
+                return
+        at_once = max(1, min(count, _SCRATCH_BYTES // (2 * rows * k) // product.multiple * product.multiple))
+        scratch = self._work.array("dequantised", FLOAT16, at_once * rows, k)
+        for first in range(0, count, at_once):
+            last = min(first + at_once, count)
+            dequantise(first, last, scratch)
+            yield first, last, scratch
 
     def _dequantise(
         self,
@@ -305,8 +336,25 @@ class PortableGemm(Gemm):
 
 
 @dataclass(frozen=True)
+class _Product:
+    """What is multiplied as halves times *scale: matrices that are one under another, or (gated) by turns.
+
+    parts: its rows, or experts; rows: of halves, of a part; k: halves of each. multiple: as many parts at a time, or
+    some times as many, unless all fit the scratch.
+    """
+
+    matrices: Sequence[Matrix]
+    scale: DeviceArray
+    parts: int
+    rows: int
+    k: int
+    multiple: int = 1
+    gated: bool = False
+
+
+@dataclass(frozen=True)
 class _Experts:
-    """Which experts' matrices the scratch holds: first to last - 1."""
+    """Which experts' matrices the halves are of: first to last - 1."""
 
     groups: Groups
     first: int

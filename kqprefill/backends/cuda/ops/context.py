@@ -43,5 +43,5 @@ class Context:
     ) -> Context:
         """With the scales and the ways to multiply that follow from the others."""
         scales = Scales(gpu, launcher, work, small)
-        gemms = kernel_set.gemms(gpu, launcher, work, maps)
+        gemms = kernel_set.gemms(gpu, launcher, work, maps, weights.halves)
         return cls(gpu, kernel_set, launcher, work, downloads, maps, weights, small, scales, gemms)

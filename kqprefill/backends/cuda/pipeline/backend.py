@@ -165,6 +165,10 @@ class Pipeline(Backend):
         sizes = [member.call(member.backend.batch_size, family, tokens, top, progress) for member in self._members]
         return max(sizes, key=lambda size: size.tokens)
 
+    def take_least(self) -> None:
+        for member in self._members:
+            member.call(member.backend.take_least)
+
     def new_cache(self, family: Family, capacity: int) -> PipelineCache:
         parts = [member.call(member.backend.new_cache, family, capacity) for member in self._members]
         return PipelineCache(parts, self._members, capacity)

@@ -3,13 +3,14 @@ allocated.
 
 Weights stay where all fit. Else as many layers as fit stay, spread evenly, so that the copies of those between have
 their time too; the others' weights come through staging buffers while earlier layers compute (staging.py), and the
-embedding's rows from the host, for the prompt's tokens only.
+embedding's rows from the host, for the prompt's tokens only. What is left where all stay may hold them as halves, too
+(halves.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import math
 
 from ....errors import BackendError
@@ -19,7 +20,8 @@ from ...budget import Budget, gib, gib_at_least, host_memory
 from ..constants import MOST_EXPERT_GROUPS, MOST_EXPERTS, MOST_USED_EXPERTS, TILE_ROWS
 from ..device.compiler import Program
 from ..device.gpu import Gpu
-from ..device.workspace import aligned
+from ..device.workspace import ALIGNMENT, aligned
+from .halves import halves_bytes
 from .host_pages import WINDOW
 from .matrix import layer_matrices, tile_bytes
 from .share import Share
@@ -32,6 +34,7 @@ _SLACK_BYTES, _SLACK_SHARE = (
     0.012,
 )  # that its allocator takes beyond what is asked for (an H100: 20 to 230 MiB)
 SPARE_BYTES = 128 << 20  # left free where no budget is given
+_AS_HALVES = "weights as halves"  # the part of a plan that is the room for them
 _LOCKED_IN_PASSING = 32 << 30  # host memory that is locked at a time where it is read once: unlocking can wait
 
 
@@ -73,6 +76,30 @@ class Plan:
     def nbytes(self) -> int:
         """Bytes of GPU memory that are planned for."""
         return sum(self.parts.values())
+
+    @property
+    def halves_bytes(self) -> int:
+        """Those of them that weights which stay may be kept in as halves, too (halves.py): a model runs without."""
+        return self.parts.get(_AS_HALVES, 0)
+
+    @property
+    def least_bytes(self) -> int:
+        """Those of them that a model does not run without."""
+        return self.nbytes - self.halves_bytes
+
+    def with_halves(self, nbytes: int) -> Plan:
+        """The same with so many bytes for weights as halves."""
+        return self._with({_AS_HALVES: nbytes})
+
+    def with_caches(self, nbytes: int) -> Plan:
+        """The same with so many bytes of caches, which take from the room of weights as halves what is free nowhere
+        else."""
+        left = self.budget - self.least_bytes + self.parts.get("caches", 0) - nbytes
+        return self._with({"caches": nbytes, _AS_HALVES: max(0, min(self.halves_bytes, left))})
+
+    def _with(self, parts: dict[str, int]) -> Plan:
+        changed = {**self.parts, **parts}
+        return replace(self, parts={name: nbytes for name, nbytes in changed.items() if nbytes})
 
     @property
     def host_bytes(self) -> int:
@@ -119,12 +146,14 @@ def make_plan(
     cache_bytes: int = 0,
     sums_bytes: int = 0,
     precision: Precision = "exact",
+    keeps_halves: bool = False,
 ) -> Plan:
     """A Plan for a model, or some of its layers, on a GPU that may take `budget` bytes.
 
     tokens: of the longest prompt. needs(host_embedding): what such a batch takes where the embedding is on the device,
     or on the host. cache_bytes, sums_bytes: device memory that caches, and a collector's sums, hold. precision: that
-    the model is opened with. Raises BackendError where even streaming every layer takes more.
+    the model is opened with. keeps_halves: whether weights that stay are kept as halves, too, in what is left where all
+    of them do. Raises BackendError where even streaming every layer takes more.
     """
     own, layers = share.layers, layer_matrices(family)
     tiles = [tile_bytes(tensors, precision) for tensors in layers]
@@ -132,6 +161,7 @@ def make_plan(
     raw = [sum(aligned(t.nbytes) for t in tensors) for tensors in layers]
     embeds = share.holds_embedding(family)
     output, embedding = tile_bytes(share.outside(family)), tile_bytes([family.token_embd.tensor]) if embeds else 0
+    as_halves = halves_bytes([*share.outside(family), *(tensor for index in own for tensor in layers[index])])
     least_slot = aligned(max(TILE_ROWS * w.tensor.nbytes // math.prod(w.shape[:-1]) for w in family.matrices()))
     layers_that_stay = f"layers that stay{', in int8' if precision == 'int8' else ''}"
     parts = {"CUDA context": CONTEXT_BYTES, "output": output}
@@ -154,6 +184,9 @@ def make_plan(
             "streaming buffers": STAGING_SLOTS * slot + tile + scratch if streamed else 0,
             "activations, K, V": work if streamed else max(work, loading),
         }
+        if keeps_halves and not streamed:
+            left = int((budget - _SLACK_BYTES) / (1 + _SLACK_SHARE)) - sum(takes.values())
+            takes[_AS_HALVES] = max(0, min(as_halves, left // ALIGNMENT * ALIGNMENT))
         takes["allocator's slack"] = _SLACK_BYTES + int(_SLACK_SHARE * sum(takes.values()))
         return Plan(
             budget,

@@ -23,6 +23,7 @@ from ..constants import TILE_ROWS
 from ..device.gpu import Gpu
 from ..device.launcher import Launches
 from ..device.workspace import aligned
+from .halves import KeptHalves
 from .matrix import Matrix, layer_matrices, matrix_of, tile_bytes
 from .plan import Plan
 from .staging import STAGING_BYTES, STAGING_SLOTS, Brought, Piece, Staging, pieces_of, scratch_bytes
@@ -40,6 +41,10 @@ class WeightStore(Protocol):
     @property
     def streaming(self) -> bool:
         """Whether some layers are streamed."""
+
+    @property
+    def halves(self) -> KeptHalves | None:
+        """What is kept of the matrices as halves; None in a rehearsal, where nothing is."""
 
     def matrix(self, weight: Weight) -> Matrix:
         """A matrix of a layer that is there: one that stays, or the layer that has begun."""
@@ -66,7 +71,8 @@ class WeightStore(Protocol):
 class WeightsOnDevice:
     """A WeightStore of the matrices that a Plan places.
 
-    plan: what is placed; None where placing has failed. loaded: the last upload of weights that stay.
+    plan: what is placed; None where placing has failed. loaded: the last upload of weights that stay. halves: what is
+    kept of matrices as halves.
     """
 
     plan: Plan | None = None
@@ -82,10 +88,12 @@ class WeightsOnDevice:
         self._coming: deque[tuple[int, Brought]] = deque()  # streamed layers whose copies have been launched
         self._next = 0  # which of the plan's streamed layers is copied next
         self._absmax: dict[str, float] = {}
+        self.halves = KeptHalves(gpu, self._stays)
         _refuse_misshapen(family)
 
     def place(self, plan: Plan, progress: Progress) -> None:
         """Make the device hold what the plan says; progress("load", done, total) hears of what is uploaded."""
+        self.halves.give_room(0)
         self._stop_streaming()
         self.plan = None
         for layer in plan.streamed:
@@ -113,6 +121,12 @@ class WeightsOnDevice:
                     piece for t, m in zip(groups[layer], matrices) for piece in pieces_of(m, t.data, plan.slot_bytes)
                 ]
         self.plan = plan
+        self.halves.give_room(plan.halves_bytes)
+
+    def _stays(self, matrix: Matrix) -> bool:
+        """Whether a matrix, or the stack that it is the first of, is where `place` has put it until the next time."""
+        own = self._matrices.get(matrix.name)
+        return not self.streaming and own is not None and own.address == matrix.address
 
     def _groups(self, plan: Plan) -> dict[str | int, list[ModelTensor]]:
         """The tensors that share an allocation on this device, by what it is called; an embedding that is not to be on
@@ -235,6 +249,7 @@ class WeightsOnDevice:
 
     def close(self) -> None:
         """Free everything."""
+        self.halves.close()
         self._stop_streaming()
         for key in list(self._buffers):
             self._free(key)
