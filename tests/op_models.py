@@ -42,6 +42,14 @@ MODELS = {
         shape("qwen3", 256, 4, 2, 64, 512, 160),
         lambda name, _: MIX[sum(name.encode()) % 3],
     ),
+    "gate and up of two types": (
+        shape("llama", 512, 4, 2, 64, 768, 160),
+        lambda name, _: {"ffn_gate": GGML.Q4_K, "ffn_up": GGML.Q6_K, "attn_v": GGML.F32}.get(name, GGML.Q3_K),
+    ),
+    "an odd number of short units beside long ones": (
+        shape("qwen3", 384, 6, 3, 64, 320, 160),
+        lambda name, _: {"attn_k": GGML.F16, "ffn_gate": GGML.BF16, "ffn_down": GGML.F32}.get(name, GGML.Q8_0),
+    ),
     "recurrence, gates": (
         shape("qwen35", 256, 4, 2, 64, 512, 160, layers=4, more={**DELTA, "full_attention_interval": 2}),
         GGML.Q4_K,

@@ -224,14 +224,21 @@ def test_every_configuration_gives_the_same_bits(model_of_config, config):
 
 
 @pytest.mark.parametrize("kernels", ["auto", "portable"])
-@pytest.mark.parametrize("kind", [GGML.Q4_K, GGML.MXFP4, GGML.Q8_0], ids=lambda t: t.name)
+@pytest.mark.parametrize(
+    "kind", [GGML.Q4_K, GGML.MXFP4, GGML.Q8_0, "mixed"], ids=lambda kind: getattr(kind, "name", kind)
+)
 @pytest.mark.parametrize("shape", [EXPERTS, GPT_OSS, GEMMA], ids=lambda s: s.architecture)
 def test_experts(shape, kind, kernels, rng):
     """Against the CPU, where some experts have many tokens, some few or none; and cut into independent pieces."""
     from kqprefill.engine.model import open_model
 
     def model(backend):
-        file = SyntheticFile(shape, lambda name, _: GGML.F32 if name == "ffn_gate_inp" else kind, "experts")
+        mixed = {"ffn_gate_exps": GGML.Q4_K, "ffn_up_exps": GGML.F16}
+        own = mixed if kind == "mixed" else {}
+        others = GGML.Q6_K if kind == "mixed" else kind
+        file = SyntheticFile(
+            shape, lambda name, _: GGML.F32 if name == "ffn_gate_inp" else own.get(name, others), "experts"
+        )
         return open_model(file, backend, kernels=kernels)
 
     tokens = rng.integers(0, shape.vocab, 2000)

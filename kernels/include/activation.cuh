@@ -7,21 +7,20 @@ enum Activation { kSilu = ACTIVATION_SILU, kGeluTanh = ACTIVATION_GELU_TANH, kSw
 // act(g) * u. SiLU is g / (1 + exp(-g)). GELU's tanh form, 0.5 g (1 + tanh(z)) with z = sqrt(2/pi) (g + 0.044715 g³),
 // is g / (1 + exp(-2z)). gpt-oss's (ggml_swiglu_oai) is SiLU with a slope of 1.702 times u + 1, with g and u clamped
 // first.
-template <int kActivation>
-__device__ __forceinline__ float gated(float g, float u) {
+__device__ __forceinline__ float gated(float g, float u, int activation) {
     float z = g;
-    if constexpr (kActivation == kGeluTanh) z = 1.5957691216f * fmaf(0.044715f * g * g, g, g);
-    if constexpr (kActivation == kSwigluOai) {
+    if (activation == kGeluTanh) z = 1.5957691216f * fmaf(0.044715f * g * g, g, g);
+    if (activation == kSwigluOai) {
         g = g > 7.0f ? 7.0f : g, u = (u > 7.0f ? 7.0f : u < -7.0f ? -7.0f : u) + 1.0f;  // NaN stays
         z = 1.702f * g;
     }
     return g * reciprocal_approx(1.0f + exp2_approx(-1.4426950409f * z)) * u;
 }
 
-// For what has few values of it; else one branch for all of a thread's values is better than one for each.
-__device__ __forceinline__ float gated(float g, float u, int activation) {
-    if (activation == kSilu) return gated<kSilu>(g, u);
-    return activation == kGeluTanh ? gated<kGeluTanh>(g, u) : gated<kSwigluOai>(g, u);
+// The same for many values: one branch for all of them is better than one for each.
+template <int kActivation>
+__device__ __forceinline__ float gated(float g, float u) {
+    return gated(g, u, kActivation);
 }
 
 // max(x, 0)² (arXiv 2109.08668); NaN stays.

@@ -23,7 +23,9 @@ struct Config {
 
     // All int8 tiles are alike: what row_tiles.cuh takes for a format is the number of the matrix.
     struct Formats {
-        __device__ static constexpr int tile_bytes(int) { return kInt8TileBytes; }
+        __device__ static uint64_t row_tile_bytes(int, int groups) {
+            return static_cast<uint64_t>(groups) * kInt8TileBytes;
+        }
     };
     static constexpr int kBlockTiles = kWarpgroups * kTiles;                                    // row tiles of a block
     static constexpr int kXBytes = kTokens * kRotated, kWBytes = kBlockTiles * kInt8TileBytes;  // of a step
