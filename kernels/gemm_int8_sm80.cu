@@ -87,6 +87,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
                 const int* group_count) {
     begin_kernel();
     auto write = [&](OutputTile tile, const Accumulators<int>& acc) {
+        // Both of a pair's addresses are then 8-byte aligned.
+        bool paired = ldo % 2 == 0 && reinterpret_cast<uint64_t>(out) % sizeof(float2) == 0;
         for_each_pair(tile, 0, 1, [&](int row, int place, int i, int j, int half) {
             int column = row_at(place);
             if (column >= n) return;
@@ -100,12 +102,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
                                                      : bias[at]);
             }
             uint64_t at = static_cast<uint64_t>(row) * ldo + column;
+            float* to = static_cast<float*>(out) + at;
             if (GROUPED) *reinterpret_cast<uint32_t*>(static_cast<half_t*>(out) + at) = pack_half2(own[0], own[1]);
-            else
+            else if (paired && column + 1 < n) {
+                float2 before = add ? *reinterpret_cast<const float2*>(to) : make_float2(0.0f, 0.0f);
+                *reinterpret_cast<float2*>(to) =
+                    add ? make_float2(own[0] + before.x, own[1] + before.y) : make_float2(own[0], own[1]);
+            } else
 #pragma unroll
                 for (int c = 0; c < 2; ++c)
-                    if (float* to = static_cast<float*>(out) + at + c; column + c < n)
-                        *to = add ? own[c] + *to : own[c];
+                    if (column + c < n) to[c] = add ? own[c] + to[c] : own[c];
         });
     };
     Int8Weights weights = {{w, nullptr}, ceil_div(n, kInt8TileRows) * kInt8TileRows, k / kRotated};

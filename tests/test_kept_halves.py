@@ -54,12 +54,18 @@ def test_they_take_what_is_left(gib):
 
 @pytest.mark.parametrize(
     "gib,more",
-    [(4, {}), (80, {"kernel_set": kernel_set_of(H100.capability)}), (80, {"precision": "int8"})],
-    ids=["streamed", "Hopper", "int8"],
+    [(4, {}), (80, {"kernel_set": kernel_set_of(H100.capability)})],
+    ids=["streamed", "Hopper"],
 )
 def test_none_are_kept(gib, more):
     plan = plan_of("qwen3-8b:Q4_K_M", gib * GIB, **more)
     assert bool(plan.streamed) == (gib == 4) and AS_HALVES not in plan.parts and plan.halves_bytes == 0
+
+
+def test_in_int8_they_are_of_what_stays_exact():
+    exact, int8 = plan_of("qwen3-8b:Q4_K_M", 80 * GIB), plan_of("qwen3-8b:Q4_K_M", 80 * GIB, precision="int8")
+    layer, output = 2 * (4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 12288), 2 * 4096 * 151936
+    assert exact.halves_bytes == 36 * layer + output and int8.halves_bytes == layer + output
 
 
 def test_they_never_make_layers_leave(rng):

@@ -242,5 +242,4 @@ def plan_model(
     def needs(host_embedding: bool) -> BatchNeeds:
         return rehearse(family, facts, kernel_set, batch, logits, host_embedding, own, precision)
 
-    keeps_halves = kernel_set.keeps_halves and precision == "exact"
-    return make_plan(family, budget, tokens, needs, own, cache_bytes, sums_bytes, precision, keeps_halves)
+    return make_plan(family, budget, tokens, needs, own, cache_bytes, sums_bytes, precision, kernel_set.keeps_halves)

@@ -23,7 +23,7 @@ from ..device.gpu import Gpu
 from ..device.workspace import ALIGNMENT, aligned
 from .halves import halves_bytes
 from .host_pages import WINDOW
-from .matrix import layer_matrices, tile_bytes
+from .matrix import layer_matrices, matrix_of, tile_bytes
 from .share import Share
 from .staging import STAGING_BYTES, STAGING_SLOTS, scratch_bytes
 
@@ -161,7 +161,9 @@ def make_plan(
     raw = [sum(aligned(t.nbytes) for t in tensors) for tensors in layers]
     embeds = share.holds_embedding(family)
     output, embedding = tile_bytes(share.outside(family)), tile_bytes([family.token_embd.tensor]) if embeds else 0
-    as_halves = halves_bytes([*share.outside(family), *(tensor for index in own for tensor in layers[index])])
+    of_layers = (tensor for index in own for tensor in layers[index])
+    exact = (tensor for tensor in of_layers if not matrix_of(tensor, 0, precision).int8)
+    as_halves = halves_bytes([*share.outside(family), *exact])
     least_slot = aligned(max(TILE_ROWS * w.tensor.nbytes // math.prod(w.shape[:-1]) for w in family.matrices()))
     layers_that_stay = f"layers that stay{', in int8' if precision == 'int8' else ''}"
     parts = {"CUDA context": CONTEXT_BYTES, "output": output}
