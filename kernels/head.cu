@@ -54,6 +54,7 @@ constexpr int kUnroll = 1;  // NVRTC spills there (13.0 in one loop, 13.5 in ano
 #else
 constexpr int kUnroll = 4;
 #endif
+constexpr int kAhead = 8;  // logits that a thread of `rank` loads at a time
 constexpr int kSets = 4, kMostCandidates = kSets * kThreads;
 
 // Candidates in shared memory, to be sorted.
@@ -130,11 +131,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     Candidate own;
     float sum = 0.0f;  // of exponentials, relative to own.logit
     bool nan = false;
-    for (int i = threadIdx.x; i < n; i += kThreads) {
-        float x = logits[i];
-        nan |= x != x;
-        if (x > own.logit) sum = fmaf(sum, expf(own.logit - x), 1.0f), own.logit = x, own.token = i;
-        else sum += x == own.logit ? 1.0f : expf(x - own.logit);  // both may be -inf
+    for (int first = threadIdx.x; first < n; first += kAhead * kThreads) {
+        float some[kAhead];  // they are on their way together
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j) some[j] = first + j * kThreads < n ? logits[first + j * kThreads] : 0.0f;
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j) {
+            int i = first + j * kThreads;
+            float x = some[j];
+            if (i >= n) break;
+            nan |= x != x;
+            if (x > own.logit) sum = fmaf(sum, expf(own.logit - x), 1.0f), own.logit = x, own.token = i;
+            else sum += x == own.logit ? 1.0f : expf(x - own.logit);  // both may be -inf
+        }
     }
     Candidate best = block_best(own);
     float largest = best.logit, log_sum = logf(block_sum<kThreads>(sum * expf(own.logit - largest)));

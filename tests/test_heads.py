@@ -56,6 +56,10 @@ class Chosen:
             "best_config",
             lambda m, row_tiles, gated, *rest: best(m, row_tiles, True, *rest) if gated else config,
         )
+        if module is hopper:
+            self._patch.setattr(
+                module, "heads_config", lambda m, row_tiles, kind, *rest: config if kind.fits(config) else None
+            )
 
     def make_heads(self, allowed):
         def fits(kind, config):

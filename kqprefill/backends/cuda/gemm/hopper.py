@@ -20,6 +20,7 @@ from .tensor_maps import TensorMaps
 from .tiles import TileConfig, Told, cheapest, row_tiles, side_by_side
 
 _BARRIERS = 512  # bytes: more than the stages' barriers take
+_HEADS_WORTH = 1.1  # times a product of q, k and v; the sums' way through memory takes a fifth of 2048 tokens'
 # Of a thread that brings weights: the fewest there can be, and where units are of two lengths.
 _PRODUCER_REGISTERS, _PRODUCER_REGISTERS_MIXED = 24, 32
 
@@ -106,13 +107,13 @@ CONFIGS = (
     HopperConfig(0, 64, 1, 2, 2, 1, 215, 195),
     HopperConfig(0, 128, 1, 1, 2, 1, 236, 199),
     HopperConfig(0, 128, 1, 2, 2, 1, 266, 259),
-    HopperConfig(0, 128, 2, 2, 1, 1, 473, 473),
+    HopperConfig(0, 128, 2, 2, 1, 1, 440, 440),
     HopperConfig(0, 256, 2, 2, 1, 2, 700, 700),
     HopperConfig(1, 16, 1, 2, 3, 1, 178, 154),
     HopperConfig(1, 32, 1, 2, 3, 1, 200, 160),
     HopperConfig(1, 64, 1, 2, 3, 1, 215, 181),
     HopperConfig(1, 128, 1, 2, 2, 1, 330, 253),
-    HopperConfig(1, 128, 2, 2, 1, 1, 469, 469),
+    HopperConfig(1, 128, 2, 2, 1, 1, 410, 410),
     HopperConfig(1, 256, 2, 2, 1, 2, 740, 740),
 )
 # fmt: on
@@ -122,6 +123,16 @@ CONFIGS = (
 def best_config(m: int, row_tiles: int, gated: bool, multiprocessors: int, experts: int = 0) -> HopperConfig:
     """As `cheapest`, of those for one matrix, or for gate and up."""
     return cheapest((c for c in CONFIGS if bool(c.gated) == gated), m, row_tiles, multiprocessors, experts)
+
+
+@cache
+def heads_config(m: int, row_tiles: int, kind: HeadsKind, multiprocessors: int) -> HopperConfig | None:
+    """The cheapest whose blocks have whole heads; None where others are so much cheaper that sums may as well pass
+    through memory."""
+    sizes = m, row_tiles, multiprocessors
+    whole = [config for config in CONFIGS if not config.gated and kind.fits(config)]
+    own, others = cheapest(whole, *sizes, 0), best_config(m, row_tiles, False, multiprocessors)
+    return own if own.cost(*sizes) <= _HEADS_WORTH * others.cost(*sizes) else None
 
 
 class HopperGemm(Gemm):
@@ -172,8 +183,8 @@ class HopperGemm(Gemm):
         weight_scale: DeviceArray,
         bias: DeviceArray | None,
     ) -> bool:
-        config = self._config(a.rows, matrices, False, 0)
-        if not output.kind.fits(config):
+        config = heads_config(a.rows, row_tiles(matrices), output.kind, self._facts.multiprocessors)
+        if config is None:
             return False
         self._launcher.launch(
             config.program(_types(matrices), heads=output.kind),
