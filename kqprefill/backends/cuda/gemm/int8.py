@@ -11,7 +11,7 @@ from ..constants import THREADS
 from ..device.arrays import FLOAT32, DeviceArray
 from ..device.compiler import Program
 from ..device.gpu import GpuFacts
-from ..device.launcher import Launches
+from ..device.launcher import Launches, begun_early
 from ..device.workspace import Workspace
 from ..programs import int8_row_warps, int8_rows_program
 from ..weights.matrix import Matrix
@@ -37,18 +37,19 @@ class Int8Gemm(Gemm):
         padded = BYTES.padded(a.columns)
         values = self._work.array("int8 operand", BYTES.dtype, a.rows, padded)
         scales = self._work.array("int8 operand's scales", FLOAT32, a.rows + MORE_ROWS)
-        self._launcher.launch(
-            int8_rows_program(padded),
-            "round_rows",
-            grid=-(-a.rows // (THREADS["round_rows"] // 32 // int8_row_warps(padded))),
-            x=a.values,
-            rows=a.rows,
-            stride=a.values.shape[1],
-            scale=a.scale,
-            out=values,
-            padded=padded,
-            scales=scales,
-        )
+        with begun_early(self._launcher):
+            self._launcher.launch(
+                int8_rows_program(padded),
+                "round_rows",
+                grid=-(-a.rows // (THREADS["round_rows"] // 32 // int8_row_warps(padded))),
+                x=a.values,
+                rows=a.rows,
+                stride=a.values.shape[1],
+                scale=a.scale,
+                out=values,
+                padded=padded,
+                scales=scales,
+            )
         return replace(a, values=values, scale=scales, format=BYTES)
 
     def linear(
