@@ -57,6 +57,9 @@ struct Consumer {
     template <class Format>
     static constexpr bool kApart = Format::kHeader && !Config::kGrouped;
 
+    // The quarter of a long unit that a step is; -1 where that is not known when this is compiled.
+    __device__ static constexpr int quarter(int step) { return Formats::kMixed ? -1 : step; }
+
     // Loads the weights of a step.
     template <class Format>
     __device__ __forceinline__ void load(const uint8_t* tile, int unit, int step, Fields& weights,
@@ -70,7 +73,7 @@ struct Consumer {
                                            uint32_t (&to)[8]) const {
         int at = place<Format>(unit, step);
         if constexpr (kApart<Format>)
-            decode_integers<Format>(weights, at, decode_affine<Format>(header, at, scale), bits, to);
+            decode_integers<Format>(weights, at, decode_affine<Format>(header, at, quarter(step), scale), bits, to);
         else decode_halves<Format>(weights, at, scale, to);
     }
 
@@ -109,7 +112,7 @@ struct Consumer {
             if constexpr (kShared) {
                 int at = place<First>(unit, step);
                 if (i == 0) {
-                    uint32_t own = decode_affine<First>(headers[0], at, scale);
+                    uint32_t own = decode_affine<First>(headers[0], at, quarter(step), scale);
                     uint32_t other = __shfl_xor_sync(0xffffffffu, own, 1);
                     bool odd = threadIdx.x & 1;
                     affine[0] = odd ? other : own, affine[1] = odd ? own : other;

@@ -49,6 +49,7 @@ struct Unit {
     __device__ float half(int offset) const { return half_to_float(static_cast<half_t>(u16(offset))); }
     __device__ static HalfBits bits() { return {}; }
     __device__ static float scale() { return 1.0f; }
+    __device__ static int quarter(int at) { return at / 64; }
 };
 
 __device__ __forceinline__ uint32_t word_of(const uint4& v, int i) {
@@ -167,6 +168,7 @@ struct Reader {
     Unit<Format::kBytes> unit;  // where kLoads
     HalfBits half_bits = {};
     float d_scale = 1.0f;
+    int known_quarter = -1;  // of the unit, where the compiler knows it
     mutable int pieces = 0, pairs = 0, values = 0;
 
     __device__ uint4 load16(int offset) const {
@@ -187,6 +189,7 @@ struct Reader {
     __device__ float half(int offset) const { return half_to_float(static_cast<half_t>(u16(offset))); }
     __device__ const HalfBits& bits() const { return half_bits; }
     __device__ float scale() const { return d_scale; }
+    __device__ int quarter(int at) const { return known_quarter < 0 ? at / 64 : known_quarter; }
 };
 
 // Weights -------------------------------------------------------------------------------------------------------------
@@ -270,9 +273,9 @@ __device__ __forceinline__ void decode_halves(Fields& fields, int at, float scal
 
 // decode_halves in two parts, for what loads the fields of each by themselves.
 template <class Format>
-__device__ __forceinline__ uint32_t decode_affine(Fields& fields, int at, float scale) {
+__device__ __forceinline__ uint32_t decode_affine(Fields& fields, int at, int quarter, float scale) {
     float d, m = 0.0f;
-    Format::affine(Reader<Format, false>{fields, {}, {}, scale}, at, d, m);
+    Format::affine(Reader<Format, false>{fields, {}, {}, scale, quarter}, at, d, m);
     return affine_halves<Format>(d, m, Format::kHeader ? 1.0f : scale);
 }
 template <class Format>

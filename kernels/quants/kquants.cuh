@@ -82,7 +82,8 @@ struct Affine4 : KQuant {
     __device__ static void affine(const U& unit, int at, float& d, float& m) {
         uint4 header = unit.load16(0);
         uint32_t last = __byte_perm(__byte_perm(header.y, header.z, 0x0073), header.w, 0x0710);
-        uint32_t pair = (at < 192 ? word_of(header, 1 + at / 64) : last) >> (at & 32 ? 12 : 0);
+        int quarter = unit.quarter(at);
+        uint32_t pair = (quarter < 3 ? word_of(header, 1 + quarter) : last) >> (at & 32 ? 12 : 0);
         d = half_to_float(static_cast<half_t>(header.x)) * unit.scale() * static_cast<float>(pair & 63);
         m = half_to_float(static_cast<half_t>(header.x >> 16)) * (unit.scale() * 0.015625f) *
             static_cast<float>(pair & 63 << 6);
@@ -156,7 +157,7 @@ struct Q6_K : KQuant {
     template <class U>
     __device__ static void affine(const U& unit, int at, float& d, float&) {
         uint4 scales = unit.load16(192);
-        int scale = signed_byte(word_of(scales, at / 64), at / 16 % 4);
+        int scale = signed_byte(word_of(scales, unit.quarter(at)), at / 16 % 4);
         d = unit.half(208) * unit.scale() * static_cast<float>(scale);
     }
 };
