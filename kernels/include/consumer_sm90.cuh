@@ -121,6 +121,7 @@ struct Consumer {
             } else if (i == 0) decode<First>(unit, step, bits, loaded[0], headers[0], to[0]);
             else if constexpr (Config::kTiles == 2) decode<Second>(unit, step, bits, loaded[1], headers[1], to[1]);
         };
+        uint64_t first_x = wgmma_operand(rings.x.stage(0));
         rings.raw.wait_until_arrived(raw);
         load_step(0, 0);
         decode_step(0, 0, 0, w[0]);
@@ -131,7 +132,8 @@ struct Consumer {
 #pragma unroll
             for (int step = 0; step < kUnitSteps; ++step) {
                 if (step % kStageSteps == 0) rings.x.wait_until_arrived(stage);
-                uint64_t x = wgmma_operand(rings.x.stage(stage.stage) + step % kStageSteps * Config::kStepBytes);
+                int offset = stage.stage * Config::kStageBytes + step % kStageSteps * Config::kStepBytes;
+                uint64_t x = first_x + offset / 16;
                 uint32_t (&now)[2][8] = w[step % 2], (&next)[2][8] = w[(step + 1) % 2];
                 auto ahead = [&](int steps) { return unit + (step + steps) / kUnitSteps; };  // the unit of a later step
                 auto multiply = [&](int k16) {
@@ -166,6 +168,6 @@ struct Consumer {
     }
 
     __device__ __forceinline__ void release_previous_stage() const {
-        rings.x.release_by_warp<Config::kCluster>(stage.previous());
+        rings.x.release_by_warp<Config::kCluster>(stage.previous);
     }
 };
