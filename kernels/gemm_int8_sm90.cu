@@ -126,10 +126,10 @@ struct Consumer {
             }
             wgmma_commit();
             wgmma_wait<1>();  // the stage before this is done with
-            if (step > 0) ring.release_by_warp<Config::kCluster>(at.previous);
+            if (step > 0) ring.release_by_warp<Config::kCluster>(at.previous());
         }
         wgmma_wait<0>();
-        ring.release_by_warp<Config::kCluster>(at.previous);
+        ring.release_by_warp<Config::kCluster>(at.previous());
     }
 };
 

@@ -66,12 +66,7 @@ template <int kStages>
 struct ProducerPosition : RingPosition<kStages> {};
 template <int kStages>
 struct ConsumerPosition : RingPosition<kStages> {
-    int previous = 0;  // the stage before, once there was one
-
-    __device__ __forceinline__ void advance() {
-        previous = this->stage;
-        RingPosition<kStages>::advance();
-    }
+    __device__ __forceinline__ int previous() const { return this->stage == 0 ? kStages - 1 : this->stage - 1; }
 };
 
 // A ring of kStages stages of kStageBytes each in shared memory, which are filled and read in turn. Each stage has two

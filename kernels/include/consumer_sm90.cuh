@@ -122,6 +122,8 @@ struct Consumer {
             else if constexpr (Config::kTiles == 2) decode<Second>(unit, step, bits, loaded[1], headers[1], to[1]);
         };
         uint64_t first_x = wgmma_operand(rings.x.stage(0));
+        int before = 0;  // the stage before, once there was one; where heads are made there is no register for it
+        auto release_previous = [&] { release_stage(Config::kHeadDim ? stage.previous() : before); };
         rings.raw.wait_until_arrived(raw);
         load_step(0, 0);
         decode_step(0, 0, 0, w[0]);
@@ -147,7 +149,7 @@ struct Consumer {
                 multiply(1);
                 wgmma_commit();
                 wgmma_wait<1>();  // the step before this is done with: its registers may be used again, and its stage
-                if (step % kStageSteps == 0 && (unit > 0 || step > 0)) release_previous_stage();
+                if (step % kStageSteps == 0 && (unit > 0 || step > 0)) release_previous();
                 if (step < kUnitSteps - 1 || more) decode_step(0, ahead(1), (step + 1) % kUnitSteps, next);
                 wgmma_begin();
                 multiply(2);
@@ -160,14 +162,12 @@ struct Consumer {
                     if (more) rings.raw.wait_until_arrived(raw);
                 }
                 if (step < kUnitSteps - 2 || more) load_step(ahead(2), (step + 2) % kUnitSteps);
-                if (step % kStageSteps == kStageSteps - 1) stage.advance();
+                if (step % kStageSteps == kStageSteps - 1) before = stage.stage, stage.advance();
             }
         }
         wgmma_wait<0>();
-        release_previous_stage();
+        release_previous();
     }
 
-    __device__ __forceinline__ void release_previous_stage() const {
-        rings.x.release_by_warp<Config::kCluster>(stage.previous);
-    }
+    __device__ __forceinline__ void release_stage(int index) const { rings.x.release_by_warp<Config::kCluster>(index); }
 };
