@@ -122,8 +122,10 @@ struct Consumer {
             else if constexpr (Config::kTiles == 2) decode<Second>(unit, step, bits, loaded[1], headers[1], to[1]);
         };
         uint64_t first_x = wgmma_operand(rings.x.stage(0));
-        int before = 0;  // the stage before, once there was one; where heads are made there is no register for it
-        auto release_previous = [&] { release_stage(Config::kHeadDim ? stage.previous() : before); };
+        int before = 0;  // the stage before, once there was one; heads and groups leave no register for it
+        auto release_previous = [&] {
+            release_stage(Config::kHeadDim || Config::kGrouped ? stage.previous() : before);
+        };
         rings.raw.wait_until_arrived(raw);
         load_step(0, 0);
         decode_step(0, 0, 0, w[0]);
