@@ -66,6 +66,12 @@ template <int kStages>
 struct ProducerPosition : RingPosition<kStages> {};
 template <int kStages>
 struct ConsumerPosition : RingPosition<kStages> {
+    int last = 0;  // the stage before, once there was one; or, where that register is needed, previous()
+
+    __device__ __forceinline__ void advance() {
+        last = this->stage;
+        RingPosition<kStages>::advance();
+    }
     __device__ __forceinline__ int previous() const { return this->stage == 0 ? kStages - 1 : this->stage - 1; }
 };
 

@@ -122,10 +122,6 @@ struct Consumer {
             else if constexpr (Config::kTiles == 2) decode<Second>(unit, step, bits, loaded[1], headers[1], to[1]);
         };
         uint64_t first_x = wgmma_operand(rings.x.stage(0));
-        int before = 0;  // the stage before, once there was one; heads and groups leave no register for it
-        auto release_previous = [&] {
-            release_stage(Config::kHeadDim || Config::kGrouped ? stage.previous() : before);
-        };
         rings.raw.wait_until_arrived(raw);
         load_step(0, 0);
         decode_step(0, 0, 0, w[0]);
@@ -151,7 +147,7 @@ struct Consumer {
                 multiply(1);
                 wgmma_commit();
                 wgmma_wait<1>();  // the step before this is done with: its registers may be used again, and its stage
-                if (step % kStageSteps == 0 && (unit > 0 || step > 0)) release_previous();
+                if (step % kStageSteps == 0 && (unit > 0 || step > 0)) release_previous_stage();
                 if (step < kUnitSteps - 1 || more) decode_step(0, ahead(1), (step + 1) % kUnitSteps, next);
                 wgmma_begin();
                 multiply(2);
@@ -164,12 +160,16 @@ struct Consumer {
                     if (more) rings.raw.wait_until_arrived(raw);
                 }
                 if (step < kUnitSteps - 2 || more) load_step(ahead(2), (step + 2) % kUnitSteps);
-                if (step % kStageSteps == kStageSteps - 1) before = stage.stage, stage.advance();
+                if (step % kStageSteps == kStageSteps - 1) stage.advance();
             }
         }
         wgmma_wait<0>();
-        release_previous();
+        release_previous_stage();
     }
 
-    __device__ __forceinline__ void release_stage(int index) const { rings.x.release_by_warp<Config::kCluster>(index); }
+    __device__ __forceinline__ void release_previous_stage() const {
+        // Heads of 64, and groups with token tiles of 64, leave no register for `last`.
+        constexpr bool kFull = Config::kHeadDim == 64 || (Config::kGrouped && Config::kTokens == 64);
+        rings.x.release_by_warp<Config::kCluster>(kFull ? stage.previous() : stage.last);
+    }
 };
