@@ -88,9 +88,9 @@ struct Consumer {
             First::kShared && kSame<First, Second> && Config::kTiles == 2 && kTokens == Config::kTokens;
         Fields loaded[2], headers[2];
         uint32_t w[2][2][8] = {}, affine[2];
+        // What follows from the column would else keep its registers through the epilogue.
+        if (!Config::kGrouped && !(Formats::kMany && Config::kTiles == 1)) forget(column);
         // The compiler does not know that this is 0: else it would set these registers anew for each use.
-        if (!Config::kGrouped)
-            forget(column);  // what follows from it would else keep its registers through the epilogue
         uint32_t zero = (units + threadIdx.x) >> 30;
         HalfBits bits = {HalfBits().even | zero, HalfBits().odd | zero};
         auto load_step = [&](int unit, int step) {
@@ -168,8 +168,9 @@ struct Consumer {
     }
 
     __device__ __forceinline__ void release_previous_stage() const {
-        // Heads of 64, and groups with token tiles of 64, leave no register for `last`.
-        constexpr bool kFull = Config::kHeadDim == 64 || (Config::kGrouped && Config::kTokens == 64);
+        // Heads of 64, groups with token tiles of 64, and loops for several formats leave no register for `last`.
+        constexpr bool kFull = Config::kHeadDim == 64 || (Config::kGrouped && Config::kTokens == 64) ||
+                               (Formats::kMany && !Config::kGated);
         rings.x.release_by_warp<Config::kCluster>(kFull ? stage.previous() : stage.last);
     }
 };

@@ -104,7 +104,7 @@ __device__ __forceinline__ void center_pairs(uint32_t (&q)[8]) {
 }
 
 // The fifth bits of 32 neighbouring weights are a word: that of the lower weight of pair i of the first 16 is bit
-// kFifth[i] of its lower half, the upper weight's is in the upper half, and those of the other 16 are there when the
+// fifth_at(i) of its lower half, the upper weight's is in the upper half, and those of the other 16 are there when the
 // bytes of both halves are exchanged. So they are above pairs of nibbles when the word is shifted by i / 2.
 __host__ __device__ constexpr int fifth_at(int pair) {
     return 4 + pair % 2 * 4 + pair / 2;

@@ -14,7 +14,8 @@ struct FormatList {
     // Of the largest weight tile.
     static constexpr int kTileBytes =
         kTileRows * First::kBytes > Next::kTileBytes ? kTileRows * First::kBytes : Next::kTileBytes;
-    static constexpr bool kMixed = First::kElements != Next::kElements || Next::kMixed;
+    // kMixed: whether units differ. kMany: whether there are several formats.
+    static constexpr bool kMixed = First::kElements != Next::kElements || Next::kMixed, kMany = true;
 
     __device__ static int tile_bytes(int format) {
         return format == 0 ? kTileRows * First::kBytes : Next::tile_bytes(format - 1);
@@ -40,7 +41,7 @@ struct FormatList<Only> {
     using Gate = Only;
     using Up = Only;
     static constexpr int kElements = Only::kElements, kTileBytes = kTileRows * Only::kBytes;
-    static constexpr bool kMixed = false;
+    static constexpr bool kMixed = false, kMany = false;
 
     __device__ static int tile_bytes(int) { return kTileBytes; }
     __device__ static int elements(int) { return kElements; }

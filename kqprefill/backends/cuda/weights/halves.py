@@ -101,9 +101,8 @@ class KeptHalves:
             return None
         try:
             buffer = self._gpu.allocate(nbytes, "weights as halves")
-        except (
-            BackendError
-        ):  # others have taken what was free when the room was planned; the batch may need what is held
+        except BackendError:
+            # Others have taken what was free when the room was planned; the batch may need what is held.
             self.give_room(0)
             return None
         try:
