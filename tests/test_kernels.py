@@ -49,9 +49,9 @@ def of_a_rare_format(program):
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_all_compile_without_spills(arch):
-    """Those of the oldest GPUs, and Hopper's own; of the others, whose kernels are the same as the oldest's, one of each
-    file. A program that passed is not compiled again until its key in the cache changes: a file of that name, beside
-    the cache's own (in $KQPREFILL_CACHE_DIR), remembers it."""
+    """Those of the oldest GPUs, and Hopper's own; of the others, whose kernels are the oldest's, one of each file. A
+    program that passed is not compiled again until its key in the cache changes: a file of that name, beside the
+    cache's own (in $KQPREFILL_CACHE_DIR), remembers it."""
     programs = every = every_program(arch)
     if arch != "sm_80":
         oldest = set(every_program("sm_80")) if arch == "sm_90a" else set(every)
