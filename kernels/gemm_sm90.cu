@@ -28,9 +28,10 @@ __device__ __forceinline__ void produce_weights(const Rings& rings, const Matric
         RowTile tile =
             row_tile<Config>(matrices, first_row_tile(outputs) + lane, units, x.expert(outputs.token_tile()));
         int bytes = tile.weights != nullptr ? Formats::tile_bytes(tile.format) : 0;
-        int again =
-            Formats::kMixed ? Formats::served(tile.format) - 1 : 0;  // times that a weight tile is brought again
-#pragma unroll 1                                                     // few registers are left
+        // How often a weight tile is brought again.
+        int again = Formats::kMixed ? Formats::served(tile.format) - 1 : 0;
+        // Few registers are left.
+#pragma unroll 1
         for (int unit = 0; unit < units; ++unit, at.advance()) {
             uint32_t to = rings.raw.stage(at.stage) + lane * Formats::kTileBytes;
             Barrier arrived = rings.raw.begin_filling(at, bytes);

@@ -123,7 +123,7 @@ struct Q6_K : KQuant {
     static constexpr int kBytes = 210, kCenter = 0;  // ql[128], qh[64], scales[16], d
     static constexpr bool kHasMin = false, kHeader = true, kByBits = true;
 
-    // The high two bits of 16 weights are a word: of pair i of the first eight weights at bit kHighAt(i) of its halves,
+    // The high two bits of 16 weights are a word: of pair i of the first eight weights at bit high_at(i) of its halves,
     // and of the others, when the bytes of both halves are exchanged.
     __host__ __device__ static constexpr int high_at(int pair) { return 4 + pair % 2 * 4 + pair / 2 * 2; }
     template <class Bytes>
