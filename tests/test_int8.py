@@ -254,7 +254,7 @@ def test_gated(device, features, columns, rng):
     for n in sizes(device):
         a, _ = device.operand(n, columns, rng)
         values = device.poisoned("act", FLOAT16, n, HALVES.padded(features))
-        gemm = device.gemms.choose([gate, up], gated=True)
+        gemm = device.gemms.choose([gate, up])
         gemm.gated(a, gate, up, Operand(values, features, act_scale), None, held, "silu")
         expected = activated(*(products(device, a, [m]) + b for m, b in zip((gate, up), biases)))
         got = device.get(values).astype(np.float64)

@@ -66,7 +66,7 @@ def test_gate_and_up_of_which_one_is_exact(device, exact_one, rng):  # noqa: F81
         a, _ = device.operand(n, 128, rng)
         for matrices in (loaded, mixed):
             ones = [matrix.one_of(experts) for matrix in matrices]
-            gemm, groups = device.gemms.choose(ones, gated=True), None
+            gemm, groups = device.gemms.choose(ones), None
             if experts > 1:
                 groups = grouped(device, counts, gemm.group_rows(n, ones, True, experts))
             values = device.poisoned("act", FLOAT16, n, HALVES.padded(64))

@@ -36,12 +36,19 @@ _EXPERT_TYPES = (GGML.Q4_K, GGML.Q6_K, GGML.MXFP4)  # of most experts
 _UNGATED_TYPES = (GGML.Q4_K, GGML.Q5_K, GGML.Q8_0)  # of most networks without a gate
 
 
-class Gemms(ABC):
-    """The ways to multiply that a kernel set has on one GPU."""
+class Gemms:
+    """The ways to multiply that a kernel set has on one GPU: matrices as the file has them, those in int8, and some of
+    each."""
 
-    @abstractmethod
-    def choose(self, matrices: Sequence[Matrix], gated: bool = False) -> Gemm:
+    def __init__(self, exact: Gemm, int8: Int8Gemm, launcher: Launches, work: Workspace) -> None:
+        self._exact, self._int8, self._mixed = exact, int8, MixedGemm(self.choose, launcher, work)
+
+    def choose(self, matrices: Sequence[Matrix]) -> Gemm:
         """The way for these matrices side by side, or for gate and up."""
+        kinds = {matrix.int8 for matrix in matrices}
+        if len(kinds) > 1:
+            return self._mixed
+        return self._int8 if kinds == {True} else self._exact
 
 
 class KernelSet(ABC):
@@ -106,7 +113,8 @@ class Portable(KernelSet):
         maps: TensorMaps,
         halves: KeptHalves | None = None,
     ) -> Gemms:
-        return _PortableGemms(facts, launcher, work, halves)
+        exact = portable.PortableGemm(facts, launcher, work, halves)
+        return Gemms(exact, PortableInt8Gemm(facts, launcher, work), launcher, work)
 
     def _own_programs(self) -> Iterator[Program]:
         for config in (*portable.LARGE, portable.SMALL):
@@ -138,7 +146,8 @@ class Hopper(Portable):
         maps: TensorMaps,
         halves: KeptHalves | None = None,
     ) -> Gemms:
-        return _HopperGemms(facts, launcher, work, maps)
+        exact = hopper.HopperGemm(facts, launcher, maps)
+        return Gemms(exact, int8_hopper.HopperInt8Gemm(facts, launcher, work, maps), launcher, work)
 
     def _own_programs(self) -> Iterator[Program]:
         yield from super()._own_programs()
@@ -160,33 +169,6 @@ class Hopper(Portable):
             yield of_int8.program(int8.Kind(), whole=False)
             yield from (of_int8.program(own) for own in int8.KINDS if of_int8.tiles == 2 or not own.gated)
             yield from (of_int8.program(int8.Kind(), heads=own) for own in HEADS_KINDS if own.fits(of_int8))
-
-
-class _PortableGemms(Gemms):
-    def __init__(self, facts: GpuFacts, launcher: Launches, work: Workspace, halves: KeptHalves | None) -> None:
-        self._portable = portable.PortableGemm(facts, launcher, work, halves)
-        self._mixed = MixedGemm(self.choose, launcher, work)
-        self._int8: Int8Gemm = PortableInt8Gemm(facts, launcher, work)
-
-    def choose(self, matrices: Sequence[Matrix], gated: bool = False) -> Gemm:
-        kinds = {matrix.int8 for matrix in matrices}
-        if len(kinds) > 1:
-            return self._mixed
-        return self._int8 if kinds == {True} else self.choose_exact()
-
-    def choose_exact(self) -> Gemm:
-        """The way for matrices as the file has them."""
-        return self._portable
-
-
-class _HopperGemms(_PortableGemms):
-    def __init__(self, facts: GpuFacts, launcher: Launches, work: Workspace, maps: TensorMaps) -> None:
-        super().__init__(facts, launcher, work, None)
-        self._hopper = hopper.HopperGemm(facts, launcher, maps)
-        self._int8 = int8_hopper.HopperInt8Gemm(facts, launcher, work, maps)
-
-    def choose_exact(self) -> Gemm:
-        return self._hopper
 
 
 def kernel_set_of(capability: tuple[int, int], kernels: str = "auto") -> KernelSet:

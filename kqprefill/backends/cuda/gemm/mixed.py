@@ -18,16 +18,16 @@ class MixedGemm(Gemm):
     """Each run of matrices that are alike is multiplied by itself, into its own columns. Gate and up, which one product
     takes, are both multiplied in int8; a file where only one of them is quantised is rare.
 
-    choose: the way for matrices that are alike, or (True) for gate and up.
+    choose: the way for matrices that are alike.
     """
 
-    def __init__(self, choose: Callable[[Sequence[Matrix], bool], Gemm], launcher: Launches, work: Workspace) -> None:
+    def __init__(self, choose: Callable[[Sequence[Matrix]], Gemm], launcher: Launches, work: Workspace) -> None:
         self._choose, self._launcher, self._work = choose, launcher, work
 
     def group_rows(self, m: int, matrices: Sequence[Matrix], gated: bool, experts: int) -> int:
         assert gated, "only gate and up are stacks side by side"
         alike = [replace(matrix, int8=True) for matrix in matrices]
-        return self._choose(alike, True).group_rows(m, alike, True, experts)
+        return self._choose(alike).group_rows(m, alike, True, experts)
 
     def linear(
         self,
@@ -45,7 +45,7 @@ class MixedGemm(Gemm):
         width = ldo or sum(matrix.rows for matrix in matrices)
         for first, run in _runs(matrices):
             to, its_bias = out.columns(first), None if bias is None else bias.rows(first)
-            self._choose(run, False).linear(a, run, to, weight_scale, its_bias, add, ldo=width)
+            self._choose(run).linear(a, run, to, weight_scale, its_bias, add, ldo=width)
 
     def activated(
         self,
@@ -70,7 +70,7 @@ class MixedGemm(Gemm):
         groups: Groups | None = None,
     ) -> None:
         gate, up = self._in_int8(gate), self._in_int8(up)
-        self._choose([gate, up], True).gated(a, gate, up, act, weight_scale, biases, activation, groups)
+        self._choose([gate, up]).gated(a, gate, up, act, weight_scale, biases, activation, groups)
 
     def _in_int8(self, matrix: Matrix) -> Matrix:
         """The same matrix in int8, or the first of the same stack, which is made so in work memory where it is not."""

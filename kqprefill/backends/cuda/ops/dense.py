@@ -197,7 +197,7 @@ class DenseOps(NormOps):
         out = self._sums(residual, d)
         weight_scale = self.scales.of_weights([g, u], h.norm)
         act_scale = self.gated_scale(activation, h, g, u, biases)
-        gemm = self.context.gemms.choose([g, u], gated=True)
+        gemm = self.context.gemms.choose([g, u])
         for t in range(0, self.n, TOKENS_AT_ONCE):
             end = min(t + TOKENS_AT_ONCE, self.n)
             values = self.work.array("activated", HALVES.dtype, end - t, HALVES.padded(g.rows))

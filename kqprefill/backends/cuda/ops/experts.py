@@ -65,7 +65,7 @@ class ExpertOps(DenseOps):
         biases, down_bias = [self.bias(weight) for weight in raising], self.bias(w.ffn_down_exps)
         activate = self._gated_experts if experts.gated else self._ungated_experts
         activated = activate(h, stacks, ones, biases, activation)
-        first, second = self.context.gemms.choose(ones, gated=experts.gated), self.context.gemms.choose([d])
+        first, second = self.context.gemms.choose(ones), self.context.gemms.choose([d])
         step = min(TOKENS_AT_ONCE, _ROWS // used)
         for t in range(0, self.n, step):
             end = min(t + step, self.n)
