@@ -4,8 +4,8 @@
 #include "include/rms_norm.cuh"
 
 constexpr int kThreads = INT8_THREADS;
-constexpr int kKept = KEPT;  // sixteens of a row that a thread keeps; it reads and rotates the others twice
 constexpr int kBlocks = KEPT == 1 ? 4 : 2;  // that a multiprocessor has registers for
+constexpr int kKept = KEPT;  // sixteens of a row that a thread keeps; it reads and rotates the others twice
 
 // The largest of the bits that those threads of a block have whose kWarps warps share a row, known to all of them.
 template <int kWarps>
@@ -93,12 +93,21 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 
 // norm.cu's rms_norm of all rows, and rounded, scales = its rows, rounded.
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
-    rms_norm_rounded(const float* x, const float* weight, half_t* out, int columns, int stride, float epsilon,
+    rms_norm_rounded(const float* x, int rows, const float* weight, half_t* out, int columns, int stride, float epsilon,
                      const float* scale, int8_t* rounded, int padded, float* scales) {
     begin_kernel();
-    uint64_t row = blockIdx.x;
-    out += row * stride;
-    normalise_row<kThreads>(x + row * columns, weight, out, columns, stride, epsilon, *scale);
+    constexpr int kRows = kThreads / 32 / WARPS, kRowThreads = 32 * WARPS, kStaged = 16 * kKept * kRowThreads;
+    __shared__ __align__(16) half_t staged[kRows][kStaged];  // rows, if they are short enough
+    int own = threadIdx.x / kRowThreads, row = blockIdx.x * kRows + own;
+    bool inside = row < rows;
+    uint64_t from = inside ? row : 0;
+    out += from * stride;
+    bool short_enough = kRows > 1 || stride <= kStaged;
+    half_t* to = short_enough ? staged[own] : out;
+    normalise_row<kThreads, kRows>(x + from * columns, weight, to, columns, stride, epsilon, *scale);
     __syncthreads();
-    round_row<kThreads / 32>(out, stride, *scale, rounded + row * padded, padded, scales + row, true);
+    if (short_enough && inside)
+        for (int i = threadIdx.x % kRowThreads * 8; i < stride; i += kRowThreads * 8)
+            *reinterpret_cast<uint4*>(out + i) = *reinterpret_cast<const uint4*>(to + i);
+    round_row<WARPS>(to, stride, *scale, rounded + from * padded, padded, scales + from, inside);
 }

@@ -12,7 +12,7 @@ from kqprefill.backends.cuda.device.workspace import Workspace
 from kqprefill.backends.cuda.gemm import int8_hopper
 from kqprefill.backends.cuda.gemm.operand import BYTES, HALVES, Groups, Operand, operand_positions
 from kqprefill.backends.cuda.kernel_set import kernel_set_of
-from kqprefill.backends.cuda.programs import NORM, int8_rows_program
+from kqprefill.backends.cuda.programs import NORM, int8_rows_blocks, int8_rows_program
 from kqprefill.backends.cuda.weights.matrix import matrix_of
 from kqprefill.backends.cuda.weights.scales import Scales
 from kqprefill.backends.cuda.weights.small_arrays import SmallArrays
@@ -170,7 +170,7 @@ def test_operands(device, columns, rng):
 
 def test_norms_whose_rows_are_rounded_at_once(device, rng):
     """The kernel that normalises gives the halves of rms_norm, and of these what rounding them by itself gives."""
-    for columns in (100, 2048, 5000):
+    for columns in (100, 602, 2048, 5000, 20000):
         x = device.work.upload("stream", rng.standard_normal((3, columns)).astype(np.float32))
         weight = device.work.upload("norm", rng.uniform(0.5, 2, columns).astype(np.float32))
         scale, padded = device.small.constant(np.array([64.0], np.float32)), BYTES.padded(columns)
@@ -180,8 +180,9 @@ def test_norms_whose_rows_are_rounded_at_once(device, rng):
         device.launcher.launch(NORM, "rms_norm", grid=3, out=alone, rows=None, **given)
         halves = device.poisoned("halves", FLOAT16, 3, HALVES.padded(columns))
         rounded, scales = device.poisoned("rounded", INT8, 3, padded), device.poisoned("scales", FLOAT32, 3)
-        own = {"out": halves, "rounded": rounded, "padded": padded, "scales": scales}
-        device.launcher.launch(int8_rows_program(padded), "rms_norm_rounded", grid=3, **own, **given)
+        own = {"rows": 3, "out": halves, "rounded": rounded, "padded": padded, "scales": scales}
+        blocks = int8_rows_blocks(3, padded)
+        device.launcher.launch(int8_rows_program(padded), "rms_norm_rounded", grid=blocks, **own, **given)
         assert np.array_equal(device.get(halves), device.get(alone))
         a = Operand(alone, columns, scale)
         together, by_itself = device.rounded(replace(a, rounded=(rounded, scales))), device.rounded(a)

@@ -56,6 +56,11 @@ __device__ __forceinline__ void reduce_add(float* to, float value) {
     asm volatile("red.global.add.f32 [%0], %1;" ::"l"(to), "f"(value) : "memory");
 }
 
+// Has the L2 cache bring the line of 128 bytes that is at `address` of global memory.
+__device__ __forceinline__ void prefetch(const void* address) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 // threadIdx.x, read here and now: what follows from it is not kept in registers through what comes before.
 __device__ __forceinline__ int thread_here() {
     int thread;

@@ -1,31 +1,57 @@
 // RMSNorm (arXiv 1910.07467) of a row.
 #pragma once
 #include "operand.cuh"
+#include "ptx.cuh"
 #include "reduce.cuh"
 
-// out = scale * rms_norm(x) * weight as an operand, with zeros from `columns` to `stride`, by a block of kThreads. A
-// thread takes four columns in turn of each 4 * kThreads; the first kKept such fours it reads once and keeps, the
-// others it reads again.
-template <int kThreads>
+// The sum over those threads of a block of kThreads that share a row, of kRows side by side, known to all of them: each
+// has kRows sums, and they are added up as if each were of a thread of its own of a whole block.
+template <int kThreads, int kRows>
+__device__ __forceinline__ float sum_of_row(const float (&sums)[kRows]) {
+    constexpr int kAll = kThreads / 32, kWarps = kAll / kRows;
+    __shared__ float partial[kRows][kAll];
+    int warp = threadIdx.x / 32;
+    float (&own)[kAll] = partial[warp / kWarps];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+        float sum = warp_sum(sums[i]);
+        if (threadIdx.x % 32 == 0) own[i * kWarps + warp % kWarps] = sum;
+    }
+    __syncthreads();
+    float total = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kAll; ++w) total += own[w];
+    return total;
+}
+
+// out = scale * rms_norm(x) * weight as an operand, with zeros from `columns` to `stride`, by those threads of a block of
+// kThreads that share a row, of kRows side by side; all of its threads call this, once. Each takes four columns in turn;
+// the first kKept such fours it reads once and keeps, the others, which there may be of a single row, it reads again.
+// The bits are the same for any kRows.
+template <int kThreads, int kRows = 1>
 __device__ __forceinline__ void normalise_row(const float* x, const float* weight, half_t* out, int columns, int stride,
                                               float epsilon, float scale) {
-    constexpr int kKept = 4;
+    constexpr int kKept = 4, kStep = 4 * kThreads / kRows;
     bool aligned = columns % 4 == 0;
+    int first = kRows == 1 ? threadIdx.x * 4 : threadIdx.x * 4 % kStep;
     auto load = [&](const float* from, int i) {
         if (aligned)
             return i < columns ? *reinterpret_cast<const float4*>(from + i) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         return make_float4(i < columns ? from[i] : 0.0f, i + 1 < columns ? from[i + 1] : 0.0f,
                            i + 2 < columns ? from[i + 2] : 0.0f, i + 3 < columns ? from[i + 3] : 0.0f);
     };
+    constexpr int kFewBlocks = 256, kLine = 32;  // floats of a line of the L2 cache
+    if (gridDim.x <= kFewBlocks)                 // these would wait for weights that have to come from memory
+        for (int i = threadIdx.x * kLine; i < columns; i += kThreads * kLine) prefetch(weight + i);
     float4 kept[kKept];
-    float sum = 0.0f;
+    float sums[kRows] = {};
 #pragma unroll
-    for (int j = 0; j < kKept; ++j) kept[j] = load(x, 4 * (threadIdx.x + j * kThreads));
+    for (int j = 0; j < kKept; ++j) kept[j] = load(x, first + j * kStep);
 #pragma unroll
-    for (int j = 0; j < kKept; ++j) sum = add_squares(sum, kept[j]);
-    for (int i = 4 * (threadIdx.x + kKept * kThreads); i < columns; i += 4 * kThreads)
-        sum = add_squares(sum, load(x, i));
-    float r = scale / sqrtf(block_sum<kThreads>(sum) / static_cast<float>(columns) + epsilon);
+    for (int j = 0; j < kKept; ++j) sums[j % kRows] = add_squares(sums[j % kRows], kept[j]);
+    if constexpr (kRows == 1)
+        for (int i = first + kKept * kStep; i < columns; i += kStep) sums[0] = add_squares(sums[0], load(x, i));
+    float r = scale / sqrtf(sum_of_row<kThreads>(sums) / static_cast<float>(columns) + epsilon);
     auto write = [&](const float4& v, int i) {
         if (i >= stride) return;
         float4 w = load(weight, i);
@@ -33,6 +59,7 @@ __device__ __forceinline__ void normalise_row(const float* x, const float* weigh
         store_operand(out, i + 2, operand_pair(v.z * r * w.z, v.w * r * w.w));
     };
 #pragma unroll
-    for (int j = 0; j < kKept; ++j) write(kept[j], 4 * (threadIdx.x + j * kThreads));
-    for (int i = 4 * (threadIdx.x + kKept * kThreads); i < stride; i += 4 * kThreads) write(load(x, i), i);
+    for (int j = 0; j < kKept; ++j) write(kept[j], first + j * kStep);
+    if constexpr (kRows == 1)
+        for (int i = first + kKept * kStep; i < stride; i += kStep) write(load(x, i), i);
 }

@@ -32,13 +32,18 @@ def int8_program(ggml_type: GGML) -> Program:
 @cache
 def int8_rows_program(columns: int) -> Program:
     """What makes int8 of operands' rows of so many columns: round_rows, rms_norm_rounded."""
-    warps = int8_row_warps(columns)
+    warps = _row_warps(columns)
     kept = min(_MOST_KEPT, -(-columns // (_WARP_COLUMNS * warps)))
     return Program("int8_rows.cu", (("WARPS", str(warps)), ("KEPT", str(kept))))
 
 
-def int8_row_warps(columns: int) -> int:
-    """Warps that round_rows has for a row: as few as keep it at once, at most all of a block."""
+def int8_rows_blocks(rows: int, columns: int) -> int:
+    """Blocks of that program's kernels for so many rows."""
+    return -(-rows * _row_warps(columns) // _MOST_WARPS)
+
+
+def _row_warps(columns: int) -> int:
+    """Warps that a row has: as few as keep it at once, at most all of a block."""
     return next(warps for warps in (1, 2, 4, _MOST_WARPS) if warps == _MOST_WARPS or columns <= _WARP_COLUMNS * warps)
 
 

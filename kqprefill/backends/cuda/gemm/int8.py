@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 
-from ..constants import THREADS
 from ..device.arrays import FLOAT32, DeviceArray
 from ..device.compiler import Program
 from ..device.gpu import GpuFacts
 from ..device.launcher import Launches, begun_early
 from ..device.workspace import Workspace
-from ..programs import int8_row_warps, int8_rows_program
+from ..programs import int8_rows_blocks, int8_rows_program
 from ..weights.matrix import Matrix
 from .operand import BYTES, MORE_ROWS, Gemm, Groups, Operand, listed, made_into, number_of
 from .portable import PortableConfig, best_config
@@ -41,7 +40,7 @@ class Int8Gemm(Gemm):
             self._launcher.launch(
                 int8_rows_program(padded),
                 "round_rows",
-                grid=-(-a.rows // (THREADS["round_rows"] // 32 // int8_row_warps(padded))),
+                grid=int8_rows_blocks(a.rows, padded),
                 x=a.values,
                 rows=a.rows,
                 stride=a.values.shape[1],

@@ -11,7 +11,7 @@ from ....models.ops import Sums
 from ....models.weights import Weight
 from ..device.arrays import FLOAT32, DeviceArray
 from ..gemm.operand import BYTES, HALVES, MORE_ROWS, Operand
-from ..programs import NORM, int8_rows_program
+from ..programs import NORM, int8_rows_blocks, int8_rows_program
 from .batch import BatchOps, Residual, ResidualBound
 
 
@@ -64,8 +64,9 @@ class NormOps(BatchOps):
         self.launcher.launch(
             int8_rows_program(padded),
             "rms_norm_rounded",
-            grid=rows,
+            grid=int8_rows_blocks(rows, padded),
             x=x,
+            rows=rows,
             weight=vector,
             out=values,
             columns=columns,
