@@ -18,6 +18,10 @@ struct Weights {
     const float* scales[3];
     int groups, row_tiles;  // groups of columns; row tiles of all
 
+    // Row tile i of this thread's warpgroup in an output tile.
+    __device__ __forceinline__ RowTile row_tile_of_warpgroup(const OutputTiles& outputs, int i) const {
+        return row_tile<Config>(matrices, row_tile_number(outputs, threadIdx.x / 128 * Config::kTiles + i), groups, 0);
+    }
     // Of a row of a row tile, 0 for one that there is not.
     __device__ __forceinline__ float scale(const RowTile& tile, int row, int matrix, int expert) const {
         if (row >= tile.rows) return 0.0f;
@@ -50,14 +54,11 @@ __device__ __forceinline__ void produce_tile(const Config::Steps& ring, Producer
 __device__ __forceinline__ void produce_weights(const Config::Steps& ring, const Weights& w, const Tokens& x) {
     constexpr int kAtoms = kInt8TileBytes / Config::kCopyBytes, kCopyBytes = Config::kCopyBytes;
     int lane = threadIdx.x % 32, own = lane / kAtoms, atom = lane % kAtoms;
-    int first = own / 2,
-        second = own % 2;  // of which warpgroup it is the first or second row tile; heads of 128: other
-    if (Config::kHeadDim == 128) first = own % 2, second = own / 2;
-    int place = Config::kPaired ? first * 2 * kAtoms + 2 * atom + second : own;
+    int place = Config::kPaired ? own / 2 * 2 * kAtoms + 2 * atom + own % 2 : own;
     ProducerPosition<Config::kStages> at;
     for (OutputTiles outputs(x, w.row_tiles); outputs.more(); outputs.next()) {
         RowTile tile =
-            row_tile<Config>(w.matrices, first_row_tile(outputs) + own, w.groups, x.expert(outputs.token_tile()));
+            row_tile<Config>(w.matrices, row_tile_number(outputs, own), w.groups, x.expert(outputs.token_tile()));
         const uint8_t* from = tile.weights;
         auto begin = [&](int count) { return ring.begin_filling(at, from != nullptr ? count * kCopyBytes : 0); };
         auto fill = [&](uint32_t to, int step, Barrier arrived) {
@@ -69,22 +70,22 @@ __device__ __forceinline__ void produce_weights(const Config::Steps& ring, const
     }
 }
 
-// The work of one thread: it has the copy engine bring x. Each block of a cluster brings its share of the tokens, for
-// all of its blocks.
+// The work of one thread: it has the copy engine bring x. Each of a cluster's sharers brings its share of the tokens,
+// for all of them.
 __device__ __forceinline__ void produce_x(const Config::Steps& ring, const void* x_map, const Weights& w,
                                           const Tokens& x) {
-    constexpr int kCluster = Config::kCluster;
-    int rank = blockIdx.x % kCluster;
+    constexpr int kSharers = Config::kSharers;
+    int rank = blockIdx.x % kSharers;
     ProducerPosition<Config::kStages> at;
     for (OutputTiles outputs(x, w.row_tiles); outputs.more(); outputs.next()) {
         int token = x.first(outputs.token_tile());
         auto begin = [&](int count) { return ring.begin_filling(at, count * Config::kXBytes); };
         auto fill = [&](uint32_t to, int step, Barrier arrived) {
             to += Config::kWBytes;
-            if (kCluster == 1) tensor_copy(to, x_map, step * kRotated, token, arrived);
+            if (kSharers == 1) tensor_copy(to, x_map, step * kRotated, token, arrived);
             else
-                tensor_copy(to + rank * (Config::kXBytes / kCluster), x_map, step * kRotated,
-                            token + rank * (Config::kTokens / kCluster), arrived, (1 << kCluster) - 1);
+                tensor_copy(to + rank * (Config::kXBytes / kSharers), x_map, step * kRotated,
+                            token + rank * (Config::kTokens / kSharers), arrived, (1 << kSharers) - 1);
         };
         produce_tile(ring, at, w.groups, begin, fill);
     }
@@ -126,10 +127,10 @@ struct Consumer {
             }
             wgmma_commit();
             wgmma_wait<1>();  // the stage before this is done with
-            if (step > 0) ring.release_by_warp<Config::kCluster>(at.previous());
+            if (step > 0) ring.release_by_warp<Config::kSharers>(at.previous());
         }
         wgmma_wait<0>();
-        ring.release_by_warp<Config::kCluster>(at.previous());
+        ring.release_by_warp<Config::kSharers>(at.previous());
     }
 };
 
@@ -139,9 +140,9 @@ struct Rows {
     float scale[2], bias[2];
 };
 
-// Multiplies this block's output tiles; calls begin(row tile, expert) before each, which gives Rows, and after it
-// write(accumulators, Rows, scales, the first token, end, expert): the row tile is the first of this warpgroup's, of
-// W's; the first token is this thread's, of pairs that are 8 apart.
+// Multiplies this block's output tiles; calls begin(output tile, expert) before each, which gives Rows, and after it
+// write(accumulators, Rows, scales, the first token, end, expert): the first token is this thread's, of pairs that are
+// 8 apart.
 template <class Begin, class Write>
 __device__ __forceinline__ void consume(const Config::Steps& ring, const Weights& w, const float* x_scale,
                                         const Tokens& x, Begin begin, Write write) {
@@ -149,8 +150,7 @@ __device__ __forceinline__ void consume(const Config::Steps& ring, const Weights
     Consumer consumer = {ring, w.groups, first * kInt8TileBytes};
     for (OutputTiles outputs(x, w.row_tiles); outputs.more(); outputs.next()) {
         int token = x.first(outputs.token_tile()), end = x.end(outputs.token_tile());
-        Rows rows =
-            begin(first_row_tile(outputs) + threadIdx.x / 128 * Config::kFirstStep, x.expert(outputs.token_tile()));
+        Rows rows = begin(outputs, x.expert(outputs.token_tile()));
         TokenScales<Config::kTokens> scales(x_scale + token);
         Accumulators acc;
         // Else the next tile's first wgmma, which does not read them, would have them kept in their registers.
@@ -181,7 +181,7 @@ __device__ __forceinline__ void run(const Weights& w, const void* x_map, const f
     uint32_t base = shared_address(block_memory());
     Config::Steps ring = {base, base + Config::Steps::kBytes};
     if (threadIdx.x == 0) {
-        ring.init(Config::kCopies + 1, 4 * Config::kWarpgroups * Config::kCluster);
+        ring.init(Config::kCopies + 1, 4 * Config::kWarpgroups * Config::kSharers);
         fence_barrier_init();
     }
     sync_cluster();
@@ -223,8 +223,8 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
     Tokens x = {m, nullptr, nullptr};
     int warp = threadIdx.x / 32 % 4, row = int8_row(warp % 2 * 16 + threadIdx.x % 32 / 4);  // and the row 4 below it
     bool has_rows = warp / 2 < Config::kTiles;
-    auto begin = [&](int first, int expert) -> Rows {
-        RowTile tile = row_tile<Config>(w.matrices, first + warp / 2, w.groups, 0);
+    auto begin = [&](const OutputTiles& outputs, int expert) -> Rows {
+        RowTile tile = w.row_tile_of_warpgroup(outputs, warp / 2);
         return {tile.rows, tile.column, {w.scale(tile, row, 0, expert), w.scale(tile, row + 4, 0, expert)}};
     };
     auto write = [&](const Accumulators& acc, const Rows& rows, const TokenScales<Config::kTokens>& scales, int token,
@@ -248,7 +248,7 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
                const float* bias, half_t* q_out, half_t* k_out, half_t* v_out, int nq, int nkv, const float* q_norm,
                const float* k_norm, float epsilon, const float2* table, const float* q_scale, const float* k_scale,
                const float* v_scale, const int* kv_rows) {
-    using Epilogue = HeadsEpilogue<Config::kTokens, HEAD_DIM, NORMED, INTERLEAVED, 16>;
+    using Epilogue = HeadsEpilogue<Config, NORMED, INTERLEAVED, 16>;
     static_assert(Epilogue::kSharedBytes == EPILOGUE_BYTES, "what the host counts with");
     Weights w = {{{bytes(w0), bytes(w1), bytes(w2)}, {rows0, rows1, rows2}, {0, 1, 2}},
                  {scales0, scales1 - rows0, scales2 - rows0 - rows1},
@@ -256,12 +256,14 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
                  (rows0 + rows1 + rows2) / kTileRows};
     Tokens x = {m, nullptr, nullptr};
     Heads heads = {q_out, k_out, v_out, nq, nkv, q_norm, k_norm, epsilon, table, q_scale, k_scale, v_scale, kv_rows};
+    if (threadIdx.x == 0) Epilogue::init(block_memory());
+    uint32_t parity = 0;  // of the output tile's number
     int row = int8_row(threadIdx.x / 32 % 4 * 8 + threadIdx.x % 32 / 4);
-    auto begin = [&](int first, int expert) -> Rows {
+    auto begin = [&](const OutputTiles& outputs, int expert) -> Rows {
         Rows own;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            RowTile tile = row_tile<Config>(w.matrices, first + i * Config::kTileStep, w.groups, 0);
+            RowTile tile = w.row_tile_of_warpgroup(outputs, i);
             own.scale[i] = w.scale(tile, row, tile.format, 0);
             own.bias[i] = Biases{0, 0, tile.column + row, tile.rows > 0}.of(bias);
             if (i == 0) own.rows = tile.rows, own.column = tile.column;
@@ -270,7 +272,8 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
     };
     auto write = [&](const Accumulators& acc, const Rows& rows, const TokenScales<Config::kTokens>& scales, int token,
                      int end, int) {
-        Epilogue epilogue = {heads, reinterpret_cast<float*>(block_memory() + Config::kEpilogueOffset)};
+        Epilogue epilogue = {heads, block_memory(), parity};
+        parity ^= 1;
         Int8Sums<Config::kTokens> sums(acc, rows.scale, scales);
         epilogue.store(sums, rows.bias, rows.column, row, token - threadIdx.x % 4 * 2, rows.rows > 0 ? end : 0);
     };
@@ -281,7 +284,7 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
 
 // out = sums * scales + bias (+ out, if `add`), float32, rows `ldo` apart: the matrices' outputs side by side. Grouped:
 // halves, times *out_scale, and no `add`. bias, a row for each expert, may be null. k: columns, whole groups. x_map:
-// x's tensor map, boxes of 128 bytes by TOKENS / CLUSTER rows. x_scale: with TOKENS more than there are rows. groups
+// x's tensor map, boxes of 128 bytes by TOKENS / SHARERS rows. x_scale: with TOKENS more than there are rows. groups
 // and group_count: the token tiles, where they are grouped.
 extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bounds__(Config::kThreads, Config::kBlocks)
     gemm_linear(const int8_t* w0, const float* scales0, int rows0, const int8_t* w1, const float* scales1, int rows1,
@@ -294,8 +297,8 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
                  count_row_tiles<Config>(rows0) + count_row_tiles<Config>(rows1) + count_row_tiles<Config>(rows2)};
     Tokens x = {m, groups, group_count};
     int warp = threadIdx.x / 32 % 4, slot = threadIdx.x % 32 / 4;
-    auto begin = [&](int first, int expert) -> Rows {
-        RowTile tile = row_tile<Config>(w.matrices, first + warp / 2, w.groups, 0);
+    auto begin = [&](const OutputTiles& outputs, int expert) -> Rows {
+        RowTile tile = w.row_tile_of_warpgroup(outputs, warp / 2);
         if (warp / 2 >= Config::kTiles) tile.rows = 0;
         Rows own = {tile.rows, tile.column};
         float scale = Config::kGrouped ? *out_scale : 1.0f;  // a power of two
@@ -333,8 +336,8 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
                  2 * ceil_div(features, kOperandGroup) * (kOperandGroup / kTileRows)};
     Tokens x = {m, groups, group_count};
     int row = int8_row(threadIdx.x / 32 % 4 * 8 + threadIdx.x % 32 / 4);
-    auto begin = [&](int first, int expert) -> Rows {
-        RowTile tile = row_tile<Config>(w.matrices, first, w.groups, 0);
+    auto begin = [&](const OutputTiles& outputs, int expert) -> Rows {
+        RowTile tile = w.row_tile_of_warpgroup(outputs, 0);
         return {tile.rows, tile.column, {w.scale(tile, row, 0, expert), w.scale(tile, row, 1, expert)}};
     };
     auto write = [&](const Accumulators& acc, const Rows& rows, const TokenScales<Config::kTokens>& scales, int token,

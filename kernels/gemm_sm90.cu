@@ -26,7 +26,7 @@ __device__ __forceinline__ void produce_weights(const Rings& rings, const Matric
     ProducerPosition<Config::kRawStages> at;
     for (OutputTiles outputs(x, row_tiles); outputs.more(); outputs.next()) {
         RowTile tile =
-            row_tile<Config>(matrices, first_row_tile(outputs) + lane, units, x.expert(outputs.token_tile()));
+            row_tile<Config>(matrices, row_tile_number(outputs, lane), units, x.expert(outputs.token_tile()));
         int bytes = tile.weights != nullptr ? Formats::tile_bytes(tile.format) : 0;
         // How often a weight tile is brought again.
         int again = Formats::kMixed ? Formats::served(tile.format) - 1 : 0;
@@ -41,13 +41,14 @@ __device__ __forceinline__ void produce_weights(const Rings& rings, const Matric
     }
 }
 
-// Has the copy engine bring a step of x. Each block of a cluster brings its share of the tokens, for all of its blocks.
+// Has the copy engine bring a step of x. Each of a cluster's sharers brings its share of the tokens, for all of them.
 __device__ __forceinline__ void copy_step(uint32_t to, const void* x_map, int column, int token, Barrier arrived) {
-    int rank = blockIdx.x % Config::kCluster;
-    if (Config::kCluster == 1) tensor_copy(to, x_map, column, token, arrived);
+    constexpr int kSharers = Config::kSharers;
+    int rank = blockIdx.x % kSharers;
+    if (kSharers == 1) tensor_copy(to, x_map, column, token, arrived);
     else
-        tensor_copy(to + rank * (Config::kStepBytes / Config::kCluster), x_map, column,
-                    token + rank * (Config::kTokens / Config::kCluster), arrived, (1 << Config::kCluster) - 1);
+        tensor_copy(to + rank * (Config::kStepBytes / kSharers), x_map, column,
+                    token + rank * (Config::kTokens / kSharers), arrived, (1 << kSharers) - 1);
 }
 
 // The work of one thread: it has the copy engine bring x, a stage at a time.
@@ -76,11 +77,10 @@ template <class Write>
 __device__ __forceinline__ void consume(const Rings& rings, const Matrices& matrices, const Tokens& x, int units,
                                         int row_tiles, float alpha, float scale, Write write) {
     int thread = threadIdx.x;
-    Consumer consumer = {rings, units, thread / 128 * Config::kFirstStep, row_of_thread(), thread % 4 * 16, scale, 0};
+    Consumer consumer = {rings, units, thread / 128 * Config::kTiles, row_of_thread(), thread % 4 * 16, scale, 0};
     for (OutputTiles outputs(x, row_tiles); outputs.more(); outputs.next()) {
         auto tile = [&](int i) {
-            return row_tile<Config>(matrices, first_row_tile(outputs) + consumer.first + i * Config::kTileStep, units,
-                                    0);
+            return row_tile<Config>(matrices, row_tile_number(outputs, consumer.first + i), units, 0);
         };
         Accumulators acc;
         // Else the next tile's first wgmma, which does not read them, would have them kept in their registers.
@@ -117,7 +117,7 @@ __device__ __forceinline__ void run(const Matrices& matrices, const void* x_map,
     Rings rings = {
         {base, barriers}, {base + Config::kRawOffset, barriers + Config::XRing::kBarrierBytes}, block_memory()};
     if (threadIdx.x == 0) {
-        rings.x.init(1, 4 * Config::kWarpgroups * Config::kCluster);
+        rings.x.init(1, 4 * Config::kWarpgroups * Config::kSharers);
         for (int i = 0; i < Config::kRawStages; ++i) {
             rings.raw.arrived(i).init(Config::kBlockTiles);
             rings.raw.finished(i).init(kConsumers);  // each consumer for itself: what it read, it has read
@@ -179,15 +179,18 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
                const float* bias, half_t* q_out, half_t* k_out, half_t* v_out, int nq, int nkv, const float* q_norm,
                const float* k_norm, float epsilon, const float2* table, const float* q_scale, const float* k_scale,
                const float* v_scale, const int* kv_rows) {
-    using Epilogue = HeadsEpilogue<Config::kTokens, HEAD_DIM, NORMED, INTERLEAVED, 8>;
+    using Epilogue = HeadsEpilogue<Config, NORMED, INTERLEAVED, 8>;
     static_assert(Epilogue::kSharedBytes == EPILOGUE_BYTES, "what the host counts with");
     Matrices matrices = {{w0, w1, w2}, {rows0, rows1, rows2}, {format0, format1, format2}};
     int row_tiles = count_row_tiles<Config>(rows0) + count_row_tiles<Config>(rows1) + count_row_tiles<Config>(rows2);
     Tokens x = {m, nullptr, nullptr};
     Heads heads = {q_out, k_out, v_out, nq, nkv, q_norm, k_norm, epsilon, table, q_scale, k_scale, v_scale, kv_rows};
+    if (threadIdx.x == 0) Epilogue::init(block_memory());
+    uint32_t parity = 0;  // of the output tile's number
     auto write = [&](Accumulators& acc, float alpha, const RowTile(&tiles)[Config::kTiles], int row, int token, int end,
                      int) {
-        Epilogue epilogue = {heads, reinterpret_cast<float*>(block_memory() + Config::kEpilogueOffset)};
+        Epilogue epilogue = {heads, block_memory(), parity};
+        parity ^= 1;
         float biases[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i)
@@ -202,7 +205,7 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
 
 // out = sums / (*x_scale * *w_scale) + bias (+ out, if `add`), float32, rows `ldo` apart: the matrices' outputs side by
 // side. Grouped: halves, times *out_scale, and no `add`. bias, a row for each expert, may be null. x_map: x's tensor
-// map, boxes of 64 halves by TOKENS / CLUSTER rows. groups and group_count: the token tiles, where they are grouped.
+// map, boxes of 64 halves by TOKENS / SHARERS rows. groups and group_count: the token tiles, where they are grouped.
 extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bounds__(Config::kThreads, Config::kBlocks)
     gemm_linear(const uint8_t* w0, int rows0, int format0, const uint8_t* w1, int rows1, int format1, const uint8_t* w2,
                 int rows2, int format2, const void* x_map, int m, int k, void* out, int ldo, const float* x_scale,

@@ -23,8 +23,16 @@ MODELS = {
     "neighbours, heads of 64": (shape("llama", 128, 3, 1, 64, 128, 65), GGML.Q4_0),
     "neighbours, heads of 128": (shape("llama", 256, 2, 2, 128, 128, 65), GGML.Q4_K),
 }
-TILES = [("exact", 128), ("exact", 256), ("int8", 64), ("int8", 128), ("int8", 256)]
-QUICK = {("normed, heads of 128", "exact", 128), ("neighbours, heads of 64", "int8", 64)}
+# Precision, tokens and warpgroups of a tile: of three, two blocks have whole heads of 128 together.
+TILES = [
+    ("exact", 128, 2),
+    ("exact", 128, 3),
+    ("exact", 256, 2),
+    ("int8", 64, 2),
+    ("int8", 128, 2),
+    ("int8", 256, 2),
+]
+QUICK = {("normed, heads of 128", "exact", 128, 3), ("neighbours, heads of 64", "int8", 64, 2)}
 
 
 def packed(rng):
@@ -40,16 +48,15 @@ EMULATED = sorted({(name, *TILES[i % len(TILES)]) for i, name in enumerate(MODEL
 class Chosen:
     """Multiplies by the configurations whose blocks have whole heads; and, where told so, lets them make heads."""
 
-    def __init__(self, precision, tokens, monkeypatch):
-        self.made, self._fits, self._patch = [], HeadsKind.fits, monkeypatch
-        self.expected = (
-            [tokens] if precision == "exact" else [128, tokens]
-        )  # of a layer each; in int8 the first is exact
-        self._multiply_by(hopper, self.expected[0])
-        self._multiply_by(int8_hopper, tokens)
+    def __init__(self, precision, tokens, warpgroups, monkeypatch):
+        self.made, self._clustered, self._patch = [], HeadsKind.clustered, monkeypatch
+        own, first = (tokens, warpgroups), (128, 2)
+        self.expected = [own] if precision == "exact" else [first, own]  # of a layer each; in int8 the first is exact
+        self._multiply_by(hopper, hopper.HEADS_CONFIGS, self.expected[0])
+        self._multiply_by(int8_hopper, int8_hopper.CONFIGS, own)
 
-    def _multiply_by(self, module, tokens):
-        config = next(c for c in module.CONFIGS if (c.gated, c.tokens, c.warpgroups, c.tiles) == (0, tokens, 2, 2))
+    def _multiply_by(self, module, configs, tile):
+        config = next(c for c in configs if (c.gated, c.tokens, c.warpgroups, c.tiles) == (0, *tile, 2))
         best = module.best_config
         self._patch.setattr(
             module,
@@ -57,17 +64,15 @@ class Chosen:
             lambda m, row_tiles, gated, *rest: best(m, row_tiles, True, *rest) if gated else config,
         )
         if module is hopper:
-            self._patch.setattr(
-                module, "heads_config", lambda m, row_tiles, kind, *rest: config if kind.fits(config) else None
-            )
+            self._patch.setattr(module, "heads_config", lambda m, row_tiles, types, kind, *_: kind.clustered(config))
 
     def make_heads(self, allowed):
-        def fits(kind, config):
+        def clustered(kind, config):
             if allowed:
-                self.made.append(config.tokens)
-            return allowed and self._fits(kind, config)
+                self.made.append((config.tokens, config.warpgroups))
+            return self._clustered(kind, config) if allowed else None
 
-        self._patch.setattr(HeadsKind, "fits", fits)
+        self._patch.setattr(HeadsKind, "clustered", clustered)
 
 
 def written(name, precision, folder):
@@ -80,12 +85,12 @@ def written(name, precision, folder):
 
 @emulated
 @pytest.mark.parametrize(
-    "name,precision,tokens",
+    "name,precision,tokens,warpgroups",
     [pytest.param(*each, marks=() if each in QUICK else pytest.mark.slow) for each in EMULATED],
 )
-def test_the_same_bits(name, precision, tokens, rng, tmp_path, monkeypatch):
+def test_the_same_bits(name, precision, tokens, warpgroups, rng, tmp_path, monkeypatch):
     model = EmulatedModel(written(name, precision, tmp_path), hopper=True, precision=precision)
-    chosen = Chosen(precision, tokens, monkeypatch)
+    chosen = Chosen(precision, tokens, warpgroups, monkeypatch)
     batches, logits = [packed(rng), Batch(rng.integers(0, 65, 300).astype(np.int32))], []
     for allowed in (False, True):
         chosen.make_heads(allowed)
@@ -96,9 +101,9 @@ def test_the_same_bits(name, precision, tokens, rng, tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name,precision,tokens", EVERY)
-def test_the_same_bits_on_a_gpu(name, precision, tokens, rng, tmp_path, monkeypatch):
-    path, chosen, logits = written(name, precision, tmp_path), Chosen(precision, tokens, monkeypatch), []
+@pytest.mark.parametrize("name,precision,tokens,warpgroups", EVERY)
+def test_the_same_bits_on_a_gpu(name, precision, tokens, warpgroups, rng, tmp_path, monkeypatch):
+    path, chosen, logits = written(name, precision, tmp_path), Chosen(precision, tokens, warpgroups, monkeypatch), []
     prompt = rng.integers(0, 65, 300).tolist()
     records = [{"tokens": prompt[:20], "choices": [prompt[20:70], prompt[100:131]]}, prompt[:90]]
     for allowed in (False, True):

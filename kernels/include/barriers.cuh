@@ -30,6 +30,31 @@ struct Barrier {
             "r"(rank)
             : "memory");
     }
+    // Does the same; what this thread wrote before is seen by those of the cluster that wait_for_cluster.
+    __device__ __forceinline__ void publish_in(int rank) const {
+        asm volatile(
+            "{\n"
+            ".reg .b32 remote;\n"
+            "mapa.shared::cluster.u32 remote, %0, %1;\n"
+            "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+            "}" ::"r"(address),
+            "r"(rank)
+            : "memory");
+    }
+    // As wait, for arrivals of the cluster's threads that publish.
+    __device__ __forceinline__ void wait_for_cluster(uint32_t parity) const {
+        asm volatile(
+            "{\n"
+            ".reg .pred done;\n"
+            "again:\n"
+            "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+            "@done bra ready;\n"
+            "bra again;\n"
+            "ready:\n"
+            "}" ::"r"(address),
+            "r"(parity)
+            : "memory");
+    }
     // Waits until the phase of this parity (0 for the first, 1 for the second, 0 for the third ...) has ended.
     __device__ __forceinline__ void wait(uint32_t parity) const {
         asm volatile(

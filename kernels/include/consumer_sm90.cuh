@@ -23,7 +23,7 @@ constexpr bool kSame<Format, Format> = true;
 struct Consumer {
     static constexpr int kUnitSteps = Config::kUnitSteps, kStageSteps = Config::kStageSteps;
     const Rings& rings;
-    int units, first;  // first: this warpgroup's first row tile, of the block's
+    int units, first;  // first: this warpgroup's first row tile, of the block's in shared memory
     int row, column;   // this thread's, of a row tile and of a step
     float scale;       // that weights are decoded with
     int tokens;        // that the token tile has
@@ -96,7 +96,7 @@ struct Consumer {
         auto load_step = [&](int unit, int step) {
             const uint8_t* from =
                 rings.shared + Config::kRawOffset + raw.stage * Config::kRawStageBytes + first * Formats::kTileBytes;
-            constexpr int kOther = Config::kTileStep * Formats::kTileBytes;
+            constexpr int kOther = Formats::kTileBytes;
             if constexpr (kShared) {
                 loaded[0] = load_fields<First, true, false>(from, row, place<First>(unit, step));
                 loaded[1] = load_fields<First, true, false>(from + kOther, row, place<First>(unit, step));
@@ -129,6 +129,8 @@ struct Consumer {
         load_step(0, 1);
         for (int unit = 0; unit < units; ++unit) {
             bool more = unit + 1 < units;
+            // With three warpgroups there is no register for what follows from it, of several formats.
+            if (Config::kWarpgroups == 3 && Formats::kMany) forget(column);
 #pragma unroll
             for (int step = 0; step < kUnitSteps; ++step) {
                 if (step % kStageSteps == 0) rings.x.wait_until_arrived(stage);
@@ -171,6 +173,6 @@ struct Consumer {
         // Heads of 64, groups with token tiles of 64, and loops for several formats leave no register for `last`.
         constexpr bool kFull = Config::kHeadDim == 64 || (Config::kGrouped && Config::kTokens == 64) ||
                                (Formats::kMany && !Config::kGated);
-        rings.x.release_by_warp<Config::kCluster>(kFull ? stage.previous() : stage.last);
+        rings.x.release_by_warp<Config::kSharers>(kFull ? stage.previous() : stage.last);
     }
 };

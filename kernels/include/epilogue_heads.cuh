@@ -23,24 +23,43 @@ __device__ __forceinline__ void clear(T (&values)[kCount]) {
     for (T& value : values) value = 0;
 }
 
-// The work of a consumer warpgroup of two: it has columns of heads of kHeadDim (64 or 128), and those half a head
-// beyond them. With heads of 64 each has a head, with heads of 128 half of one. kSecond: lanes whose numbers differ by
-// 4 have columns whose numbers differ in bit 0; by kSecond, 8 or 16, in bit 1; by the other, in bit 2 or, int8, 4.
-template <int kTokens, int kHeadDim, bool kNormed, bool kInterleaved, int kSecond>
+// The work of a consumer warpgroup: it has columns of heads of kHeadDim (64 or 128), and those half a head beyond them.
+// That is a head of 64, or half of one of 128, whose other half another warpgroup has: of two the other one of the
+// block, of three its partner in the cluster (row_tile_of in row_tiles.cuh). kSecond: lanes whose numbers differ by 4
+// have columns whose numbers differ in bit 0; by kSecond, 8 or 16, in bit 1; by the other, in bit 2 or, int8, 4.
+template <class Config, bool kNormed, bool kInterleaved, int kSecond>
 struct HeadsEpilogue {
+    static constexpr int kTokens = Config::kTokens, kHeadDim = Config::kHeadDim, kWarpgroups = Config::kWarpgroups;
     static constexpr int kHalf = kHeadDim / 2, kThird = 24 - kSecond;
-    static constexpr int kBatches = 4, kGroups = kTokens / (8 * kBatches);  // of 8 tokens, in a group; groups
-    static constexpr int kWarpgroupsAHead = kHeadDim / 64, kThreadsAHead = 128 * kWarpgroupsAHead;
-    // In shared memory: each warp's sums of squares of each token, then each head's inverse root mean squares.
-    static constexpr int kWarps = 8, kHeads = 2 / kWarpgroupsAHead;
-    static constexpr int kSharedBytes = kNormed ? (kWarps + kHeads) * kTokens * 4 : 0;
-    static_assert(kHeadDim == 64 || kHeadDim == 128, "the warpgroups of a block have whole heads");
+    // Of 8 tokens, in a group of them: fewer where threads have fewer registers; and groups.
+    static constexpr int kBatches = kWarpgroups == 3 ? 2 : 4, kGroups = kTokens / (8 * kBatches);
+    static constexpr int kWarpgroupsAHead = kHeadDim == 128 && kWarpgroups == 2 ? 2 : 1;  // that a block has
+    static constexpr int kThreadsAHead = 128 * kWarpgroupsAHead;
+    // Whether halves of a head may be in two blocks.
+    static constexpr bool kPartners = kNormed && kHeadDim == 128 && kWarpgroupsAHead == 1;
+    // In shared memory, for each warpgroup and of each token: its four warps' sums of squares; the inverse root mean
+    // square, of the warpgroup's head; where there are partners, their sum, of two output tiles in turn. Then the
+    // barriers on which partners' sums come.
+    static constexpr int kFloats = (kPartners ? 7 : 5) * kTokens, kSumsBytes = kWarpgroups * kFloats * 4;
+    static constexpr int kSharedBytes = kNormed ? kSumsBytes + (kPartners ? kWarpgroups * Barrier::kBytes : 0) : 0;
+    static_assert(kHeadDim == 64 || kHeadDim == 128, "a warpgroup has a head, or half of one");
     static_assert(kTokens % 64 == 0, "lanes share sums of 64 tokens");
     static_assert(!kNormed || !kInterleaved, "rope.cu adds up squares in another order there");
 
     const Heads& heads;
-    float* shared;
+    uint8_t* memory;  // the block's shared memory
+    uint32_t parity;  // of the output tile's number among the block's
     int thread = thread_here();
+
+    // A block's first thread calls this before any other thread goes on.
+    __device__ __forceinline__ static void init(uint8_t* memory) {
+        if constexpr (kPartners)
+            for (int i = 0; i < kWarpgroups; ++i) sums_of_partner(memory, i).init(128);
+    }
+    // Where warpgroup i of the block is told of its partner's sums.
+    __device__ __forceinline__ static Barrier sums_of_partner(uint8_t* memory, int i) {
+        return {shared_address(memory) + Config::kEpilogueOffset + kSumsBytes + i * Barrier::kBytes};
+    }
 
     // A lane's part of two sums that it and the one `lanes` from it have: the lower lane has the first.
     __device__ __forceinline__ float part(float first, float second, int lanes) const {
@@ -87,13 +106,30 @@ struct HeadsEpilogue {
         return all;
     }
 
+    // Gives this warpgroup's sums to its partner, and adds the partner's: of one token after another, 128 apart.
+    template <int kCount>
+    __device__ __forceinline__ void add_partners(float (&sums)[kCount], const float* received) const {
+        int warpgroup = thread / 128, in_cluster = blockIdx.x % Config::kCluster * kWarpgroups + warpgroup;
+        int partner = (in_cluster ^ 1) % kWarpgroups, rank = (in_cluster ^ 1) / kWarpgroups;
+        uint32_t to = shared_address(received + (partner - warpgroup) * kFloats) + thread % 128 * 4;
+#pragma unroll
+        for (int i = 0; i < kCount; ++i)
+            if (128 * i + thread % 128 < kTokens) store_in(rank, to + 512 * i, sums[i]);
+        sums_of_partner(memory, partner).publish_in(rank);
+        sums_of_partner(memory, warpgroup).wait_for_cluster(parity);
+#pragma unroll
+        for (int i = 0; i < kCount; ++i)
+            if (128 * i + thread % 128 < kTokens) sums[i] += received[128 * i + thread % 128];
+    }
+
     // The inverse root mean squares of this warpgroup's head, of each of the tile's tokens. Squares are added up in the
     // order that rope.cu's squares_of_halves has: a column's and its partner's, then by bits 0, 1, 2, 3, 4 (int8: 0, 1,
     // 4, 2, 3) and 5 of the column's number.
     __device__ __forceinline__ const float* inverse_rms(const float (&y)[kTokens / 2]) const {
-        int warp = thread / 32, lane = thread % 32, head = thread / kThreadsAHead;
+        int warpgroup = thread / 128, lane = thread % 32;
         int kept = (lane & 4) + (lane & kSecond ? 2 : 0) + (lane & kThird ? 1 : 0);  // the batch that it gets sums of
-        float* own = shared + warp * kTokens + 8 * kept + lane % 4 * 2;
+        float* floats = reinterpret_cast<float*>(memory + Config::kEpilogueOffset);
+        float* own = floats + warpgroup * kFloats + thread / 32 % 4 * kTokens + 8 * kept + lane % 4 * 2;
 #pragma unroll
         for (int first = 0; first < kTokens; first += 64) {  // eight batches
             float squares[2];
@@ -113,21 +149,26 @@ struct HeadsEpilogue {
             }
             *reinterpret_cast<float2*>(own + first) = make_float2(squares[0], squares[1]);
         }
+        int head = thread / kThreadsAHead, in_head = thread % kThreadsAHead;
         sync_threads<kThreadsAHead>(1 + head);
-        const float* partial = shared + head * 4 * kTokens;
-        float* inverse = shared + (kWarps + head) * kTokens;
+        constexpr int kOwn = ceil_div(kTokens, kThreadsAHead);  // tokens of a thread
+        float* of = floats + head * kWarpgroupsAHead * kFloats + in_head;
+        float sums[kOwn];
 #pragma unroll
-        for (int token = thread % kThreadsAHead; token < kTokens; token += kThreadsAHead) {
-            auto four = [&](int first) {
-                const float* of = partial + first * kTokens + token;
-                return of[0] + of[kTokens] + (of[2 * kTokens] + of[3 * kTokens]);
-            };
-            float sum = four(0);
-            if constexpr (kWarpgroupsAHead == 2) sum += four(4);
-            inverse[token] = 1.0f / sqrtf(sum / static_cast<float>(kHeadDim) + heads.epsilon);
+        for (int i = 0; i < kOwn; ++i) {
+            if (i * kThreadsAHead + in_head >= kTokens) continue;
+            auto four = [&](const float* one) { return one[0] + one[kTokens] + (one[2 * kTokens] + one[3 * kTokens]); };
+            sums[i] = four(of + i * kThreadsAHead);
+            if constexpr (kWarpgroupsAHead == 2) sums[i] += four(of + kFloats + i * kThreadsAHead);
         }
+        if constexpr (kPartners) add_partners(sums, floats + warpgroup * kFloats + (5 + parity) * kTokens);
+        float* inverse = of + 4 * kTokens;
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i)
+            if (i * kThreadsAHead + in_head < kTokens)
+                inverse[i * kThreadsAHead] = 1.0f / sqrtf(sums[i] / static_cast<float>(kHeadDim) + heads.epsilon);
         sync_threads<kThreadsAHead>(1 + head);
-        return inverse;
+        return inverse - in_head;
     }
 
     // sums: as HalfSums, of a thread's two rows. column: of the outputs, the row tile's first; row: the thread's first
@@ -143,7 +184,7 @@ struct HeadsEpilogue {
         // A power of two: to multiply by it first is the same.
         float scale = is_q ? *heads.q_scale : is_v ? *heads.v_scale : *heads.k_scale, weight[2] = {scale, scale};
         const int* rows = is_q ? nullptr : heads.kv_rows;
-        const float* inverse = shared;
+        const float* inverse = nullptr;
         float y[kTokens / 2];
 #pragma unroll
         for (int i = 0; i < kTokens / 2; ++i) y[i] = sums(i, bias[i / 2 % 2]);

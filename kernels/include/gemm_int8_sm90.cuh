@@ -16,7 +16,8 @@ struct Config {
     static constexpr int kWarpgroups = WARPGROUPS;  // of consumers in a block
     static constexpr int kTiles = TILES;            // row tiles of a consumer warpgroup
     static constexpr int kBlocks = BLOCKS;          // that share a multiprocessor
-    static constexpr int kCluster = CLUSTER;        // blocks of a cluster: they share the tokens that they bring
+    static constexpr int kCluster = CLUSTER;        // blocks of a cluster: they have the same token tile
+    static constexpr int kSharers = SHARERS;        // those that share the tokens that they bring: all of it, or one
     static constexpr int kStages = STAGES, kStageSteps = STEPS;    // of the ring; groups of columns in a stage of it
     static constexpr int kProducerRegisters = PRODUCER_REGISTERS;  // of a thread
     static constexpr int kConsumerRegisters = CONSUMER_REGISTERS;
@@ -32,8 +33,6 @@ struct Config {
     static constexpr int kStepBytes = kWBytes + kXBytes;
     // gate's and up's atoms take turns, so that a thread has both of a feature; so do those of the halves of a head.
     static constexpr bool kPaired = kGated || kHeadDim;
-    static constexpr int kFirstStep = kHeadDim == 128 ? 1 : kTiles,
-                         kTileStep = kHeadDim == 128 ? 2 : 1;  // gemm_sm90.cu
     static constexpr int kCopyBytes = kPaired ? kAtomBytes : kInt8TileBytes, kCopies = kWBytes / kCopyBytes;
     static constexpr int kConsumers = 128 * kWarpgroups, kThreads = kConsumers + 128;
 
@@ -44,7 +43,9 @@ struct Config {
 
     static_assert(kTiles == 1 || kTiles == 2, "wgmma's 64 rows are those of one or two row tiles");
     static_assert(!kGated || kTiles == 2, "gate and up: a row tile of each");
-    static_assert(!kHeadDim || (kTiles == 2 && kWarpgroups == 2), "a block has whole heads");
+    static_assert(!kHeadDim || kTiles == 2, "a thread has a column of a head, and that half a head beyond");
+    static_assert(kHeadDim != 128 || kWarpgroups * kCluster % 2 == 0, "a cluster has whole heads");
+    static_assert(kSharers == 1 || kSharers == kCluster, "each block of a cluster brings as much");
     static_assert(kCopies <= 32, "a lane makes each copy of a step");
     static_assert(kTokens % 16 == 0, "gemm_gated's threads trade outputs of 16 tokens");
     static_assert(kStages >= 2, "a stage is released when the next has begun");
@@ -59,7 +60,8 @@ using Tokens = TokenTiles<Config::kTokens, Config::kGrouped>;
 using OutputTiles = Scheduler<Tokens, Config::kBlockTiles * Config::kCluster, kTogether, true, Config::kCluster>;
 using Accumulators = int[Config::kTokens / 2];
 
-// The first row tile of this block in an output tile.
-__device__ __forceinline__ int first_row_tile(const OutputTiles& outputs) {
-    return (outputs.column_tile() * Config::kCluster + blockIdx.x % Config::kCluster) * Config::kBlockTiles;
+// The number of row tile `own` of this block in an output tile.
+__device__ __forceinline__ int row_tile_number(const OutputTiles& outputs, int own) {
+    own += blockIdx.x % Config::kCluster * Config::kBlockTiles;
+    return row_tile_number<Config>(outputs.column_tile(), outputs.column_tiles(), own);
 }

@@ -18,7 +18,8 @@ struct Config {
     static constexpr int kWarpgroups = WARPGROUPS;  // of consumers in a block
     static constexpr int kTiles = TILES;            // row tiles of a consumer warpgroup
     static constexpr int kBlocks = BLOCKS;          // that share a multiprocessor
-    static constexpr int kCluster = CLUSTER;        // blocks of a cluster: they share the tokens that they bring
+    static constexpr int kCluster = CLUSTER;        // blocks of a cluster: they have the same token tile
+    static constexpr int kSharers = SHARERS;        // those that share the tokens that they bring: all of it, or one
     static constexpr int kMostSteps = STEPS;        // steps that a stage of x has at most
     static constexpr int kStages = STAGES;          // of the ring of x
     static constexpr int kRawStages = RAW_STAGES;   // of the ring of weight tiles
@@ -29,9 +30,6 @@ struct Config {
     static constexpr int kUnitSteps = Formats::kElements / kStep;  // steps that one unit of W gives
     static constexpr int kStageSteps = kMostSteps < kUnitSteps ? kMostSteps : kUnitSteps;  // of a stage of x
     static constexpr int kBlockTiles = kWarpgroups * kTiles;                               // row tiles of a block
-    // Row tiles of a warpgroup's first one to the next warpgroup's, and to its own second one: of heads of 128 each has
-    // two that are half a head apart.
-    static constexpr int kFirstStep = kHeadDim == 128 ? 1 : kTiles, kTileStep = kHeadDim == 128 ? 2 : 1;
     static constexpr int kStepBytes = kTokens * kStep * 2, kStageBytes = kStageSteps * kStepBytes;
     static constexpr int kRawStageBytes = kBlockTiles * Formats::kTileBytes;
     static constexpr int kConsumers = 128 * kWarpgroups, kThreads = kConsumers + 128;
@@ -45,7 +43,9 @@ struct Config {
 
     static_assert(kTiles == 1 || kTiles == 2, "wgmma's 64 rows are those of one or two row tiles");
     static_assert(!kGated || kTiles == 2, "gate and up: a row tile of each");
-    static_assert(!kHeadDim || (kTiles == 2 && kWarpgroups == 2), "a block has whole heads");
+    static_assert(!kHeadDim || kTiles == 2, "a thread has a column of a head, and that half a head beyond");
+    static_assert(kHeadDim != 128 || kWarpgroups * kCluster % 2 == 0, "a cluster has whole heads");
+    static_assert(kSharers == 1 || kSharers == kCluster, "each block of a cluster brings as much");
     static_assert(kTokens % 16 == 0, "threads trade outputs of 16 tokens");
     static_assert(kUnitSteps % kStageSteps == 0, "whole stages in a unit");
     static_assert(kStages >= 2 && kRawStages >= 2, "a stage is released when the next has begun");
@@ -61,9 +61,10 @@ using Tokens = TokenTiles<Config::kTokens, Config::kGrouped>;
 using OutputTiles = Scheduler<Tokens, Config::kBlockTiles * Config::kCluster, kTogether, true, Config::kCluster>;
 using Accumulators = float[Config::kTokens / 2];
 
-// The first row tile of this block in an output tile.
-__device__ __forceinline__ int first_row_tile(const OutputTiles& outputs) {
-    return (outputs.column_tile() * Config::kCluster + blockIdx.x % Config::kCluster) * Config::kBlockTiles;
+// The number of row tile `own` of this block in an output tile.
+__device__ __forceinline__ int row_tile_number(const OutputTiles& outputs, int own) {
+    own += blockIdx.x % Config::kCluster * Config::kBlockTiles;
+    return row_tile_number<Config>(outputs.column_tile(), outputs.column_tiles(), own);
 }
 
 struct Rings {

@@ -24,6 +24,20 @@ __device__ __forceinline__ int count_row_tiles(int rows) {
     return ceil_div(rows, kTileRows * Config::kTiles) * Config::kTiles;
 }
 
+// The number of a cluster's row tile `own`, where it has a column tile of so many: its blocks have kBlockTiles each, one
+// after another, and their warpgroups kTiles. They are neighbours; but of heads of 128 a warpgroup has two that are half
+// a head apart, and the next has those between; and where a cluster has three heads they are far apart, and the last is
+// the one that two blocks have a half of: so v's, whose format may take more work, are shared out.
+template <class Config>
+__device__ __forceinline__ int row_tile_number(int column_tile, int column_tiles, int own) {
+    constexpr int kAll = Config::kCluster * Config::kBlockTiles, kHeads = kAll / 4;
+    if (Config::kHeadDim != 128) return column_tile * kAll + own;
+    int head = own / 4, in_head = own / 2 % 2 + own % 2 * 2;
+    if (kHeads == 3) head = column_tile + (head == 1 ? 2 : head / 2) * column_tiles;
+    else head += column_tile * kHeads;
+    return head * 4 + in_head;
+}
+
 // Row tile `index` of an expert's matrices (expert 0 where there are none), which have `units` units in a row.
 template <class Config>
 __device__ __forceinline__ RowTile row_tile(const Matrices& matrices, int index, int units, int expert) {

@@ -47,6 +47,18 @@ __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// The float at this shared address in block `rank` of the cluster becomes `value`.
+__device__ __forceinline__ void store_in(int rank, uint32_t address, float value) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n"
+        "st.shared::cluster.f32 [remote], %2;\n"
+        "}" ::"r"(address),
+        "r"(rank), "f"(value)
+        : "memory");
+}
+
 // kThreads threads of a block, whole warps, wait for one another at a barrier from 1 to 15 (0 is __syncthreads').
 template <int kThreads>
 __device__ __forceinline__ void sync_threads(int barrier) {

@@ -358,6 +358,7 @@ inline void sincospi(double x, double* s, double* c) {
     x = std::fmod(x, 2.0);
     *s = std::sin(M_PI * x), *c = std::cos(M_PI * x);
 }
+inline void prefetch(const void*) {}
 inline float exp2_approx(float x) {
     return exp2f(x);
 }
@@ -478,12 +479,17 @@ struct Barrier {  // kernels/include/barriers.cuh
     void arrive() const { arrive_in(own_block()); }
     void arrive_expecting(int bytes) const { state(own_block()).bytes += bytes, arrive(); }
     void come(int block, int bytes) const { state(block).bytes -= bytes, turn(block); }
+    void publish_in(int block) const { arrive_in(block); }
+    void wait_for_cluster(uint32_t parity) const { wait(parity); }
     void wait(uint32_t parity) const {
         while ((state(own_block()).phase & 1) == static_cast<int>(parity)) yield();
         ++fibers.passed;
     }
 };
 inline void fence_barrier_init() {}
+inline void store_in(int block, uint32_t address, float value) {
+    memcpy(shared_memory[block] + address, &value, sizeof(value));
+}
 inline void bulk_copy(uint32_t destination, const void* source, int bytes, Barrier barrier) {
     memcpy(own_memory() + destination, source, bytes);
     barrier.come(own_block(), bytes);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from itertools import product
 
 from ...errors import BackendError
 from ...gguf.dequantize import SUPPORTED
@@ -161,14 +162,16 @@ class Hopper(Portable):
                     yield config.program((kind,), activated=True)
             for kind in _EXPERT_TYPES:
                 yield config.program((kind,), grouped=True)
-            for heads in HEADS_KINDS:
-                if not config.gated and heads.fits(config):
-                    yield config.program(_MIXED[:1], heads=heads)
-                    yield config.program(_MIXED, heads=heads)
+        for heads, config in product(HEADS_KINDS, hopper.HEADS_CONFIGS):
+            if clustered := heads.clustered(config):
+                yield clustered.program(_MIXED[:1], heads=heads)
+                yield clustered.program(_MIXED, heads=heads)
         for of_int8 in int8_hopper.CONFIGS:
             yield of_int8.program(int8.Kind(), whole=False)
             yield from (of_int8.program(own) for own in int8.KINDS if of_int8.tiles == 2 or not own.gated)
-            yield from (of_int8.program(int8.Kind(), heads=own) for own in HEADS_KINDS if own.fits(of_int8))
+            for heads in HEADS_KINDS:
+                if heads.clustered(of_int8) == of_int8:
+                    yield of_int8.program(int8.Kind(), heads=heads)
 
 
 def kernel_set_of(capability: tuple[int, int], kernels: str = "auto") -> KernelSet:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from ..device.arrays import DeviceArray
 from ..device.signatures import Argument
 from .tiles import TileConfig
 
-_WARPS = 8  # of the consumers of a block
+_Config = TypeVar("_Config", bound=TileConfig)
 
 
 @dataclass(frozen=True)
@@ -25,21 +26,30 @@ class HeadsKind:
         """Whether there is such an epilogue: its threads add up squares of columns half a head apart."""
         return self.head_dim in (64, 128) and not (self.normed and self.interleaved)
 
-    def fits(self, config: TileConfig) -> bool:
-        """Whether blocks have whole heads."""
-        return config.warpgroups == 2 and config.tiles == 2
+    def clustered(self, config: _Config) -> _Config | None:
+        """The configuration with as many blocks in a cluster as have whole heads; None where a warpgroup has no columns
+        that are half a head apart."""
+        if config.tiles < 2 or config.warpgroups < 2:
+            return None
+        return replace(config, cluster=2) if self.head_dim == 128 and config.warpgroups % 2 else config
 
-    def shared_bytes(self, tokens: int) -> int:
-        """Of a block whose token tiles have so many tokens, for sums of squares."""
-        return 4 * (_WARPS + 128 // self.head_dim) * tokens if self.normed else 0
+    def shared_bytes(self, config: TileConfig) -> int:
+        """Of a block, of each token: warps' sums of squares and an inverse root mean square; where blocks have halves
+        of heads, sums that they give each other, twice, and a barrier."""
+        if not self.normed:
+            return 0
+        of_warpgroup = 4 * 5 * config.tokens
+        if self.head_dim == 128 and config.warpgroups == 3:
+            of_warpgroup += 4 * 2 * config.tokens + 8
+        return config.warpgroups * of_warpgroup
 
-    def constants(self, tokens: int) -> dict[str, int]:
+    def constants(self, config: TileConfig) -> dict[str, int]:
         """The defines that say so."""
         return {
             "HEAD_DIM": self.head_dim,
             "NORMED": int(self.normed),
             "INTERLEAVED": int(self.interleaved),
-            "EPILOGUE_BYTES": self.shared_bytes(tokens),
+            "EPILOGUE_BYTES": self.shared_bytes(config),
         }
 
 

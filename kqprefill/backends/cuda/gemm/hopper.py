@@ -19,10 +19,11 @@ from .operand import Gemm, Groups, Operand, listed, made_into, number_of
 from .tensor_maps import TensorMaps
 from .tiles import TileConfig, Told, cheapest, row_tiles, side_by_side
 
+_FEWEST_STAGES = 2
 _BARRIERS = 512  # bytes: more than the stages' barriers take
 _HEADS_WORTH = 1.1  # times a product of q, k and v; the sums' way through memory takes a fifth of 2048 tokens'
-# Of a thread that brings weights: the fewest there can be, and where units are of two lengths.
-_PRODUCER_REGISTERS, _PRODUCER_REGISTERS_MIXED = 24, 32
+# Of a thread that brings weights: the fewest there can be; where units are of two lengths, or row tiles of heads.
+_PRODUCER_REGISTERS, _PRODUCER_REGISTERS_MORE = 24, 32
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,11 @@ class HopperConfig(TileConfig):
         grouped: over a stack of experts of one type. activated: of one matrix without a gate, whose outputs go through
         an activation. heads: of q, k and v, whose outputs become such heads.
         """
-        of_heads = heads.constants(self.tokens) if heads else NO_HEADS
+        of_heads = heads.constants(self) if heads else NO_HEADS
         layout = self._layout(types, of_heads["EPILOGUE_BYTES"])
-        producers = _PRODUCER_REGISTERS if len({unit_size(t)[0] for t in types}) == 1 else _PRODUCER_REGISTERS_MIXED
+        spared = len(types) == 1 or self.tokens < 256  # consumers of heads need no more
+        more = len({unit_size(t)[0] for t in types}) > 1 or (heads is not None and spared)
+        producers = _PRODUCER_REGISTERS_MORE if more else _PRODUCER_REGISTERS
         constants = {
             "GATED": self.gated,
             "ACTIVATED": int(activated),
@@ -53,6 +56,7 @@ class HopperConfig(TileConfig):
             "TILES": self.tiles,
             "BLOCKS": layout.blocks,
             "CLUSTER": self.cluster,
+            "SHARERS": self.sharers,
             "STEPS": self._steps,
             "STAGES": layout.stages,
             "RAW_STAGES": layout.raw_stages,
@@ -64,6 +68,10 @@ class HopperConfig(TileConfig):
         }
         defines = tuple((name, str(value)) for name, value in constants.items())
         return Program("gemm_sm90.cu", defines, self.threads, layout.shared_bytes)
+
+    def makes_heads(self, types: tuple[GGML, ...], heads: HeadsKind) -> bool:
+        """Whether a block has shared memory enough for such a program."""
+        return self._layout(types, heads.shared_bytes(self)).stages >= _FEWEST_STAGES
 
     @property
     def _steps(self) -> int:
@@ -81,7 +89,7 @@ class HopperConfig(TileConfig):
             room = self.room(blocks) - _BARRIERS - epilogue
             raw_stages = max(2, min(8, room // (raw + stages_of_unit * x)))
             stages = min(raw_stages * stages_of_unit, (room - raw_stages * raw) // x)
-            if stages >= 2:
+            if stages >= _FEWEST_STAGES:
                 break
         return _Layout(blocks, stages, raw_stages, stages * x + raw_stages * raw + _BARRIERS + epilogue)
 
@@ -117,6 +125,8 @@ CONFIGS = (
     HopperConfig(1, 256, 2, 2, 1, 2, 740, 740),
 )
 # fmt: on
+# Those whose blocks may make heads: also one for some 512 tokens, which fills more multiprocessors than larger ones.
+HEADS_CONFIGS = (*(config for config in CONFIGS if not config.gated), HopperConfig(0, 128, 3, 2, 1, 1, 600, 600))
 
 
 @cache
@@ -126,12 +136,15 @@ def best_config(m: int, row_tiles: int, gated: bool, multiprocessors: int, exper
 
 
 @cache
-def heads_config(m: int, row_tiles: int, kind: HeadsKind, multiprocessors: int) -> HopperConfig | None:
-    """The cheapest whose blocks have whole heads; None where others are so much cheaper that sums may as well pass
-    through memory."""
+def heads_config(
+    m: int, row_tiles: int, types: tuple[GGML, ...], kind: HeadsKind, multiprocessors: int
+) -> HopperConfig | None:
+    """The cheapest whose blocks make whole heads of matrices of these types; None where others are so much cheaper that
+    sums may as well pass through memory."""
     sizes = m, row_tiles, multiprocessors
-    whole = [config for config in CONFIGS if not config.gated and kind.fits(config)]
-    own, others = cheapest(whole, *sizes, 0), best_config(m, row_tiles, False, multiprocessors)
+    whole = [kind.clustered(config) for config in HEADS_CONFIGS]
+    own = cheapest((config for config in whole if config and config.makes_heads(types, kind)), *sizes, 0)
+    others = best_config(m, row_tiles, False, multiprocessors)
     return own if own.cost(*sizes) <= _HEADS_WORTH * others.cost(*sizes) else None
 
 
@@ -162,7 +175,7 @@ class HopperGemm(Gemm):
             "gemm_linear",
             grid=self._grid(config, a.rows, matrices, groups),
             **_described(matrices),
-            x_map=self._maps.of(a.values, config.tokens // config.cluster, a.format),
+            x_map=self._maps.of(a.values, config.box_rows, a.format),
             m=a.rows,
             k=a.columns,
             out=out,
@@ -183,7 +196,7 @@ class HopperGemm(Gemm):
         weight_scale: DeviceArray,
         bias: DeviceArray | None,
     ) -> bool:
-        config = heads_config(a.rows, row_tiles(matrices), output.kind, self._facts.multiprocessors)
+        config = heads_config(a.rows, row_tiles(matrices), _types(matrices), output.kind, self._facts.multiprocessors)
         if config is None:
             return False
         self._launcher.launch(
@@ -191,7 +204,7 @@ class HopperGemm(Gemm):
             "gemm_heads",
             grid=self._grid(config, a.rows, matrices, None),
             **_described(matrices),
-            x_map=self._maps.of(a.values, config.tokens // config.cluster, a.format),
+            x_map=self._maps.of(a.values, config.box_rows, a.format),
             m=a.rows,
             k=a.columns,
             x_scale=a.scale,
@@ -217,7 +230,7 @@ class HopperGemm(Gemm):
             grid=self._grid(config, a.rows, (matrix,), None),
             weights=matrix.array,
             features=matrix.rows,
-            x_map=self._maps.of(a.values, config.tokens // config.cluster, a.format),
+            x_map=self._maps.of(a.values, config.box_rows, a.format),
             m=a.rows,
             k=a.columns,
             **made_into(act, activation),
@@ -246,7 +259,7 @@ class HopperGemm(Gemm):
             gate=gate.array,
             up=up.array,
             features=gate.rows,
-            x_map=self._maps.of(a.values, config.tokens // config.cluster, a.format),
+            x_map=self._maps.of(a.values, config.box_rows, a.format),
             m=a.rows,
             k=a.columns,
             **made_into(act, activation),

@@ -37,13 +37,14 @@ class HopperInt8Config(TileConfig):
     @cache
     def program(self, kind: Kind, whole: bool = True, heads: HeadsKind | None = None) -> Program:
         """whole: outputs begin in_fours. heads: what outputs become, of q, k and v."""
-        of_heads = heads.constants(self.tokens) if heads else NO_HEADS
+        of_heads = heads.constants(self) if heads else NO_HEADS
         constants = {
             "TOKENS": self.tokens,
             "WARPGROUPS": self.warpgroups,
             "TILES": self.tiles,
             "BLOCKS": self.blocks,
             "CLUSTER": self.cluster,
+            "SHARERS": self.sharers,
             "STEPS": self._steps,
             "STAGES": self._stages,
             "PRODUCER_REGISTERS": _PRODUCER_REGISTERS,
@@ -137,7 +138,7 @@ class HopperInt8Gemm(Int8Gemm):
             "gemm_linear",
             grid=config.grid(x.rows, row_tiles(matrices), self._facts.multiprocessors, experts),
             **_described(matrices),
-            x_map=self._maps.of(x.values, config.tokens // config.cluster, x.format),
+            x_map=self._maps.of(x.values, config.box_rows, x.format),
             x_scale=x.scale,
             m=x.rows,
             k=x.values.shape[1],
@@ -158,7 +159,8 @@ class HopperInt8Gemm(Int8Gemm):
         bias: DeviceArray | None,
     ) -> bool:
         config = self._config(a.rows, matrices, False, 0)
-        if not output.kind.fits(config):
+        # Blocks that have half a head between them are slower: atoms of their row tiles are brought one by one.
+        if output.kind.clustered(config) != config:
             return False
         x = self.rounded(a)
         self._launch(
@@ -167,7 +169,7 @@ class HopperInt8Gemm(Int8Gemm):
             "gemm_heads",
             grid=config.grid(x.rows, row_tiles(matrices), self._facts.multiprocessors),
             **_described(matrices),
-            x_map=self._maps.of(x.values, config.tokens // config.cluster, x.format),
+            x_map=self._maps.of(x.values, config.box_rows, x.format),
             x_scale=x.scale,
             m=x.rows,
             k=x.values.shape[1],
@@ -195,7 +197,7 @@ class HopperInt8Gemm(Int8Gemm):
             weights=matrix.array,
             w_scales=matrix.scales,
             features=matrix.rows,
-            x_map=self._maps.of(x.values, config.tokens // config.cluster, x.format),
+            x_map=self._maps.of(x.values, config.box_rows, x.format),
             x_scale=x.scale,
             m=x.rows,
             k=x.values.shape[1],
@@ -227,7 +229,7 @@ class HopperInt8Gemm(Int8Gemm):
             up=up.array,
             up_scales=up.scales,
             features=gate.rows,
-            x_map=self._maps.of(x.values, config.tokens // config.cluster, x.format),
+            x_map=self._maps.of(x.values, config.box_rows, x.format),
             x_scale=x.scale,
             m=x.rows,
             k=x.values.shape[1],

@@ -18,7 +18,7 @@ _SHARED_MEMORY = 228 << 10  # of a multiprocessor of compute capability 9.0; eac
 @dataclass(frozen=True)
 class TileConfig:
     """A block has `warpgroups` that multiply `tiles` row tiles of TILE_ROWS rows each (gated: of gate and of up) by
-    `tokens` tokens; `blocks` of them share a multiprocessor; a `cluster` of them shares the tokens that it brings.
+    `tokens` tokens; `blocks` of them share a multiprocessor; a `cluster` of them has the same tokens.
 
     alone, shared: nanoseconds of a step of a block by itself, and those that each block adds where several share a
     multiprocessor (an H100: tests/bench/tile_costs.py).
@@ -32,6 +32,17 @@ class TileConfig:
     cluster: int
     alone: int
     shared: int
+
+    @property
+    def sharers(self) -> int:
+        """Blocks of a cluster that share the tokens that they bring. Of 128 tokens each brings its own: to wait for one
+        another costs more than the L2 cache's bytes."""
+        return 1 if self.tokens == 128 else self.cluster
+
+    @property
+    def box_rows(self) -> int:
+        """Tokens that a block brings at a time: rows of a box of the operand's tensor map."""
+        return self.tokens // self.sharers
 
     @property
     def threads(self) -> int:
