@@ -24,10 +24,10 @@ __device__ __forceinline__ float sum_of_row(const float (&sums)[kRows]) {
     return total;
 }
 
-// out = scale * rms_norm(x) * weight as an operand, with zeros from `columns` to `stride`, by those threads of a block of
-// kThreads that share a row, of kRows side by side; all of its threads call this, once. Each takes four columns in turn;
-// the first kKept such fours it reads once and keeps, the others, which there may be of a single row, it reads again.
-// The bits are the same for any kRows.
+// out = scale * rms_norm(x) * weight as an operand, with zeros from `columns` to `stride`, by those threads of a block
+// of kThreads that share a row, of kRows side by side; all of its threads call this, once. Each takes four columns in
+// turn; the first kKept such fours it reads once and keeps, the others, which there may be of a single row, it reads
+// again. The bits are the same for any kRows.
 template <int kThreads, int kRows = 1>
 __device__ __forceinline__ void normalise_row(const float* x, const float* weight, half_t* out, int columns, int stride,
                                               float epsilon, float scale) {

@@ -24,10 +24,11 @@ __device__ __forceinline__ int count_row_tiles(int rows) {
     return ceil_div(rows, kTileRows * Config::kTiles) * Config::kTiles;
 }
 
-// The number of a cluster's row tile `own`, where it has a column tile of so many: its blocks have kBlockTiles each, one
-// after another, and their warpgroups kTiles. They are neighbours; but of heads of 128 a warpgroup has two that are half
-// a head apart, and the next has those between; and where a cluster has three heads they are far apart, and the last is
-// the one that two blocks have a half of: so v's, whose format may take more work, are shared out.
+// The number of a cluster's row tile `own`, where the cluster has one of so many column tiles: its blocks have
+// kBlockTiles row tiles each, one after another, and their warpgroups kTiles. Row tiles are neighbours. But of heads of
+// 128 a warpgroup has two that are half a head apart, and the next warpgroup has those between. Where a cluster has
+// three heads, they are far apart, and two blocks have a half each of the last one: so v's heads, whose format may take
+// more work, are shared out.
 template <class Config>
 __device__ __forceinline__ int row_tile_number(int column_tile, int column_tiles, int own) {
     constexpr int kAll = Config::kCluster * Config::kBlockTiles, kHeads = kAll / 4;

@@ -76,7 +76,7 @@ class HopperConfig(TileConfig):
     @property
     def _steps(self) -> int:
         """Steps in a stage of x: a whole unit's where they are small, so that there is less waiting."""
-        return max(1, min(4, (256 if self.warpgroups == 2 else 128) // self.tokens))
+        return max(1, min(4, (256 if self.warpgroups > 1 else 128) // self.tokens))
 
     def _layout(self, types: tuple[GGML, ...], epilogue: int) -> _Layout:
         """As many blocks of a multiprocessor, and stages of each, as fit its shared memory; epilogue: bytes that it
