@@ -4,7 +4,7 @@
 #include "include/rms_norm.cuh"
 
 constexpr int kThreads = INT8_THREADS;
-constexpr int kBlocks = KEPT == 1 ? 4 : 2;  // that a multiprocessor has registers for
+constexpr int kBlocks = KEPT == 1 ? 4 : KEPT < 4 ? 3 : 2;  // that a multiprocessor has registers for
 constexpr int kKept = KEPT;  // sixteens of a row that a thread keeps; it reads and rotates the others twice
 
 // The largest of the bits that those threads of a block have whose kWarps warps share a row, known to all of them.
@@ -28,7 +28,8 @@ __device__ __forceinline__ void each_sixteen(int padded, Kept kept, Read read) {
 #pragma unroll
     for (int i = 0; i < kKept; ++i)
         if (first + i * kRound < padded) kept(own + i * kRound, i);
-    for (int i = kKept; first + i * kRound < padded; ++i) read(own + i * kRound);
+    if constexpr (kKept == 4)
+        for (int i = kKept; first + i * kRound < padded; ++i) read(own + i * kRound);
 }
 
 // out, scale = a row of an operand (operand.cuh: halves, x_scale times their values), rotated and rounded; out has
