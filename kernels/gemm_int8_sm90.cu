@@ -64,7 +64,7 @@ __device__ __forceinline__ void produce_weights(const Config::Steps& ring, const
         auto fill = [&](uint32_t to, int step, Barrier arrived) {
             if (from != nullptr)
                 bulk_copy(to + place * kCopyBytes, from + step * kInt8TileBytes + atom * kCopyBytes, kCopyBytes,
-                          arrived);
+                          arrived, !Config::kGrouped && x.m <= kPassing);
         };
         produce_tile(ring, at, w.groups, begin, fill);
     }

@@ -35,7 +35,7 @@ __device__ __forceinline__ void produce_weights(const Rings& rings, const Matric
         for (int unit = 0; unit < units; ++unit, at.advance()) {
             uint32_t to = rings.raw.stage(at.stage) + lane * Formats::kTileBytes;
             Barrier arrived = rings.raw.begin_filling(at, bytes);
-            if (bytes) bulk_copy(to, tile.weights, bytes, arrived);
+            if (bytes) bulk_copy(to, tile.weights, bytes, arrived, !Config::kGrouped && x.m <= kPassing);
             tile.weights += Formats::kMixed && unit % 2 < again ? 0 : bytes;
         }
     }

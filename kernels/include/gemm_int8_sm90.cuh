@@ -54,6 +54,9 @@ struct Config {
 };
 
 constexpr int kTogether = 8;  // token tiles that share W's row tiles while these are in the L2 cache
+// Weights that are read for at most so many tokens leave the L2 cache to what stays longer. Of more tokens some blocks
+// would find that row tiles have gone which others had brought (docs/tried.md).
+constexpr int kPassing = 128;
 using Tokens = TokenTiles<Config::kTokens, Config::kGrouped>;
 
 // The blocks of a cluster take the same token tile and neighbouring row tiles.

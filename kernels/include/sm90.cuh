@@ -6,11 +6,18 @@
 
 // Copies from global to shared memory that the copy engine makes, completing on a barrier -----------------------------
 
-// Copies `bytes` bytes, a multiple of 16; both addresses are 16-byte aligned.
-__device__ __forceinline__ void bulk_copy(uint32_t destination, const void* source, int bytes, Barrier barrier) {
+// Copies `bytes` bytes, a multiple of 16; both addresses are 16-byte aligned. passing: whether the L2 cache gives the
+// source up before what others bring (createpolicy's evict_first, as it is encoded).
+__device__ __forceinline__ void bulk_copy(uint32_t destination, const void* source, int bytes, Barrier barrier,
+                                          bool passing) {
     asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(destination),
-        "l"(source), "r"(bytes), "r"(barrier.address)
+        "{.reg .pred p;\n"
+        "setp.ne.b32 p, %4, 0;\n"
+        "@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
+        "%5;\n"
+        "@!p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n"
+        "}" ::"r"(destination),
+        "l"(source), "r"(bytes), "r"(barrier.address), "r"(static_cast<int>(passing)), "l"(0x12f0000000000000ull)
         : "memory");
 }
 // Copies the box of a two-dimensional tensor map whose first element is (column, row).

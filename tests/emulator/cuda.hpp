@@ -490,7 +490,7 @@ inline void fence_barrier_init() {}
 inline void store_in(int block, uint32_t address, float value) {
     memcpy(shared_memory[block] + address, &value, sizeof(value));
 }
-inline void bulk_copy(uint32_t destination, const void* source, int bytes, Barrier barrier) {
+inline void bulk_copy(uint32_t destination, const void* source, int bytes, Barrier barrier, bool) {
     memcpy(own_memory() + destination, source, bytes);
     barrier.come(own_block(), bytes);
 }
