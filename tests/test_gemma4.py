@@ -74,6 +74,7 @@ def test_keys_and_values_that_are_not_used_stay_in_the_file():
         ({"feed_forward_length": [64, 64]}, "not an integer or an array of 5"),
         ({"attention.shared_kv_layers": 4}, "a kind of layer without keys and values"),
         ({"attention.shared_kv_layers": 9}, "a kind of layer without keys and values"),
+        ({"attention.shared_kv_layers": 255}, "a kind of layer without keys and values"),
         ({"attention.value_length_swa": 8}, "value_length_swa differs from key_length_swa"),
         ({"rope.dimension_count_swa": 18}, "does not fit heads of 16"),
     ],

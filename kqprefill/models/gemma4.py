@@ -67,7 +67,7 @@ class Gemma4(Gemma):
         """The layer whose keys and values each layer sees: its own, or for the last shared_kv_layers the last of its
         kind that has some."""
         count = self.config.block_count
-        own = count - self.meta.count("attention.shared_kv_layers")
+        own = max(0, count - self.meta.count("attention.shared_kv_layers"))
         last = {self.windowed[index]: index for index in range(own)}
         if any(self.windowed[index] not in last for index in range(own, count)):
             raise self.meta.error("attention.shared_kv_layers leaves a kind of layer without keys and values")
