@@ -25,8 +25,8 @@ __device__ __forceinline__ void clear(T (&values)[kCount]) {
 
 // The work of a consumer warpgroup: it has columns of heads of kHeadDim (64 or 128), and those half a head beyond them.
 // That is a head of 64, or half of one of 128, whose other half another warpgroup has: of two the other one of the
-// block, of three its partner in the cluster (row_tile_of in row_tiles.cuh). kSecond: lanes whose numbers differ by 4
-// have columns whose numbers differ in bit 0; by kSecond, 8 or 16, in bit 1; by the other, in bit 2 or, int8, 4.
+// block, of three its partner in the cluster (row_tile_number in row_tiles.cuh). kSecond: lanes whose numbers differ by
+// 4 have columns whose numbers differ in bit 0; by kSecond, 8 or 16, in bit 1; by the other, in bit 2 or, int8, 4.
 template <class Config, bool kNormed, bool kInterleaved, int kSecond>
 struct HeadsEpilogue {
     static constexpr int kTokens = Config::kTokens, kHeadDim = Config::kHeadDim, kWarpgroups = Config::kWarpgroups;
