@@ -3,6 +3,31 @@
 #pragma once
 #include "types.cuh"
 
+// The bodies of Barrier's methods that differ in what other memory they order: SEMANTICS is a text, as asm wants it.
+#define BARRIER_ARRIVE_IN(SEMANTICS)                 \
+    asm volatile(                                    \
+        "{\n"                                        \
+        ".reg .b32 remote;\n"                        \
+        "mapa.shared::cluster.u32 remote, %0, %1;\n" \
+        "mbarrier.arrive" SEMANTICS                  \
+        ".shared::cluster.b64 _, [remote];\n"        \
+        "}" ::"r"(address),                          \
+        "r"(rank)                                    \
+        : "memory")
+#define BARRIER_WAIT(SEMANTICS)              \
+    asm volatile(                            \
+        "{\n"                                \
+        ".reg .pred done;\n"                 \
+        "again:\n"                           \
+        "mbarrier.try_wait.parity" SEMANTICS \
+        ".shared::cta.b64 done, [%0], %1;\n" \
+        "@done bra ready;\n"                 \
+        "bra again;\n"                       \
+        "ready:\n"                           \
+        "}" ::"r"(address),                  \
+        "r"(parity)                          \
+        : "memory")
+
 // A barrier: 8 bytes of shared memory, known by their address. Its phases follow one another; one ends when as many
 // arrivals have come as `init` was told, and all bytes that these arrivals announced.
 struct Barrier {
@@ -20,56 +45,16 @@ struct Barrier {
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes) : "memory");
     }
     // Arrives at the barrier that has this address in block `rank` of the cluster.
-    __device__ __forceinline__ void arrive_in(int rank) const {
-        asm volatile(
-            "{\n"
-            ".reg .b32 remote;\n"
-            "mapa.shared::cluster.u32 remote, %0, %1;\n"
-            "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
-            "}" ::"r"(address),
-            "r"(rank)
-            : "memory");
-    }
+    __device__ __forceinline__ void arrive_in(int rank) const { BARRIER_ARRIVE_IN(""); }
     // Does the same; what this thread wrote before is seen by those of the cluster that wait_for_cluster.
-    __device__ __forceinline__ void publish_in(int rank) const {
-        asm volatile(
-            "{\n"
-            ".reg .b32 remote;\n"
-            "mapa.shared::cluster.u32 remote, %0, %1;\n"
-            "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
-            "}" ::"r"(address),
-            "r"(rank)
-            : "memory");
-    }
-    // As wait, for arrivals of the cluster's threads that publish.
-    __device__ __forceinline__ void wait_for_cluster(uint32_t parity) const {
-        asm volatile(
-            "{\n"
-            ".reg .pred done;\n"
-            "again:\n"
-            "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-            "@done bra ready;\n"
-            "bra again;\n"
-            "ready:\n"
-            "}" ::"r"(address),
-            "r"(parity)
-            : "memory");
-    }
+    __device__ __forceinline__ void publish_in(int rank) const { BARRIER_ARRIVE_IN(".release.cluster"); }
     // Waits until the phase of this parity (0 for the first, 1 for the second, 0 for the third ...) has ended.
-    __device__ __forceinline__ void wait(uint32_t parity) const {
-        asm volatile(
-            "{\n"
-            ".reg .pred done;\n"
-            "again:\n"
-            "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-            "@done bra ready;\n"
-            "bra again;\n"
-            "ready:\n"
-            "}" ::"r"(address),
-            "r"(parity)
-            : "memory");
-    }
+    __device__ __forceinline__ void wait(uint32_t parity) const { BARRIER_WAIT(""); }
+    // Does the same, for arrivals of the cluster's threads that publish.
+    __device__ __forceinline__ void wait_for_cluster(uint32_t parity) const { BARRIER_WAIT(".acquire.cluster"); }
 };
+#undef BARRIER_ARRIVE_IN
+#undef BARRIER_WAIT
 
 // Makes initialised barriers visible to the copy engine and to the other blocks of a cluster.
 __device__ __forceinline__ void fence_barrier_init() {

@@ -129,7 +129,7 @@ struct Consumer {
         load_step(0, 1);
         for (int unit = 0; unit < units; ++unit) {
             bool more = unit + 1 < units;
-            // With three warpgroups there is no register for what follows from it, of several formats.
+            // Three warpgroups and several formats leave no registers for what the compiler would make of it before.
             if (Config::kWarpgroups == 3 && Formats::kMany) forget(column);
 #pragma unroll
             for (int step = 0; step < kUnitSteps; ++step) {

@@ -4,8 +4,8 @@
 #include "ptx.cuh"
 #include "reduce.cuh"
 
-// The sum over those threads of a block of kThreads that share a row, of kRows side by side, known to all of them: each
-// has kRows sums, and they are added up as if each were of a thread of its own of a whole block.
+// The sum of a row, known to all threads that share it: a block of kThreads has kRows rows side by side. Each thread
+// stands for kRows threads of a block that has one row, and has their sums, which are added up in that block's order.
 template <int kThreads, int kRows>
 __device__ __forceinline__ float sum_of_row(const float (&sums)[kRows]) {
     constexpr int kAll = kThreads / 32, kWarps = kAll / kRows;
@@ -26,7 +26,7 @@ __device__ __forceinline__ float sum_of_row(const float (&sums)[kRows]) {
 
 // out = scale * rms_norm(x) * weight as an operand, with zeros from `columns` to `stride`, by those threads of a block
 // of kThreads that share a row, of kRows side by side; all of its threads call this, once. Each takes four columns in
-// turn; the first kKept such fours it reads once and keeps, the others, which there may be of a single row, it reads
+// turn. The first kKept such fours it reads once and keeps; the others, which only a single row may have, it reads
 // again. The bits are the same for any kRows.
 template <int kThreads, int kRows = 1>
 __device__ __forceinline__ void normalise_row(const float* x, const float* weight, half_t* out, int columns, int stride,
