@@ -141,8 +141,7 @@ struct Rows {
 };
 
 // Multiplies this block's output tiles; calls begin(output tile, expert) before each, which gives Rows, and after it
-// write(accumulators, Rows, scales, the first token, end, expert): the first token is this thread's, of pairs that are
-// 8 apart.
+// write(accumulators, Rows, scales, the tile's first token, end, expert).
 template <class Begin, class Write>
 __device__ __forceinline__ void consume(const Config::Steps& ring, const Weights& w, const float* x_scale,
                                         const Tokens& x, Begin begin, Write write) {
@@ -156,7 +155,6 @@ __device__ __forceinline__ void consume(const Config::Steps& ring, const Weights
         // Else the next tile's first wgmma, which does not read them, would have them kept in their registers.
         if (Config::kHeadDim != 0) clear(acc);
         consumer.multiply(acc, end - token);
-        token += threadIdx.x % 4 * 2;
         write(acc, rows, scales, token, end, x.expert(outputs.token_tile()));
     }
 }
@@ -229,9 +227,10 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
     };
     auto write = [&](const Accumulators& acc, const Rows& rows, const TokenScales<Config::kTokens>& scales, int token,
                      int end, int) {
-        Int8Sums<Config::kTokens> sums(acc, rows.scale, scales);
+        Int8Sums<Config::kTokens> sums = {acc, rows.scale, scales};
         ActivatedOutput output = {out, ldo, features, *out_scale, activation};
         int its_end = has_rows ? end : 0;  // no branch: wgmma's registers must not depend on one
+        token += threadIdx.x % 4 * 2;
         output.store_transposed<Config::kTokens, 0>(sums, bias, rows.column, row, token, its_end);
         output.store_transposed<Config::kTokens, 1>(sums, bias, rows.column, row + 4, token, its_end);
     };
@@ -274,8 +273,8 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
                      int end, int) {
         Epilogue epilogue = {heads, block_memory(), parity};
         parity ^= 1;
-        Int8Sums<Config::kTokens> sums(acc, rows.scale, scales);
-        epilogue.store(sums, rows.bias, rows.column, row, token - threadIdx.x % 4 * 2, rows.rows > 0 ? end : 0);
+        Int8Sums<Config::kTokens> sums = {acc, rows.scale, scales};
+        epilogue.store(sums, rows.bias, rows.column, row, token, rows.rows > 0 ? end : 0);
     };
     run(w, x_map, x_scale, x, begin, write);
 }
@@ -308,15 +307,25 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
             own.scale[i] = w.scale(tile, row, tile.format, expert) * scale;
             own.bias[i] = Biases{expert, rows0, tile.column + row, row < tile.rows}.of(bias) * scale;
         }
+        if (Config::kGrouped) {  // of all of the warpgroup's row tiles
+            own.column = row_tile_number(outputs, threadIdx.x / 128 * Config::kTiles) * kTileRows;
+            own.rows = min(rows0 - own.column, Config::kTiles * kTileRows);
+        }
         return own;
     };
     auto write = [&](const Accumulators& acc, const Rows& rows, const TokenScales<Config::kTokens>& scales, int token,
                      int end, int) {
-        int own = warp % 2 * 8 + (slot >> 2) * 4 + (slot >> 1 & 1) * 16;  // the first column that the lane writes
-        void* to = Config::kGrouped ? static_cast<void*>(static_cast<half_t*>(out) + rows.column + own)
-                                    : static_cast<float*>(out) + rows.column + own;
-        FourColumns<Config::kTokens, Config::kGrouped, Config::kWhole> outputs = {acc, rows.scale, rows.bias, scales};
-        outputs.store(to, ldo, rows.rows - own, token, end, add);
+        Int8Sums<Config::kTokens> sums = {acc, rows.scale, scales};
+        if constexpr (Config::kGrouped) {
+            ExpertOutput<Config::kTokens, RowOrder::kAtoms> output = {
+                static_cast<half_t*>(out) + rows.column, ldo, rows.rows, block_memory() + Config::kEpilogueOffset};
+            output.store(sums, rows.bias, token, end);
+        } else {
+            int own = warp % 2 * 8 + (slot >> 2) * 4 + (slot >> 1 & 1) * 16;  // the first column that the lane writes
+            FourColumns<Config::kTokens, Config::kWhole> outputs = {sums, rows.bias};
+            outputs.store(static_cast<float*>(out) + rows.column + own, ldo, rows.rows - own,
+                          token + threadIdx.x % 4 * 2, end, add);
+        }
     };
     run(w, x_map, x_scale, x, begin, write);
 }
@@ -342,9 +351,10 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
     };
     auto write = [&](const Accumulators& acc, const Rows& rows, const TokenScales<Config::kTokens>& scales, int token,
                      int end, int expert) {
-        Int8Sums<Config::kTokens> sums(acc, rows.scale, scales);
-        GatedOutput output = {out, ldo, features, *out_scale, activation};
-        output.store_transposed<Config::kTokens>(sums, gate_bias, up_bias, expert, rows.column, row, token, end);
+        Int8Sums<Config::kTokens> sums = {acc, rows.scale, scales};
+        GatedOutput output = {out, ldo, features, *out_scale, activation, block_memory() + Config::kEpilogueOffset};
+        output.store_transposed<Config::kTokens, Config::kWarpgroups>(sums, gate_bias, up_bias, expert, rows.column,
+                                                                      row, token, end);
     };
     run(w, x_map, x_scale, x, begin, write);
 }

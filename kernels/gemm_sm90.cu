@@ -216,18 +216,23 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
     Tokens x = {m, groups, group_count};
     auto write = [&](Accumulators& acc, float alpha, const RowTile(&tiles)[Config::kTiles], int row, int token, int end,
                      int expert) {
-        token += threadIdx.x % 4 * 2;
+        if constexpr (Config::kGrouped) {  // an expert's matrix has whole row tiles
+            float scale = *out_scale;      // a power of two
+            float biases[2] = {};
 #pragma unroll
-        for (int i = 0; i < Config::kTiles; ++i) {
-            if (row >= tiles[i].rows) continue;
-            int column = tiles[i].column + row;
-            float own_bias = Biases{expert, rows0, column, true}.of(bias);
-            if constexpr (Config::kGrouped) {  // an expert's matrix has whole row tiles: all lanes are here
-                float scale = *out_scale;      // a power of two
-                ExpertOutput output = {static_cast<half_t*>(out), ldo};
-                HalfSums<Config::kTokens> sums = {acc, alpha * scale};
-                output.store_transposed<Config::kTokens>(sums, i, own_bias * scale, column, token, end);
-            } else {
+            for (int i = 0; i < Config::kTiles; ++i)
+                biases[i] = Biases{expert, rows0, tiles[i].column + row, tiles[i].rows > 0}.of(bias) * scale;
+            int columns = tiles[0].rows > 0 ? min(rows0 - tiles[0].column, Config::kTiles * kTileRows) : 0;
+            ExpertOutput<Config::kTokens, RowOrder::kPlain> output = {
+                static_cast<half_t*>(out) + tiles[0].column, ldo, columns, block_memory() + Config::kEpilogueOffset};
+            output.store(HalfSums<Config::kTokens>{acc, alpha * scale}, biases, token, end);
+        } else {
+            token += threadIdx.x % 4 * 2;
+#pragma unroll
+            for (int i = 0; i < Config::kTiles; ++i) {
+                if (row >= tiles[i].rows) continue;
+                int column = tiles[i].column + row;
+                float own_bias = Biases{expert, rows0, column, true}.of(bias);
                 LinearOutput output = {static_cast<float*>(out), ldo};
                 HalfSums<Config::kTokens> sums = {acc, alpha};
                 output.store_transposed<Config::kTokens>(sums, i, own_bias, column, token, end, add);
@@ -253,10 +258,10 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
     Tokens x = {m, groups, group_count};
     auto write = [&](Accumulators& acc, float alpha, const RowTile(&tiles)[Config::kTiles], int row, int token, int end,
                      int expert) {
-        token += threadIdx.x % 4 * 2;
-        GatedOutput output = {out, ldo, features, *out_scale, activation};
+        GatedOutput output = {out, ldo, features, *out_scale, activation, block_memory() + Config::kEpilogueOffset};
         HalfSums<Config::kTokens> sums = {acc, alpha};
-        output.store_transposed<Config::kTokens>(sums, gate_bias, up_bias, expert, tiles[0].column, row, token, end);
+        output.store_transposed<Config::kTokens, Config::kWarpgroups>(sums, gate_bias, up_bias, expert, tiles[0].column,
+                                                                      row, token, end);
     };
     run(matrices, x_map, x, k, x_scale, w_scale, row_tiles, write);
 }

@@ -1,4 +1,5 @@
-// What the GEMMs do with the sums in their accumulators before they are written: scales, biases, residuals and gates.
+// What the GEMMs do with the sums in their accumulators before they are written: scales, biases, residuals and
+// activations.
 #pragma once
 #include "activation.cuh"
 #include "operand.cuh"
@@ -9,14 +10,22 @@ __device__ __forceinline__ float unscale(const float* x_scale, const float* w_sc
     return 1.0f / *x_scale / *w_scale;
 }
 
-// A thread's sums of a transposed product (Yᵀ): accumulators 4j + 2i and 4j + 2i + 1 are outputs of row i and tokens 8j
-// and the next. As (at, bias) they give what accumulator `at` stands for, times alpha, and a bias.
+// A thread's sums of a transposed product (Yᵀ): accumulators 4j + 2i + c are outputs of row i and of token 8j + c, of
+// batch j of 8 tokens. A batch gives, as (i, c, bias), what one of its accumulators stands for, times alpha, and a bias.
 template <int kTokens>
 struct HalfSums {
     const float (&acc)[kTokens / 2];
     float alpha;
 
-    __device__ __forceinline__ float operator()(int at, float bias) const { return fmaf(acc[at], alpha, bias); }
+    struct Batch {
+        const float* acc;
+        float alpha;
+
+        __device__ __forceinline__ float operator()(int i, int c, float bias) const {
+            return fmaf(acc[2 * i + c], alpha, bias);
+        }
+    };
+    __device__ __forceinline__ Batch batch(int j) const { return {acc + 4 * j, alpha}; }
 };
 
 // The biases of output `column`, of an expert's `columns`: 0 where there is no bias (null), or no such output
@@ -56,31 +65,7 @@ struct LinearOutput {
 #pragma unroll
         for (int j = 0; j < kTokens / 8; ++j, to += 8 * static_cast<uint64_t>(ldo))
 #pragma unroll
-            for (int c = 0; c < 2; ++c) write(8 * j + c, to + c * ldo, sums(4 * j + 2 * i + c, bias));
-    }
-};
-
-// A grouped gemm_linear's outputs: halves, with rows `ldo` apart, times a scale that is in the sums already, and in the
-// bias. Experts give many times a token's values, which are read once: they are as short as can be.
-struct ExpertOutput {
-    half_t* out;
-    int ldo;
-
-    // As LinearOutput's. Lanes of neighbouring columns (lane % 8 < 4 and the lane 4 beyond) trade a token, so that each
-    // has both columns of one.
-    template <int kTokens, class Sums>
-    __device__ __forceinline__ void store_transposed(const Sums& sums, int i, float bias, int column, int token,
-                                                     int end) const {
-        bool odd = column & 1;
-        token += odd;
-        half_t* to = out + static_cast<uint64_t>(token) * ldo + (column & ~1);
-#pragma unroll
-        for (int j = 0; j < kTokens / 8; ++j, to += 8 * static_cast<uint64_t>(ldo)) {
-            float first = sums(4 * j + 2 * i, bias), second = sums(4 * j + 2 * i + 1, bias);
-            float given = __shfl_xor_sync(0xffffffffu, odd ? first : second, 4);
-            uint32_t pair = odd ? pack_half2(given, second) : pack_half2(first, given);
-            if (token + 8 * j < end) *reinterpret_cast<uint32_t*>(to) = pair;
-        }
+            for (int c = 0; c < 2; ++c) write(8 * j + c, to + c * ldo, sums.batch(j)(i, c, bias));
     }
 };
 
@@ -92,18 +77,24 @@ struct OperandColumn {
     int ldo, features, feature, row;
 
     __device__ __forceinline__ bool exists() const { return feature < features; }
+    // Whether it exists, or fills a group.
+    __device__ __forceinline__ bool inside() const {
+        return feature < ceil_div(features, kOperandGroup) * kOperandGroup;
+    }
+    // The value if the feature exists, else 0. A select would be compiled to a branch around each.
+    __device__ __forceinline__ float kept(float value) const {
+        return bits_to_float(__float_as_uint(value) & (exists() ? ~0u : 0));
+    }
 
-    // Writes value(4j) and value(4j + 1), of tokens token + 8j and the next, where these are before `end`; zeros where
-    // the feature is one of those that fill a group.
+    // Writes what make(j, y) gives for tokens token + 8j and the next, where these are before `end`; zeros where the
+    // feature is one of those that fill a group.
     //
     // A thread has two neighbouring tokens of one feature in each batch of 8 tokens; so of two batches, lanes of
     // neighbouring features trade a token, then lanes whose pairs of features are 16 apart trade a batch. Each then has
     // four outputs of one token, which are neighbours in operand order.
-    template <int kTokens, class Value>
-    __device__ __forceinline__ void store(int token, int end, Value value) const {
-        bool inside = feature < ceil_div(features, kOperandGroup) * kOperandGroup;
+    template <int kTokens, class Make>
+    __device__ __forceinline__ void store(int token, int end, Make make) const {
         bool odd = row & 1, second = row & 16;
-        uint32_t keep = exists() ? ~0u : 0;  // a select would be compiled to a branch around each
         half_t* to = out + operand_position(feature & ~17);
 #pragma unroll
         for (int j = 0; j < kTokens / 8; j += 2) {
@@ -111,43 +102,15 @@ struct OperandColumn {
 #pragma unroll
             for (int batch = 0; batch < 2; ++batch) {
                 float y[2];
-#pragma unroll
-                for (int c = 0; c < 2; ++c) y[c] = bits_to_float(__float_as_uint(value(4 * (j + batch) + c)) & keep);
+                make(j + batch, y);
                 float given = __shfl_xor_sync(0xffffffffu, odd ? y[0] : y[1], 4);
                 pair[batch] = odd ? operand_pair(given, y[1]) : operand_pair(y[0], given);
             }
             uint32_t given = __shfl_xor_sync(0xffffffffu, second ? pair[0] : pair[1], 8);
             int t = token + 8 * (j + second) + odd;
             uint2 pairs = second ? make_uint2(given, pair[1]) : make_uint2(pair[0], given);
-            if (t < end && inside) store_operand(to + static_cast<uint64_t>(t) * ldo, pairs);
+            if (t < end && inside()) store_operand(to + static_cast<uint64_t>(t) * ldo, pairs);
         }
-    }
-};
-
-// gemm_gated's outputs, scale * act(gate) * up of `features` features: an operand, with rows `ldo` apart.
-struct GatedOutput {
-    half_t* out;
-    int ldo, features;
-    float scale;
-    int activation;
-
-    // Of feature first + row: the sums' row 0 is gate's, row 1 up's.
-    template <int kTokens, class Sums>
-    __device__ __forceinline__ void store_transposed(const Sums& sums, const float* gate_bias, const float* up_bias,
-                                                     int expert, int first, int row, int token, int end) const {
-        OperandColumn column = {out, ldo, features, first + row, row};
-        Biases biases = {expert, features, first + row, column.exists()};
-        float gate_b = biases.of(gate_bias), up_b = biases.of(up_bias);
-        if (activation == kSilu) store_all<kSilu, kTokens>(column, sums, gate_b, up_b, token, end);
-        else if (activation == kGeluTanh) store_all<kGeluTanh, kTokens>(column, sums, gate_b, up_b, token, end);
-        else store_all<kSwigluOai, kTokens>(column, sums, gate_b, up_b, token, end);
-    }
-
-    template <int kActivation, int kTokens, class Sums>
-    __device__ __forceinline__ void store_all(const OperandColumn& column, const Sums& sums, float gate_bias,
-                                              float up_bias, int token, int end) const {
-        column.store<kTokens>(
-            token, end, [&](int at) { return gated<kActivation>(sums(at, gate_bias), sums(at + 2, up_bias)) * scale; });
     }
 };
 
@@ -164,11 +127,25 @@ struct ActivatedOutput {
                                                      int end) const {
         OperandColumn column = {out, ldo, features, first + row, row};
         float own_bias = Biases{0, features, first + row, column.exists()}.of(bias);
-        auto sum = [&](int at) { return sums(at + 2 * kRow, own_bias); };
         if (activation == ACTIVATION_RELU_SQUARED)
-            column.store<kTokens>(token, end, [&](int at) { return relu_squared(sum(at)) * scale; });
+            store_all<kTokens, kRow>(column, sums, own_bias, token, end, [](float x) { return relu_squared(x); });
         else if (activation == kGeluTanh)
-            column.store<kTokens>(token, end, [&](int at) { return gated<kGeluTanh>(sum(at), 1.0f) * scale; });
-        else column.store<kTokens>(token, end, [&](int at) { return gated(sum(at), 1.0f, activation) * scale; });
+            store_all<kTokens, kRow>(column, sums, own_bias, token, end,
+                                     [](float x) { return gated<kGeluTanh>(x, 1.0f); });
+        else {
+            int kind = activation;
+            store_all<kTokens, kRow>(column, sums, own_bias, token, end,
+                                     [kind](float x) { return gated(x, 1.0f, kind); });
+        }
+    }
+
+    template <int kTokens, int kRow, class Sums, class Activate>
+    __device__ __forceinline__ void store_all(const OperandColumn& column, const Sums& sums, float bias, int token,
+                                              int end, Activate activate) const {
+        column.store<kTokens>(token, end, [&](int j, float (&y)[2]) {
+            auto batch = sums.batch(j);
+#pragma unroll
+            for (int c = 0; c < 2; ++c) y[c] = column.kept(activate(batch(kRow, c, bias)) * scale);
+        });
     }
 };

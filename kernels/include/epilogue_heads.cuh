@@ -2,8 +2,7 @@
 // 2104.09864), scaling into half's range, and the write to where attention has them. rope.cu's rotate_qkv makes the
 // same bits of sums that went through memory; here they need not.
 #pragma once
-#include "epilogue.cuh"
-#include "sm90.cuh"
+#include "epilogue_sm90.cuh"
 
 // A launch's outputs: the heads of q, then of k, then of v, of which nkv may be 0. The rest is as rotate_qkv has it
 // (rope.cu); table may be null, where nothing is rotated.
@@ -31,17 +30,20 @@ template <class Config, bool kNormed, bool kInterleaved, int kSecond>
 struct HeadsEpilogue {
     static constexpr int kTokens = Config::kTokens, kHeadDim = Config::kHeadDim, kWarpgroups = Config::kWarpgroups;
     static constexpr int kHalf = kHeadDim / 2, kThird = 24 - kSecond;
-    // Of 8 tokens, in a group of them: fewer where threads have fewer registers; and groups.
-    static constexpr int kBatches = kWarpgroups == 3 ? 2 : 4, kGroups = kTokens / (8 * kBatches);
+    // Of 8 tokens, in a group of them: fewer where threads have fewer registers.
+    static constexpr int kBatches = kWarpgroups == 3 || kHeadDim == 64 ? 2 : 4;
+    using Rows = TokenRows<kTokens, kSecond == 16 ? RowOrder::kPaired : RowOrder::kPlain>;
     static constexpr int kWarpgroupsAHead = kHeadDim == 128 && kWarpgroups == 2 ? 2 : 1;  // that a block has
     static constexpr int kThreadsAHead = 128 * kWarpgroupsAHead;
     // Whether halves of a head may be in two blocks.
     static constexpr bool kPartners = kNormed && kHeadDim == 128 && kWarpgroupsAHead == 1;
-    // In shared memory, for each warpgroup and of each token: its four warps' sums of squares; the inverse root mean
-    // square, of the warpgroup's head; where there are partners, their sum, of two output tiles in turn. Then the
-    // barriers on which partners' sums come.
-    static constexpr int kFloats = (kPartners ? 7 : 5) * kTokens, kSumsBytes = kWarpgroups * kFloats * 4;
-    static constexpr int kSharedBytes = kNormed ? kSumsBytes + (kPartners ? kWarpgroups * Barrier::kBytes : 0) : 0;
+    // In shared memory, for each warpgroup and of each token: its four warps' sums of squares, and then in their place
+    // what it writes (Rows); the inverse root mean square, of the warpgroup's head; where there are partners, their sum,
+    // of two output tiles in turn. Then the barriers on which partners' sums come.
+    static constexpr int kPlace = Rows::kBytes / 4 > 4 * kTokens ? Rows::kBytes / 4 : 4 * kTokens;
+    static constexpr int kFloats = kPlace + (kPartners ? 3 : 1) * kTokens, kSumsBytes = kWarpgroups * kFloats * 4;
+    static constexpr int kSharedBytes =
+        kNormed ? kSumsBytes + (kPartners ? kWarpgroups * Barrier::kBytes : 0) : kWarpgroups * Rows::kBytes;
     static_assert(kHeadDim == 64 || kHeadDim == 128, "a warpgroup has a head, or half of one");
     static_assert(kTokens % 64 == 0, "lanes share sums of 64 tokens");
     static_assert(!kNormed || !kInterleaved, "rope.cu adds up squares in another order there");
@@ -67,11 +69,10 @@ struct HeadsEpilogue {
         float given = __shfl_xor_sync(0xffffffffu, upper ? first : second, lanes);
         return (upper ? second : first) + given;
     }
-    // A lane gets, of two values that it and the one `lanes` from it have of two tokens (or two rows), both of one.
-    template <class T>
-    __device__ __forceinline__ void trade(T& first, T& second, int lanes) const {
+    // A lane gets, of two values that it and the one `lanes` from it have of two tokens, both of one.
+    __device__ __forceinline__ void trade(float& first, float& second, int lanes) const {
         bool upper = thread & lanes;
-        T given = __shfl_xor_sync(0xffffffffu, upper ? first : second, lanes);
+        float given = __shfl_xor_sync(0xffffffffu, upper ? first : second, lanes);
         first = upper ? given : first, second = upper ? second : given;
     }
     // The same of pairs of halves.
@@ -80,30 +81,27 @@ struct HeadsEpilogue {
         return __byte_perm(pair, given, thread & lanes ? 0x3276 : 0x5410);
     }
 
-    // What a group of tokens needs, which is on its way before the group's turn comes. angle: of a lane's pair, of both
-    // of its tokens of a batch; interleaved: of both of its pairs, of the token that it gets. row: of k and v, that its
-    // token has.
-    struct Needed {
-        float2 angle[kBatches][2];
-        int row[kBatches];
-    };
+    // The angles of a group of tokens, which are on their way before the group's turn comes: of a lane's pair, of both of
+    // its tokens of a batch; interleaved: of both of its pairs, of the token that it gets.
+    using Angles = float2[kBatches][2];
 
-    // at: the lane's column. token: its first of the group; angles are read beyond `end`, too.
-    __device__ __forceinline__ Needed needed(int at, int token, int end, bool turns, const int* rows) const {
-        Needed all;
-        int odd = thread >> 2 & 1;
-        const float2* from =
-            heads.table + static_cast<int64_t>(token + (kInterleaved ? odd : 0)) * kHalf + (kInterleaved ? at / 2 : at);
+    // What this warpgroup's outputs are written with.
+    __device__ __forceinline__ Rows rows() const {
+        int warpgroup = thread / 128;
+        uint8_t* place = memory + Config::kEpilogueOffset + warpgroup * (kNormed ? kFloats * 4 : Rows::kBytes);
+        return {place, 1 + kWarpgroups + warpgroup, thread};
+    }
+
+    // at: the lane's column. token: the group's first. Angles are read beyond the tile's end, too.
+    __device__ __forceinline__ void load(Angles& angles, int at, int token, bool turns) const {
+        token += thread % 4 * 2 + (kInterleaved ? thread >> 2 & 1 : 0);
+        const float2* from = heads.table + static_cast<int64_t>(token) * kHalf + (kInterleaved ? at / 2 : at);
 #pragma unroll
-        for (int i = 0; i < kBatches; ++i, from += 8 * kHalf) {
+        for (int i = 0; i < kBatches; ++i, from += 8 * kHalf)
 #pragma unroll
             for (int c = 0; c < 2; ++c)
-                all.angle[i][c] =
+                angles[i][c] =
                     load_where(turns, from + c * (kInterleaved ? kHalf / 2 : kHalf), make_float2(1.0f, 0.0f));
-            int own = token + 8 * i + odd;
-            all.row[i] = load_where(rows != nullptr && own < end, rows + own, own);
-        }
-        return all;
     }
 
     // Gives this warpgroup's sums to its partner, and adds the partner's: of one token after another, 128 apart.
@@ -161,8 +159,8 @@ struct HeadsEpilogue {
             sums[i] = four(of + i * kThreadsAHead);
             if constexpr (kWarpgroupsAHead == 2) sums[i] += four(of + kFloats + i * kThreadsAHead);
         }
-        if constexpr (kPartners) add_partners(sums, floats + warpgroup * kFloats + (5 + parity) * kTokens);
-        float* inverse = of + 4 * kTokens;
+        if constexpr (kPartners) add_partners(sums, floats + warpgroup * kFloats + kPlace + (1 + parity) * kTokens);
+        float* inverse = of + kPlace;
 #pragma unroll
         for (int i = 0; i < kOwn; ++i)
             if (i * kThreadsAHead + in_head < kTokens)
@@ -177,61 +175,64 @@ struct HeadsEpilogue {
     template <class Sums>
     __device__ __forceinline__ void store(const Sums& sums, const float (&bias)[2], int column, int row, int first,
                                           int end) const {
-        int lane = thread % 32, number = column / kHeadDim, at = column % kHeadDim + row;
-        bool is_q = number < heads.nq, is_v = number >= heads.nq + heads.nkv, odd = lane & 4, upper = lane & kSecond;
+        int number = column / kHeadDim, at = column % kHeadDim + row;
+        bool is_q = number < heads.nq, is_v = number >= heads.nq + heads.nkv;
         int of = is_q ? heads.nq : heads.nkv, slot = is_q ? number : is_v ? number - of - heads.nq : number - heads.nq;
         bool normed = kNormed && !is_v, turns = !is_v && heads.table != nullptr && end > 0;
         // A power of two: to multiply by it first is the same.
         float scale = is_q ? *heads.q_scale : is_v ? *heads.v_scale : *heads.k_scale, weight[2] = {scale, scale};
-        const int* rows = is_q ? nullptr : heads.kv_rows;
+        const int* numbers = is_q ? nullptr : heads.kv_rows;
         const float* inverse = nullptr;
         float y[kTokens / 2];
 #pragma unroll
-        for (int i = 0; i < kTokens / 2; ++i) y[i] = sums(i, bias[i / 2 % 2]);
-        int token = first + lane % 4 * 2;
-        Needed next = needed(at, token, end, turns, rows);
+        for (int j = 0; j < kTokens / 8; ++j) {
+            auto batch = sums.batch(j);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) y[4 * j + i] = batch(i / 2, i % 2, bias[i / 2]);
+        }
+        Angles angles[2];  // of a group and the next
+        load(angles[0], at, first, turns);
         if constexpr (kNormed) {
             const float* norm = is_q ? heads.q_norm : heads.k_norm;
             weight[0] *= load_where(normed, norm + at, 1.0f), weight[1] *= load_where(normed, norm + at + kHalf, 1.0f);
-            inverse = inverse_rms(y) + lane % 4 * 2;
+            inverse = inverse_rms(y) + thread % 4 * 2;
         }
-        int stride = of * kHeadDim * 2;  // bytes from one row to the next
-        half_t* first_head = is_q ? heads.q : is_v ? heads.v : heads.k;
-        uint8_t* out = reinterpret_cast<uint8_t*>(first_head + slot * kHeadDim + (at & ~3) + (upper ? kHalf : 0));
         auto turn = [](float& a, float& b, const float2& angle) {
             float x = fmaf(a, angle.x, -(b * angle.y));
             b = fmaf(b, angle.x, a * angle.y), a = x;
         };
+        auto make = [&](int j, uint32_t (&pairs)[2]) {
+            int i = j % kBatches;
+            const float2(&angle)[2] = angles[j / kBatches % 2][i];
+            if (i == 0 && j + kBatches < kTokens / 8)
+                load(angles[(j / kBatches + 1) % 2], at, first + 8 * (j + kBatches), turns);
+            float z[2][2];  // [row][token]
 #pragma unroll
-        for (int group = 0; group < kGroups; ++group) {
-            const Needed now = next;
-            if (group + 1 < kGroups) next = needed(at, token + (group + 1) * 8 * kBatches, end, turns, rows);
-#pragma unroll
-            for (int i = 0; i < kBatches; ++i) {
-                int j = group * kBatches + i;
-                float z[2][2];  // [row][token]
-#pragma unroll
-                for (int c = 0; c < 2; ++c) {
-                    float low = y[4 * j + c], high = y[4 * j + 2 + c];
-                    if constexpr (kNormed) {
-                        float r = normed ? inverse[8 * j + c] : 1.0f;
-                        low *= r, high *= r;
-                    }
-                    z[0][c] = low * weight[0], z[1][c] = high * weight[1];
-                    if constexpr (!kInterleaved) turn(z[0][c], z[1][c], now.angle[i][c]);
+            for (int c = 0; c < 2; ++c) {
+                float low = y[4 * j + c], high = y[4 * j + 2 + c];
+                if constexpr (kNormed) {
+                    float r = normed ? inverse[8 * j + c] : 1.0f;
+                    low *= r, high *= r;
                 }
-                uint32_t four[2];  // two columns of a row's of one token, then four columns of it
-#pragma unroll
-                for (int row = 0; row < 2; ++row) {
-                    if constexpr (kInterleaved)
-                        trade(z[row][0], z[row][1], 4), turn(z[row][0], z[row][1], now.angle[i][row]);
-                    four[row] = pack_half2(z[row][0], z[row][1]);
-                    if constexpr (!kInterleaved) four[row] = trade_halves(four[row], 4);
-                }
-                trade(four[0], four[1], kSecond);
-                store_where(token + 8 * j + odd < end, out + static_cast<int64_t>(now.row[i]) * stride,
-                            make_uint2(four[0], four[1]));
+                z[0][c] = low * weight[0], z[1][c] = high * weight[1];
+                if constexpr (!kInterleaved) turn(z[0][c], z[1][c], angle[c]);
             }
-        }
+#pragma unroll
+            for (int row = 0; row < 2; ++row) {
+                if constexpr (kInterleaved)  // for a while lanes have two columns of one token
+                    trade(z[row][0], z[row][1], 4), turn(z[row][0], z[row][1], angle[row]);
+                pairs[row] = pack_half2(z[row][0], z[row][1]);
+                if constexpr (kInterleaved) pairs[row] = trade_halves(pairs[row], 4);
+            }
+        };
+        int64_t stride = of * kHeadDim;  // from one row to the next
+        half_t* out = (is_q ? heads.q : is_v ? heads.v : heads.k) + slot * kHeadDim + column % kHeadDim;
+        auto write = [&](int stage, int i, int tile, int own, const uint4& eight) {
+            int token = first + rows().token(stage, i);
+            int64_t row = load_where(numbers != nullptr && token < end, numbers + token, token);
+            store_where(token < end, out + row * stride + tile * kHalf + own, eight);
+        };
+        rows().store(make, write);
+        if constexpr (kNormed) sync_threads<128>(rows().barrier);  // the next tile's sums come in their place
     }
 };

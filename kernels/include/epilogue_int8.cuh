@@ -1,8 +1,7 @@
 // What Hopper's GEMM in int8 does with the sums in its accumulators, where that is not as elsewhere (epilogue.cuh).
 #pragma once
-#include "epilogue.cuh"
+#include "epilogue_sm90.cuh"
 #include "int8.cuh"
-#include "sm90.cuh"
 
 // The scales of a token tile's tokens. They are loaded before the sums are made, a few by each lane, and handed around
 // in the warp when they are needed.
@@ -29,38 +28,41 @@ template <int kTokens>
 struct Int8Sums {
     const int (&acc)[kTokens / 2];
     const float (&row_scale)[2];
-    float token_scale[kTokens / 4];  // of pairs of tokens that are 8 apart
+    const TokenScales<kTokens>& tokens;
 
-    __device__ __forceinline__ Int8Sums(const int (&acc)[kTokens / 2], const float (&row_scale)[2],
-                                        const TokenScales<kTokens>& tokens)
-        : acc(acc), row_scale(row_scale) {
-#pragma unroll
-        for (int i = 0; i < kTokens / 4; ++i) token_scale[i] = tokens.of(i / 2, i % 2);
-    }
-    __device__ __forceinline__ float operator()(int at, float bias) const {
-        return int8_output(acc[at], row_scale[at / 2 % 2], token_scale[at / 4 * 2 + at % 2], bias);
+    struct Batch {
+        const int* acc;
+        const float (&row_scale)[2];
+        float token_scale[2];
+
+        __device__ __forceinline__ float operator()(int i, int c, float bias) const {
+            return int8_output(acc[2 * i + c], row_scale[i], token_scale[c], bias);
+        }
+    };
+    // All lanes of a warp call this.
+    __device__ __forceinline__ Batch batch(int j) const {
+        return {acc + 4 * j, row_scale, {tokens.of(j, 0), tokens.of(j, 1)}};
     }
 };
 
-// gemm_linear's outputs of a thread's two rows, which are those of int8_row (int8.cuh): float32, with rows `ldo` apart,
-// or (kGrouped) halves. Four lanes trade, so that each has four neighbouring columns of one of their tokens: it then
-// writes words of 16 bytes at once, and eight lanes whole sectors of memory; but where not kWhole, the words of an
-// output are not aligned, and columns may end within one.
-template <int kTokens, bool kGrouped, bool kWhole>
+// gemm_linear's outputs of a thread's two rows, which are those of int8_row (int8.cuh): float32, with rows `ldo` apart.
+// Four lanes trade, so that each has four neighbouring columns of one of their tokens: it then writes words of 16 bytes
+// at once, and eight lanes whole sectors of memory; but where not kWhole, the words of an output are not aligned, and
+// columns may end within one.
+template <int kTokens, bool kWhole>
 struct FourColumns {
-    const int (&acc)[kTokens / 2];
-    const float (&row_scale)[2], (&bias)[2];
-    const TokenScales<kTokens>& tokens;
+    const Int8Sums<kTokens>& sums;
+    const float (&bias)[2];
 
     // out: row 0's first column that the lane writes, and `columns` the number of those that there are. token: the
     // thread's first; those before `end` are written. add: outputs are added to what is there.
-    __device__ __forceinline__ void store(void* out, int ldo, int columns, int token, int end, int add) const {
-        if (!kGrouped && add) store_all<true>(out, ldo, columns, token, end);
+    __device__ __forceinline__ void store(float* out, int ldo, int columns, int token, int end, int add) const {
+        if (add) store_all<true>(out, ldo, columns, token, end);
         else store_all<false>(out, ldo, columns, token, end);
     }
 
     template <bool kAdd>
-    __device__ __forceinline__ void store_all(void* out, int ldo, int columns, int token, int end) const {
+    __device__ __forceinline__ void store_all(float* out, int ldo, int columns, int token, int end) const {
         int slot = threadIdx.x % 32 / 4;
         bool odd = slot & 1, upper = slot & 4;
         token += odd;
@@ -68,13 +70,13 @@ struct FourColumns {
         uint64_t at = static_cast<uint64_t>(token) * ldo, step = 8 * static_cast<uint64_t>(ldo);
 #pragma unroll
         for (int j = 0; j < kTokens / 8; ++j, at += step) {
-            float y[2][2], scale[2] = {tokens.of(j, 0), tokens.of(j, 1)};
+            float y[2][2];
+            auto batch = sums.batch(j);
             // y: [row][token], then [row][column] of one token, then four columns of one row's.
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
 #pragma unroll
-                for (int c = 0; c < 2; ++c)
-                    y[i][c] = int8_output(acc[4 * j + 2 * i + c], row_scale[i], scale[c], bias[i]);
+                for (int c = 0; c < 2; ++c) y[i][c] = batch(i, c, bias[i]);
                 float given = __shfl_xor_sync(0xffffffffu, odd ? y[i][0] : y[i][1], 4);
                 y[i][0] = odd ? given : y[i][0], y[i][1] = odd ? y[i][1] : given;
             }
@@ -83,17 +85,13 @@ struct FourColumns {
                 float given = __shfl_xor_sync(0xffffffffu, upper ? y[0][c] : y[1][c], 16);
                 y[0][c] = upper ? given : y[0][c], y[1][c] = upper ? y[1][c] : given;
             }
-            if (token + 8 * j < end) write<kAdd>(out, at, columns, y);
+            if (token + 8 * j < end) write<kAdd>(out + at, columns, y);
         }
     }
 
     template <bool kAdd>
-    __device__ __forceinline__ static void write(void* out, uint64_t at, int columns, const float (&y)[2][2]) {
-        float* to = static_cast<float*>(out) + at;
-        if constexpr (kGrouped) {
-            uint2 words = make_uint2(pack_half2(y[0][0], y[0][1]), pack_half2(y[1][0], y[1][1]));
-            *reinterpret_cast<uint2*>(static_cast<half_t*>(out) + at) = words;
-        } else if constexpr (kWhole) {
+    __device__ __forceinline__ static void write(float* to, int columns, const float (&y)[2][2]) {
+        if constexpr (kWhole) {
             float4 four = make_float4(y[0][0], y[0][1], y[1][0], y[1][1]);
             if constexpr (kAdd) reduce_add(to, four);
             else *reinterpret_cast<float4*>(to) = four;

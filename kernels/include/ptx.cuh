@@ -88,9 +88,9 @@ __device__ __forceinline__ int load_where(bool inside, const int* from, int othe
     return otherwise;
 }
 
-__device__ __forceinline__ void store_where(bool inside, void* to, uint2 value) {
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %3, 0; @p st.global.v2.b32 [%0], {%1, %2};}" ::"l"(to), "r"(value.x),
-                 "r"(value.y), "r"(static_cast<int>(inside))
+__device__ __forceinline__ void store_where(bool inside, void* to, const uint4& value) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %5, 0; @p st.global.v4.b32 [%0], {%1, %2, %3, %4};}" ::"l"(to),
+                 "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(static_cast<int>(inside))
                  : "memory");
 }
 

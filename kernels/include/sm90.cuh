@@ -47,6 +47,14 @@ __device__ __forceinline__ void reduce_add(float* to, const float4& values) {
                  : "memory");
 }
 
+// Stores four 8x8 matrices of halves, each turned over: a lane has of each matrix two neighbouring columns (lane % 4 * 2
+// and the next) of one row (lane / 4), and gives the shared address of column lane % 8 of matrix lane / 8, 16 bytes.
+__device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t (&r)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]),
+                 "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+}
+
 // Cluster, and registers between warpgroups ---------------------------------------------------------------------------
 
 // All threads of the cluster wait for one another.

@@ -372,8 +372,8 @@ template <class T>
 inline T load_where(bool inside, const T* from, T otherwise) {
     return inside ? *from : otherwise;
 }
-inline void store_where(bool inside, void* to, uint2 value) {
-    if (inside) *static_cast<uint2*>(to) = value;
+inline void store_where(bool inside, void* to, const uint4& value) {
+    if (inside) *static_cast<uint4*>(to) = value;
 }
 inline void reduce_add(float* to, float value) {
     *to += value;
@@ -489,6 +489,17 @@ struct Barrier {  // kernels/include/barriers.cuh
 inline void fence_barrier_init() {}
 inline void store_in(int block, uint32_t address, float value) {
     memcpy(shared_memory[block] + address, &value, sizeof(value));
+}
+inline void store_matrices(uint32_t address, const uint32_t (&r)[4]) {
+    int warp = fibers.current / 32, lane = fibers.current % 32;
+    fibers.held[warp][lane][0] = address;
+    meet_warp();
+    for (int i = 0; i < 8; ++i) {
+        uint32_t to = fibers.held[warp][i / 2 * 8 + lane % 4 * 2 + i % 2][0] + lane / 4 * 2;
+        half_t value = static_cast<half_t>(r[i / 2] >> 16 * (i % 2));
+        memcpy(own_memory() + to, &value, 2);
+    }
+    meet_warp();
 }
 inline void bulk_copy(uint32_t destination, const void* source, int bytes, Barrier barrier, bool) {
     memcpy(own_memory() + destination, source, bytes);

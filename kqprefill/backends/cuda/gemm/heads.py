@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from ..device.arrays import DeviceArray
 from ..device.signatures import Argument
-from .tiles import TileConfig
+from .tiles import TOKEN_ROWS_BYTES, TileConfig
 
 _Config = TypeVar("_Config", bound=TileConfig)
 
@@ -34,13 +34,14 @@ class HeadsKind:
         return replace(config, cluster=2) if self.head_dim == 128 and config.warpgroups % 2 else config
 
     def shared_bytes(self, config: TileConfig) -> int:
-        """Of a block, of each token: warps' sums of squares and an inverse root mean square; where blocks have halves
-        of heads, sums that they give each other, twice, and a barrier."""
-        if not self.normed:
-            return 0
-        of_warpgroup = 4 * 5 * config.tokens
-        if self.head_dim == 128 and config.warpgroups == 3:
-            of_warpgroup += 4 * 2 * config.tokens + 8
+        """Of a block, for each warpgroup: of each token its warps' sums of squares, and in their place what it writes;
+        of each an inverse root mean square; where blocks have halves of heads, sums that they give each other, twice,
+        and a barrier."""
+        of_warpgroup = TOKEN_ROWS_BYTES
+        if self.normed:
+            of_warpgroup = max(TOKEN_ROWS_BYTES, 4 * 4 * config.tokens) + 4 * config.tokens
+            if self.head_dim == 128 and config.warpgroups == 3:
+                of_warpgroup += 4 * 2 * config.tokens + 8
         return config.warpgroups * of_warpgroup
 
     def constants(self, config: TileConfig) -> dict[str, int]:
@@ -58,7 +59,11 @@ HEADS_KINDS = tuple(
     for head_dim in (64, 128)
     for normed, interleaved in ((False, False), (False, True), (True, False))
 )  # all that there are
-NO_HEADS = {"HEAD_DIM": 0, "EPILOGUE_BYTES": 0}  # the same of other products
+
+
+def no_heads(epilogue_bytes: int) -> dict[str, int]:
+    """The same of other products, whose epilogue takes so many bytes of shared memory."""
+    return {"HEAD_DIM": 0, "EPILOGUE_BYTES": epilogue_bytes}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ..device.gpu import GpuFacts
 from ..device.launcher import Launches
 from ..units import unit_size
 from ..weights.matrix import Matrix
-from .heads import NO_HEADS, HeadsKind, HeadsOutput
+from .heads import HeadsKind, HeadsOutput, no_heads
 from .operand import Gemm, Groups, Operand, listed, made_into, number_of
 from .tensor_maps import TensorMaps
 from .tiles import TileConfig, Told, cheapest, row_tiles, side_by_side
@@ -43,7 +43,7 @@ class HopperConfig(TileConfig):
         grouped: over a stack of experts of one type. activated: of one matrix without a gate, whose outputs go through
         an activation. heads: of q, k and v, whose outputs become such heads.
         """
-        of_heads = heads.constants(self) if heads else NO_HEADS
+        of_heads = heads.constants(self) if heads else no_heads(self.epilogue_bytes(bool(self.gated), grouped))
         layout = self._layout(types, of_heads["EPILOGUE_BYTES"])
         spared = len(types) == 1 or self.tokens < 256  # consumers of heads need no more
         more = len({unit_size(t)[0] for t in types}) > 1 or (heads is not None and spared)

@@ -16,7 +16,7 @@ from ..device.launcher import Grid, Launches, begun_early
 from ..device.signatures import Argument
 from ..device.workspace import Workspace
 from ..weights.matrix import Matrix
-from .heads import NO_HEADS, HeadsKind, HeadsOutput
+from .heads import HeadsKind, HeadsOutput, no_heads
 from .int8 import Int8Gemm, Kind, in_fours
 from .operand import Groups, Operand, listed, made_into, number_of
 from .tensor_maps import TensorMaps
@@ -37,7 +37,10 @@ class HopperInt8Config(TileConfig):
     @cache
     def program(self, kind: Kind, whole: bool = True, heads: HeadsKind | None = None) -> Program:
         """whole: outputs begin in_fours. heads: what outputs become, of q, k and v."""
-        of_heads = heads.constants(self) if heads else NO_HEADS
+        more = no_heads(self.epilogue_bytes(kind.gated, kind.grouped))
+        if heads:
+            more = heads.constants(self)
+        stages = self._stages(more["EPILOGUE_BYTES"])
         constants = {
             "TOKENS": self.tokens,
             "WARPGROUPS": self.warpgroups,
@@ -46,18 +49,18 @@ class HopperInt8Config(TileConfig):
             "CLUSTER": self.cluster,
             "SHARERS": self.sharers,
             "STEPS": self._steps,
-            "STAGES": self._stages,
+            "STAGES": stages,
             "PRODUCER_REGISTERS": _PRODUCER_REGISTERS,
             "CONSUMER_REGISTERS": self.consumer_registers(self.blocks, _PRODUCER_REGISTERS),
             "WHOLE": int(whole),
-            **of_heads,
+            **more,
         }
         defines = tuple((name, str(value)) for name, value in constants.items())
         return Program(
             "gemm_int8_sm90.cu",
             (*kind.constants, *defines),
             self.threads,
-            self._stages * self._stage_bytes + _TILE_BYTES + of_heads["EPILOGUE_BYTES"],
+            stages * self._stage_bytes + _TILE_BYTES + more["EPILOGUE_BYTES"],
         )
 
     def cost(self, m: int, row_tiles: int, multiprocessors: int, experts: int = 0) -> int:
@@ -78,10 +81,10 @@ class HopperInt8Config(TileConfig):
     def _stage_bytes(self) -> int:
         return self._steps * (self.warpgroups * self.tiles * _TILE_BYTES + self.tokens * ROTATED)
 
-    @property
-    def _stages(self) -> int:
-        """As many as fit, but no more than hide what memory takes."""
-        return min(16 if self.begins_early else 8, (self.room(self.blocks) - _TILE_BYTES) // self._stage_bytes)
+    def _stages(self, epilogue: int) -> int:
+        """As many as fit beside an epilogue's bytes, but no more than hide what memory takes."""
+        room = self.room(self.blocks) - _TILE_BYTES - epilogue
+        return min(16 if self.begins_early else 8, room // self._stage_bytes)
 
 
 # fmt: off

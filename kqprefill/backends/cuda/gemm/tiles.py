@@ -12,6 +12,8 @@ from ..weights.matrix import Matrix
 
 _REGISTERS = 65536  # of a multiprocessor
 _MOST_REGISTERS = 248  # of a thread, in eights
+# Of shared memory, in kernels/include/token_rows.cuh: TokenRows' of a warpgroup, OperandRows' of a block.
+TOKEN_ROWS_BYTES, _OPERAND_ROWS_BYTES = 4096, 8192
 _SHARED_MEMORY = 228 << 10  # of a multiprocessor of compute capability 9.0; each block takes 1 KB of it besides its own
 
 
@@ -43,6 +45,13 @@ class TileConfig:
     def box_rows(self) -> int:
         """Tokens that a block brings at a time: rows of a box of the operand's tensor map."""
         return self.tokens // self.sharers
+
+    def epilogue_bytes(self, gated: bool, grouped: bool) -> int:
+        """Of shared memory through which a block's outputs leave (kernels/include/token_rows.cuh): those of gate and up
+        where two warpgroups have a group of features; of other products those of experts."""
+        if gated:
+            return _OPERAND_ROWS_BYTES if self.warpgroups == 2 else 0
+        return self.warpgroups * TOKEN_ROWS_BYTES if grouped else 0
 
     @property
     def threads(self) -> int:

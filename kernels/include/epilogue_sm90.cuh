@@ -1,0 +1,69 @@
+// Hopper's GEMMs' outputs that leave through shared memory (token_rows.cuh): those of experts, and of gate and up.
+#pragma once
+#include "epilogue.cuh"
+#include "token_rows.cuh"
+
+// A grouped gemm_linear's outputs: halves, with rows `ldo` apart, times a scale that is in the sums already, and in the
+// bias. Experts give many times a token's values, which are read once: they are as short as can be.
+template <int kTokens, RowOrder kOrder>
+struct ExpertOutput {
+    using Rows = TokenRows<kTokens, kOrder>;
+    half_t* out;  // at the first column of this warpgroup's row tiles
+    int ldo, columns;
+    uint8_t* memory;  // Rows::kBytes of shared memory for each warpgroup of the block
+
+    // Writes the outputs of tokens first, the tile's first, to end - 1. sums: as HalfSums.
+    template <class Sums>
+    __device__ __forceinline__ void store(const Sums& sums, const float (&bias)[2], int first, int end) const {
+        int warpgroup = thread_here() / 128;
+        Rows rows = {memory + warpgroup * Rows::kBytes, 1 + warpgroup};
+        auto make = [&](int j, uint32_t (&pairs)[2]) {
+            auto batch = sums.batch(j);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) pairs[i] = pack_half2(batch(i, 0, bias[i]), batch(i, 1, bias[i]));
+        };
+        auto write = [&](int stage, int i, int tile, int column, const uint4& eight) {
+            int64_t token = first + rows.token(stage, i);
+            column += tile * TILE_ROWS;
+            store_where(token < end && column < columns, out + token * ldo + column, eight);
+        };
+        rows.store(make, write);
+    }
+};
+
+// gemm_gated's outputs, scale * act(gate) * up of `features` features: an operand, with rows `ldo` apart.
+struct GatedOutput {
+    half_t* out;
+    int ldo, features;
+    float scale;
+    int activation;
+    uint8_t* memory;  // of OperandRows, where two warpgroups have a group of features
+
+    // Of feature first + row, and of tokens `token`, the tile's first, to end - 1: the sums' row 0 is gate's, row 1 up's.
+    template <int kTokens, int kWarpgroups, class Sums>
+    __device__ __forceinline__ void store_transposed(const Sums& sums, const float* gate_bias, const float* up_bias,
+                                                     int expert, int first, int row, int token, int end) const {
+        OperandColumn column = {out, ldo, features, first + row, row};
+        Biases biases = {expert, features, first + row, column.exists()};
+        float gate_b = biases.of(gate_bias), up_b = biases.of(up_bias);
+        if (activation == kSilu) store_all<kSilu, kTokens, kWarpgroups>(column, sums, gate_b, up_b, token, end);
+        else if (activation == kGeluTanh)
+            store_all<kGeluTanh, kTokens, kWarpgroups>(column, sums, gate_b, up_b, token, end);
+        else store_all<kSwigluOai, kTokens, kWarpgroups>(column, sums, gate_b, up_b, token, end);
+    }
+
+    template <int kActivation, int kTokens, int kWarpgroups, class Sums>
+    __device__ __forceinline__ void store_all(const OperandColumn& column, const Sums& sums, float gate_bias,
+                                              float up_bias, int token, int end) const {
+        auto make = [&](int j, float (&y)[2]) {
+            auto batch = sums.batch(j);
+#pragma unroll
+            for (int c = 0; c < 2; ++c)
+                y[c] = column.kept(gated<kActivation>(batch(0, c, gate_bias), batch(1, c, up_bias)) * scale);
+        };
+        if constexpr (kWarpgroups == 2) {
+            half_t* group = out + column.feature / kOperandGroup * kOperandGroup;
+            OperandRows<kTokens>{memory, 1}.store(group, ldo, token, column.inside() ? end : 0, make);
+        } else column.store<kTokens>(token + thread_here() % 4 * 2, end, make);
+    }
+};
