@@ -14,18 +14,19 @@ static_assert(ARRANGE_THREADS == MOST_EXPERTS, "arrange: a thread an expert");
 
 constexpr int kNoExpert = 0x7fffffff;
 
+// A number that is as much larger as a value is; -0 is 0. NaNs have a place, too, so that lanes agree on the largest.
+__device__ __forceinline__ uint32_t in_order(float value) {
+    uint32_t bits = __float_as_uint(value + 0.0f);
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
 // Of the values that a warp's lanes have, each with its expert, the largest, and of equals the one with the lowest
-// number: to all lanes. A lane without any has kNoExpert. Of NaNs lanes would each find another, and take more than one
-// expert at a time, until there were none left: all take what the first found.
+// number: to all lanes. Expert e is lane e % 32's. A lane without any has kNoExpert.
 __device__ __forceinline__ void best_of_warp(float& best, int& expert) {
-#pragma unroll
-    for (int offset = 16; offset; offset >>= 1) {
-        float other = __shfl_xor_sync(0xffffffffu, best, offset);
-        int other_expert = __shfl_xor_sync(0xffffffffu, expert, offset);
-        if (other > best || (other == best && other_expert < expert) || expert == kNoExpert)
-            best = other, expert = other_expert;
-    }
-    expert = __shfl_sync(0xffffffffu, expert, 0);
+    uint32_t own = expert == kNoExpert ? 0 : in_order(best), largest = __reduce_max_sync(0xffffffffu, own);
+    uint32_t lowest = own == largest ? kNoExpert - expert : 0;
+    expert = kNoExpert - __reduce_max_sync(0xffffffffu, lowest);
+    best = __shfl_sync(0xffffffffu, best, expert);
 }
 
 // Finds the `used` largest of each of n tokens' scores, of equals the ones with the lowest numbers, and their shares. A
@@ -180,15 +181,22 @@ extern "C" __global__ void __launch_bounds__(ARRANGE_THREADS)
     arrange(int* counts, int blocks, int experts, int gated_tokens, Group* gated_groups, int* gated_count,
             int linear_tokens, Group* linear_groups, int* linear_count) {
     begin_kernel();
+    constexpr int kAtOnce = 16;  // loads on their way
     int expert = threadIdx.x, total = 0, all;
     bool inside = expert < experts;
-    for (int c = 0; c < blocks && inside; ++c) total += counts[static_cast<uint64_t>(c) * experts + expert];
+    auto count = [&](int block) { return counts + static_cast<uint64_t>(block) * experts + expert; };
+#pragma unroll kAtOnce
+    for (int c = 0; c < blocks; ++c) total += inside ? *count(c) : 0;
     int first = block_scan<ARRANGE_THREADS>(total, all), next = first;
-    for (int c = 0; c < blocks && inside; ++c) {
-        int& count = counts[static_cast<uint64_t>(c) * experts + expert];
-        int own = count;
-        count = next;
-        next += own;
+    for (int begin = 0; begin < blocks && inside; begin += kAtOnce) {
+        int own[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) own[i] = begin + i < blocks ? *count(begin + i) : 0;
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            if (begin + i < blocks) *count(begin + i) = next;
+            next += own[i];
+        }
     }
     GroupList{gated_groups, gated_count, gated_tokens}.fill(expert, first, first + total);
     GroupList{linear_groups, linear_count, linear_tokens}.fill(expert, first, first + total);
@@ -215,16 +223,26 @@ extern "C" __global__ void __launch_bounds__(32)
     }
 }
 
-// sorted[place_of[entry]] = x[entry / used]: rows of `stride` halves. A block copies the row of one entry.
+// sorted[place_of[entry]] = x[entry / used]: rows of `row_bytes`, a multiple of 16. And the same of their scales,
+// float32, if there are any (not null). A block reads the row of one token.
 extern "C" __global__ void __launch_bounds__(COPY_THREADS)
-    gather(const half_t* x, int used, int stride, const int* place_of, half_t* sorted) {
+    gather(const void* x, const float* scales, int used, int row_bytes, const int* place_of, void* sorted,
+           float* sorted_scales) {
     begin_kernel();
-    const uint4* from = reinterpret_cast<const uint4*>(x + static_cast<uint64_t>(blockIdx.x / used) * stride);
-    uint4* to = reinterpret_cast<uint4*>(sorted + static_cast<uint64_t>(place_of[blockIdx.x]) * stride);
-    for (int i = threadIdx.x; i < stride / 8; i += COPY_THREADS) to[i] = from[i];
+    place_of += blockIdx.x * used;
+    const uint8_t* from = static_cast<const uint8_t*>(x) + static_cast<uint64_t>(blockIdx.x) * row_bytes;
+    for (int at = threadIdx.x * 16; at < row_bytes; at += COPY_THREADS * 16) {
+        uint4 piece = *reinterpret_cast<const uint4*>(from + at);
+        for (int slot = 0; slot < used; ++slot) {
+            uint64_t to = static_cast<uint64_t>(place_of[slot]) * row_bytes + at;
+            *reinterpret_cast<uint4*>(static_cast<uint8_t*>(sorted) + to) = piece;
+        }
+    }
+    for (int slot = threadIdx.x; scales != nullptr && slot < used; slot += COPY_THREADS)
+        sorted_scales[place_of[slot]] = scales[blockIdx.x];
 }
 
-// The same of rows times their share, which is then 1: it has been given.
+// The same of halves, `stride` in a row, times their share, which is then 1: it has been given. A block has one entry.
 extern "C" __global__ void __launch_bounds__(COPY_THREADS)
     gather_shares(const half_t* x, int used, int stride, const int* place_of, float* share_of, half_t* sorted) {
     begin_kernel();

@@ -31,16 +31,3 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     row_norm[row] = length * more * (input != nullptr ? bits_to_float(loudest) : 1.0f);
     atomicMax(absmax, __float_as_uint(length));
 }
-
-// sorted[place_of[entry]] = rows[entry / used] and its scale: rows of `padded` bytes. A block copies the row of one
-// entry.
-extern "C" __global__ void __launch_bounds__(COPY_THREADS)
-    gather_rounded(const int8_t* rows, const float* scales, int used, int padded, const int* place_of, int8_t* sorted,
-                   float* sorted_scales) {
-    begin_kernel();
-    int row = blockIdx.x / used, place = place_of[blockIdx.x];
-    const uint4* from = reinterpret_cast<const uint4*>(rows + static_cast<uint64_t>(row) * padded);
-    uint4* to = reinterpret_cast<uint4*>(sorted + static_cast<uint64_t>(place) * padded);
-    for (int i = threadIdx.x; i < padded / 16; i += COPY_THREADS) to[i] = from[i];
-    if (threadIdx.x == 0) sorted_scales[place] = scales[row];
-}

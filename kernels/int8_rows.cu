@@ -86,7 +86,7 @@ __device__ __forceinline__ void round_row(const half_t* x, int stride, float x_s
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     round_rows(const half_t* x, int rows, int stride, const float* scale, int8_t* out, int padded, float* scales) {
     begin_kernel();
-    int row = blockIdx.x * (kThreads / 32 / WARPS) + threadIdx.x / (32 * WARPS);
+    int row = block_from_last() * (kThreads / 32 / WARPS) + threadIdx.x / (32 * WARPS);
     bool inside = row < rows;
     uint64_t from = inside ? row : 0;
     round_row<WARPS>(x + from * stride, stride, *scale, out + from * padded, padded, scales + from, inside);
@@ -99,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     begin_kernel();
     constexpr int kRows = kThreads / 32 / WARPS, kRowThreads = 32 * WARPS, kStaged = 16 * kKept * kRowThreads;
     __shared__ __align__(16) half_t staged[kRows][kStaged];  // rows, if they are short enough
-    int own = threadIdx.x / kRowThreads, row = blockIdx.x * kRows + own;
+    int own = threadIdx.x / kRowThreads, row = block_from_last() * kRows + own;
     bool inside = row < rows;
     uint64_t from = inside ? row : 0;
     out += from * stride;

@@ -20,8 +20,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     rms_norm(const float* x, const float* weight, half_t* out, int columns, int stride, float epsilon,
              const float* scale, const int* rows) {
     begin_kernel();
-    x += static_cast<uint64_t>(rows != nullptr ? rows[blockIdx.x] : blockIdx.x) * columns;
-    out += static_cast<uint64_t>(blockIdx.x) * stride;
+    int row = block_from_last();
+    x += static_cast<uint64_t>(rows != nullptr ? rows[row] : row) * columns;
+    out += static_cast<uint64_t>(row) * stride;
     normalise_row<kThreads>(x, weight, out, columns, stride, epsilon, *scale);
 }
 

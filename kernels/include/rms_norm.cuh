@@ -4,6 +4,12 @@
 #include "ptx.cuh"
 #include "reduce.cuh"
 
+// This block's number, counted from the last one. Rows that were written last are still in the L2 cache, and the next
+// kernel begins with those that were made last here.
+__device__ __forceinline__ int block_from_last() {
+    return gridDim.x - 1 - blockIdx.x;
+}
+
 // The sum of a row, known to all threads that share it: a block of kThreads has kRows rows side by side. Each thread
 // stands for kRows threads of a block that has one row, and has their sums, which are added up in that block's order.
 template <int kThreads, int kRows>

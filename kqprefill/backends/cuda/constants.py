@@ -29,7 +29,7 @@ _THREADS = {
     "PER_LAYER_THREADS": (256, "join_embeddings gate_embeddings"),
     "ROPE_TABLE_THREADS": (256, "rope_table"),
     "ROTATE_THREADS": (256, "rotate_qkv rotate_and_norm"),
-    "COPY_THREADS": (128, "copy_rows gather gather_shares gather_rounded"),
+    "COPY_THREADS": (128, "copy_rows gather gather_shares"),
     "SINGLE_THREAD": (1, "weight_scale divide_scale square_scale smaller_scale"),
     "LATENT_THREADS": (256, "latent_rows latent_queries latent_heads latent_values"),
     "ACTIVATE_THREADS": (256, "activate_halves cast_rows add_rows"),

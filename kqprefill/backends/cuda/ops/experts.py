@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 import math
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from ....models.experts import Experts
 from ....models.ops import Sums
@@ -14,7 +14,7 @@ from ..constants import ACTIVATIONS as NUMBERS
 from ..constants import ENTRIES_AT_ONCE, THREADS
 from ..device.arrays import FLOAT16, FLOAT32, INT32, DeviceArray
 from ..gemm.operand import BYTES, HALVES, MORE_ROWS, Gemm, Groups, Operand
-from ..programs import ACTIVATIONS, EXPERTS, INT8
+from ..programs import ACTIVATIONS, EXPERTS
 from ..weights.matrix import Matrix
 from .batch import TOKENS_AT_ONCE, Residual
 from .dense import DenseOps
@@ -299,41 +299,51 @@ class ExpertOps(DenseOps):
     ) -> Operand:
         """Copies of tokens' rows, in the experts' order; where shares are given, times these, which then are 1. int8:
         whether the experts are."""
-        rows, stride = places.shape[0], tokens.values.shape[1]
+        rows = places.shape[0]
         if int8 and tokens.rounded is not None and shares is None and self.collector is None:
             assert tokens.length is not None, "rounded rows come from a norm"
-            return self._gather_rounded(tokens, tokens.rounded, places, used)
+            x, scales = tokens.rounded
+            values = self.work.array("sorted in int8", BYTES.dtype, rows, x.shape[1])
+            scale = self.work.array("sorted rows' scales", FLOAT32, rows + MORE_ROWS)
+            self._gather_rows(x, scales, used, places, values, scale)
+            return replace(tokens, values=values, scale=scale, format=BYTES, rounded=None)
+        stride = tokens.values.shape[1]
         values = self.work.array("sorted", tokens.format.dtype, rows, stride)
-        given: dict[str, Any] = {
-            "x": tokens.values,
-            "used": used,
-            "stride": stride,
-            "place_of": places,
-            "sorted": values,
-        }
         if shares is None:
-            self.launcher.launch(EXPERTS, "gather", grid=rows, **given)
+            self._gather_rows(tokens.values, None, used, places, values, None)
         else:
-            self.launcher.launch(EXPERTS, "gather_shares", grid=rows, share_of=shares, **given)
+            self.launcher.launch(
+                EXPERTS,
+                "gather_shares",
+                grid=rows,
+                x=tokens.values,
+                used=used,
+                stride=stride,
+                place_of=places,
+                share_of=shares,
+                sorted=values,
+            )
         return replace(tokens, values=values, rounded=None)
 
-    def _gather_rounded(
-        self, tokens: Operand, rounded: tuple[DeviceArray, DeviceArray], places: DeviceArray, used: int
-    ) -> Operand:
-        """The same of tokens that are in int8, too, for experts that are: an operand of nothing else."""
-        rows, padded = places.shape[0], rounded[0].shape[1]
-        values = self.work.array("sorted in int8", BYTES.dtype, rows, padded)
-        scales = self.work.array("sorted rows' scales", FLOAT32, rows + MORE_ROWS)
+    def _gather_rows(
+        self,
+        x: DeviceArray,
+        scales: DeviceArray | None,
+        used: int,
+        places: DeviceArray,
+        to: DeviceArray,
+        to_scales: DeviceArray | None,
+    ) -> None:
+        """`used` copies of each of x's rows, and of their scales, to their places."""
         self.launcher.launch(
-            INT8,
-            "gather_rounded",
-            grid=rows,
-            rows=rounded[0],
-            scales=rounded[1],
+            EXPERTS,
+            "gather",
+            grid=places.shape[0] // used,
+            x=x,
+            scales=scales,
             used=used,
-            padded=padded,
+            row_bytes=x.shape[1] * x.dtype.itemsize,
             place_of=places,
-            sorted=values,
-            sorted_scales=scales,
+            sorted=to,
+            sorted_scales=to_scales,
         )
-        return replace(tokens, values=values, scale=scales, format=BYTES, rounded=None)
