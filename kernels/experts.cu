@@ -175,31 +175,46 @@ struct GroupList {
 };
 
 // Of `blocks` blocks' counts it makes starts: counts[c, e] = the row, among all entries ordered by expert and then by
-// entry, of the first of block c's that is expert e's. Lists the token tiles of two GEMMs. One block, in which a thread
-// has an expert.
+// entry, of the first of block c's that is expert e's. Lists the token tiles of two GEMMs. One block: several threads
+// have an expert, each of them some of the blocks' counts.
 extern "C" __global__ void __launch_bounds__(ARRANGE_THREADS)
     arrange(int* counts, int blocks, int experts, int gated_tokens, Group* gated_groups, int* gated_count,
             int linear_tokens, Group* linear_groups, int* linear_count) {
     begin_kernel();
-    constexpr int kAtOnce = 16;  // loads on their way
-    int expert = threadIdx.x, total = 0, all;
-    bool inside = expert < experts;
-    auto count = [&](int block) { return counts + static_cast<uint64_t>(block) * experts + expert; };
-#pragma unroll kAtOnce
-    for (int c = 0; c < blocks; ++c) total += inside ? *count(c) : 0;
-    int first = block_scan<ARRANGE_THREADS>(total, all), next = first;
-    for (int begin = 0; begin < blocks && inside; begin += kAtOnce) {
-        int own[kAtOnce];
+    constexpr int kAtOnce = 8;  // loads on their way
+    __shared__ int totals[ARRANGE_THREADS], firsts[ARRANGE_THREADS];
+    int thread = threadIdx.x, width = ceil_div(experts, 32) * 32, parts = ARRANGE_THREADS / width;
+    int part = thread / width, expert = thread % width, each = ceil_div(blocks, parts);
+    int begin = part * each, end = expert < experts ? min(blocks, begin + each) : 0, own[kAtOnce];
+    counts += expert;
+    auto load = [&](int from) {
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) own[i] = begin + i < blocks ? *count(begin + i) : 0;
+        for (int i = 0; i < kAtOnce; ++i) own[i] = from + i < end ? counts[(from + i) * experts] : 0;
+    };
+    int sum = 0;
+    for (int from = begin; from < end; from += kAtOnce) {
+        load(from);
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) sum += own[i];
+    }
+    totals[thread] = sum;
+    __syncthreads();
+    int total = 0, all;
+    for (int i = 0; i < parts && thread < experts; ++i) total += totals[thread + i * width];
+    int first = firsts[thread] = block_scan<ARRANGE_THREADS>(total, all);
+    __syncthreads();
+    int next = firsts[expert];
+    for (int i = 0; i < part && part < parts; ++i) next += totals[expert + i * width];
+    for (int from = begin; from < end; from += kAtOnce) {
+        if (each > kAtOnce) load(from);  // else they are here still
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
-            if (begin + i < blocks) *count(begin + i) = next;
+            if (from + i < end) counts[(from + i) * experts] = next;
             next += own[i];
         }
     }
-    GroupList{gated_groups, gated_count, gated_tokens}.fill(expert, first, first + total);
-    GroupList{linear_groups, linear_count, linear_tokens}.fill(expert, first, first + total);
+    GroupList{gated_groups, gated_count, gated_tokens}.fill(thread, first, first + total);
+    GroupList{linear_groups, linear_count, linear_tokens}.fill(thread, first, first + total);
 }
 
 // place_of[entry] = its row among all entries, ordered by expert and then by entry. starts: as arrange leaves counts.

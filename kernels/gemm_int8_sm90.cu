@@ -155,7 +155,7 @@ __device__ __forceinline__ void consume(const Config::Steps& ring, const Weights
         TokenScales<Config::kTokens> scales(x_scale + token);
         Accumulators acc;
         // Else the next tile's first wgmma, which does not read them, would have them kept in their registers.
-        if (Config::kHeadDim != 0) clear(acc);
+        if (Config::kHeadDim != 0 || (Config::kGated && !Config::kGrouped)) clear(acc);
         consumer.multiply(acc, end - token);
         write(acc, rows, scales, token, end, x.expert(outputs.token_tile()));
     }

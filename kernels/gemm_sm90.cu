@@ -88,6 +88,8 @@ __device__ __forceinline__ void consume(const Rings& rings, const Matrices& matr
         if (Config::kGrouped) consumer.tokens = x.end(outputs.token_tile()) - x.first(outputs.token_tile());
         if constexpr (Config::kGated) consumer.template multiply_tile<Formats::Gate, Formats::Up>(acc);
         else Formats::multiply_tile(tile(0).format, consumer, acc);
+        // Else what follows from it would be kept through the products.
+        if (Config::kHeadDim != 0) forget(outputs.index);
         RowTile tiles[Config::kTiles];
 #pragma unroll
         for (int i = 0; i < Config::kTiles; ++i) tiles[i] = tile(i);

@@ -86,7 +86,7 @@ __device__ __forceinline__ void round_row(const half_t* x, int stride, float x_s
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     round_rows(const half_t* x, int rows, int stride, const float* scale, int8_t* out, int padded, float* scales) {
     begin_kernel();
-    int row = block_from_last() * (kThreads / 32 / WARPS) + threadIdx.x / (32 * WARPS);
+    int row = blockIdx.x * (kThreads / 32 / WARPS) + threadIdx.x / (32 * WARPS);
     bool inside = row < rows;
     uint64_t from = inside ? row : 0;
     round_row<WARPS>(x + from * stride, stride, *scale, out + from * padded, padded, scales + from, inside);

@@ -31,7 +31,7 @@ struct HeadsEpilogue {
     static constexpr int kTokens = Config::kTokens, kHeadDim = Config::kHeadDim, kWarpgroups = Config::kWarpgroups;
     static constexpr int kHalf = kHeadDim / 2, kThird = 24 - kSecond;
     // Of 8 tokens, in a group of them: fewer where threads have fewer registers.
-    static constexpr int kBatches = kWarpgroups == 3 || kHeadDim == 64 ? 2 : 4;
+    static constexpr int kBatches = kSecond == 8 || kHeadDim == 64 ? 2 : 4;
     using Rows = TokenRows<kTokens, kSecond == 16 ? RowOrder::kPaired : RowOrder::kPlain>;
     static constexpr int kWarpgroupsAHead = kHeadDim == 128 && kWarpgroups == 2 ? 2 : 1;  // that a block has
     static constexpr int kThreadsAHead = 128 * kWarpgroupsAHead;
@@ -51,7 +51,7 @@ struct HeadsEpilogue {
     const Heads& heads;
     uint8_t* memory;  // the block's shared memory
     uint32_t parity;  // of the output tile's number among the block's
-    int thread = thread_here();
+    uint32_t thread = thread_here();
 
     // A block's first thread calls this before any other thread goes on.
     __device__ __forceinline__ static void init(uint8_t* memory) {
@@ -87,21 +87,19 @@ struct HeadsEpilogue {
 
     // What this warpgroup's outputs are written with.
     __device__ __forceinline__ Rows rows() const {
-        int warpgroup = thread / 128;
+        int warpgroup = static_cast<int>(thread / 128);
         uint8_t* place = memory + Config::kEpilogueOffset + warpgroup * (kNormed ? kFloats * 4 : Rows::kBytes);
         return {place, 1 + kWarpgroups + warpgroup, thread};
     }
 
     // at: the lane's column. token: the group's first. Angles are read beyond the tile's end, too.
-    __device__ __forceinline__ void load(Angles& angles, int at, int token, bool turns) const {
+    __device__ __forceinline__ void load(Angles& angles, int at, int token) const {
         token += thread % 4 * 2 + (kInterleaved ? thread >> 2 & 1 : 0);
         const float2* from = heads.table + static_cast<int64_t>(token) * kHalf + (kInterleaved ? at / 2 : at);
 #pragma unroll
-        for (int i = 0; i < kBatches; ++i, from += 8 * kHalf)
+        for (int i = 0; i < kBatches; ++i)
 #pragma unroll
-            for (int c = 0; c < 2; ++c)
-                angles[i][c] =
-                    load_where(turns, from + c * (kInterleaved ? kHalf / 2 : kHalf), make_float2(1.0f, 0.0f));
+            for (int c = 0; c < 2; ++c) angles[i][c] = from[8 * i * kHalf + c * (kInterleaved ? kHalf / 2 : kHalf)];
     }
 
     // Gives this warpgroup's sums to its partner, and adds the partner's: of one token after another, 128 apart.
@@ -120,10 +118,10 @@ struct HeadsEpilogue {
             if (128 * i + thread % 128 < kTokens) sums[i] += received[128 * i + thread % 128];
     }
 
-    // The inverse root mean squares of this warpgroup's head, of each of the tile's tokens. Squares are added up in the
+    // The inverse root mean squares of this warpgroup's head, of each of the tile's tokens, or ones, for v. Squares are added up in the
     // order that rope.cu's squares_of_halves has: a column's and its partner's, then by bits 0, 1, 2, 3, 4 (int8: 0, 1,
     // 4, 2, 3) and 5 of the column's number.
-    __device__ __forceinline__ const float* inverse_rms(const float (&y)[kTokens / 2]) const {
+    __device__ __forceinline__ const float* inverse_rms(const float (&y)[kTokens / 2], bool is_v) const {
         int warpgroup = thread / 128, lane = thread % 32;
         int kept = (lane & 4) + (lane & kSecond ? 2 : 0) + (lane & kThird ? 1 : 0);  // the batch that it gets sums of
         float* floats = reinterpret_cast<float*>(memory + Config::kEpilogueOffset);
@@ -164,25 +162,23 @@ struct HeadsEpilogue {
 #pragma unroll
         for (int i = 0; i < kOwn; ++i)
             if (i * kThreadsAHead + in_head < kTokens)
-                inverse[i * kThreadsAHead] = 1.0f / sqrtf(sums[i] / static_cast<float>(kHeadDim) + heads.epsilon);
+                inverse[i * kThreadsAHead] =
+                    is_v ? 1.0f : 1.0f / sqrtf(sums[i] / static_cast<float>(kHeadDim) + heads.epsilon);
         sync_threads<kThreadsAHead>(1 + head);
         return inverse - in_head;
     }
 
     // sums: as HalfSums, of a thread's two rows. column: of the outputs, the row tile's first; row: the thread's first
-    // in it (row_of_thread in gemm_sm90.cu). The tile has tokens first to end - 1. Of v and of tokens beyond the last
-    // the same is computed as of others: wgmma's registers must not depend on a branch.
+    // in it (row_of_thread in gemm_sm90.cu). The tile has tokens first to end - 1. Of tokens beyond the last the same is
+    // computed as of others: wgmma's registers must not depend on a branch.
     template <class Sums>
     __device__ __forceinline__ void store(const Sums& sums, const float (&bias)[2], int column, int row, int first,
                                           int end) const {
         int number = column / kHeadDim, at = column % kHeadDim + row;
         bool is_q = number < heads.nq, is_v = number >= heads.nq + heads.nkv;
         int of = is_q ? heads.nq : heads.nkv, slot = is_q ? number : is_v ? number - of - heads.nq : number - heads.nq;
-        bool normed = kNormed && !is_v, turns = !is_v && heads.table != nullptr && end > 0;
-        // A power of two: to multiply by it first is the same.
-        float scale = is_q ? *heads.q_scale : is_v ? *heads.v_scale : *heads.k_scale, weight[2] = {scale, scale};
-        const int* numbers = is_q ? nullptr : heads.kv_rows;
-        const float* inverse = nullptr;
+        half_t* out = (is_q ? heads.q : is_v ? heads.v : heads.k) + slot * kHeadDim + column % kHeadDim;
+        Outputs outputs = {out, static_cast<uint32_t>(of * kHeadDim), first, end, is_q ? nullptr : heads.kv_rows};
         float y[kTokens / 2];
 #pragma unroll
         for (int j = 0; j < kTokens / 8; ++j) {
@@ -190,49 +186,65 @@ struct HeadsEpilogue {
 #pragma unroll
             for (int i = 0; i < 4; ++i) y[4 * j + i] = batch(i / 2, i % 2, bias[i / 2]);
         }
-        Angles angles[2];  // of a group and the next
-        load(angles[0], at, first, turns);
+        // A power of two: to multiply by it first is the same.
+        float scale = is_q ? *heads.q_scale : is_v ? *heads.v_scale : *heads.k_scale, weight[2] = {scale, scale};
+        const float* inverse = nullptr;
         if constexpr (kNormed) {
             const float* norm = is_q ? heads.q_norm : heads.k_norm;
-            weight[0] *= load_where(normed, norm + at, 1.0f), weight[1] *= load_where(normed, norm + at + kHalf, 1.0f);
-            inverse = inverse_rms(y) + thread % 4 * 2;
+            weight[0] *= load_where(!is_v, norm + at, 1.0f), weight[1] *= load_where(!is_v, norm + at + kHalf, 1.0f);
+            inverse = inverse_rms(y, is_v) + thread % 4 * 2;
         }
+        if (!is_v && heads.table != nullptr && end > 0) write<true>(y, inverse, weight, at, outputs);
+        else write<false>(y, inverse, weight, at, outputs);
+    }
+
+    // Where a tile's head goes: rows are `stride` apart; numbers: of tokens' rows, or null where these are in order.
+    struct Outputs {
+        half_t* to;
+        uint32_t stride;
+        int first, end;
+        const int* numbers;
+    };
+
+    // Multiplies what a thread has of a head by the tokens' inverses (if kNormed) and its columns' weights, rotates it
+    // (if kTurns), and writes it.
+    template <bool kTurns>
+    __device__ __forceinline__ void write(const float (&y)[kTokens / 2], const float* inverse, const float (&weight)[2],
+                                          int at, const Outputs& outputs) const {
+        Angles angles[2];  // of a group and the next
+        if constexpr (kTurns) load(angles[0], at, outputs.first);
         auto turn = [](float& a, float& b, const float2& angle) {
             float x = fmaf(a, angle.x, -(b * angle.y));
             b = fmaf(b, angle.x, a * angle.y), a = x;
         };
         auto make = [&](int j, uint32_t (&pairs)[2]) {
-            int i = j % kBatches;
-            const float2(&angle)[2] = angles[j / kBatches % 2][i];
-            if (i == 0 && j + kBatches < kTokens / 8)
-                load(angles[(j / kBatches + 1) % 2], at, first + 8 * (j + kBatches), turns);
+            const float2(&angle)[2] = angles[j / kBatches % 2][j % kBatches];
+            if (kTurns && j % kBatches == 0 && j + kBatches < kTokens / 8)
+                load(angles[(j / kBatches + 1) % 2], at, outputs.first + 8 * (j + kBatches));
             float z[2][2];  // [row][token]
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
-                float low = y[4 * j + c], high = y[4 * j + 2 + c];
-                if constexpr (kNormed) {
-                    float r = normed ? inverse[8 * j + c] : 1.0f;
-                    low *= r, high *= r;
-                }
-                z[0][c] = low * weight[0], z[1][c] = high * weight[1];
-                if constexpr (!kInterleaved) turn(z[0][c], z[1][c], angle[c]);
+                z[0][c] = y[4 * j + c], z[1][c] = y[4 * j + 2 + c];
+                if constexpr (kNormed) z[0][c] *= inverse[8 * j + c], z[1][c] *= inverse[8 * j + c];
+                z[0][c] *= weight[0], z[1][c] *= weight[1];
+                if constexpr (kTurns && !kInterleaved) turn(z[0][c], z[1][c], angle[c]);
             }
 #pragma unroll
             for (int row = 0; row < 2; ++row) {
-                if constexpr (kInterleaved)  // for a while lanes have two columns of one token
-                    trade(z[row][0], z[row][1], 4), turn(z[row][0], z[row][1], angle[row]);
+                constexpr bool kTraded = kTurns && kInterleaved;  // for a while lanes have two columns of one token
+                if constexpr (kTraded) trade(z[row][0], z[row][1], 4), turn(z[row][0], z[row][1], angle[row]);
                 pairs[row] = pack_half2(z[row][0], z[row][1]);
-                if constexpr (kInterleaved) pairs[row] = trade_halves(pairs[row], 4);
+                if constexpr (kTraded) pairs[row] = trade_halves(pairs[row], 4);
             }
         };
-        int64_t stride = of * kHeadDim;  // from one row to the next
-        half_t* out = (is_q ? heads.q : is_v ? heads.v : heads.k) + slot * kHeadDim + column % kHeadDim;
-        auto write = [&](int stage, int i, int tile, int own, const uint4& eight) {
-            int token = first + rows().token(stage, i);
-            int64_t row = load_where(numbers != nullptr && token < end, numbers + token, token);
-            store_where(token < end, out + row * stride + tile * kHalf + own, eight);
+        auto row = [&](int token, uint32_t& number) {
+            token += outputs.first;
+            bool inside = token < outputs.end;
+            number = load_where(outputs.numbers != nullptr && inside, outputs.numbers + token, token);
+            return inside;
         };
-        rows().store(make, write);
-        if constexpr (kNormed) sync_threads<128>(rows().barrier);  // the next tile's sums come in their place
+        Rows rows = this->rows();
+        rows.store({outputs.to, outputs.stride, kHalf, true}, make, row);
+        if constexpr (kNormed) sync_threads<128>(rows.barrier);  // the next tile's sums come in their place
     }
 };

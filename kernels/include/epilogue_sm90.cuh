@@ -15,19 +15,18 @@ struct ExpertOutput {
     // Writes the outputs of tokens first, the tile's first, to end - 1. sums: as HalfSums.
     template <class Sums>
     __device__ __forceinline__ void store(const Sums& sums, const float (&bias)[2], int first, int end) const {
-        int warpgroup = thread_here() / 128;
-        Rows rows = {memory + warpgroup * Rows::kBytes, 1 + warpgroup};
+        uint32_t warpgroup = thread_here() / 128;
+        Rows rows = {memory + warpgroup * Rows::kBytes, 1 + static_cast<int>(warpgroup)};
         auto make = [&](int j, uint32_t (&pairs)[2]) {
             auto batch = sums.batch(j);
 #pragma unroll
             for (int i = 0; i < 2; ++i) pairs[i] = pack_half2(batch(i, 0, bias[i]), batch(i, 1, bias[i]));
         };
-        auto write = [&](int stage, int i, int tile, int column, const uint4& eight) {
-            int64_t token = first + rows.token(stage, i);
-            column += tile * TILE_ROWS;
-            store_where(token < end && column < columns, out + token * ldo + column, eight);
+        auto row = [&](int token, uint32_t& number) {
+            number = first + token;
+            return first + token < end && columns > 0;
         };
-        rows.store(make, write);
+        rows.store({out, static_cast<uint32_t>(ldo), TILE_ROWS, columns > TILE_ROWS}, make, row);
     }
 };
 

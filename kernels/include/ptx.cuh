@@ -62,8 +62,8 @@ __device__ __forceinline__ void prefetch(const void* address) {
 }
 
 // threadIdx.x, read here and now: what follows from it is not kept in registers through what comes before.
-__device__ __forceinline__ int thread_here() {
-    int thread;
+__device__ __forceinline__ uint32_t thread_here() {
+    uint32_t thread;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
     return thread;
 }

@@ -365,7 +365,7 @@ inline float exp2_approx(float x) {
 inline float reciprocal_approx(float x) {
     return 1.0f / x;
 }
-inline int thread_here() {
+inline uint32_t thread_here() {
     return threadIdx.x;
 }
 template <class T>
