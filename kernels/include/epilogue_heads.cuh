@@ -30,8 +30,9 @@ template <class Config, bool kNormed, bool kInterleaved, int kSecond>
 struct HeadsEpilogue {
     static constexpr int kTokens = Config::kTokens, kHeadDim = Config::kHeadDim, kWarpgroups = Config::kWarpgroups;
     static constexpr int kHalf = kHeadDim / 2, kThird = 24 - kSecond;
-    // Of 8 tokens, in a group of them: fewer where threads have fewer registers.
-    static constexpr int kBatches = kSecond == 8 || kHeadDim == 64 ? 2 : 4;
+    // Angles are loaded for so many batches of 8 tokens at a time, and are on their way for some groups of these: as many
+    // as there are registers for.
+    static constexpr int kBatches = 2, kGroups = kTokens / (8 * kBatches), kAhead = kSecond == 16 ? 5 : 2;
     using Rows = TokenRows<kTokens, kSecond == 16 ? RowOrder::kPaired : RowOrder::kPlain>;
     static constexpr int kWarpgroupsAHead = kHeadDim == 128 && kWarpgroups == 2 ? 2 : 1;  // that a block has
     static constexpr int kThreadsAHead = 128 * kWarpgroupsAHead;
@@ -81,8 +82,8 @@ struct HeadsEpilogue {
         return __byte_perm(pair, given, thread & lanes ? 0x3276 : 0x5410);
     }
 
-    // The angles of a group of tokens, which are on their way before the group's turn comes: of a lane's pair, of both of
-    // its tokens of a batch; interleaved: of both of its pairs, of the token that it gets.
+    // The angles of a group of tokens: of a lane's pair, of both of its tokens of a batch; interleaved: of both of its
+    // pairs, of the token that it gets.
     using Angles = float2[kBatches][2];
 
     // What this warpgroup's outputs are written with.
@@ -211,16 +212,19 @@ struct HeadsEpilogue {
     template <bool kTurns>
     __device__ __forceinline__ void write(const float (&y)[kTokens / 2], const float* inverse, const float (&weight)[2],
                                           int at, const Outputs& outputs) const {
-        Angles angles[2];  // of a group and the next
-        if constexpr (kTurns) load(angles[0], at, outputs.first);
+        Angles angles[kAhead + 1];  // group g's are angles[g % (kAhead + 1)]
+#pragma unroll
+        for (int group = 0; kTurns && group < min(kAhead, kGroups); ++group)
+            load(angles[group], at, outputs.first + group * 8 * kBatches);
         auto turn = [](float& a, float& b, const float2& angle) {
             float x = fmaf(a, angle.x, -(b * angle.y));
             b = fmaf(b, angle.x, a * angle.y), a = x;
         };
         auto make = [&](int j, uint32_t (&pairs)[2]) {
-            const float2(&angle)[2] = angles[j / kBatches % 2][j % kBatches];
-            if (kTurns && j % kBatches == 0 && j + kBatches < kTokens / 8)
-                load(angles[(j / kBatches + 1) % 2], at, outputs.first + 8 * (j + kBatches));
+            int group = j / kBatches, next = group + kAhead;
+            const float2(&angle)[2] = angles[group % (kAhead + 1)][j % kBatches];
+            if (kTurns && j % kBatches == 0 && next < kGroups)
+                load(angles[next % (kAhead + 1)], at, outputs.first + next * 8 * kBatches);
             float z[2][2];  // [row][token]
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
