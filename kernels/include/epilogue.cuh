@@ -10,8 +10,8 @@ __device__ __forceinline__ float unscale(const float* x_scale, const float* w_sc
     return 1.0f / *x_scale / *w_scale;
 }
 
-// A thread's sums of a transposed product (Yᵀ): accumulators 4j + 2i + c are outputs of row i and of token 8j + c, of
-// batch j of 8 tokens. A batch gives, as (i, c, bias), what one of its accumulators stands for, times alpha, and a bias.
+// A thread's sums of a transposed product (Yᵀ): accumulator 4j + 2i + c is an output of row i and of token 8j + c, of
+// batch j of 8 tokens. A batch gives, as (i, c, bias), what one of its accumulators stands for, times alpha, plus bias.
 template <int kTokens>
 struct HalfSums {
     const float (&acc)[kTokens / 2];

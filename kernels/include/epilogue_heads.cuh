@@ -30,8 +30,8 @@ template <class Config, bool kNormed, bool kInterleaved, int kSecond>
 struct HeadsEpilogue {
     static constexpr int kTokens = Config::kTokens, kHeadDim = Config::kHeadDim, kWarpgroups = Config::kWarpgroups;
     static constexpr int kHalf = kHeadDim / 2, kThird = 24 - kSecond;
-    // Angles are loaded for so many batches of 8 tokens at a time, and are on their way for some groups of these: as many
-    // as there are registers for.
+    // Angles are loaded for a group of so many batches of 8 tokens at a time, and so many groups before they are used:
+    // as many as there are registers for.
     static constexpr int kBatches = 2, kGroups = kTokens / (8 * kBatches), kAhead = kSecond == 16 ? 5 : 2;
     using Rows = TokenRows<kTokens, kSecond == 16 ? RowOrder::kPaired : RowOrder::kPlain>;
     static constexpr int kWarpgroupsAHead = kHeadDim == 128 && kWarpgroups == 2 ? 2 : 1;  // that a block has
@@ -39,7 +39,7 @@ struct HeadsEpilogue {
     // Whether halves of a head may be in two blocks.
     static constexpr bool kPartners = kNormed && kHeadDim == 128 && kWarpgroupsAHead == 1;
     // In shared memory, for each warpgroup and of each token: its four warps' sums of squares, and then in their place
-    // what it writes (Rows); the inverse root mean square, of the warpgroup's head; where there are partners, their sum,
+    // what it writes (Rows); the inverse root mean square of the warpgroup's head; where there are partners, their sums,
     // of two output tiles in turn. Then the barriers on which partners' sums come.
     static constexpr int kPlace = Rows::kBytes / 4 > 4 * kTokens ? Rows::kBytes / 4 : 4 * kTokens;
     static constexpr int kFloats = kPlace + (kPartners ? 3 : 1) * kTokens, kSumsBytes = kWarpgroups * kFloats * 4;
@@ -119,9 +119,9 @@ struct HeadsEpilogue {
             if (128 * i + thread % 128 < kTokens) sums[i] += received[128 * i + thread % 128];
     }
 
-    // The inverse root mean squares of this warpgroup's head, of each of the tile's tokens, or ones, for v. Squares are added up in the
-    // order that rope.cu's squares_of_halves has: a column's and its partner's, then by bits 0, 1, 2, 3, 4 (int8: 0, 1,
-    // 4, 2, 3) and 5 of the column's number.
+    // The inverse root mean squares of this warpgroup's head, of each of the tile's tokens; ones for v, which has no
+    // norm. Squares are added up in the order that rope.cu's squares_of_halves has: a column's and its partner's, then
+    // by bits 0, 1, 2, 3, 4 (int8: 0, 1, 4, 2, 3) and 5 of the column's number.
     __device__ __forceinline__ const float* inverse_rms(const float (&y)[kTokens / 2], bool is_v) const {
         int warpgroup = thread / 128, lane = thread % 32;
         int kept = (lane & 4) + (lane & kSecond ? 2 : 0) + (lane & kThird ? 1 : 0);  // the batch that it gets sums of
@@ -170,8 +170,8 @@ struct HeadsEpilogue {
     }
 
     // sums: as HalfSums, of a thread's two rows. column: of the outputs, the row tile's first; row: the thread's first
-    // in it (row_of_thread in gemm_sm90.cu). The tile has tokens first to end - 1. Of tokens beyond the last the same is
-    // computed as of others: wgmma's registers must not depend on a branch.
+    // in it (row_of_thread in consumer_sm90.cuh). The tile has tokens first to end - 1; for others the same is computed,
+    // as wgmma's registers must not depend on a branch.
     template <class Sums>
     __device__ __forceinline__ void store(const Sums& sums, const float (&bias)[2], int column, int row, int first,
                                           int end) const {
@@ -226,10 +226,11 @@ struct HeadsEpilogue {
             if (kTurns && j % kBatches == 0 && next < kGroups)
                 load(angles[next % (kAhead + 1)], at, outputs.first + next * 8 * kBatches);
             float z[2][2];  // [row][token]
+            float2 r = kNormed ? *reinterpret_cast<const float2*>(inverse + 8 * j) : make_float2(1.0f, 1.0f);
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
                 z[0][c] = y[4 * j + c], z[1][c] = y[4 * j + 2 + c];
-                if constexpr (kNormed) z[0][c] *= inverse[8 * j + c], z[1][c] *= inverse[8 * j + c];
+                if constexpr (kNormed) z[0][c] *= c ? r.y : r.x, z[1][c] *= c ? r.y : r.x;
                 z[0][c] *= weight[0], z[1][c] *= weight[1];
                 if constexpr (kTurns && !kInterleaved) turn(z[0][c], z[1][c], angle[c]);
             }

@@ -38,7 +38,7 @@ struct GatedOutput {
     int activation;
     uint8_t* memory;  // of OperandRows, where two warpgroups have a group of features
 
-    // Of feature first + row, and of tokens `token`, the tile's first, to end - 1: the sums' row 0 is gate's, row 1 up's.
+    // Of feature first + row, for tokens `token`, the tile's first, to end - 1. The sums' row 0 is gate's, row 1 up's.
     template <int kTokens, int kWarpgroups, class Sums>
     __device__ __forceinline__ void store_transposed(const Sums& sums, const float* gate_bias, const float* up_bias,
                                                      int expert, int first, int row, int token, int end) const {
