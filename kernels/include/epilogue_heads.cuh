@@ -39,8 +39,8 @@ struct HeadsEpilogue {
     // Whether halves of a head may be in two blocks.
     static constexpr bool kPartners = kNormed && kHeadDim == 128 && kWarpgroupsAHead == 1;
     // In shared memory, for each warpgroup and of each token: its four warps' sums of squares, and then in their place
-    // what it writes (Rows); the inverse root mean square of the warpgroup's head; its partner's sums, if it has one, of
-    // two output tiles in turn. Then the barriers on which partners' sums come.
+    // what it writes (Rows); the inverse root mean square of the warpgroup's head; where there are partners, their
+    // sums, of two output tiles in turn. Then the barriers on which partners' sums come.
     static constexpr int kPlace = Rows::kBytes / 4 > 4 * kTokens ? Rows::kBytes / 4 : 4 * kTokens;
     static constexpr int kFloats = kPlace + (kPartners ? 3 : 1) * kTokens, kSumsBytes = kWarpgroups * kFloats * 4;
     static constexpr int kSharedBytes =
