@@ -32,7 +32,7 @@ struct HeadsEpilogue {
     static constexpr int kHalf = kHeadDim / 2, kThird = 24 - kSecond;
     // Angles are loaded for a group of so many batches of 8 tokens at a time, and so many groups before they are used:
     // as many as there are registers for.
-    static constexpr int kBatches = 2, kGroups = kTokens / (8 * kBatches), kAhead = kSecond == 16 ? 5 : 2;
+    static constexpr int kBatches = 2, kGroups = kTokens / (8 * kBatches), kAhead = kInterleaved ? 1 : 2;
     using Rows = TokenRows<kTokens, kSecond == 16 ? RowOrder::kPaired : RowOrder::kPlain>;
     static constexpr int kWarpgroupsAHead = kHeadDim == 128 && kWarpgroups == 2 ? 2 : 1;  // that a block has
     static constexpr int kThreadsAHead = 128 * kWarpgroupsAHead;
@@ -94,13 +94,15 @@ struct HeadsEpilogue {
     }
 
     // at: the lane's column. token: the group's first. Angles are read beyond the tile's end, too.
-    __device__ __forceinline__ void load(Angles& angles, int at, int token) const {
+    __device__ __forceinline__ void load(Angles& angles, int at, int token, bool turns) const {
         token += thread % 4 * 2 + (kInterleaved ? thread >> 2 & 1 : 0);
         const float2* from = heads.table + static_cast<int64_t>(token) * kHalf + (kInterleaved ? at / 2 : at);
 #pragma unroll
         for (int i = 0; i < kBatches; ++i)
 #pragma unroll
-            for (int c = 0; c < 2; ++c) angles[i][c] = from[8 * i * kHalf + c * (kInterleaved ? kHalf / 2 : kHalf)];
+            for (int c = 0; c < 2; ++c)
+                angles[i][c] = load_where(turns, from + 8 * i * kHalf + c * (kInterleaved ? kHalf / 2 : kHalf),
+                                          make_float2(1.0f, 0.0f));
     }
 
     // Gives this warpgroup's sums to its partner, and adds the partner's: of one token after another, 128 apart.
@@ -195,8 +197,7 @@ struct HeadsEpilogue {
             weight[0] *= load_where(!is_v, norm + at, 1.0f), weight[1] *= load_where(!is_v, norm + at + kHalf, 1.0f);
             inverse = inverse_rms(y, is_v) + thread % 4 * 2;
         }
-        if (!is_v && heads.table != nullptr && end > 0) write<true>(y, inverse, weight, at, outputs);
-        else write<false>(y, inverse, weight, at, outputs);
+        write(y, inverse, weight, at, !is_v && heads.table != nullptr && end > 0, outputs);
     }
 
     // Where a tile's head goes: rows are `stride` apart; numbers: of tokens' rows, or null where these are in order.
@@ -207,15 +208,14 @@ struct HeadsEpilogue {
         const int* numbers;
     };
 
-    // Multiplies what a thread has of a head by the tokens' inverses (if kNormed) and its columns' weights, rotates it
-    // (if kTurns), and writes it.
-    template <bool kTurns>
+    // Multiplies what a thread has of a head by the tokens' inverses (if kNormed) and its columns' weights, rotates it,
+    // and writes it. turns: whether it is rotated; else it is by no angle.
     __device__ __forceinline__ void write(const float (&y)[kTokens / 2], const float* inverse, const float (&weight)[2],
-                                          int at, const Outputs& outputs) const {
+                                          int at, bool turns, const Outputs& outputs) const {
         Angles angles[kAhead + 1];  // group g's are angles[g % (kAhead + 1)]
 #pragma unroll
-        for (int group = 0; kTurns && group < min(kAhead, kGroups); ++group)
-            load(angles[group], at, outputs.first + group * 8 * kBatches);
+        for (int group = 0; group < min(kAhead, kGroups); ++group)
+            load(angles[group], at, outputs.first + group * 8 * kBatches, turns);
         auto turn = [](float& a, float& b, const float2& angle) {
             float x = fmaf(a, angle.x, -(b * angle.y));
             b = fmaf(b, angle.x, a * angle.y), a = x;
@@ -223,8 +223,8 @@ struct HeadsEpilogue {
         auto make = [&](int j, uint32_t (&pairs)[2]) {
             int group = j / kBatches, next = group + kAhead;
             const float2(&angle)[2] = angles[group % (kAhead + 1)][j % kBatches];
-            if (kTurns && j % kBatches == 0 && next < kGroups)
-                load(angles[next % (kAhead + 1)], at, outputs.first + next * 8 * kBatches);
+            if (j % kBatches == 0 && next < kGroups)
+                load(angles[next % (kAhead + 1)], at, outputs.first + next * 8 * kBatches, turns);
             float z[2][2];  // [row][token]
             float2 r = kNormed ? *reinterpret_cast<const float2*>(inverse + 8 * j) : make_float2(1.0f, 1.0f);
 #pragma unroll
@@ -232,14 +232,14 @@ struct HeadsEpilogue {
                 z[0][c] = y[4 * j + c], z[1][c] = y[4 * j + 2 + c];
                 if constexpr (kNormed) z[0][c] *= c ? r.y : r.x, z[1][c] *= c ? r.y : r.x;
                 z[0][c] *= weight[0], z[1][c] *= weight[1];
-                if constexpr (kTurns && !kInterleaved) turn(z[0][c], z[1][c], angle[c]);
+                if constexpr (!kInterleaved) turn(z[0][c], z[1][c], angle[c]);
             }
 #pragma unroll
             for (int row = 0; row < 2; ++row) {
-                constexpr bool kTraded = kTurns && kInterleaved;  // for a while lanes have two columns of one token
-                if constexpr (kTraded) trade(z[row][0], z[row][1], 4), turn(z[row][0], z[row][1], angle[row]);
+                if constexpr (kInterleaved)  // for a while lanes have two columns of one token
+                    trade(z[row][0], z[row][1], 4), turn(z[row][0], z[row][1], angle[row]);
                 pairs[row] = pack_half2(z[row][0], z[row][1]);
-                if constexpr (kTraded) pairs[row] = trade_halves(pairs[row], 4);
+                if constexpr (kInterleaved) pairs[row] = trade_halves(pairs[row], 4);
             }
         };
         auto row = [&](int token, uint32_t& number) {

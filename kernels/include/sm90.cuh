@@ -120,6 +120,7 @@ __device__ __forceinline__ void wgmma_wait() {
 #define WGMMA_D16(C) WGMMA_D8(C, 0), WGMMA_D8(C, 8)
 #define WGMMA_D32(C, i) WGMMA_D8(C, i), WGMMA_D8(C, i + 8), WGMMA_D8(C, i + 16), WGMMA_D8(C, i + 24)
 #define WGMMA_D64(C) WGMMA_D32(C, 0), WGMMA_D32(C, 32)
+#define WGMMA_D96(C) WGMMA_D64(C), WGMMA_D32(C, 64)
 #define WGMMA_D128(C) WGMMA_D64(C), WGMMA_D32(C, 64), WGMMA_D32(C, 96)
 // clang-format off
 #define WGMMA_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
@@ -129,9 +130,10 @@ __device__ __forceinline__ void wgmma_wait() {
 #define WGMMA_R64 WGMMA_R32 \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
     ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define WGMMA_R128 WGMMA_R64 \
+#define WGMMA_R96 WGMMA_R64 \
     ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
-    ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
+    ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define WGMMA_R128 WGMMA_R96 \
     ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
     ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 // clang-format on
@@ -176,6 +178,7 @@ WGMMA_S8("16", 8, WGMMA_R8, WGMMA_D8("+r", 0), "%8", "%9", "%10")
 WGMMA_S8("32", 16, WGMMA_R16, WGMMA_D16("+r"), "%16", "%17", "%18")
 WGMMA_S8("64", 32, WGMMA_R32, WGMMA_D32("+r", 0), "%32", "%33", "%34")
 WGMMA_S8("128", 64, WGMMA_R64, WGMMA_D64("+r"), "%64", "%65", "%66")
+WGMMA_S8("192", 96, WGMMA_R96, WGMMA_D96("+r"), "%96", "%97", "%98")
 WGMMA_S8("256", 128, WGMMA_R128, WGMMA_D128("+r"), "%128", "%129", "%130")
 
 #undef WGMMA_RS
