@@ -14,7 +14,8 @@ static_assert(ARRANGE_THREADS == MOST_EXPERTS, "arrange: a thread an expert");
 
 constexpr int kNoExpert = 0x7fffffff;
 
-// A number that is as much larger as a value is; -0 is 0. NaNs have a place, too, so that lanes agree on the largest.
+// A number of 32 bits that is larger than another's where the value is; -0 and 0 have the same. NaNs have numbers, too:
+// so all lanes agree on which value is the largest.
 __device__ __forceinline__ uint32_t in_order(float value) {
     uint32_t bits = __float_as_uint(value + 0.0f);
     return bits >> 31 ? ~bits : bits | 0x80000000u;

@@ -37,10 +37,8 @@ class HopperInt8Config(TileConfig):
     @cache
     def program(self, kind: Kind, whole: bool = True, heads: HeadsKind | None = None) -> Program:
         """whole: outputs begin in_fours. heads: what outputs become, of q, k and v."""
-        more = no_heads(self.epilogue_bytes(kind.gated, kind.grouped))
-        if heads:
-            more = heads.constants(self)
-        stages = self._stages(more["EPILOGUE_BYTES"])
+        of_heads = heads.constants(self) if heads else no_heads(self.epilogue_bytes(kind.gated, kind.grouped))
+        stages = self._stages(of_heads["EPILOGUE_BYTES"])
         constants = {
             "TOKENS": self.tokens,
             "WARPGROUPS": self.warpgroups,
@@ -53,14 +51,14 @@ class HopperInt8Config(TileConfig):
             "PRODUCER_REGISTERS": _PRODUCER_REGISTERS,
             "CONSUMER_REGISTERS": self.consumer_registers(self.blocks, _PRODUCER_REGISTERS),
             "WHOLE": int(whole),
-            **more,
+            **of_heads,
         }
         defines = tuple((name, str(value)) for name, value in constants.items())
         return Program(
             "gemm_int8_sm90.cu",
             (*kind.constants, *defines),
             self.threads,
-            stages * self._stage_bytes + _TILE_BYTES + more["EPILOGUE_BYTES"],
+            stages * self._stage_bytes + _TILE_BYTES + of_heads["EPILOGUE_BYTES"],
         )
 
     def cost(self, m: int, row_tiles: int, multiprocessors: int, experts: int = 0) -> int:
