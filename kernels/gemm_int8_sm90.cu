@@ -50,8 +50,9 @@ __device__ __forceinline__ void produce_tile(const Config::Steps& ring, Producer
 
 // The work of kCopies lanes of a warp: each has the copy engine bring a row tile of W, or an atom of one, a step at a
 // time. Nothing that may still run writes weights, so this does not wait for earlier kernels (except where one lists
-// the token tiles).
-__device__ __forceinline__ void produce_weights(const Config::Steps& ring, const Weights& w, const Tokens& x) {
+// the token tiles). angle_stages: those after each output tile that only produce_x fills.
+__device__ __forceinline__ void produce_weights(const Config::Steps& ring, const Weights& w, const Tokens& x,
+                                                int angle_stages) {
     constexpr int kAtoms = kInt8TileBytes / Config::kCopyBytes, kCopyBytes = Config::kCopyBytes;
     int lane = threadIdx.x % 32, own = lane / kAtoms, atom = lane % kAtoms;
     int place = Config::kPaired ? own / 2 * 2 * kAtoms + 2 * atom + own % 2 : own;
@@ -67,13 +68,14 @@ __device__ __forceinline__ void produce_weights(const Config::Steps& ring, const
                           arrived, !Config::kGrouped && x.m <= kPassing);
         };
         produce_tile(ring, at, w.groups, begin, fill);
+        for (int i = 0; i < angle_stages; ++i, at.advance()) ring.begin_filling(at, 0);
     }
 }
 
-// The work of one thread: it has the copy engine bring x. Each of a cluster's sharers brings its share of the tokens,
-// for all of them.
-__device__ __forceinline__ void produce_x(const Config::Steps& ring, const void* x_map, const Weights& w,
-                                          const Tokens& x) {
+// The work of one thread: it has the copy engine bring x, and angles (AngleStages), if there are any. Each of a
+// cluster's sharers brings its share of the tokens, for all of them.
+__device__ __forceinline__ void produce_x(const Config::Steps& ring, const void* x_map, const void* angle_map,
+                                          const Weights& w, const Tokens& x) {
     constexpr int kSharers = Config::kSharers;
     int rank = blockIdx.x % kSharers;
     ProducerPosition<Config::kStages> at;
@@ -88,6 +90,11 @@ __device__ __forceinline__ void produce_x(const Config::Steps& ring, const void*
                             token + rank * (Config::kTokens / kSharers), arrived, (1 << kSharers) - 1);
         };
         produce_tile(ring, at, w.groups, begin, fill);
+        if constexpr (Config::kHeadDim != 0)
+            for (int i = 0; i < kAngleStages && angle_map != nullptr; ++i, at.advance()) {
+                Barrier arrived = ring.begin_filling(at, Angles::kBytes);
+                Angles::copy(ring.stage(at.stage) + Config::kWBytes, angle_map, token, i, arrived);
+            }
     }
 }
 
@@ -143,7 +150,7 @@ struct Rows {
 };
 
 // Multiplies this block's output tiles; calls begin(output tile, expert) before each, which gives Rows, and after it
-// write(accumulators, Rows, scales, the tile's first token, end, expert).
+// write(accumulators, Rows, scales, the tile's first token, end, expert, the position after it in the ring).
 template <class Begin, class Write>
 __device__ __forceinline__ void consume(const Config::Steps& ring, const Weights& w, const float* x_scale,
                                         const Tokens& x, Begin begin, Write write) {
@@ -157,7 +164,7 @@ __device__ __forceinline__ void consume(const Config::Steps& ring, const Weights
         // Else the next tile's first wgmma, which does not read them, would have them kept in their registers.
         if (Config::kHeadDim != 0 || (Config::kGated && !Config::kGrouped)) clear(acc);
         consumer.multiply(acc, end - token);
-        write(acc, rows, scales, token, end, x.expert(outputs.token_tile()));
+        write(acc, rows, scales, token, end, x.expert(outputs.token_tile()), consumer.at);
     }
 }
 
@@ -168,6 +175,11 @@ __device__ __forceinline__ uint8_t* block_memory() {
     return shared;
 }
 
+__device__ __forceinline__ Config::Steps ring_of_block() {
+    uint32_t base = shared_address(block_memory());
+    return {base, base + Config::Steps::kBytes};
+}
+
 __device__ __forceinline__ void sync_cluster() {
     if (Config::kCluster == 1) __syncthreads();
     else cluster_sync();
@@ -176,10 +188,9 @@ __device__ __forceinline__ void sync_cluster() {
 // The work of a block: it makes its ring, and has its warps produce or consume. begin, write: see consume.
 template <class Begin, class Write>
 __device__ __forceinline__ void run(const Weights& w, const void* x_map, const float* x_scale, const Tokens& x,
-                                    Begin begin, Write write) {
+                                    Begin begin, Write write, const void* angle_map = nullptr) {
     constexpr int kConsumers = Config::kConsumers;
-    uint32_t base = shared_address(block_memory());
-    Config::Steps ring = {base, base + Config::Steps::kBytes};
+    Config::Steps ring = ring_of_block();
     if (threadIdx.x == 0) {
         ring.init(Config::kCopies + 1, 4 * Config::kWarpgroups * Config::kSharers);
         fence_barrier_init();
@@ -193,11 +204,11 @@ __device__ __forceinline__ void run(const Weights& w, const void* x_map, const f
         give_up_registers<Config::kProducerRegisters>();
         if (threadIdx.x < kConsumers + Config::kCopies) {
             if (Config::kGrouped) begin_kernel();
-            produce_weights(ring, w, x);
+            produce_weights(ring, w, x, angle_map != nullptr ? kAngleStages : 0);
         }
         if (threadIdx.x == kConsumers + 32) {
             begin_kernel();
-            produce_x(ring, x_map, w, x);
+            produce_x(ring, x_map, angle_map, w, x);
         }
         __syncwarp();
     }
@@ -228,7 +239,7 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
         return {tile.rows, tile.column, {w.scale(tile, row, 0, expert), w.scale(tile, row + 4, 0, expert)}};
     };
     auto write = [&](const Accumulators& acc, const Rows& rows, const TokenScales<Config::kTokens>& scales, int token,
-                     int end, int) {
+                     int end, int, RingPlace&) {
         Int8Sums<Config::kTokens> sums = {acc, rows.scale, scales};
         ActivatedOutput output = {out, ldo, features, *out_scale, activation};
         int its_end = has_rows ? end : 0;  // no branch: wgmma's registers must not depend on one
@@ -247,7 +258,7 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
     gemm_heads(const int8_t* w0, const float* scales0, int rows0, const int8_t* w1, const float* scales1, int rows1,
                const int8_t* w2, const float* scales2, int rows2, const void* x_map, const float* x_scale, int m, int k,
                const float* bias, half_t* q_out, half_t* k_out, half_t* v_out, int nq, int nkv, const float* q_norm,
-               const float* k_norm, float epsilon, const float2* table, const float* q_scale, const float* k_scale,
+               const float* k_norm, float epsilon, const void* angle_map, const float* q_scale, const float* k_scale,
                const float* v_scale, const int* kv_rows) {
     using Epilogue = HeadsEpilogue<Config, NORMED, INTERLEAVED, 16>;
     static_assert(Epilogue::kSharedBytes == EPILOGUE_BYTES, "what the host counts with");
@@ -256,7 +267,7 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
                  k / kRotated,
                  (rows0 + rows1 + rows2) / kTileRows};
     Tokens x = {m, nullptr, nullptr};
-    Heads heads = {q_out, k_out, v_out, nq, nkv, q_norm, k_norm, epsilon, table, q_scale, k_scale, v_scale, kv_rows};
+    Heads heads = {q_out, k_out, v_out, nq, nkv, q_norm, k_norm, epsilon, q_scale, k_scale, v_scale, kv_rows};
     if (threadIdx.x == 0) Epilogue::init(block_memory());
     uint32_t parity = 0;  // of the output tile's number
     int row = int8_row(threadIdx.x / 32 % 4 * 8 + threadIdx.x % 32 / 4);
@@ -272,13 +283,15 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
         return own;
     };
     auto write = [&](const Accumulators& acc, const Rows& rows, const TokenScales<Config::kTokens>& scales, int token,
-                     int end, int) {
+                     int end, int, RingPlace& at) {
         Epilogue epilogue = {heads, block_memory(), parity};
         parity ^= 1;
         Int8Sums<Config::kTokens> sums = {acc, rows.scale, scales};
-        epilogue.store(sums, rows.bias, rows.column, row, token, rows.rows > 0 ? end : 0);
+        Config::Steps ring = ring_of_block();
+        AngleReader<Config, Config::Steps, RingPlace> angles = {ring, at, Config::kWBytes, angle_map != nullptr};
+        epilogue.store(sums, rows.bias, rows.column, row, token, rows.rows > 0 ? end : 0, angles);
     };
-    run(w, x_map, x_scale, x, begin, write);
+    run(w, x_map, x_scale, x, begin, write, angle_map);
 }
 
 #elif !GATED
@@ -316,7 +329,7 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
         return own;
     };
     auto write = [&](const Accumulators& acc, const Rows& rows, const TokenScales<Config::kTokens>& scales, int token,
-                     int end, int) {
+                     int end, int, RingPlace&) {
         Int8Sums<Config::kTokens> sums = {acc, rows.scale, scales};
         if constexpr (Config::kGrouped) {
             ExpertOutput<Config::kTokens, RowOrder::kAtoms> output = {
@@ -352,7 +365,7 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
         return {tile.rows, tile.column, {w.scale(tile, row, 0, expert), w.scale(tile, row, 1, expert)}};
     };
     auto write = [&](const Accumulators& acc, const Rows& rows, const TokenScales<Config::kTokens>& scales, int token,
-                     int end, int expert) {
+                     int end, int expert, RingPlace&) {
         Int8Sums<Config::kTokens> sums = {acc, rows.scale, scales};
         GatedOutput output = {out, ldo, features, *out_scale, activation, block_memory() + Config::kEpilogueOffset};
         output.store_transposed<Config::kTokens, Config::kWarpgroups>(sums, gate_bias, up_bias, expert, rows.column,

@@ -51,9 +51,10 @@ __device__ __forceinline__ void copy_step(uint32_t to, const void* x_map, int co
                     token + rank * (Config::kTokens / kSharers), arrived, (1 << kSharers) - 1);
 }
 
-// The work of one thread: it has the copy engine bring x, a stage at a time.
-__device__ __forceinline__ void produce_x(const Rings& rings, const void* x_map, const Tokens& x, int units,
-                                          int row_tiles) {
+// The work of one thread: it has the copy engine bring x, a stage at a time, and angles (AngleStages), if there are
+// any.
+__device__ __forceinline__ void produce_x(const Rings& rings, const void* x_map, const void* angle_map, const Tokens& x,
+                                          int units, int row_tiles) {
     ProducerPosition<Config::kStages> at;
     for (OutputTiles outputs(x, row_tiles); outputs.more(); outputs.next()) {
         int token = x.first(outputs.token_tile());
@@ -65,14 +66,20 @@ __device__ __forceinline__ void produce_x(const Rings& rings, const void* x_map,
                 copy_step(rings.x.stage(at.stage) + sub * Config::kStepBytes, x_map, (step + sub) * Config::kStep,
                           token, arrived);
         }
+        if constexpr (Config::kHeadDim != 0)
+            for (int i = 0; i < kAngleStages && angle_map != nullptr; ++i, at.advance()) {
+                Barrier arrived = rings.x.begin_filling(at, Angles::kBytes);
+                Angles::copy(rings.x.stage(at.stage), angle_map, token, i, arrived);
+            }
     }
 }
 
 // Consumers -----------------------------------------------------------------------------------------------------------
 
-// Multiplies this block's output tiles; calls write(accumulators, alpha, row tiles, row, first token, end, expert)
-// after each. Accumulators 4j + 2i and 4j + 2i + 1 of a thread are row `row` of row tile i, and tokens 8j + lane % 4 *
-// 2 and the next, counted from the first token of the token tile, which ends before token `end`.
+// Multiplies this block's output tiles; calls write(accumulators, alpha, row tiles, row, first token, end, expert, the
+// position after it in x's ring) after each. Accumulators 4j + 2i and 4j + 2i + 1 of a thread are row `row` of row tile
+// i, and tokens 8j + lane % 4 * 2 and the next, counted from the first token of the token tile, which ends before token
+// `end`.
 template <class Write>
 __device__ __forceinline__ void consume(const Rings& rings, const Matrices& matrices, const Tokens& x, int units,
                                         int row_tiles, float alpha, float scale, Write write) {
@@ -94,7 +101,7 @@ __device__ __forceinline__ void consume(const Rings& rings, const Matrices& matr
 #pragma unroll
         for (int i = 0; i < Config::kTiles; ++i) tiles[i] = tile(i);
         write(acc, alpha, tiles, consumer.row, x.first(outputs.token_tile()), x.end(outputs.token_tile()),
-              x.expert(outputs.token_tile()));
+              x.expert(outputs.token_tile()), consumer.stage);
     }
 }
 
@@ -105,6 +112,11 @@ __device__ __forceinline__ uint8_t* block_memory() {
     return shared;
 }
 
+__device__ __forceinline__ Rings rings_of_block() {
+    uint32_t base = shared_address(block_memory()), barriers = base + Config::kBarrierOffset;
+    return {{base, barriers}, {base + Config::kRawOffset, barriers + Config::XRing::kBarrierBytes}, block_memory()};
+}
+
 __device__ __forceinline__ void sync_cluster() {
     if (Config::kCluster == 1) __syncthreads();
     else cluster_sync();
@@ -113,11 +125,10 @@ __device__ __forceinline__ void sync_cluster() {
 // The work of a block: it makes its rings, and has its warps produce or consume. `write` is the epilogue (see consume).
 template <class Write>
 __device__ __forceinline__ void run(const Matrices& matrices, const void* x_map, const Tokens& x, int k,
-                                    const float* x_scale, const float* w_scale, int row_tiles, Write write) {
+                                    const float* x_scale, const float* w_scale, int row_tiles, Write write,
+                                    const void* angle_map = nullptr) {
     constexpr int kConsumers = Config::kConsumers;
-    uint32_t base = shared_address(block_memory()), barriers = base + Config::kBarrierOffset;
-    Rings rings = {
-        {base, barriers}, {base + Config::kRawOffset, barriers + Config::XRing::kBarrierBytes}, block_memory()};
+    Rings rings = rings_of_block();
     if (threadIdx.x == 0) {
         rings.x.init(1, 4 * Config::kWarpgroups * Config::kSharers);
         for (int i = 0; i < Config::kRawStages; ++i) {
@@ -140,7 +151,7 @@ __device__ __forceinline__ void run(const Matrices& matrices, const void* x_map,
         }
         if (threadIdx.x == kConsumers + 32) {
             begin_kernel();
-            produce_x(rings, x_map, x, units, row_tiles);
+            produce_x(rings, x_map, angle_map, x, units, row_tiles);
         }
         __syncwarp();
     }
@@ -160,7 +171,7 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
     int row_tiles = ceil_div(features, kOperandGroup) * (kOperandGroup / kTileRows);
     Tokens x = {m, nullptr, nullptr};
     auto write = [&](Accumulators& acc, float alpha, const RowTile(&tiles)[Config::kTiles], int row, int token, int end,
-                     int expert) {
+                     int expert, RingPlace&) {
         token += threadIdx.x % 4 * 2;
         ActivatedOutput output = {out, ldo, features, *out_scale, activation};
         HalfSums<Config::kTokens> sums = {acc, alpha};
@@ -179,28 +190,30 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
     gemm_heads(const uint8_t* w0, int rows0, int format0, const uint8_t* w1, int rows1, int format1, const uint8_t* w2,
                int rows2, int format2, const void* x_map, int m, int k, const float* x_scale, const float* w_scale,
                const float* bias, half_t* q_out, half_t* k_out, half_t* v_out, int nq, int nkv, const float* q_norm,
-               const float* k_norm, float epsilon, const float2* table, const float* q_scale, const float* k_scale,
+               const float* k_norm, float epsilon, const void* angle_map, const float* q_scale, const float* k_scale,
                const float* v_scale, const int* kv_rows) {
     using Epilogue = HeadsEpilogue<Config, NORMED, INTERLEAVED, 8>;
     static_assert(Epilogue::kSharedBytes == EPILOGUE_BYTES, "what the host counts with");
     Matrices matrices = {{w0, w1, w2}, {rows0, rows1, rows2}, {format0, format1, format2}};
     int row_tiles = count_row_tiles<Config>(rows0) + count_row_tiles<Config>(rows1) + count_row_tiles<Config>(rows2);
     Tokens x = {m, nullptr, nullptr};
-    Heads heads = {q_out, k_out, v_out, nq, nkv, q_norm, k_norm, epsilon, table, q_scale, k_scale, v_scale, kv_rows};
+    Heads heads = {q_out, k_out, v_out, nq, nkv, q_norm, k_norm, epsilon, q_scale, k_scale, v_scale, kv_rows};
     if (threadIdx.x == 0) Epilogue::init(block_memory());
     uint32_t parity = 0;  // of the output tile's number
     auto write = [&](Accumulators& acc, float alpha, const RowTile(&tiles)[Config::kTiles], int row, int token, int end,
-                     int) {
+                     int, RingPlace& at) {
         Epilogue epilogue = {heads, block_memory(), parity};
         parity ^= 1;
         float biases[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i)
             biases[i] = load_where(bias != nullptr && tiles[i].rows > 0, bias + tiles[i].column + row, 0.0f);
+        Config::XRing ring = rings_of_block().x;
+        AngleReader<Config, Config::XRing, RingPlace> angles = {ring, at, 0, angle_map != nullptr};
         epilogue.store(HalfSums<Config::kTokens>{acc, alpha}, biases, tiles[0].column, row, token,
-                       tiles[0].rows > 0 ? end : 0);
+                       tiles[0].rows > 0 ? end : 0, angles);
     };
-    run(matrices, x_map, x, k, x_scale, w_scale, row_tiles, write);
+    run(matrices, x_map, x, k, x_scale, w_scale, row_tiles, write, angle_map);
 }
 
 #elif !GATED
@@ -217,7 +230,7 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
     int row_tiles = count_row_tiles<Config>(rows0) + count_row_tiles<Config>(rows1) + count_row_tiles<Config>(rows2);
     Tokens x = {m, groups, group_count};
     auto write = [&](Accumulators& acc, float alpha, const RowTile(&tiles)[Config::kTiles], int row, int token, int end,
-                     int expert) {
+                     int expert, RingPlace&) {
         if constexpr (Config::kGrouped) {  // an expert's matrix has whole row tiles
             float scale = *out_scale;      // a power of two
             float biases[2] = {};
@@ -259,7 +272,7 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
     int row_tiles = 2 * ceil_div(features, kOperandGroup) * (kOperandGroup / kTileRows);
     Tokens x = {m, groups, group_count};
     auto write = [&](Accumulators& acc, float alpha, const RowTile(&tiles)[Config::kTiles], int row, int token, int end,
-                     int expert) {
+                     int expert, RingPlace&) {
         GatedOutput output = {out, ldo, features, *out_scale, activation, block_memory() + Config::kEpilogueOffset};
         HalfSums<Config::kTokens> sums = {acc, alpha};
         output.store_transposed<Config::kTokens, Config::kWarpgroups>(sums, gate_bias, up_bias, expert, tiles[0].column,

@@ -143,7 +143,7 @@ class EmulatedGpu(HostGpu):
 class EmulatedMaps(TensorMaps):
     """Tensor maps as cuda.hpp reads them."""
 
-    def _encode(self, array, box_rows, format):
+    def _encode(self, array, box_rows):
         rows, columns = array.shape
         own = array.address, rows, columns, array.row_bytes, box_rows, array.dtype.itemsize
         return np.array([*own, *[0] * 10], np.uint64)

@@ -117,7 +117,7 @@ class NamedTensorMaps(TensorMaps):
         super().__init__(gpu)
         self._names, self._next = names, 1 << 60
 
-    def of(self, array, box_rows, format=None):
+    def of(self, array, box_rows):
         self._next += 128
         map_ = DeviceArray(self._next, np.dtype(np.uint8), (128,))
         return self._names.note(f"map({self._names.of(array)},{box_rows})", map_)

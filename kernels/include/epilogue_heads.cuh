@@ -2,16 +2,16 @@
 // 2104.09864), scaling into half's range, and the write to where attention has them. rope.cu's rotate_qkv makes the
 // same bits of sums that went through memory; here they need not.
 #pragma once
+#include "angles_sm90.cuh"
 #include "epilogue_sm90.cuh"
 
 // A launch's outputs: the heads of q, then of k, then of v, of which nkv may be 0. The rest is as rotate_qkv has it
-// (rope.cu); table may be null, where nothing is rotated.
+// (rope.cu).
 struct Heads {
     half_t *q, *k, *v;
     int nq, nkv;
     const float *q_norm, *k_norm;
     float epsilon;
-    const float2* table;
     const float *q_scale, *k_scale, *v_scale;
     const int* kv_rows;
 };
@@ -30,9 +30,7 @@ template <class Config, bool kNormed, bool kInterleaved, int kSecond>
 struct HeadsEpilogue {
     static constexpr int kTokens = Config::kTokens, kHeadDim = Config::kHeadDim, kWarpgroups = Config::kWarpgroups;
     static constexpr int kHalf = kHeadDim / 2, kThird = 24 - kSecond;
-    // Angles are loaded for a group of so many batches of 8 tokens at a time, and so many groups before they are used:
-    // as many as there are registers for.
-    static constexpr int kBatches = 2, kGroups = kTokens / (8 * kBatches), kAhead = kInterleaved ? 1 : 2;
+    using Stages = AngleStages<Config>;
     using Rows = TokenRows<kTokens, kSecond == 16 ? RowOrder::kPaired : RowOrder::kPlain>;
     static constexpr int kWarpgroupsAHead = kHeadDim == 128 && kWarpgroups == 2 ? 2 : 1;  // that a block has
     static constexpr int kThreadsAHead = 128 * kWarpgroupsAHead;
@@ -82,27 +80,11 @@ struct HeadsEpilogue {
         return __byte_perm(pair, given, thread & lanes ? 0x3276 : 0x5410);
     }
 
-    // The angles of a group of tokens: of a lane's pair, of both of its tokens of a batch; interleaved: of both of its
-    // pairs, of the token that it gets.
-    using Angles = float2[kBatches][2];
-
     // What this warpgroup's outputs are written with.
     __device__ __forceinline__ Rows rows() const {
         int warpgroup = static_cast<int>(thread / 128);
         uint8_t* place = memory + Config::kEpilogueOffset + warpgroup * (kNormed ? kFloats * 4 : Rows::kBytes);
         return {place, 1 + kWarpgroups + warpgroup, thread};
-    }
-
-    // at: the lane's column. token: the group's first. Angles are read beyond the tile's end, too.
-    __device__ __forceinline__ void load(Angles& angles, int at, int token, bool turns) const {
-        token += thread % 4 * 2 + (kInterleaved ? thread >> 2 & 1 : 0);
-        const float2* from = heads.table + static_cast<int64_t>(token) * kHalf + (kInterleaved ? at / 2 : at);
-#pragma unroll
-        for (int i = 0; i < kBatches; ++i)
-#pragma unroll
-            for (int c = 0; c < 2; ++c)
-                angles[i][c] = load_where(turns, from + 8 * i * kHalf + c * (kInterleaved ? kHalf / 2 : kHalf),
-                                          make_float2(1.0f, 0.0f));
     }
 
     // Gives this warpgroup's sums to its partner, and adds the partner's: of one token after another, 128 apart.
@@ -174,9 +156,9 @@ struct HeadsEpilogue {
     // sums: as HalfSums, of a thread's two rows. column: of the outputs, the row tile's first; row: the thread's first
     // in it (row_of_thread in consumer_sm90.cuh). The tile has tokens first to end - 1; for those beyond the same is
     // computed, as wgmma's registers must not depend on a branch.
-    template <class Sums>
+    template <class Sums, class Angles>
     __device__ __forceinline__ void store(const Sums& sums, const float (&bias)[2], int column, int row, int first,
-                                          int end) const {
+                                          int end, const Angles& angles) const {
         int number = column / kHeadDim, at = column % kHeadDim + row;
         bool is_q = number < heads.nq, is_v = number >= heads.nq + heads.nkv;
         int of = is_q ? heads.nq : heads.nkv, slot = is_q ? number : is_v ? number - of - heads.nq : number - heads.nq;
@@ -197,7 +179,7 @@ struct HeadsEpilogue {
             weight[0] *= load_where(!is_v, norm + at, 1.0f), weight[1] *= load_where(!is_v, norm + at + kHalf, 1.0f);
             inverse = inverse_rms(y, is_v) + thread % 4 * 2;
         }
-        write(y, inverse, weight, at, !is_v && heads.table != nullptr && end > 0, outputs);
+        write(y, inverse, weight, at, is_v, angles, outputs);
     }
 
     // Where a tile's head goes: rows are `stride` apart; numbers: of tokens' rows, or null where these are in order.
@@ -209,22 +191,34 @@ struct HeadsEpilogue {
     };
 
     // Multiplies what a thread has of a head by the tokens' inverses (if kNormed) and its columns' weights, rotates it,
-    // and writes it. turns: whether it is rotated; else it is by no angle.
+    // if it is not of v, and writes it.
+    template <class Angles>
     __device__ __forceinline__ void write(const float (&y)[kTokens / 2], const float* inverse, const float (&weight)[2],
-                                          int at, bool turns, const Outputs& outputs) const {
-        Angles angles[kAhead + 1];  // group g's are angles[g % (kAhead + 1)]
-#pragma unroll
-        for (int group = 0; group < min(kAhead, kGroups); ++group)
-            load(angles[group], at, outputs.first + group * 8 * kBatches, turns);
+                                          int at, bool is_v, const Angles& angles, const Outputs& outputs) const {
+        // Of a batch of 8 tokens a lane needs its pair's angles of both of its tokens; interleaved: of both of its
+        // pairs, of the token that it gets.
+        int token = thread % 4 * 2, pair = kInterleaved ? at / 2 : at;
+        uint32_t places[2] = {Stages::offset(pair, token), Stages::offset(pair, token + 1)}, stage = 0;
+        if constexpr (kInterleaved) {
+            token += thread >> 2 & 1;
+            places[0] = Stages::offset(pair, token), places[1] = Stages::offset(pair + kHalf / 2, token);
+        }
+        bool turns = angles.any && !is_v;  // else it is rotated by no angle
         auto turn = [](float& a, float& b, const float2& angle) {
             float x = fmaf(a, angle.x, -(b * angle.y));
             b = fmaf(b, angle.x, a * angle.y), a = x;
         };
         auto make = [&](int j, uint32_t (&pairs)[2]) {
-            int group = j / kBatches, next = group + kAhead;
-            const float2(&angle)[2] = angles[group % (kAhead + 1)][j % kBatches];
-            if (j % kBatches == 0 && next < kGroups)
-                load(angles[next % (kAhead + 1)], at, outputs.first + next * 8 * kBatches, turns);
+            constexpr int kBatches = Stages::kTokens / 8;
+            if (j % kBatches == 0) {  // all threads have made what was before, as they have waited for one another
+                if (j > 0) angles.end();
+                stage = angles.begin();
+            }
+            float2 angle[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+                angle[i] = load_shared_where(turns, stage + places[i] + j % kBatches * 8 * Stages::kRowBytes,
+                                             make_float2(1.0f, 0.0f));
             float z[2][2];  // [row][token]
             float2 r = kNormed ? *reinterpret_cast<const float2*>(inverse + 8 * j) : make_float2(1.0f, 1.0f);
 #pragma unroll
@@ -250,6 +244,7 @@ struct HeadsEpilogue {
         };
         Rows rows = this->rows();
         rows.store({outputs.to, outputs.stride, kHalf, true}, make, row);
+        angles.end();
         if constexpr (kNormed) sync_threads<128>(rows.barrier);  // the next tile's sums come in their place
     }
 };

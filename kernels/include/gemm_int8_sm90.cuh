@@ -1,5 +1,6 @@
 // What gemm_int8_sm90.cu is compiled for, and the names that follow from it.
 #pragma once
+#include "angles_sm90.cuh"
 #include "int8.cuh"
 #include "row_tiles.cuh"
 #include "scheduler.cuh"
@@ -61,6 +62,9 @@ using Tokens = TokenTiles<Config::kTokens, Config::kGrouped>;
 
 // The blocks of a cluster take the same token tile and neighbouring row tiles.
 using OutputTiles = Scheduler<Tokens, Config::kBlockTiles * Config::kCluster, kTogether, true, Config::kCluster>;
+using Angles = AngleStages<Config>;
+constexpr int kAngleStages = Config::kHeadDim / 32;  // after an output tile's steps
+using RingPlace = ConsumerPosition<Config::kStages>;
 using Accumulators = int[Config::kTokens / 2];
 
 // The number of row tile `own` of this block in an output tile.

@@ -47,6 +47,14 @@ __device__ __forceinline__ void reduce_add(float* to, const float4& values) {
                  : "memory");
 }
 
+// Loads from a shared address where `inside`, without a branch.
+__device__ __forceinline__ float2 load_shared_where(bool inside, uint32_t address, float2 otherwise) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %3, 0; @p ld.shared.v2.f32 {%0, %1}, [%2];}"
+                 : "+f"(otherwise.x), "+f"(otherwise.y)
+                 : "r"(address), "r"(static_cast<int>(inside)));
+    return otherwise;
+}
+
 // Stores four 8x8 matrices of halves, each turned over. Of each a lane has two neighbouring columns (lane % 4 * 2 and
 // the next) of row lane / 4; and it gives the shared address where column lane % 8 of matrix lane / 8 goes, 16 bytes.
 __device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t (&r)[4]) {

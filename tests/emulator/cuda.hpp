@@ -490,6 +490,10 @@ inline void fence_barrier_init() {}
 inline void store_in(int block, uint32_t address, float value) {
     memcpy(shared_memory[block] + address, &value, sizeof(value));
 }
+inline float2 load_shared_where(bool inside, uint32_t address, float2 otherwise) {
+    if (inside) memcpy(&otherwise, own_memory() + address, sizeof(otherwise));
+    return otherwise;
+}
 inline void store_matrices(uint32_t address, const uint32_t (&r)[4]) {
     int warp = fibers.current / 32, lane = fibers.current % 32;
     fibers.held[warp][lane][0] = address;

@@ -22,7 +22,6 @@ from .device.gpu import Gpu, GpuFacts
 from .device.launcher import Grid
 from .device.signatures import Argument, signatures_of
 from .device.workspace import Downloads, Workspace, aligned
-from .gemm.operand import HALVES, OperandFormat
 from .gemm.tensor_maps import TensorMaps
 from .kernel_set import KernelSet
 from .ops.batch import Residual, ResidualBound, received
@@ -88,7 +87,7 @@ class _NoDownloads(Downloads):
 
 
 class _NoTensorMaps(TensorMaps):
-    def of(self, array: DeviceArray, box_rows: int, format: OperandFormat = HALVES) -> DeviceArray:
+    def of(self, array: DeviceArray, box_rows: int) -> DeviceArray:
         return DeviceArray(1 << 40, UINT8, (128,))
 
 

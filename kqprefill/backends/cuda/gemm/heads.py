@@ -7,8 +7,10 @@ from typing import TypeVar
 
 from ..device.arrays import DeviceArray
 from ..device.signatures import Argument
+from .tensor_maps import TensorMaps
 from .tiles import TOKEN_ROWS_BYTES, TileConfig
 
+_ANGLE_STAGE = 32  # heads so wide would have all of a token tile's angles in one stage
 _Config = TypeVar("_Config", bound=TileConfig)
 
 
@@ -86,9 +88,16 @@ class HeadsOutput:
     v_scale: DeviceArray
     kv_rows: DeviceArray | None
 
+    def angle_map(self, maps: TensorMaps, config: TileConfig) -> DeviceArray | None:
+        """The tensor map of the table of angles: boxes of as many tokens as a block brings for a stage
+        (kernels/include/angles_sm90.cuh). None where nothing is rotated."""
+        if self.table is None:
+            return None
+        return maps.of(self.table, config.box_rows * _ANGLE_STAGE // self.kind.head_dim)
+
     @property
     def arguments(self) -> dict[str, Argument]:
-        """What gemm_heads is told of them, by its parameters' names."""
+        """What else gemm_heads is told of them, by its parameters' names."""
         return {
             "q_out": self.q,
             "k_out": self.k,
@@ -98,7 +107,6 @@ class HeadsOutput:
             "q_norm": self.q_norm,
             "k_norm": self.k_norm,
             "epsilon": self.epsilon,
-            "table": self.table,
             "q_scale": self.q_scale,
             "k_scale": self.k_scale,
             "v_scale": self.v_scale,

@@ -21,23 +21,21 @@ class OperandFormat:
     """How the activations that a GEMM multiplies are stored (kernels/include/operand.cuh: store_operand writes them).
 
     dtype: of a value. group: columns that are permuted among themselves; rows are padded to whole groups with zeros.
-    rows_a_scale: how many rows share a power-of-two scale; None where all of an operand's do. tensor_map_type: the copy
-    engine's name for the dtype (CUtensorMapDataType).
+    rows_a_scale: how many rows share a power-of-two scale; None where all of an operand's do.
     """
 
     name: str
     dtype: np.dtype
     group: int
     rows_a_scale: int | None
-    tensor_map_type: str
 
     def padded(self, columns: int) -> int:
         """Values from one row to the next."""
         return -(-columns // self.group) * self.group
 
 
-HALVES = OperandFormat("f16", FLOAT16, OPERAND_GROUP, None, "CU_TENSOR_MAP_DATA_TYPE_FLOAT16")
-BYTES = OperandFormat("s8", INT8, ROTATED, 1, "CU_TENSOR_MAP_DATA_TYPE_UINT8")  # in int8: the bits are what is copied
+HALVES = OperandFormat("f16", FLOAT16, OPERAND_GROUP, None)
+BYTES = OperandFormat("s8", INT8, ROTATED, 1)
 MORE_ROWS = 256  # whose scales or angles may be read beyond the last row's: as many as a token tile has at most
 
 

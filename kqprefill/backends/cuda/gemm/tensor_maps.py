@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from ..device.arrays import UINT8, DeviceArray
+from ..device.arrays import FLOAT16, FLOAT32, INT8, UINT8, DeviceArray
 from ..device.gpu import Gpu, check
-from .operand import HALVES, OperandFormat
 
 _BYTES = 128  # of a descriptor
 _BOX_BYTES = 128  # of a box's row: what the 128-byte swizzle takes
+_TYPES = {FLOAT16: "FLOAT16", FLOAT32: "FLOAT32", INT8: "UINT8"}  # CUtensorMapDataType's; of int8 bits are copied
 
 
 class TensorMaps:
@@ -25,33 +25,33 @@ class TensorMaps:
 
     def __init__(self, gpu: Gpu) -> None:
         self._gpu, self.generation = gpu, 0
-        self._maps: dict[tuple[int, tuple[int, ...], int, str], DeviceArray] = {}
+        self._maps: dict[tuple[int, tuple[int, ...], int, np.dtype[Any]], DeviceArray] = {}
         self._buffer: Any = None
 
-    def of(self, array: DeviceArray, box_rows: int, format: OperandFormat = HALVES) -> DeviceArray:
+    def of(self, array: DeviceArray, box_rows: int) -> DeviceArray:
         """The descriptor of a matrix [rows, columns]: boxes of box_rows rows by 128 bytes, 128-byte swizzle, zeros
         outside."""
-        key = array.address, array.shape, box_rows, format.name
+        key = array.address, array.shape, box_rows, array.dtype
         if key not in self._maps:
             if self._buffer is None:
                 self._buffer = self._gpu.allocate(self.CAPACITY * _BYTES, "tensor maps")
             assert len(self._maps) < self.CAPACITY, "make_room was not called before this batch"
             address = int(self._buffer.handle) + len(self._maps) * _BYTES
-            self._gpu.upload(address, self._encode(array, box_rows, format))
+            self._gpu.upload(address, self._encode(array, box_rows))
             self._maps[key] = DeviceArray(address, UINT8, (_BYTES,))
         return self._maps[key]
 
-    def _encode(self, array: DeviceArray, box_rows: int, format: OperandFormat) -> np.ndarray[Any, Any]:
+    def _encode(self, array: DeviceArray, box_rows: int) -> np.ndarray[Any, Any]:
         d = self._gpu.driver
         rows, columns = array.shape
         descriptor = check(
             d.cuTensorMapEncodeTiled(
-                getattr(d.CUtensorMapDataType, format.tensor_map_type),
+                getattr(d.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{_TYPES[array.dtype]}"),
                 2,
                 array.address,
                 [d.cuuint64_t(columns), d.cuuint64_t(rows)],
                 [d.cuuint64_t(array.row_bytes)],
-                [d.cuuint32_t(_BOX_BYTES // format.dtype.itemsize), d.cuuint32_t(box_rows)],
+                [d.cuuint32_t(_BOX_BYTES // array.dtype.itemsize), d.cuuint32_t(box_rows)],
                 [d.cuuint32_t(1)] * 2,
                 d.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
                 d.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
