@@ -1,30 +1,38 @@
-// Makes int8 of operands' rows, compiled for rows of up to 512 * WARPS * KEPT columns, and longer ones where KEPT is 4.
+// Makes int8 of operands' rows (round_rows), or of what RMSNorm makes of rows (rms_norm_rounded, where NORMED): compiled
+// for rows of up to 16 * ROW_THREADS * KEPT columns, and longer ones where KEPT is 4.
 #include "include/int8.cuh"
 #include "include/reduce.cuh"
 #include "include/rms_norm.cuh"
 
-constexpr int kThreads = INT8_THREADS;
-constexpr int kBlocks = KEPT == 1 ? 4 : KEPT < 4 ? 3 : 2;  // that a multiprocessor has registers for
+constexpr int kThreads = INT8_THREADS, kRowThreads = ROW_THREADS;  // of a block, and of a row: neighbours
+constexpr int kRows = kThreads / kRowThreads;                      // of a block
+constexpr int kBlocks = KEPT == 1 ? 4 : KEPT < 4 ? 3 : 2;          // that a multiprocessor has registers for
 constexpr int kKept = KEPT;  // sixteens of a row that a thread keeps; it reads and rotates the others twice
 
-// The largest of the bits that those threads of a block have whose kWarps warps share a row, known to all of them.
-template <int kWarps>
+// The largest of the bits that those threads of a block have who share a row, known to all of them.
 __device__ __forceinline__ uint32_t largest_of_row(uint32_t largest) {
-    __shared__ uint32_t of_warp[kThreads / 32];
-    largest = __reduce_max_sync(0xffffffffu, largest);
-    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = largest;
-    __syncthreads();
+    if constexpr (kRowThreads < 32) {
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) largest = max(largest, of_warp[threadIdx.x / 32 / kWarps * kWarps + w]);
+        for (int lanes = 1; lanes < kRowThreads; lanes *= 2)
+            largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
+    } else {
+        constexpr int kWarps = kRowThreads / 32;
+        __shared__ uint32_t of_warp[kThreads / 32];
+        largest = __reduce_max_sync(0xffffffffu, largest);
+        if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = largest;
+        __syncthreads();
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) largest = max(largest, of_warp[threadIdx.x / kRowThreads * kWarps + w]);
+    }
     return largest;
 }
 
-// Calls kept(where, its number) for the first kKept sixteens of a row that are a thread's, of kWarps warps, and
-// read(where) for the others; the lanes of a warp go on together.
-template <int kWarps, class Kept, class Read>
+// Calls kept(where, its number) for the first kKept sixteens of a row that are a thread's, and read(where) for the
+// others; the lanes of a warp go on together.
+template <class Kept, class Read>
 __device__ __forceinline__ void each_sixteen(int padded, Kept kept, Read read) {
-    constexpr int kRound = 512 * kWarps;
-    int own = threadIdx.x % (32 * kWarps) * 16, first = own / 512 * 512;
+    constexpr int kRound = 16 * kRowThreads;
+    int own = threadIdx.x % kRowThreads * 16, first = own / 512 * 512;
 #pragma unroll
     for (int i = 0; i < kKept; ++i)
         if (first + i * kRound < padded) kept(own + i * kRound, i);
@@ -34,8 +42,7 @@ __device__ __forceinline__ void each_sixteen(int padded, Kept kept, Read read) {
 
 // out, scale = a row of an operand (operand.cuh: halves, x_scale times their values), rotated and rounded; out has
 // `padded` columns, whole groups. Eight lanes take a group, each sixteen columns that are neighbours in memory.
-// All threads of a block call this, kWarps warps for each row; nothing is written unless `inside`.
-template <int kWarps>
+// All threads of a block call this; nothing is written unless `inside`.
 __device__ __forceinline__ void round_row(const half_t* x, int stride, float x_scale, int8_t* out, int padded,
                                           float* scale, bool inside) {
     auto rotated = [&](int at, float (&v)[16]) {
@@ -55,16 +62,16 @@ __device__ __forceinline__ void round_row(const half_t* x, int stride, float x_s
     };
     float v[kKept][16];
     uint32_t largest = 0;
-    each_sixteen<kWarps>(
+    each_sixteen(
         padded, [&](int at, int i) { rotated(at, v[i]), largest = largest_of(v[i], largest); },
         [&](int at) {
             float w[16];
             rotated(at, w);
             largest = largest_of(w, largest);
         });
-    Rounding rounding(largest_of_row<kWarps>(largest));
+    Rounding rounding(largest_of_row(largest));
     if (!inside) return;
-    if (threadIdx.x % (32 * kWarps) == 0) *scale = rounding.scale / x_scale;
+    if (threadIdx.x % kRowThreads == 0) *scale = rounding.scale / x_scale;
     auto write = [&](int at, const float (&w)[16]) {
         uint32_t words[4];
 #pragma unroll
@@ -73,7 +80,7 @@ __device__ __forceinline__ void round_row(const half_t* x, int stride, float x_s
                        rounding.byte(w[4 * i + 3]) << 24;
         if (at < padded) *reinterpret_cast<uint4*>(out + at) = make_uint4(words[0], words[1], words[2], words[3]);
     };
-    each_sixteen<kWarps>(
+    each_sixteen(
         padded, [&](int at, int i) { write(at, v[i]); },
         [&](int at) {
             float w[16];
@@ -82,22 +89,26 @@ __device__ __forceinline__ void round_row(const half_t* x, int stride, float x_s
         });
 }
 
-// out[t, :], scales[t] = row t of x, rounded. A block takes as many of the `rows` rows as it has times WARPS warps.
+#if !NORMED
+
+// out[t, :], scales[t] = row t of x, rounded. A block takes kRows of the `rows` rows.
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     round_rows(const half_t* x, int rows, int stride, const float* scale, int8_t* out, int padded, float* scales) {
     begin_kernel();
-    int row = blockIdx.x * (kThreads / 32 / WARPS) + threadIdx.x / (32 * WARPS);
+    int row = blockIdx.x * kRows + threadIdx.x / kRowThreads;
     bool inside = row < rows;
     uint64_t from = inside ? row : 0;
-    round_row<WARPS>(x + from * stride, stride, *scale, out + from * padded, padded, scales + from, inside);
+    round_row(x + from * stride, stride, *scale, out + from * padded, padded, scales + from, inside);
 }
+
+#else
 
 // norm.cu's rms_norm of all rows, and rounded, scales = its rows, rounded.
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     rms_norm_rounded(const float* x, int rows, const float* weight, half_t* out, int columns, int stride, float epsilon,
                      const float* scale, int8_t* rounded, int padded, float* scales) {
     begin_kernel();
-    constexpr int kRows = kThreads / 32 / WARPS, kRowThreads = 32 * WARPS, kStaged = 16 * kKept * kRowThreads;
+    constexpr int kStaged = 16 * kKept * kRowThreads;
     __shared__ __align__(16) half_t staged[kRows][kStaged];  // rows, if they are short enough
     int own = threadIdx.x / kRowThreads, row = block_from_last() * kRows + own;
     bool inside = row < rows;
@@ -110,5 +121,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     if (short_enough && inside)
         for (int i = threadIdx.x % kRowThreads * 8; i < stride; i += kRowThreads * 8)
             *reinterpret_cast<uint4*>(out + i) = *reinterpret_cast<const uint4*>(to + i);
-    round_row<WARPS>(to, stride, *scale, rounded + from * padded, padded, scales + from, inside);
+    round_row(to, stride, *scale, rounded + from * padded, padded, scales + from, inside);
 }
+
+#endif

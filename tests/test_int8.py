@@ -9,10 +9,10 @@ import pytest
 from emulator import EmulatedGpu, EmulatedMaps, Emulator, why_not
 from kqprefill.backends.cuda.device.arrays import FLOAT16, FLOAT32, INT8, UINT8, DeviceArray
 from kqprefill.backends.cuda.device.workspace import Workspace
-from kqprefill.backends.cuda.gemm import int8_hopper
+from kqprefill.backends.cuda.gemm import int8, int8_hopper
 from kqprefill.backends.cuda.gemm.operand import BYTES, HALVES, Groups, Operand, operand_positions
 from kqprefill.backends.cuda.kernel_set import kernel_set_of
-from kqprefill.backends.cuda.programs import NORM, int8_rows_blocks, int8_rows_program
+from kqprefill.backends.cuda.programs import NORM, rounded_norm, rounding
 from kqprefill.backends.cuda.weights.matrix import matrix_of
 from kqprefill.backends.cuda.weights.scales import Scales
 from kqprefill.backends.cuda.weights.small_arrays import SmallArrays
@@ -162,10 +162,14 @@ def test_weights_of_parts_and_stacks(device):
         check_rounded(rows, *device.integers(matrix))
 
 
-@pytest.mark.parametrize("columns", [64, 100, 128, 1000, 4096, 20000])
-def test_operands(device, columns, rng):
+@pytest.mark.parametrize("columns", [64, 100, 128, 768, 1000, 4096, 20000])
+def test_operands(device, columns, rng, monkeypatch):
     a, x = device.operand(5, columns, rng)
-    check_rounded(x, *device.rounded(a))
+    few = device.rounded(a)
+    check_rounded(x, *few)
+    monkeypatch.setattr(int8, "rounding", lambda padded, _: rounding(padded, 1 << 20))
+    many = device.rounded(a)
+    assert all(np.array_equal(*pair) for pair in zip(few, many))
 
 
 def test_norms_whose_rows_are_rounded_at_once(device, rng):
@@ -181,8 +185,8 @@ def test_norms_whose_rows_are_rounded_at_once(device, rng):
         halves = device.poisoned("halves", FLOAT16, 3, HALVES.padded(columns))
         rounded, scales = device.poisoned("rounded", INT8, 3, padded), device.poisoned("scales", FLOAT32, 3)
         own = {"rows": 3, "out": halves, "rounded": rounded, "padded": padded, "scales": scales}
-        blocks = int8_rows_blocks(3, padded)
-        device.launcher.launch(int8_rows_program(padded), "rms_norm_rounded", grid=blocks, **own, **given)
+        program = rounded_norm(padded)
+        device.launcher.launch(program.program, "rms_norm_rounded", grid=program.blocks(3), **own, **given)
         assert np.array_equal(device.get(halves), device.get(alone))
         a = Operand(alone, columns, scale)
         together, by_itself = device.rounded(replace(a, rounded=(rounded, scales))), device.rounded(a)

@@ -22,7 +22,7 @@ from .gemm.mixed import MixedGemm
 from .gemm.operand import Gemm
 from .gemm.tensor_maps import TensorMaps
 from .mamba_kernels import mamba_programs
-from .programs import COMMON, int8_program, int8_rows_programs, weight_program
+from .programs import COMMON, int8_program, rows_programs, weight_program
 from .weights.halves import KeptHalves
 from .weights.matrix import Matrix
 
@@ -91,7 +91,7 @@ class KernelSet(ABC):
     def every_program(self) -> list[Program]:
         """All programs that files in use may need: what the tests compile."""
         of_formats = (program(kind) for program in (weight_program, int8_program) for kind in sorted(SUPPORTED))
-        of_every_set = (*COMMON, *of_formats, *int8_rows_programs(), *delta_programs(), *mamba_programs())
+        of_every_set = (*COMMON, *of_formats, *rows_programs(), *delta_programs(), *mamba_programs())
         return list(dict.fromkeys((*of_every_set, *self._own_programs())))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 from functools import cache
 
 from ...gguf.types import GGML
@@ -9,7 +11,8 @@ from .constants import THREADS
 from .device.compiler import Program
 from .units import repack_units
 
-_MOST_WARPS, _WARP_COLUMNS, _MOST_KEPT = THREADS["round_rows"] // 32, 512, 4  # int8_rows.cu's
+_BLOCK, _SIXTEEN, _MOST_KEPT = THREADS["round_rows"], 16, 4  # int8_rows.cu's
+_MANY_ROWS = 1024
 
 _NAMES = "norm rope scales head experts gates activations per_layer altup latent squares int8"
 NORM, ROPE, SCALES, HEAD, EXPERTS, GATES, ACTIVATIONS, PER_LAYER, ALTUP, LATENT, SQUARES, INT8 = COMMON = tuple(
@@ -29,25 +32,47 @@ def int8_program(ggml_type: GGML) -> Program:
     return Program("int8_weights.cu", (("FORMAT", ggml_type.name),))
 
 
+@dataclass(frozen=True)
+class RowsProgram:
+    """A program of int8_rows.cu, for rows of as many columns as `threads` threads keep: _SIXTEEN * kept each."""
+
+    threads: int
+    kept: int
+    normed: bool
+
+    @property
+    def program(self) -> Program:
+        """With round_rows, or, where it is normed, rms_norm_rounded."""
+        constants = {"ROW_THREADS": self.threads, "KEPT": self.kept, "NORMED": int(self.normed)}
+        return Program("int8_rows.cu", tuple((name, str(value)) for name, value in constants.items()))
+
+    def blocks(self, rows: int) -> int:
+        """For so many rows."""
+        return -(-rows * self.threads // _BLOCK)
+
+
 @cache
-def int8_rows_program(columns: int) -> Program:
-    """What makes int8 of operands' rows of so many columns: round_rows, rms_norm_rounded."""
-    warps = _row_warps(columns)
-    kept = min(_MOST_KEPT, -(-columns // (_WARP_COLUMNS * warps)))
-    return Program("int8_rows.cu", (("WARPS", str(warps)), ("KEPT", str(kept))))
+def rounding(columns: int, rows: int) -> RowsProgram:
+    """What makes int8 of so many operands' rows: few rows have as many threads as there may be; of many a thread keeps
+    more, so that more of its loads are on their way."""
+    kept = _MOST_KEPT - 1 if rows >= _MANY_ROWS else 1
+    return _rows_program(columns, (8, 16, 32, 64, 128, _BLOCK), kept, False)
 
 
-def int8_rows_blocks(rows: int, columns: int) -> int:
-    """Blocks of that program's kernels for so many rows."""
-    return -(-rows * _row_warps(columns) // _MOST_WARPS)
+@cache
+def rounded_norm(columns: int) -> RowsProgram:
+    """What makes int8 of rows' RMSNorm, with as few whole warps as keep a row (rms_norm.cuh asks for these)."""
+    return _rows_program(columns, (32, 64, 128, _BLOCK), 1, True)
 
 
-def _row_warps(columns: int) -> int:
-    """Warps that a row has: as few as keep it at once, at most all of a block."""
-    return next(warps for warps in (1, 2, 4, _MOST_WARPS) if warps == _MOST_WARPS or columns <= _WARP_COLUMNS * warps)
+def _rows_program(columns: int, threads: Sequence[int], kept: int, normed: bool) -> RowsProgram:
+    """The fewest of these threads who keep so many sixteens each at most; else all of a block."""
+    fewest = next((n for n in threads if columns <= n * _SIXTEEN * kept), _BLOCK)
+    return RowsProgram(fewest, min(_MOST_KEPT, -(-columns // (fewest * _SIXTEEN))), normed)
 
 
-def int8_rows_programs() -> list[Program]:
+def rows_programs() -> list[Program]:
     """All of them."""
-    kept = [_MOST_WARPS * times for times in range(2, _MOST_KEPT + 1)]
-    return [int8_rows_program(_WARP_COLUMNS * warps) for warps in (1, 2, 4, _MOST_WARPS, *kept)]
+    columns = [_SIXTEEN * 8 * n for n in range(1, _MOST_KEPT * _BLOCK // 8 + 1)]
+    all_ = {rounding(n, rows) for n in columns for rows in (1, _MANY_ROWS)} | {rounded_norm(n) for n in columns}
+    return [own.program for own in sorted(all_, key=astuple)]

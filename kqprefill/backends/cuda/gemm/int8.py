@@ -12,7 +12,7 @@ from ..device.compiler import Program
 from ..device.gpu import GpuFacts
 from ..device.launcher import Launches, begun_early
 from ..device.workspace import Workspace
-from ..programs import int8_rows_blocks, int8_rows_program
+from ..programs import rounding
 from ..weights.matrix import Matrix
 from .operand import BYTES, MORE_ROWS, Gemm, Groups, Operand, listed, made_into, number_of
 from .portable import PortableConfig, best_config
@@ -36,11 +36,12 @@ class Int8Gemm(Gemm):
         padded = BYTES.padded(a.columns)
         values = self._work.array("int8 operand", BYTES.dtype, a.rows, padded)
         scales = self._work.array("int8 operand's scales", FLOAT32, a.rows + MORE_ROWS)
+        rows_program = rounding(padded, a.rows)
         with begun_early(self._launcher):
             self._launcher.launch(
-                int8_rows_program(padded),
+                rows_program.program,
                 "round_rows",
-                grid=int8_rows_blocks(a.rows, padded),
+                grid=rows_program.blocks(a.rows),
                 x=a.values,
                 rows=a.rows,
                 stride=a.values.shape[1],

@@ -11,7 +11,7 @@ from ....models.ops import Sums
 from ....models.weights import Weight
 from ..device.arrays import FLOAT32, DeviceArray
 from ..gemm.operand import BYTES, HALVES, MORE_ROWS, Operand
-from ..programs import NORM, int8_rows_blocks, int8_rows_program
+from ..programs import NORM, rounded_norm
 from .batch import BatchOps, Residual, ResidualBound
 
 
@@ -62,9 +62,9 @@ class NormOps(BatchOps):
         values = self.work.array("normed", HALVES.dtype, rows, HALVES.padded(columns))
         scale = self.scales.of_bound(length * most)
         self.launcher.launch(
-            int8_rows_program(padded),
+            rounded_norm(padded).program,
             "rms_norm_rounded",
-            grid=int8_rows_blocks(rows, padded),
+            grid=rounded_norm(padded).blocks(rows),
             x=x,
             rows=rows,
             weight=vector,
