@@ -65,7 +65,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         fence_barrier_init();
     }
     __syncthreads();
-    begin_kernel();
+    begin_short_kernel();
     QueryTile tile = tiles[blockIdx.y];
     int head = blockIdx.x, first_column = blockIdx.z * PART_DIM;  // of the head's values
     int first_block = tile.first_key(window) / BLOCK_KV, end_block = ceil_div(tile.end_key(window), BLOCK_KV);

@@ -4,10 +4,11 @@
 #include "include/reduce.cuh"
 #include "include/rms_norm.cuh"
 
-constexpr int kThreads = INT8_THREADS, kRowThreads = ROW_THREADS;  // of a block, and of a row: neighbours
-constexpr int kRows = kThreads / kRowThreads;                      // of a block
-constexpr int kBlocks = KEPT == 1 ? 4 : KEPT < 4 ? 3 : 2;          // that a multiprocessor has registers for
+constexpr int kRowThreads = ROW_THREADS;  // that share a row: neighbours
+constexpr int kThreads = kRowThreads > INT8_THREADS ? kRowThreads : INT8_THREADS, kRows = kThreads / kRowThreads;
 constexpr int kKept = KEPT;  // sixteens of a row that a thread keeps; it reads and rotates the others twice
+// Blocks that a multiprocessor has registers for.
+constexpr int kBlocks = kThreads > INT8_THREADS ? 1 : kKept == 1 ? 4 : kKept < 4 ? 3 : 2;
 
 // The largest of the bits that those threads of a block have who share a row, known to all of them.
 __device__ __forceinline__ uint32_t largest_of_row(uint32_t largest) {
@@ -94,7 +95,7 @@ __device__ __forceinline__ void round_row(const half_t* x, int stride, float x_s
 // out[t, :], scales[t] = row t of x, rounded. A block takes kRows of the `rows` rows.
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     round_rows(const half_t* x, int rows, int stride, const float* scale, int8_t* out, int padded, float* scales) {
-    begin_kernel();
+    begin_short_kernel();
     int row = blockIdx.x * kRows + threadIdx.x / kRowThreads;
     bool inside = row < rows;
     uint64_t from = inside ? row : 0;
@@ -107,7 +108,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     rms_norm_rounded(const float* x, int rows, const float* weight, half_t* out, int columns, int stride, float epsilon,
                      const float* scale, int8_t* rounded, int padded, float* scales) {
-    begin_kernel();
+    ask_for_weights<kThreads>(weight, columns);
+    begin_short_kernel();
     constexpr int kStaged = 16 * kKept * kRowThreads;
     __shared__ __align__(16) half_t staged[kRows][kStaged];  // rows, if they are short enough
     int own = threadIdx.x / kRowThreads, row = block_from_last() * kRows + own;

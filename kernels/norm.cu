@@ -19,6 +19,7 @@ __device__ __forceinline__ float inverse_rms(const float* x, int columns, float 
 extern "C" __global__ void __launch_bounds__(kThreads)
     rms_norm(const float* x, const float* weight, half_t* out, int columns, int stride, float epsilon,
              const float* scale, const int* rows) {
+    ask_for_weights<kThreads>(weight, columns);
     begin_kernel();
     int row = block_from_last();
     x += static_cast<uint64_t>(rows != nullptr ? rows[row] : row) * columns;

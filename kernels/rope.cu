@@ -127,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps)
                const float* q_norm, const float* k_norm, int v_normed, float epsilon, const float2* table, int pairs,
                int interleaved, const float* q_scale, const float* k_scale, const float* v_scale, const int* kv_rows,
                const int* positions, float beta, int beta_length, int gated, int v_is_k, int int8) {
-    begin_kernel();
+    begin_short_kernel();
     __shared__ float heads[kWarps][MAX_HEAD_DIM];
     int warp = threadIdx.x / 32, head = blockIdx.y * kWarps + warp, token = blockIdx.x;
     if (head >= nq + 2 * nkv) return;

@@ -30,6 +30,15 @@ __device__ __forceinline__ float sum_of_row(const float (&sums)[kRows]) {
     return total;
 }
 
+// Asks for a norm's weights, where few rows would wait for them to come from memory. Nothing that may still run writes
+// weights, so this is called before begin_kernel.
+template <int kThreads>
+__device__ __forceinline__ void ask_for_weights(const float* weight, int columns) {
+    constexpr int kMostBlocks = 256, kLine = 32;  // floats of a line of the L2 cache
+    if (gridDim.x <= kMostBlocks)
+        for (int i = threadIdx.x * kLine; i < columns; i += kThreads * kLine) prefetch(weight + i);
+}
+
 // out = scale * rms_norm(x) * weight as an operand, with zeros from `columns` to `stride`, by those threads of a block
 // of kThreads that share a row, of kRows side by side; all of its threads call this, once. Each takes four columns in
 // turn. The first kKept such fours it reads once and keeps; the others, which only a single row may have, it reads
@@ -46,9 +55,6 @@ __device__ __forceinline__ void normalise_row(const float* x, const float* weigh
         return make_float4(i < columns ? from[i] : 0.0f, i + 1 < columns ? from[i + 1] : 0.0f,
                            i + 2 < columns ? from[i + 2] : 0.0f, i + 3 < columns ? from[i + 3] : 0.0f);
     };
-    constexpr int kFewBlocks = 256, kLine = 32;  // floats of a line of the L2 cache
-    if (gridDim.x <= kFewBlocks)                 // these would wait for weights that have to come from memory
-        for (int i = threadIdx.x * kLine; i < columns; i += kThreads * kLine) prefetch(weight + i);
     float4 kept[kKept];
     float sums[kRows] = {};
 #pragma unroll

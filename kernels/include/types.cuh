@@ -89,6 +89,16 @@ __device__ __forceinline__ void begin_kernel() {
 #endif
 }
 
+// The same of kernels that take as long to begin as to work, where they have few blocks: these leave so much room that
+// the next launch's come before they wait themselves, so that several launches stand ready.
+constexpr int kFewBlocks = 128;
+__device__ __forceinline__ void begin_short_kernel() {
+#if __CUDA_ARCH__ >= 900
+    if (gridDim.x * gridDim.y * gridDim.z <= kFewBlocks) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+    begin_kernel();
+}
+
 __device__ __forceinline__ float bits_to_float(uint32_t bits) {
     return __uint_as_float(bits);
 }

@@ -336,6 +336,7 @@ constexpr uint32_t half2_constant(int minus_1024_to_2047) {
     return 0xe400e400u + static_cast<uint32_t>(-minus_1024_to_2047 - 1024) * 0x00010001u;
 }
 inline void begin_kernel() {}
+inline void begin_short_kernel() {}
 constexpr int ceil_div(int a, int b) {
     return (a + b - 1) / b;
 }

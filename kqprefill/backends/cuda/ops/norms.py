@@ -61,22 +61,23 @@ class NormOps(BatchOps):
         scales = self.work.array("normed rows' scales", FLOAT32, rows + MORE_ROWS)
         values = self.work.array("normed", HALVES.dtype, rows, HALVES.padded(columns))
         scale = self.scales.of_bound(length * most)
-        self.launcher.launch(
-            rounded_norm(padded).program,
-            "rms_norm_rounded",
-            grid=rounded_norm(padded).blocks(rows),
-            x=x,
-            rows=rows,
-            weight=vector,
-            out=values,
-            columns=columns,
-            stride=values.shape[1],
-            epsilon=self.config.norm_epsilon,
-            scale=scale,
-            rounded=rounded,
-            padded=padded,
-            scales=scales,
-        )
+        with self.begun_early():
+            self.launcher.launch(
+                rounded_norm(padded).program,
+                "rms_norm_rounded",
+                grid=rounded_norm(padded).blocks(rows),
+                x=x,
+                rows=rows,
+                weight=vector,
+                out=values,
+                columns=columns,
+                stride=values.shape[1],
+                epsilon=self.config.norm_epsilon,
+                scale=scale,
+                rounded=rounded,
+                padded=padded,
+                scales=scales,
+            )
         return Operand(values, columns, scale, vector, length, rounded=(rounded, scales))
 
     def _biased_norm(self, x: DeviceArray, weight: Weight, picked: DeviceArray | None) -> Operand:
