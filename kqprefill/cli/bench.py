@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from ..timeline import Stage
 
 # Runs; on a GPU the first compiles and work arrays grow, the second finds them where they stay, and the third makes the
-# CUDA graph of a short prompt.
-_WARM_UP = 3
+# CUDA graph of a short prompt. Short prompts go on for a while: a device that has rested is slower at first.
+_WARM_UP, _WARM_UP_SECONDS = 3, 0.3
 
 
 @click.command()
@@ -125,10 +125,13 @@ def bench(
         watch = _Watch(bars, (_WARM_UP + repetitions) * len(prompt_lengths), model.backend.name == "cpu")
         for length in prompt_lengths:
             tokens = np.random.default_rng(length).integers(0, config.vocab_size, length)
+            watch.note = f"pp{length}, warming up"
             for _ in range(_WARM_UP):
-                watch.note = f"pp{length}, warming up"
                 model.prefill(tokens, progress=watch.layers)
                 watch.end_run()
+            begun = time.perf_counter()
+            while not delay and time.perf_counter() - begun < _WARM_UP_SECONDS:
+                model.prefill(tokens)
             rates = []
             for _ in range(repetitions):
                 time.sleep(delay)
