@@ -1,5 +1,5 @@
-// Makes int8 of operands' rows (round_rows), or of what RMSNorm makes of rows (rms_norm_rounded, where NORMED): compiled
-// for rows of up to 16 * ROW_THREADS * KEPT columns, and longer ones where KEPT is 4.
+// Makes int8 of operands' rows (round_rows), or of what RMSNorm makes of rows (rms_norm_rounded, where NORMED). It is
+// compiled for rows of up to 16 * ROW_THREADS * KEPT columns, and longer ones where KEPT is 4.
 #include "include/int8.cuh"
 #include "include/reduce.cuh"
 #include "include/rms_norm.cuh"
