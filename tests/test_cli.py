@@ -269,6 +269,15 @@ def test_bench_can_pause():
     assert kq(*args, "--delay", "-1").returncode == 2
 
 
+def test_bench_can_warm_up():
+    """For some time, which is not measured."""
+    args = ["bench", "tiny", "-p", "16", "-r", "1", "--backend", "cpu", "-o", "json"]
+    start = time.perf_counter()
+    (row,) = json.loads(kq(*args, "--warm-up", "0.8").stdout)
+    assert time.perf_counter() - start > 0.8 and row["warm_up_seconds"] == 0.8 and row["tokens_per_second"] > 16 / 0.8
+    assert kq(*args, "--warm-up", "inf").returncode == 2
+
+
 def test_plan():
     done = kq("plan", "qwen3-32b:Q4_K_M", "--vram", "8G", "-p", "8192")
     text = done.stdout.decode()

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from ..timeline import Stage
 
 # Runs; on a GPU the first compiles and work arrays grow, the second finds them where they stay, and the third makes the
-# CUDA graph of a short prompt. Short prompts go on for a while: a device that has rested is slower at first.
-_WARM_UP, _WARM_UP_SECONDS = 3, 0.3
+# CUDA graph of a short prompt.
+_WARM_UP = 3
 
 
 @click.command()
@@ -63,6 +63,15 @@ _WARM_UP, _WARM_UP_SECONDS = 3, 0.3
     help="Pause before each repetition: what one prompt takes on a rested GPU, where its power limit slows one after "
     "another.",
 )
+@click.option(
+    "--warm-up",
+    default=0.0,
+    metavar="SECONDS",
+    type=click.FloatRange(0, 3600),
+    callback=lambda context, option, value: _finite(value),
+    help="Run each length for so long before it is measured, and three times at least: what short prompts take once a "
+    "GPU has worked for a while, with its clocks, and its power limit, as they stay.",
+)
 @click.option("-o", "--output", type=click.Choice(["md", "json", "jsonl", "csv"]), default="md", show_default=True)
 @click.option(
     "--detail", is_flag=True, help="Also time by stage, with TFLOP/s and the GB/s of reading each weight once."
@@ -78,6 +87,7 @@ def bench(
     lengths: tuple[str, ...],
     repetitions: int,
     delay: float,
+    warm_up: float,
     output: str,
     detail: bool,
     picture: str | None,
@@ -125,12 +135,11 @@ def bench(
         watch = _Watch(bars, (_WARM_UP + repetitions) * len(prompt_lengths), model.backend.name == "cpu")
         for length in prompt_lengths:
             tokens = np.random.default_rng(length).integers(0, config.vocab_size, length)
-            watch.note = f"pp{length}, warming up"
+            watch.note, begun = f"pp{length}, warming up", time.perf_counter()
             for _ in range(_WARM_UP):
                 model.prefill(tokens, progress=watch.layers)
                 watch.end_run()
-            begun = time.perf_counter()
-            while not delay and time.perf_counter() - begun < _WARM_UP_SECONDS:
+            while time.perf_counter() - begun < warm_up:
                 model.prefill(tokens)
             rates = []
             for _ in range(repetitions):
@@ -150,6 +159,7 @@ def bench(
                     "prompt_tokens": length,
                     "repetitions": repetitions,
                     "delay_seconds": delay,
+                    "warm_up_seconds": warm_up,
                     "tokens_per_second": statistics.mean(rates),
                     "tokens_per_second_stddev": statistics.stdev(rates) if repetitions > 1 else 0.0,
                     **_of_whole(model.file, statistics.mean(rates)),
