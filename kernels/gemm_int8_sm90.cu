@@ -185,7 +185,8 @@ __device__ __forceinline__ void sync_cluster() {
     else cluster_sync();
 }
 
-// The work of a block: it makes its ring, and has its warps produce or consume. begin, write: see consume.
+// The work of a block: it makes its ring, and has its warps produce or consume. begin, write: see consume. angle_map: of
+// heads, the tensor map of their angles (AngleStages), or null where nothing is rotated.
 template <class Begin, class Write>
 __device__ __forceinline__ void run(const Weights& w, const void* x_map, const float* x_scale, const Tokens& x,
                                     Begin begin, Write write, const void* angle_map = nullptr) {
@@ -253,7 +254,7 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
 #elif HEAD_DIM
 
 // q, k and v: heads of what the matrices make of x, one under another (Heads in epilogue_heads.cuh). bias: of all of
-// the launch's outputs, or null. The others as below.
+// the launch's outputs, or null. angle_map: see run. The others as below.
 extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bounds__(Config::kThreads, Config::kBlocks)
     gemm_heads(const int8_t* w0, const float* scales0, int rows0, const int8_t* w1, const float* scales1, int rows1,
                const int8_t* w2, const float* scales2, int rows2, const void* x_map, const float* x_scale, int m, int k,

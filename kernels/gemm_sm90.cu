@@ -123,6 +123,7 @@ __device__ __forceinline__ void sync_cluster() {
 }
 
 // The work of a block: it makes its rings, and has its warps produce or consume. `write` is the epilogue (see consume).
+// angle_map: of heads, the tensor map of their angles (AngleStages), or null where nothing is rotated.
 template <class Write>
 __device__ __forceinline__ void run(const Matrices& matrices, const void* x_map, const Tokens& x, int k,
                                     const float* x_scale, const float* w_scale, int row_tiles, Write write,
@@ -185,7 +186,7 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
 #elif HEAD_DIM
 
 // q, k and v: heads of what the matrices make of x, one under another (Heads in epilogue_heads.cuh). bias: of all of
-// the launch's outputs, or null. x_map as below.
+// the launch's outputs, or null. angle_map: see run. x_map as below.
 extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bounds__(Config::kThreads, Config::kBlocks)
     gemm_heads(const uint8_t* w0, int rows0, int format0, const uint8_t* w1, int rows1, int format1, const uint8_t* w2,
                int rows2, int format2, const void* x_map, int m, int k, const float* x_scale, const float* w_scale,

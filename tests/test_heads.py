@@ -22,6 +22,7 @@ MODELS = {
     "biases, heads of 128": (shape("qwen2", 128, 2, 1, 128, 128, 65), GGML.Q5_0),
     "neighbours, heads of 64": (shape("llama", 128, 3, 1, 64, 128, 65), GGML.Q4_0),
     "neighbours, heads of 128": (shape("llama", 256, 2, 2, 128, 128, 65), GGML.Q4_K),
+    "neighbours, and a layer that is not rotated": (shape("smollm3", 128, 2, 1, 64, 128, 65, layers=4), GGML.Q8_0),
 }
 # Precision, tokens and warpgroups of a tile: of three, two blocks have whole heads of 128 together.
 TILES = [
@@ -48,10 +49,11 @@ EMULATED = sorted({(name, *TILES[i % len(TILES)]) for i, name in enumerate(MODEL
 class Chosen:
     """Multiplies by the configurations whose blocks have whole heads; and, where told so, lets them make heads."""
 
-    def __init__(self, precision, tokens, warpgroups, monkeypatch):
+    def __init__(self, layers, precision, tokens, warpgroups, monkeypatch):
         self.made, self._clustered, self._patch = [], HeadsKind.clustered, monkeypatch
         own, first = (tokens, warpgroups), (128, 2)
-        self.expected = [own] if precision == "exact" else [first, own]  # of a layer each; in int8 the first is exact
+        # Of a layer each; in int8 the first is exact.
+        self.expected = [own] * layers if precision == "exact" else [first, *[own] * (layers - 1)]
         self._multiply_by(hopper, hopper.HEADS_CONFIGS, self.expected[0])
         self._multiply_by(int8_hopper, int8_hopper.CONFIGS, own)
 
@@ -76,11 +78,12 @@ class Chosen:
 
 
 def written(name, precision, folder):
-    """The path of such a model."""
+    """Such a model's layers, and its path."""
     description, kind = MODELS[name]
-    file = SyntheticFile(replace(description, layers=1 if precision == "exact" else 2), lambda *_: kind, name)
+    layers = max(description.layers, 1 if precision == "exact" else 2)
+    file = SyntheticFile(replace(description, layers=layers), lambda *_: kind, name)
     write_gguf(file, folder / "model.gguf")
-    return folder / "model.gguf"
+    return layers, folder / "model.gguf"
 
 
 @emulated
@@ -89,8 +92,9 @@ def written(name, precision, folder):
     [pytest.param(*each, marks=() if each in QUICK else pytest.mark.slow) for each in EMULATED],
 )
 def test_the_same_bits(name, precision, tokens, warpgroups, rng, tmp_path, monkeypatch):
-    model = EmulatedModel(written(name, precision, tmp_path), hopper=True, precision=precision)
-    chosen = Chosen(precision, tokens, warpgroups, monkeypatch)
+    layers, path = written(name, precision, tmp_path)
+    model = EmulatedModel(path, hopper=True, precision=precision)
+    chosen = Chosen(layers, precision, tokens, warpgroups, monkeypatch)
     batches, logits = [packed(rng), Batch(rng.integers(0, 65, 300).astype(np.int32))], []
     for allowed in (False, True):
         chosen.make_heads(allowed)
@@ -103,7 +107,8 @@ def test_the_same_bits(name, precision, tokens, warpgroups, rng, tmp_path, monke
 @pytest.mark.gpu
 @pytest.mark.parametrize("name,precision,tokens,warpgroups", EVERY)
 def test_the_same_bits_on_a_gpu(name, precision, tokens, warpgroups, rng, tmp_path, monkeypatch):
-    path, chosen, logits = written(name, precision, tmp_path), Chosen(precision, tokens, warpgroups, monkeypatch), []
+    layers, path = written(name, precision, tmp_path)
+    chosen, logits = Chosen(layers, precision, tokens, warpgroups, monkeypatch), []
     prompt = rng.integers(0, 65, 300).tolist()
     records = [{"tokens": prompt[:20], "choices": [prompt[20:70], prompt[100:131]]}, prompt[:90]]
     for allowed in (False, True):
