@@ -90,11 +90,7 @@ __device__ __forceinline__ void produce_x(const Config::Steps& ring, const void*
                             token + rank * (Config::kTokens / kSharers), arrived, (1 << kSharers) - 1);
         };
         produce_tile(ring, at, w.groups, begin, fill);
-        if constexpr (Config::kHeadDim != 0)
-            for (int i = 0; i < kAngleStages && angle_map != nullptr; ++i, at.advance()) {
-                Barrier arrived = ring.begin_filling(at, Angles::kBytes);
-                Angles::copy(ring.stage(at.stage) + Config::kWBytes, angle_map, token, i, arrived);
-            }
+        if constexpr (Config::kHeadDim != 0) Angles::produce(ring, at, Config::kWBytes, angle_map, token);
     }
 }
 
@@ -205,7 +201,7 @@ __device__ __forceinline__ void run(const Weights& w, const void* x_map, const f
         give_up_registers<Config::kProducerRegisters>();
         if (threadIdx.x < kConsumers + Config::kCopies) {
             if (Config::kGrouped) begin_kernel();
-            produce_weights(ring, w, x, angle_map != nullptr ? kAngleStages : 0);
+            produce_weights(ring, w, x, angle_map != nullptr ? Angles::kPanels : 0);
         }
         if (threadIdx.x == kConsumers + 32) {
             begin_kernel();

@@ -66,11 +66,7 @@ __device__ __forceinline__ void produce_x(const Rings& rings, const void* x_map,
                 copy_step(rings.x.stage(at.stage) + sub * Config::kStepBytes, x_map, (step + sub) * Config::kStep,
                           token, arrived);
         }
-        if constexpr (Config::kHeadDim != 0)
-            for (int i = 0; i < kAngleStages && angle_map != nullptr; ++i, at.advance()) {
-                Barrier arrived = rings.x.begin_filling(at, Angles::kBytes);
-                Angles::copy(rings.x.stage(at.stage), angle_map, token, i, arrived);
-            }
+        if constexpr (Config::kHeadDim != 0) Angles::produce(rings.x, at, 0, angle_map, token);
     }
 }
 

@@ -28,6 +28,17 @@ struct AngleStages {
         }
     }
 
+    // Does so for all stages of the tile, at the producer's position, if there is a map. in_stage: where they begin in a
+    // stage.
+    template <class Ring, class Position>
+    __device__ __forceinline__ static void produce(const Ring& ring, Position& at, int in_stage, const void* map,
+                                                   int first) {
+        for (int i = 0; i < kPanels && map != nullptr; ++i, at.advance()) {
+            Barrier arrived = ring.begin_filling(at, kBytes);
+            copy(ring.stage(at.stage) + in_stage, map, first, i, arrived);
+        }
+    }
+
     // Where pair `pair` of token `token` lies in a stage; of the token eight further on, 8 * kRowBytes later.
     __device__ __forceinline__ static uint32_t offset(int pair, int token) {
         return pair / kPanelPairs * kPanelBytes + token * kRowBytes + (pair % kPanelPairs / 2 ^ token % 8) * 16 +

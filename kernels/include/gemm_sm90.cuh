@@ -64,7 +64,6 @@ using Tokens = TokenTiles<Config::kTokens, Config::kGrouped>;
 // The blocks of a cluster take the same token tile and neighbouring row tiles.
 using OutputTiles = Scheduler<Tokens, Config::kBlockTiles * Config::kCluster, kTogether, true, Config::kCluster>;
 using Angles = AngleStages<Config>;
-constexpr int kAngleStages = Config::kHeadDim / 32;  // after an output tile's steps
 using RingPlace = ConsumerPosition<Config::kStages>;
 using Accumulators = float[Config::kTokens / 2];
 
