@@ -166,19 +166,9 @@ __device__ __forceinline__ void consume(const Config::Steps& ring, const Weights
 
 // Kernels -------------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ uint8_t* block_memory() {
-    extern __shared__ __align__(1024) uint8_t shared[];
-    return shared;
-}
-
 __device__ __forceinline__ Config::Steps ring_of_block() {
     uint32_t base = shared_address(block_memory());
     return {base, base + Config::Steps::kBytes};
-}
-
-__device__ __forceinline__ void sync_cluster() {
-    if (Config::kCluster == 1) __syncthreads();
-    else cluster_sync();
 }
 
 // The work of a block: it makes its ring, and has its warps produce or consume. begin, write: see consume. angle_map: of

@@ -103,19 +103,9 @@ __device__ __forceinline__ void consume(const Rings& rings, const Matrices& matr
 
 // Kernels -------------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ uint8_t* block_memory() {
-    extern __shared__ __align__(1024) uint8_t shared[];
-    return shared;
-}
-
 __device__ __forceinline__ Rings rings_of_block() {
     uint32_t base = shared_address(block_memory()), barriers = base + Config::kBarrierOffset;
     return {{base, barriers}, {base + Config::kRawOffset, barriers + Config::XRing::kBarrierBytes}, block_memory()};
-}
-
-__device__ __forceinline__ void sync_cluster() {
-    if (Config::kCluster == 1) __syncthreads();
-    else cluster_sync();
 }
 
 // The work of a block: it makes its rings, and has its warps produce or consume. `write` is the epilogue (see consume).
