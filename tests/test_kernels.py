@@ -41,7 +41,7 @@ def of_a_rare_format(program):
     """Whether it is Hopper's GEMM for one of the formats that few files have, in tiles between the smallest and the
     largest: CI has no time for all of these (`.ci/gpu tests` compiles them)."""
     constants = dict(program.defines)
-    usual = {"Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "MXFP4", "F16", "BF16"}
+    usual = {"Q4_K", "Q6_K", "Q8_0", "MXFP4"}
     kind = constants.get("FORMATS", "Q4_K")
     return "," not in kind and kind not in usual and constants["TOKENS"] not in ("16", "256")
 
