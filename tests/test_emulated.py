@@ -80,21 +80,21 @@ INT8 = [(name, kernels, "int8") for name in (QUICK, "qwen35moe-q4_k_m") for kern
 )
 def test_cut_packed_and_cached_are_the_same_bits(name, kernels, precision, opened, rng):
     model = opened(name, kernels, precision)
-    tokens = rng.integers(0, model.family.config.vocab_size, 150).astype(np.int32)
+    tokens = rng.integers(0, model.family.config.vocab_size, 100).astype(np.int32)
     whole = model.run(Batch(tokens)).logits
-    cache, at = model.new_cache(160), 0
-    for n in (1, 70, 79):
+    cache, at = model.new_cache(110), 0
+    for n in (1, 66, 33):
         part = model.run(Batch(tokens[at : at + n], start=at), cache=cache).logits
         assert np.array_equal(part, whole[at : at + n]), f"{n} tokens from {at}"
         at += n
-    # Another sequence before it, and two that go on from its first 100 tokens.
-    others = rng.integers(0, model.family.config.vocab_size, (2, 40)).astype(np.int32)
-    packed = np.concatenate([others[0], tokens[:100], tokens[100:], others[1]])
-    segments = (Segment(0, 40), Segment(40, 100), Segment(140, 50, 100, 1), Segment(190, 40, 100, 1))
+    # Another sequence before it, and two that go on from its first 70 tokens.
+    others = rng.integers(0, model.family.config.vocab_size, (2, 20)).astype(np.int32)
+    packed = np.concatenate([others[0], tokens[:70], tokens[70:], others[1]])
+    segments = (Segment(0, 20), Segment(20, 70), Segment(90, 30, 70, 1), Segment(120, 20, 70, 1))
     logits = model.run(Batch(packed, segments=segments)).logits
-    assert np.array_equal(logits[40:190], whole)
-    last = model.run(Batch(np.concatenate([tokens[:100], others[1]]))).logits
-    assert np.array_equal(logits[190:], last[100:])
+    assert np.array_equal(logits[20:120], whole)
+    last = model.run(Batch(np.concatenate([tokens[:70], others[1]]))).logits
+    assert np.array_equal(logits[120:], last[70:])
 
 
 SPLIT = "qwen35-tied-nextn gemma3n-tiny gemma4-q4_k_m"
@@ -116,7 +116,7 @@ def test_layers_on_two_devices_give_the_same_bits(name, opened, rng):
 def test_threads_in_another_order_are_the_same_bits(name, kernels, opened, rng, monkeypatch):
     """What no barrier keeps in order would differ: a race."""
     model = opened(name, kernels)
-    tokens = rng.integers(0, model.family.config.vocab_size, 150).astype(np.int32)
+    tokens = rng.integers(0, model.family.config.vocab_size, 100).astype(np.int32)
     by_number = model.run(Batch(tokens)).logits
     for order in range(1, 3):
         monkeypatch.setenv("KQ_EMULATED_ORDER", str(order))
