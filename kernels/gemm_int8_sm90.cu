@@ -171,8 +171,8 @@ __device__ __forceinline__ Config::Steps ring_of_block() {
     return {base, base + Config::Steps::kBytes};
 }
 
-// The work of a block: it makes its ring, and has its warps produce or consume. begin, write: see consume. angle_map: of
-// heads, the tensor map of their angles (AngleStages), or null where nothing is rotated.
+// The work of a block: it makes its ring, and has its warps produce or consume. begin, write: see consume.
+// angle_map: of heads, the tensor map of their angles (AngleStages), or null where nothing is rotated.
 template <class Begin, class Write>
 __device__ __forceinline__ void run(const Weights& w, const void* x_map, const float* x_scale, const Tokens& x,
                                     Begin begin, Write write, const void* angle_map = nullptr) {

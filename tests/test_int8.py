@@ -10,7 +10,7 @@ from emulator import EmulatedGpu, EmulatedMaps, Emulator, why_not
 from kqprefill.backends.cuda.device.arrays import FLOAT16, FLOAT32, INT8, UINT8, DeviceArray
 from kqprefill.backends.cuda.device.workspace import Workspace
 from kqprefill.backends.cuda.gemm import int8, int8_hopper
-from kqprefill.backends.cuda.gemm.operand import BYTES, HALVES, Groups, Operand, operand_positions
+from kqprefill.backends.cuda.gemm.operand import BYTES, HALVES, MORE_ROWS, Groups, Operand, operand_positions
 from kqprefill.backends.cuda.kernel_set import kernel_set_of
 from kqprefill.backends.cuda.programs import NORM, rounded_norm, rounding
 from kqprefill.backends.cuda.weights.matrix import matrix_of
@@ -162,13 +162,15 @@ def test_weights_of_parts_and_stacks(device):
         check_rounded(rows, *device.integers(matrix))
 
 
-@pytest.mark.parametrize("columns", [64, 100, 128, 768, 1000, 4096, 20000])
+@pytest.mark.parametrize("columns", [64, 100, 128, 768, 1000, 4096, 5000, 20000])
 def test_operands(device, columns, rng, monkeypatch):
     a, x = device.operand(5, columns, rng)
     few = device.rounded(a)
     check_rounded(x, *few)
     for rows in (200, 1 << 20):  # however many there are
         monkeypatch.setattr(int8, "rounding", lambda padded, _, rows=rows: rounding(padded, rows))
+        device.poisoned("int8 operand", INT8, 5, BYTES.padded(columns))
+        device.poisoned("int8 operand's scales", FLOAT32, 5 + MORE_ROWS)
         assert all(np.array_equal(*pair) for pair in zip(few, device.rounded(a)))
 
 

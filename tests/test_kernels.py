@@ -38,7 +38,7 @@ def test_one_of_each_file_compiles_without_spills(arch):
 
 
 def of_a_rare_format(program):
-    """Whether it is Hopper's GEMM for one of the formats that few files have, in tiles between the smallest and the
+    """Whether it is Hopper's GEMM for one format that is not among the commonest, in tiles between the smallest and the
     largest: CI has no time for all of these (`.ci/gpu tests` compiles them)."""
     constants = dict(program.defines)
     usual = {"Q4_K", "Q6_K", "Q8_0", "MXFP4"}

@@ -28,8 +28,8 @@ struct AngleStages {
         }
     }
 
-    // Does so for all stages of the tile, at the producer's position, if there is a map. in_stage: where they begin in a
-    // stage.
+    // Does so for all stages of the tile, at the producer's position, if there is a map. Angles begin `in_stage` bytes
+    // into a stage.
     template <class Ring, class Position>
     __device__ __forceinline__ static void produce(const Ring& ring, Position& at, int in_stage, const void* map,
                                                    int first) {

@@ -45,6 +45,7 @@ struct HeadsEpilogue {
         kNormed ? kSumsBytes + (kPartners ? kWarpgroups * Barrier::kBytes : 0) : kWarpgroups * Rows::kBytes;
     static_assert(kHeadDim == 64 || kHeadDim == 128, "a warpgroup has a head, or half of one");
     static_assert(kTokens % 64 == 0, "lanes share sums of 64 tokens");
+    static_assert(Stages::kTokens % Rows::kStagedTokens == 0, "threads wait for one another before a stage's end");
     static_assert(!kNormed || !kInterleaved, "rope.cu adds up squares in another order there");
 
     const Heads& heads;
@@ -156,9 +157,9 @@ struct HeadsEpilogue {
     // sums: as HalfSums, of a thread's two rows. column: of the outputs, the row tile's first; row: the thread's first
     // in it (row_of_thread in consumer_sm90.cuh). The tile has tokens first to end - 1; for those beyond the same is
     // computed, as wgmma's registers must not depend on a branch.
-    template <class Sums, class Angles>
+    template <class Sums, class Reader>
     __device__ __forceinline__ void store(const Sums& sums, const float (&bias)[2], int column, int row, int first,
-                                          int end, const Angles& angles) const {
+                                          int end, const Reader& angles) const {
         int number = column / kHeadDim, at = column % kHeadDim + row;
         bool is_q = number < heads.nq, is_v = number >= heads.nq + heads.nkv;
         int of = is_q ? heads.nq : heads.nkv, slot = is_q ? number : is_v ? number - of - heads.nq : number - heads.nq;
@@ -192,9 +193,9 @@ struct HeadsEpilogue {
 
     // Multiplies what a thread has of a head by the tokens' inverses (if kNormed) and its columns' weights, rotates it,
     // if it is not of v, and writes it.
-    template <class Angles>
+    template <class Reader>
     __device__ __forceinline__ void write(const float (&y)[kTokens / 2], const float* inverse, const float (&weight)[2],
-                                          int at, bool is_v, const Angles& angles, const Outputs& outputs) const {
+                                          int at, bool is_v, const Reader& angles, const Outputs& outputs) const {
         // Of a batch of 8 tokens a lane needs its pair's angles of both of its tokens; interleaved: of both of its
         // pairs, of the token that it gets.
         int token = thread % 4 * 2, pair = kInterleaved ? at / 2 : at;

@@ -89,9 +89,9 @@ __device__ __forceinline__ void begin_kernel() {
 #endif
 }
 
-// The same of kernels that take as long to begin as to work, where they have few blocks: these leave so much room that
-// the next launch's come before they wait themselves, so that several launches stand ready.
-constexpr int kFewBlocks = 128;
+// As begin_kernel, for kernels that take as long to begin as to work. A launch of few of their blocks leaves most
+// multiprocessors free: it lets the next launch begin before it waits itself, so that several launches stand ready.
+constexpr int kFewBlocks = 96;
 __device__ __forceinline__ void begin_short_kernel() {
 #if __CUDA_ARCH__ >= 900
     if (gridDim.x * gridDim.y * gridDim.z <= kFewBlocks) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -140,7 +140,7 @@ def bench(
                 model.prefill(tokens, progress=watch.layers)
                 watch.end_run()
             while time.perf_counter() - begun < warm_up:
-                model.prefill(tokens)
+                model.prefill(tokens, progress=watch.layers)
             rates = []
             for _ in range(repetitions):
                 time.sleep(delay)

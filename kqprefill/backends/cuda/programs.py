@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass
-from functools import cache
+from functools import cache, cached_property
 
 from ...gguf.types import GGML
 from .constants import THREADS
@@ -40,7 +40,7 @@ class RowsProgram:
     kept: int
     normed: bool
 
-    @property
+    @cached_property
     def program(self) -> Program:
         """With round_rows, or, where it is normed, rms_norm_rounded."""
         constants = {"ROW_THREADS": self.threads, "KEPT": self.kept, "NORMED": int(self.normed)}
@@ -61,14 +61,14 @@ def rounding(columns: int, rows: int) -> RowsProgram:
 
 
 def rounded_norm(columns: int) -> RowsProgram:
-    """What makes int8 of rows' RMSNorm, with as few whole warps as keep a row (rms_norm.cuh asks for these)."""
+    """What makes int8 of rows' RMSNorm, with as few whole warps as keep a row (normalise_row takes no less)."""
     return _rows_program(columns, (*_PARTS[2:], _BLOCK), 1, True)
 
 
 @cache
 def _rows_program(columns: int, threads: tuple[int, ...], kept: int, normed: bool) -> RowsProgram:
-    """The fewest of these threads who keep so many sixteens each at most; else all of them, or, where they would read
-    some of a row twice, a block of the usual size."""
+    """The fewest of these threads who keep so many sixteens each at most; else all of them, or, for rows so long that
+    they would have to keep _MOST_KEPT, for which 1024 have no registers, a block of the usual size."""
     most = threads[-1] if columns <= threads[-1] * _SIXTEEN * (_MOST_KEPT - 1) else _BLOCK
     fewest = next((n for n in threads if columns <= n * _SIXTEEN * kept), most)
     return RowsProgram(fewest, min(_MOST_KEPT, -(-columns // (fewest * _SIXTEEN))), normed)

@@ -36,7 +36,7 @@ class OperandFormat:
 
 HALVES = OperandFormat("f16", FLOAT16, OPERAND_GROUP, None)
 BYTES = OperandFormat("s8", INT8, ROTATED, 1)
-MORE_ROWS = 256  # whose scales or angles may be read beyond the last row's: as many as a token tile has at most
+MORE_ROWS = 256  # whose scales may be read beyond the last row's: as many as a token tile has at most
 
 
 def operand_positions(columns: int) -> NDArray[np.intp]:

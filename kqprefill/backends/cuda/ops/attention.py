@@ -16,7 +16,7 @@ from ....models.weights import Weight
 from ..constants import THREADS
 from ..device.arrays import FLOAT16, FLOAT32, DeviceArray
 from ..gemm.heads import HeadsKind, HeadsOutput
-from ..gemm.operand import HALVES, MORE_ROWS, Operand
+from ..gemm.operand import HALVES, Operand
 from ..programs import GATES, NORM, ROPE
 from ..weights.matrix import Matrix
 from .batch import TOKENS_AT_ONCE, Attending, BatchOps
@@ -318,10 +318,10 @@ class AttentionOps(BatchOps):
         return self.scales.of_outputs(matrix, growth * h.length, vector)
 
     def _rope_table(self, rope: Rope) -> DeviceArray:
-        """(cos, sin) of each token's angles, float32 [T and MORE_ROWS, 2 * pairs]; made once a batch."""
+        """(cos, sin) of each token's angles, float32 [T, 2 * pairs]; made once a batch."""
         if id(rope) not in self.rope_tables:
             pairs = rope.width // 2
-            table = self.work.array(f"rope {len(self.rope_tables)}", FLOAT32, self.n + MORE_ROWS, 2 * pairs)
+            table = self.work.array(f"rope {len(self.rope_tables)}", FLOAT32, self.n, 2 * pairs)
             self.launcher.launch(
                 ROPE,
                 "rope_table",

@@ -60,12 +60,12 @@ class NormOps(BatchOps):
         rounded = self.work.array("normed in int8", BYTES.dtype, rows, padded)
         scales = self.work.array("normed rows' scales", FLOAT32, rows + MORE_ROWS)
         values = self.work.array("normed", HALVES.dtype, rows, HALVES.padded(columns))
-        scale = self.scales.of_bound(length * most)
+        scale, program = self.scales.of_bound(length * most), rounded_norm(padded)
         with self.begun_early():
             self.launcher.launch(
-                rounded_norm(padded).program,
+                program.program,
                 "rms_norm_rounded",
-                grid=rounded_norm(padded).blocks(rows),
+                grid=program.blocks(rows),
                 x=x,
                 rows=rows,
                 weight=vector,
