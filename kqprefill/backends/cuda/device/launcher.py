@@ -15,6 +15,7 @@ from .gpu import Gpu, check
 from .signatures import Argument, Signature, signatures_of
 
 Grid = int | tuple[int, ...]
+_EARLY_LAUNCHES = (9, 0)  # the first compute capability with programmatic dependent launch
 
 
 class Launches(Protocol):
@@ -55,6 +56,7 @@ class Launcher:
         self._upcoming: Callable[[], Iterable[Program]] = tuple
         self._progress: Progress = no_progress
         self._fenced = False
+        self._may_overlap = gpu.capability >= _EARLY_LAUNCHES
         self.overlap = False
 
     def prepare(self, programs: Iterable[Program], progress: Progress) -> None:
@@ -84,7 +86,7 @@ class Launcher:
 
     def launch(self, program: Program, kernel: str, grid: Grid, **arguments: Argument) -> None:
         loaded = self._kernels.get((program, kernel)) or self._load(program, kernel)
-        overlap = self.overlap and not self._fenced
+        overlap = self._may_overlap and self.overlap and not self._fenced
         self._fenced = False
         key = grid, loaded.threads, program.shared_bytes, overlap
         config = self._configs.get(key) or self._configure(key)
