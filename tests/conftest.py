@@ -84,21 +84,25 @@ def why_no_gpu():
     return None
 
 
-# How large a part of the slow emulated tests runs, others with each seed: CI has no time for all of them in each run.
-EMULATED_SHARE = float(os.environ.get("KQPREFILL_EMULATED_SHARE", 1))
+# How large a part of the slow emulated tests runs, and of Hopper's programs is compiled, others with each seed: CI has
+# no time for all of them in each run.
+SLOW_SHARE = float(os.environ.get("KQPREFILL_SLOW_SHARE", 1))
+
+
+def is_taken(name):
+    """Whether something of that name is in the share."""
+    return np.random.default_rng([SEED, zlib.crc32(name.encode()), 1]).random() < SLOW_SHARE
 
 
 def left_out(item):
     """Whether a test is an emulated one that does not run with this seed."""
     emulated = item.path.stem in ("test_emulated", "test_emulated_shapes", "test_heads")
-    return (
-        emulated and item.get_closest_marker("slow") and np.random.default_rng(seed_of(item)).random() >= EMULATED_SHARE
-    )
+    return emulated and item.get_closest_marker("slow") is not None and not is_taken(id_of(item))
 
 
 def pytest_collection_modifyitems(config, items):
-    if EMULATED_SHARE < 1:
-        config.hook.pytest_deselected(items=[item for item in items if left_out(item)])
+    if dropped := [item for item in items if left_out(item)]:
+        config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if not left_out(item)]
     marked = [item for item in items if item.get_closest_marker("gpu")]
     for item in marked:
