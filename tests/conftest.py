@@ -101,9 +101,11 @@ def left_out(item):
 
 
 def pytest_collection_modifyitems(config, items):
-    if dropped := [item for item in items if left_out(item)]:
-        config.hook.pytest_deselected(items=dropped)
-        items[:] = [item for item in items if not left_out(item)]
+    taken, dropped = [], []
+    for item in items:
+        (dropped if left_out(item) else taken).append(item)
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = taken
     marked = [item for item in items if item.get_closest_marker("gpu")]
     for item in marked:
         item.add_marker(pytest.mark.xdist_group("gpu"))  # one process has the GPU

@@ -48,7 +48,8 @@ def of_a_rare_format(program):
 
 
 def in_share(program):
-    """Whether it is compiled with this seed (conftest.py): Hopper's plain products of one format take turns."""
+    """Whether it is compiled with this seed (conftest.py): Hopper's exact products but those of heads, and of Q4_K
+    alone, take turns."""
     constants = dict(program.defines)
     plain = program.source == "gemm_sm90.cu" and constants["HEAD_DIM"] == "0" and constants["FORMATS"] != "Q4_K"
     return not plain or is_taken(str(program))

@@ -41,6 +41,19 @@ if TYPE_CHECKING:
 _WARM_UP = 3
 
 
+def _seconds_option(name: str, text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """An option of so many seconds, 0 if it is not given. text: its help."""
+
+    def finite(context: click.Context, option: click.Parameter, value: float) -> float:
+        if not math.isfinite(value):
+            raise click.BadParameter("it is no number of seconds")
+        return value
+
+    return click.option(
+        name, default=0.0, metavar="SECONDS", type=click.FloatRange(0, 3600), callback=finite, help=text
+    )
+
+
 @click.command()
 @click.argument("name", metavar="MODEL|SHAPE:RECIPE")
 @click.option(
@@ -54,23 +67,15 @@ _WARM_UP = 3
     help="Prompt lengths; may be given several times.",
 )
 @click.option("-r", "--repetitions", default=5, show_default=True, type=click.IntRange(1))
-@click.option(
+@_seconds_option(
     "--delay",
-    default=0.0,
-    metavar="SECONDS",
-    type=click.FloatRange(0, 3600),
-    callback=lambda context, option, value: _finite(value),
-    help="Pause before each repetition: what one prompt takes on a rested GPU, where its power limit slows one after "
+    "Pause before each repetition: what one prompt takes on a rested GPU, where its power limit slows one after "
     "another.",
 )
-@click.option(
+@_seconds_option(
     "--warm-up",
-    default=0.0,
-    metavar="SECONDS",
-    type=click.FloatRange(0, 3600),
-    callback=lambda context, option, value: _finite(value),
-    help="Run each length for so long before it is measured, and three times at least: what short prompts take once a "
-    "GPU has worked for a while, with its clocks, and its power limit, as they stay.",
+    "Run each length for so long before it is measured, and three times at least: what short prompts take once a GPU "
+    "has worked for a while, with its clocks, and its power limit, as they stay.",
 )
 @click.option("-o", "--output", type=click.Choice(["md", "json", "jsonl", "csv"]), default="md", show_default=True)
 @click.option(
@@ -199,12 +204,6 @@ def _of_whole(file: ModelFile, rate: float) -> dict[str, Any]:
         "whole_tokens_per_second_least": rate * min(shares) if shares else None,
         "whole_tokens_per_second_most": rate * max(shares) if shares else None,
     }
-
-
-def _finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise click.BadParameter("it is no number of seconds")
-    return value
 
 
 class _Watch:

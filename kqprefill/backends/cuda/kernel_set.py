@@ -55,10 +55,9 @@ class Gemms:
 class KernelSet(ABC):
     """The kernels of one generation of GPUs.
 
-    name: for people. target: what they are compiled to. overlaps: whether a launch may begin before the one before it
-    has ended. share_of_peak, int8_share_of_peak: of the matrix units' rates, what whole prompts have reached
-    (docs/performance.md). keeps_halves: whether matrices that are multiplied exactly are kept as halves where there is
-    room.
+    name: for people. target: what they are compiled to. share_of_peak, int8_share_of_peak: of the matrix units' rates,
+    what whole prompts have reached (docs/performance.md). keeps_halves: whether matrices that are multiplied exactly
+    are kept as halves where there is room.
     """
 
     name: str
@@ -66,8 +65,8 @@ class KernelSet(ABC):
     int8_share_of_peak: float
     keeps_halves: bool
 
-    def __init__(self, target: Target, overlaps: bool) -> None:
-        self.target, self.overlaps = target, overlaps
+    def __init__(self, target: Target) -> None:
+        self.target = target
 
     @abstractmethod
     def attention(self, head_dim: int, value_dim: int) -> AttentionConfig:
@@ -181,7 +180,7 @@ def kernel_set_of(capability: tuple[int, int], kernels: str = "auto") -> KernelS
     Raises BackendError where NVRTC does not compile for it.
     """
     kind = Hopper if capability == _HOPPER and kernels == "auto" else Portable
-    return kind(target_of(capability), overlaps=capability >= _HOPPER)
+    return kind(target_of(capability))
 
 
 def target_of(capability: tuple[int, int]) -> Target:

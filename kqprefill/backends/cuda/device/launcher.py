@@ -21,7 +21,8 @@ _EARLY_LAUNCHES = (9, 0)  # the first compute capability with programmatic depen
 class Launches(Protocol):
     """What the ops launch through: a Launcher, or the recorder that a rehearsal has in its place.
 
-    overlap: whether a launch may begin before the one before it has ended (kernels/include/types.cuh: begin_kernel).
+    overlap: whether a launch may begin before the one before it has ended, where the GPU has such launches
+    (kernels/include/types.cuh: begin_kernel).
     """
 
     overlap: bool

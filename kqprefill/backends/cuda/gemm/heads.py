@@ -10,7 +10,7 @@ from ..device.signatures import Argument
 from .tensor_maps import TensorMaps
 from .tiles import TOKEN_ROWS_BYTES, TileConfig
 
-_ANGLE_STAGE = 32  # heads so wide would have all of a token tile's angles in one stage
+_ANGLE_STAGE = 32  # a stage of the ring has the angles of so many in head_dim of a token tile's tokens
 _Config = TypeVar("_Config", bound=TileConfig)
 
 

@@ -15,6 +15,7 @@ from ....models.family import Family
 from ....models.weights import Weight
 from ..constants import THREADS
 from ..device.arrays import FLOAT16, FLOAT32, DeviceArray
+from ..device.launcher import begun_early
 from ..gemm.heads import HeadsKind, HeadsOutput
 from ..gemm.operand import HALVES, Operand
 from ..programs import GATES, NORM, ROPE
@@ -226,7 +227,7 @@ class AttentionOps(BatchOps):
             given |= {"q_norm": self.vector(p.by_head[0]), "k_norm": self.vector(p.by_head[1])}
             given |= {"v_normed": int(p.v_normed), "gated": int(p.gated), "v_is_k": int(p.v_is_k)}
             given |= {"int8": int(int8)}
-            with self.begun_early():
+            with begun_early(self.launcher):
                 self.launcher.launch(ROPE, "rotate_qkv", **given)
             return
         assert not (p.gated or p.v_is_k or p.v_normed), "heads of two unusual kinds"
@@ -364,7 +365,7 @@ class AttentionOps(BatchOps):
                 f"{name}_map": self.context.maps.of(heads.matrix, box_rows)
                 for name, heads, box_rows in zip("qkv", (q, k, v), rows)
             }
-        with self.begun_early():
+        with begun_early(self.launcher):
             self.launcher.launch(
                 config.program(both_ways),
                 "attention",

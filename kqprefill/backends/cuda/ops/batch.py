@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -13,7 +12,6 @@ from ....models.ops import Ops
 from ....models.weights import Weight
 from ..attention_kernels import AttentionConfig
 from ..device.arrays import FLOAT16, FLOAT32, DeviceArray
-from ..device.launcher import begun_early
 from ..device.workspace import Workspace
 from ..gemm.operand import Operand
 from ..kv_cache import DeviceCache, token_shapes
@@ -136,7 +134,7 @@ class BatchOps(Ops):
         self.context, self.config, self.batch, self.cache = context, family.config, batch, cache
         self.launcher, self.work, self.scales = context.launcher, context.work, context.scales
         self.n = len(batch.tokens)
-        self.launcher.overlap = context.kernel_set.overlaps and self.n >= _OVERLAP_FROM
+        self.launcher.overlap = self.n >= _OVERLAP_FROM
         self.tokens = self.work.upload("tokens", batch.tokens)
         self.positions = self.work.upload("positions", batch.positions)
         kinds = attention_configs(family, context.kernel_set)
@@ -178,10 +176,6 @@ class BatchOps(Ops):
         if self.cache is not None:
             self.cache.begin_layer(index, self.batch.start, self.n)
             self.launcher.fence()
-
-    def begun_early(self) -> AbstractContextManager[None]:
-        """device/launcher.py's, where the GPU has launches that may begin early."""
-        return begun_early(self.launcher) if self.context.kernel_set.overlaps else nullcontext()
 
     def matrix(self, weight: Weight) -> Matrix:
         """A weight's matrix on the device."""

@@ -10,6 +10,7 @@ import numpy as np
 from ....models.ops import Sums
 from ....models.weights import Weight
 from ..device.arrays import FLOAT32, DeviceArray
+from ..device.launcher import begun_early
 from ..gemm.operand import BYTES, HALVES, MORE_ROWS, Operand
 from ..programs import NORM, rounded_norm
 from .batch import BatchOps, Residual, ResidualBound
@@ -61,7 +62,7 @@ class NormOps(BatchOps):
         scales = self.work.array("normed rows' scales", FLOAT32, rows + MORE_ROWS)
         values = self.work.array("normed", HALVES.dtype, rows, HALVES.padded(columns))
         scale, program = self.scales.of_bound(length * most), rounded_norm(padded)
-        with self.begun_early():
+        with begun_early(self.launcher):
             self.launcher.launch(
                 program.program,
                 "rms_norm_rounded",
