@@ -6,6 +6,7 @@ import pty
 import re
 import signal
 import subprocess
+import threading
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ import pytest
 from conftest import EXAMPLE
 import kqprefill
 from kqprefill.cli.common import columns_of, table
+from kqprefill.cli.interrupts import Interrupted, raise_signal
+from kqprefill.cli.records import Records
 from kqprefill.engine.packing import packs
 from kqprefill.engine.scoring import Item
 from test_cli import ENTRY, kq
@@ -112,6 +115,30 @@ def test_an_interrupt_says_what_is_done(args, words, tmp_path):
         said = process.stderr.read().decode()
     assert process.returncode == 130, said
     assert re.fullmatch(f"kqprefill: interrupted: {words}\n", said) and "2 records" in said
+
+
+def test_an_interrupt_is_heard_that_woke_nobody():
+    """One that comes just before the wait for records, here made by giving it to another thread."""
+    reading, writing = os.pipe()
+
+    def interrupt():
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        heard.append(ended.wait(10))
+        os.close(writing)  # the records end, so that this does not hang where nothing was heard
+
+    heard: list[bool] = []
+    ended, before = threading.Event(), signal.signal(signal.SIGINT, raise_signal)
+    other = threading.Timer(0.2, interrupt)
+    try:
+        with pytest.raises(Interrupted):
+            other.start()
+            list(Records([f"/dev/fd/{reading}"], lambda *_: None))
+    finally:
+        signal.signal(signal.SIGINT, before)
+        ended.set()
+        other.join()
+        os.close(reading)
+    assert heard == [True]
 
 
 # Tables --------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _AHEAD = 1 << 16  # tokens that are read before they are needed, about: some batches
 _LINGER = 0.05  # seconds to wait for more, before what there is runs in a smaller batch
+_LOOK = 0.5  # seconds after which a signal is heard that came just before the wait: the system wakes nobody for it
 
 
 def check_inputs(paths: Sequence[str], advice: str = "") -> list[str]:
@@ -80,10 +81,11 @@ class Records:
         waiting = False
         while True:
             try:
-                read = self._queue.get(timeout=_LINGER if waiting else None)
+                read = self._queue.get(timeout=_LINGER if waiting else _LOOK)
             except queue.Empty:
-                waiting = False
-                yield None
+                if waiting:
+                    waiting = False
+                    yield None
                 continue
             if read is None:
                 return
