@@ -19,8 +19,9 @@ struct Weights {
     int groups, row_tiles;  // groups of columns; row tiles of all
 
     // Row tile i of this thread's warpgroup in an output tile.
-    __device__ __forceinline__ RowTile row_tile_of_warpgroup(const OutputTiles& outputs, int i) const {
-        return row_tile<Config>(matrices, row_tile_number(outputs, threadIdx.x / 128 * Config::kTiles + i), groups, 0);
+    __device__ __forceinline__ RowTile row_tile_of_warpgroup(const OutputTile& tile, int i) const {
+        int own = threadIdx.x / 128 * Config::kTiles + i;
+        return row_tile<Config>(matrices, row_tile_number(tile, row_tiles, own), groups, 0);
     }
     // Of a row of a row tile, 0 for one that there is not.
     __device__ __forceinline__ float scale(const RowTile& tile, int row, int matrix, int expert) const {
@@ -48,18 +49,18 @@ __device__ __forceinline__ void produce_tile(const Config::Steps& ring, Producer
     }
 }
 
-// The work of kCopies lanes of a warp: each has the copy engine bring a row tile of W, or an atom of one, a step at a
-// time. Nothing that may still run writes weights, so this does not wait for earlier kernels (except where one lists
-// the token tiles). angle_stages: those after each output tile that only produce_x fills.
-__device__ __forceinline__ void produce_weights(const Config::Steps& ring, const Weights& w, const Tokens& x,
+// The work of kCopies threads: each has the copy engine bring a row tile of W, or an atom of one, a step at a time.
+// Nothing that may still run writes weights, so this does not wait for earlier kernels (except where one lists the
+// token tiles). angle_stages: those after each output tile that only produce_x fills.
+__device__ __forceinline__ void produce_weights(const Config::Steps& ring, const Weights& w, const Tokens& x, int copy,
                                                 int angle_stages) {
     constexpr int kAtoms = kInt8TileBytes / Config::kCopyBytes, kCopyBytes = Config::kCopyBytes;
-    int lane = threadIdx.x % 32, own = lane / kAtoms, atom = lane % kAtoms;
+    int own = copy / kAtoms, atom = copy % kAtoms;
     int place = Config::kPaired ? own / 2 * 2 * kAtoms + 2 * atom + own % 2 : own;
     ProducerPosition<Config::kStages> at;
     for (OutputTiles outputs(x, w.row_tiles); outputs.more(); outputs.next()) {
-        RowTile tile =
-            row_tile<Config>(w.matrices, row_tile_number(outputs, own), w.groups, x.expert(outputs.token_tile()));
+        OutputTile output = OutputTile::of(outputs);
+        RowTile tile = row_tile<Config>(w.matrices, row_tile_number(output, w.row_tiles, own), w.groups, output.expert);
         const uint8_t* from = tile.weights;
         auto begin = [&](int count) { return ring.begin_filling(at, from != nullptr ? count * kCopyBytes : 0); };
         auto fill = [&](uint32_t to, int step, Barrier arrived) {
@@ -72,15 +73,18 @@ __device__ __forceinline__ void produce_weights(const Config::Steps& ring, const
     }
 }
 
-// The work of one thread: it has the copy engine bring x, and angles (AngleStages), if there are any. Each of a
-// cluster's sharers brings its share of the tokens, for all of them.
-__device__ __forceinline__ void produce_x(const Config::Steps& ring, const void* x_map, const void* angle_map,
-                                          const Weights& w, const Tokens& x) {
+// The work of one thread: it announces output tiles, and has the copy engine bring x, and angles (AngleStages), where
+// there are any. Each of a cluster's sharers brings its share of the tokens, for all of them.
+__device__ __forceinline__ void produce_x(const Config::Steps& ring, Announced announced, const void* x_map,
+                                          const void* angle_map, const Weights& w, const Tokens& x) {
     constexpr int kSharers = Config::kSharers;
     int rank = blockIdx.x % kSharers;
     ProducerPosition<Config::kStages> at;
     for (OutputTiles outputs(x, w.row_tiles); outputs.more(); outputs.next()) {
-        int token = x.first(outputs.token_tile());
+        OutputTile output = OutputTile::of(outputs);
+        int token = output.first;
+        ring.wait_until_finished(at);
+        announced.next() = output;
         auto begin = [&](int count) { return ring.begin_filling(at, count * Config::kXBytes); };
         auto fill = [&](uint32_t to, int step, Barrier arrived) {
             to += Config::kWBytes;
@@ -145,22 +149,25 @@ struct Rows {
     float scale[2], bias[2];
 };
 
-// Multiplies this block's output tiles; calls begin(output tile, expert) before each, which gives Rows, and after it
-// write(accumulators, Rows, scales, the tile's first token, end, expert, the position after it in the ring).
+// Multiplies this block's output tiles; calls begin(output tile) before each, which gives Rows, and after it
+// write(accumulators, Rows, scales, output tile, the position after it in the ring).
 template <class Begin, class Write>
-__device__ __forceinline__ void consume(const Config::Steps& ring, const Weights& w, const float* x_scale,
-                                        const Tokens& x, Begin begin, Write write) {
+__device__ __forceinline__ void consume(const Config::Steps& ring, Announced announced, const Weights& w,
+                                        const float* x_scale, const Tokens& x, Begin begin, Write write) {
     int first = threadIdx.x / 128 * Config::kTiles;
     Consumer consumer = {ring, w.groups, first * kInt8TileBytes};
-    for (OutputTiles outputs(x, w.row_tiles); outputs.more(); outputs.next()) {
-        int token = x.first(outputs.token_tile()), end = x.end(outputs.token_tile());
-        Rows rows = begin(outputs, x.expert(outputs.token_tile()));
-        TokenScales<Config::kTokens> scales(x_scale + token);
+    if (!OutputTiles(x, w.row_tiles).more()) return;
+    for (int left = 1; left > 0;) {
+        ring.wait_until_arrived(consumer.at);
+        const OutputTile& tile = announced.next();
+        Rows rows = begin(tile);
+        TokenScales<Config::kTokens> scales(x_scale + tile.first);
         Accumulators acc;
         // Else the next tile's first wgmma, which does not read them, would have them kept in their registers.
         if (Config::kHeadDim != 0 || (Config::kGated && !Config::kGrouped)) clear(acc);
-        consumer.multiply(acc, end - token);
-        write(acc, rows, scales, token, end, x.expert(outputs.token_tile()), consumer.at);
+        consumer.multiply(acc, tile.end - tile.first);
+        write(acc, rows, scales, tile, consumer.at);
+        left = tile.left;
     }
 }
 
@@ -169,6 +176,9 @@ __device__ __forceinline__ void consume(const Config::Steps& ring, const Weights
 __device__ __forceinline__ Config::Steps ring_of_block() {
     uint32_t base = shared_address(block_memory());
     return {base, base + Config::Steps::kBytes};
+}
+__device__ __forceinline__ Announced announced_of_block() {
+    return {reinterpret_cast<OutputTile*>(block_memory() + Config::kAnnouncedOffset)};
 }
 
 // The work of a block: it makes its ring, and has its warps produce or consume. begin, write: see consume.
@@ -186,16 +196,19 @@ __device__ __forceinline__ void run(const Weights& w, const void* x_map, const f
     if (threadIdx.x < kConsumers) {
         take_registers<Config::kConsumerRegisters>();
         begin_kernel();
-        consume(ring, w, x_scale, x, begin, write);
+        consume(ring, announced_of_block(), w, x_scale, x, begin, write);
     } else {
         give_up_registers<Config::kProducerRegisters>();
-        if (threadIdx.x < kConsumers + Config::kCopies) {
+        // A warp's lanes ask for their copies one after another: two warps do so at once, and the one between them asks
+        // for x.
+        int warp = threadIdx.x / 32 - kConsumers / 32, copy = warp / 2 * Config::kCopiesOfWarp + threadIdx.x % 32;
+        if (warp % 2 == 0 && threadIdx.x % 32 < Config::kCopiesOfWarp && copy < Config::kCopies) {
             if (Config::kGrouped) begin_kernel();
-            produce_weights(ring, w, x, angle_map != nullptr ? Angles::kPanels : 0);
+            produce_weights(ring, w, x, copy, angle_map != nullptr ? Angles::kPanels : 0);
         }
         if (threadIdx.x == kConsumers + 32) {
             begin_kernel();
-            produce_x(ring, x_map, angle_map, w, x);
+            produce_x(ring, announced_of_block(), x_map, angle_map, w, x);
         }
         __syncwarp();
     }
@@ -221,16 +234,16 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
     Tokens x = {m, nullptr, nullptr};
     int warp = threadIdx.x / 32 % 4, row = int8_row(warp % 2 * 16 + threadIdx.x % 32 / 4);  // and the row 4 below it
     bool has_rows = warp / 2 < Config::kTiles;
-    auto begin = [&](const OutputTiles& outputs, int expert) -> Rows {
-        RowTile tile = w.row_tile_of_warpgroup(outputs, warp / 2);
-        return {tile.rows, tile.column, {w.scale(tile, row, 0, expert), w.scale(tile, row + 4, 0, expert)}};
+    auto begin = [&](const OutputTile& to) -> Rows {
+        RowTile tile = w.row_tile_of_warpgroup(to, warp / 2);
+        return {tile.rows, tile.column, {w.scale(tile, row, 0, to.expert), w.scale(tile, row + 4, 0, to.expert)}};
     };
-    auto write = [&](const Accumulators& acc, const Rows& rows, const TokenScales<Config::kTokens>& scales, int token,
-                     int end, int, RingPlace&) {
+    auto write = [&](const Accumulators& acc, const Rows& rows, const TokenScales<Config::kTokens>& scales,
+                     const OutputTile& to, RingPlace&) {
         Int8Sums<Config::kTokens> sums = {acc, rows.scale, scales};
         ActivatedOutput output = {out, ldo, features, *out_scale, activation};
-        int its_end = has_rows ? end : 0;  // no branch: wgmma's registers must not depend on one
-        token += threadIdx.x % 4 * 2;
+        int its_end = has_rows ? to.end : 0;  // no branch: wgmma's registers must not depend on one
+        int token = to.first + threadIdx.x % 4 * 2;
         output.store_transposed<Config::kTokens, 0>(sums, bias, rows.column, row, token, its_end);
         output.store_transposed<Config::kTokens, 1>(sums, bias, rows.column, row + 4, token, its_end);
     };
@@ -258,25 +271,25 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
     if (threadIdx.x == 0) Epilogue::init(block_memory());
     uint32_t parity = 0;  // of the output tile's number
     int row = int8_row(threadIdx.x / 32 % 4 * 8 + threadIdx.x % 32 / 4);
-    auto begin = [&](const OutputTiles& outputs, int expert) -> Rows {
+    auto begin = [&](const OutputTile& to) -> Rows {
         Rows own;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            RowTile tile = w.row_tile_of_warpgroup(outputs, i);
+            RowTile tile = w.row_tile_of_warpgroup(to, i);
             own.scale[i] = w.scale(tile, row, tile.format, 0);
             own.bias[i] = Biases{0, 0, tile.column + row, tile.rows > 0}.of(bias);
             if (i == 0) own.rows = tile.rows, own.column = tile.column;
         }
         return own;
     };
-    auto write = [&](const Accumulators& acc, const Rows& rows, const TokenScales<Config::kTokens>& scales, int token,
-                     int end, int, RingPlace& at) {
+    auto write = [&](const Accumulators& acc, const Rows& rows, const TokenScales<Config::kTokens>& scales,
+                     const OutputTile& to, RingPlace& at) {
         Epilogue epilogue = {heads, block_memory(), parity};
         parity ^= 1;
         Int8Sums<Config::kTokens> sums = {acc, rows.scale, scales};
         Config::Steps ring = ring_of_block();
         AngleReader<Config, Config::Steps, RingPlace> angles = {ring, at, Config::kWBytes, angle_map != nullptr};
-        epilogue.store(sums, rows.bias, rows.column, row, token, rows.rows > 0 ? end : 0, angles);
+        epilogue.store(sums, rows.bias, rows.column, row, to.first, rows.rows > 0 ? to.end : 0, angles);
     };
     run(w, x_map, x_scale, x, begin, write, angle_map);
 }
@@ -298,35 +311,35 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
                  count_row_tiles<Config>(rows0) + count_row_tiles<Config>(rows1) + count_row_tiles<Config>(rows2)};
     Tokens x = {m, groups, group_count};
     int warp = threadIdx.x / 32 % 4, slot = threadIdx.x % 32 / 4;
-    auto begin = [&](const OutputTiles& outputs, int expert) -> Rows {
-        RowTile tile = w.row_tile_of_warpgroup(outputs, warp / 2);
+    auto begin = [&](const OutputTile& to) -> Rows {
+        RowTile tile = w.row_tile_of_warpgroup(to, warp / 2);
         if (warp / 2 >= Config::kTiles) tile.rows = 0;
         Rows own = {tile.rows, tile.column};
         float scale = Config::kGrouped ? *out_scale : 1.0f;  // a power of two
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             int row = int8_row(warp % 2 * 16 + 8 * i + slot);
-            own.scale[i] = w.scale(tile, row, tile.format, expert) * scale;
-            own.bias[i] = Biases{expert, rows0, tile.column + row, row < tile.rows}.of(bias) * scale;
+            own.scale[i] = w.scale(tile, row, tile.format, to.expert) * scale;
+            own.bias[i] = Biases{to.expert, rows0, tile.column + row, row < tile.rows}.of(bias) * scale;
         }
         if (Config::kGrouped) {  // of all of the warpgroup's row tiles
-            own.column = row_tile_number(outputs, threadIdx.x / 128 * Config::kTiles) * kTileRows;
+            own.column = row_tile_number(to, w.row_tiles, threadIdx.x / 128 * Config::kTiles) * kTileRows;
             own.rows = min(rows0 - own.column, Config::kTiles * kTileRows);
         }
         return own;
     };
-    auto write = [&](const Accumulators& acc, const Rows& rows, const TokenScales<Config::kTokens>& scales, int token,
-                     int end, int, RingPlace&) {
+    auto write = [&](const Accumulators& acc, const Rows& rows, const TokenScales<Config::kTokens>& scales,
+                     const OutputTile& to, RingPlace&) {
         Int8Sums<Config::kTokens> sums = {acc, rows.scale, scales};
         if constexpr (Config::kGrouped) {
             ExpertOutput<Config::kTokens, RowOrder::kAtoms> output = {
                 static_cast<half_t*>(out) + rows.column, ldo, rows.rows, block_memory() + Config::kEpilogueOffset};
-            output.store(sums, rows.bias, token, end);
+            output.store(sums, rows.bias, to.first, to.end);
         } else {
             int own = warp % 2 * 8 + (slot >> 2) * 4 + (slot >> 1 & 1) * 16;  // the first column that the lane writes
             FourColumns<Config::kTokens, Config::kWhole> outputs = {sums, rows.bias};
             outputs.store(static_cast<float*>(out) + rows.column + own, ldo, rows.rows - own,
-                          token + threadIdx.x % 4 * 2, end, add);
+                          to.first + threadIdx.x % 4 * 2, to.end, add);
         }
     };
     run(w, x_map, x_scale, x, begin, write);
@@ -347,16 +360,16 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
                  2 * ceil_div(features, kOperandGroup) * (kOperandGroup / kTileRows)};
     Tokens x = {m, groups, group_count};
     int row = int8_row(threadIdx.x / 32 % 4 * 8 + threadIdx.x % 32 / 4);
-    auto begin = [&](const OutputTiles& outputs, int expert) -> Rows {
-        RowTile tile = w.row_tile_of_warpgroup(outputs, 0);
-        return {tile.rows, tile.column, {w.scale(tile, row, 0, expert), w.scale(tile, row, 1, expert)}};
+    auto begin = [&](const OutputTile& to) -> Rows {
+        RowTile tile = w.row_tile_of_warpgroup(to, 0);
+        return {tile.rows, tile.column, {w.scale(tile, row, 0, to.expert), w.scale(tile, row, 1, to.expert)}};
     };
-    auto write = [&](const Accumulators& acc, const Rows& rows, const TokenScales<Config::kTokens>& scales, int token,
-                     int end, int expert, RingPlace&) {
+    auto write = [&](const Accumulators& acc, const Rows& rows, const TokenScales<Config::kTokens>& scales,
+                     const OutputTile& to, RingPlace&) {
         Int8Sums<Config::kTokens> sums = {acc, rows.scale, scales};
         GatedOutput output = {out, ldo, features, *out_scale, activation, block_memory() + Config::kEpilogueOffset};
-        output.store_transposed<Config::kTokens, Config::kWarpgroups>(sums, gate_bias, up_bias, expert, rows.column,
-                                                                      row, token, end);
+        output.store_transposed<Config::kTokens, Config::kWarpgroups>(sums, gate_bias, up_bias, to.expert, rows.column,
+                                                                      row, to.first, to.end);
     };
     run(w, x_map, x_scale, x, begin, write);
 }

@@ -84,8 +84,8 @@ def why_no_gpu():
     return None
 
 
-# How large a part of the slow emulated tests runs, and of Hopper's programs is compiled, others with each seed: CI has
-# no time for all of them in each run.
+# How large a part of the slow emulated tests runs, and of most programs is compiled, others with each seed: CI has no
+# time for all of them in each run.
 SLOW_SHARE = float(os.environ.get("KQPREFILL_SLOW_SHARE", 1))
 
 

@@ -48,11 +48,9 @@ def of_a_rare_format(program):
 
 
 def in_share(program):
-    """Whether it is compiled with this seed (conftest.py): Hopper's exact products but those of heads, and of Q4_K
-    alone, take turns."""
+    """Whether it is compiled with this seed (conftest.py): all but Hopper's products of Q4_K alone take turns."""
     constants = dict(program.defines)
-    plain = program.source == "gemm_sm90.cu" and constants["HEAD_DIM"] == "0" and constants["FORMATS"] != "Q4_K"
-    return not plain or is_taken(str(program))
+    return (program.source == "gemm_sm90.cu" and constants["FORMATS"] == "Q4_K") or is_taken(str(program))
 
 
 @pytest.mark.slow
@@ -61,13 +59,12 @@ def test_all_compile_without_spills(arch):
     """Those of the oldest GPUs, and Hopper's own; of the others, whose kernels are the oldest's, one of each file. A
     program that passed is not compiled again until its key in the cache changes: a file of that name, beside the
     cache's own (in $KQPREFILL_CACHE_DIR), remembers it."""
-    programs = every = every_program(arch)
-    if arch != "sm_80":
-        oldest = set(every_program("sm_80")) if arch == "sm_90a" else set(every)
-        programs = [
-            *one_of_each_file(every),
-            *(own for own in every if own not in oldest and not of_a_rare_format(own) and in_share(own)),
-        ]
+    every = every_program(arch)
+    oldest = {"sm_80": set(), "sm_90a": set(every_program("sm_80"))}.get(arch, set(every))
+    programs = [
+        *one_of_each_file(every),
+        *(own for own in every if own not in oldest and not of_a_rare_format(own) and in_share(own)),
+    ]
     cache = KernelCache()
     passed = cache.folder / "compiled-without-spills"
     passed.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -108,10 +108,15 @@ struct Ring {
         }
     }
 
-    // A producer waits until the stage may be filled, arrives, and announces so many bytes. Its copies are to complete
+    // A producer waits until the stage may be filled.
+    __device__ __forceinline__ void wait_until_finished(const ProducerPosition<kStages>& at) const {
+        finished(at.stage).wait(at.phase ^ 1);
+    }
+
+    // A producer does so, arrives, and announces so many bytes. Its copies are to complete
     // on the barrier that is returned.
     __device__ __forceinline__ Barrier begin_filling(const ProducerPosition<kStages>& at, int bytes) const {
-        finished(at.stage).wait(at.phase ^ 1);
+        wait_until_finished(at);
         arrived(at.stage).arrive_expecting(bytes);
         return arrived(at.stage);
     }

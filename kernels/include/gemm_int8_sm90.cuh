@@ -19,10 +19,14 @@ struct Config : BlockConfig {
     // gate's and up's atoms take turns, so that a thread has both of a feature; so do those of the halves of a head.
     static constexpr bool kPaired = kGated || kHeadDim;
     static constexpr int kCopyBytes = kPaired ? kAtomBytes : kInt8TileBytes, kCopies = kWBytes / kCopyBytes;
+    static constexpr int kCopiesOfWarp = kCopies > 4 ? ceil_div(kCopies, 2) : kCopies;  // that one warp asks for
 
     using Steps = Ring<kStages, kStageSteps * kStepBytes>;
-    // After the ring come its barriers, and what the last step's 64 rows may reach into; then what the epilogue needs.
-    static constexpr int kAfter = kTiles == 1 ? kInt8TileBytes : Steps::kBarrierBytes;
+    // After the ring come its barriers and the tiles that are announced, and what the last step's 64 rows may reach
+    // into; then what the epilogue needs.
+    static constexpr int kAnnouncedOffset = Steps::kBytes + Steps::kBarrierBytes;
+    static constexpr int kAfter = kTiles == 1 ? kInt8TileBytes : Steps::kBarrierBytes + Announced::kBytes;
+    static_assert(Steps::kBarrierBytes + Announced::kBytes <= kInt8TileBytes, "what the host counts with");
     static constexpr int kEpilogueOffset = Steps::kBytes + kAfter, kSharedBytes = kEpilogueOffset + EPILOGUE_BYTES;
 
     static_assert(kCopies <= 32, "a lane makes each copy of a step");

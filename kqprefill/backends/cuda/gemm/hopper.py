@@ -20,9 +20,9 @@ from .tensor_maps import TensorMaps
 from .tiles import TileConfig, Told, cheapest, row_tiles, side_by_side
 
 _FEWEST_STAGES = 2
-_BARRIERS = 512  # bytes: more than the stages' barriers take
+_BARRIERS = 768  # bytes: more than the stages' barriers take, and the output tiles that are announced
 _HEADS_WORTH = 1.1  # times a product of q, k and v; the sums' way through memory takes a fifth of 2048 tokens'
-# Of a thread that brings weights: the fewest there can be; where units are of two lengths, or row tiles of heads.
+# Of a thread that brings weights: the fewest there can be; where consumers need no more, or units are of two lengths.
 _PRODUCER_REGISTERS, _PRODUCER_REGISTERS_MORE = 24, 32
 
 
@@ -45,8 +45,9 @@ class HopperConfig(TileConfig):
         """
         of_heads = heads.constants(self) if heads else no_heads(self.epilogue_bytes(bool(self.gated), grouped))
         layout = self._layout(types, of_heads["EPILOGUE_BYTES"])
-        spared = len(types) == 1 or self.tokens < 256  # consumers of heads need no more
-        more = len({unit_size(t)[0] for t in types}) > 1 or (heads is not None and spared)
+        of_one = len(types) == 1
+        spared = (of_one or self.tokens < 256) if heads else self.tokens == 128 or (of_one and self.tokens == 16)
+        more = len({unit_size(t)[0] for t in types}) > 1 or spared
         producers = _PRODUCER_REGISTERS_MORE if more else _PRODUCER_REGISTERS
         constants = {
             "GATED": self.gated,

@@ -22,7 +22,7 @@ from .operand import Groups, Operand, listed, made_into, number_of
 from .tensor_maps import TensorMaps
 from .tiles import TileConfig, Told, cheapest, row_tiles, side_by_side
 
-_PRODUCER_REGISTERS = 32  # of a thread
+_PRODUCER_REGISTERS = 40  # of a thread
 _READ = 1.5  # nanoseconds in which an int8 tile is read from memory
 _TILE_BYTES = TILE_ROWS * ROTATED  # of an int8 tile: also room behind the ring, for its barriers
 
