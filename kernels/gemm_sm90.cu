@@ -85,8 +85,8 @@ __device__ __forceinline__ void produce_x(const Rings& rings, const void* x_map,
 // Consumers -----------------------------------------------------------------------------------------------------------
 
 // Multiplies this block's output tiles; calls write(accumulators, alpha, row tiles, row, output tile, the position
-// after it in x's ring) after each. Accumulators 4j + 2i and 4j + 2i + 1 of a thread are row `row` of row tile i, and tokens
-// 8j + lane % 4 * 2 and the next, counted from the first token of the output tile.
+// after it in x's ring) after each. Accumulators 4j + 2i and 4j + 2i + 1 of a thread are row `row` of row tile i, and
+// tokens 8j + lane % 4 * 2 and the next, counted from the first token of the output tile.
 template <class Write>
 __device__ __forceinline__ void consume(const Rings& rings, const Matrices& matrices, const Tokens& x, int units,
                                         int row_tiles, float alpha, float scale, Write write) {
