@@ -156,7 +156,8 @@ __device__ __forceinline__ void consume(const Config::Steps& ring, Announced ann
                                         const float* x_scale, const Tokens& x, Begin begin, Write write) {
     int first = threadIdx.x / 128 * Config::kTiles;
     Consumer consumer = {ring, w.groups, first * kInt8TileBytes};
-    if (!OutputTiles(x, w.row_tiles).more()) return;
+    // A launch has a block for each output tile at most; but how many experts have any is known on the device.
+    if (Config::kGrouped && !OutputTiles(x, w.row_tiles).more()) return;
     for (int left = 1; left > 0;) {
         ring.wait_until_arrived(consumer.at);
         const OutputTile& tile = announced.next();

@@ -15,14 +15,6 @@
 #include "include/consumer_sm90.cuh"
 #include "include/epilogue_heads.cuh"
 
-__device__ __forceinline__ Rings rings_of_block() {
-    uint32_t base = shared_address(block_memory()), barriers = base + Config::kBarrierOffset;
-    return {{base, barriers}, {base + Config::kRawOffset, barriers + Config::XRing::kBarrierBytes}, block_memory()};
-}
-__device__ __forceinline__ Announced announced_of_block() {
-    return {reinterpret_cast<OutputTile*>(block_memory() + Config::kAnnouncedOffset)};
-}
-
 // Producers -----------------------------------------------------------------------------------------------------------
 
 // The work of kBlockTiles lanes of a warp: each has the copy engine bring a row tile of W, a weight tile at a time.
@@ -33,8 +25,8 @@ __device__ __forceinline__ void produce_weights(const Rings& rings, const Matric
     int lane = threadIdx.x % 32;
     ProducerPosition<Config::kRawStages> at;
     for (OutputTiles outputs(x, row_tiles); outputs.more(); outputs.next()) {
-        OutputTile output = OutputTile::of(outputs);
-        RowTile tile = row_tile<Config>(matrices, row_tile_number(output, row_tiles, lane), units, output.expert);
+        RowTile tile =
+            row_tile<Config>(matrices, row_tile_number(outputs, lane), units, x.expert(outputs.token_tile()));
         int bytes = tile.weights != nullptr ? Formats::tile_bytes(tile.format) : 0;
         // How often a weight tile is brought again.
         int again = Formats::kMixed ? Formats::served(tile.format) - 1 : 0;
@@ -59,17 +51,13 @@ __device__ __forceinline__ void copy_step(uint32_t to, const void* x_map, int co
                     token + rank * (Config::kTokens / kSharers), arrived, (1 << kSharers) - 1);
 }
 
-// The work of one thread: it announces output tiles, and has the copy engine bring x, a stage at a time, and angles
-// (AngleStages), if there are any.
+// The work of one thread: it has the copy engine bring x, a stage at a time, and angles (AngleStages), if there are
+// any.
 __device__ __forceinline__ void produce_x(const Rings& rings, const void* x_map, const void* angle_map, const Tokens& x,
                                           int units, int row_tiles) {
     ProducerPosition<Config::kStages> at;
-    Announced announced = announced_of_block();
     for (OutputTiles outputs(x, row_tiles); outputs.more(); outputs.next()) {
-        OutputTile output = OutputTile::of(outputs);
-        int token = output.first;
-        rings.x.wait_until_finished(at);
-        announced.next() = output;
+        int token = x.first(outputs.token_tile());
 #pragma unroll 1
         for (int step = 0; step < units * Config::kUnitSteps; step += Config::kStageSteps, at.advance()) {
             Barrier arrived = rings.x.begin_filling(at, Config::kStageBytes);
@@ -84,37 +72,41 @@ __device__ __forceinline__ void produce_x(const Rings& rings, const void* x_map,
 
 // Consumers -----------------------------------------------------------------------------------------------------------
 
-// Multiplies this block's output tiles; calls write(accumulators, alpha, row tiles, row, output tile, the position
-// after it in x's ring) after each. Accumulators 4j + 2i and 4j + 2i + 1 of a thread are row `row` of row tile i, and
-// tokens 8j + lane % 4 * 2 and the next, counted from the first token of the output tile.
+// Multiplies this block's output tiles; calls write(accumulators, alpha, row tiles, row, first token, end, expert, the
+// position after it in x's ring) after each. Accumulators 4j + 2i and 4j + 2i + 1 of a thread are row `row` of row tile
+// i, and tokens 8j + lane % 4 * 2 and the next, counted from the first token of the token tile, which ends before token
+// `end`.
 template <class Write>
 __device__ __forceinline__ void consume(const Rings& rings, const Matrices& matrices, const Tokens& x, int units,
                                         int row_tiles, float alpha, float scale, Write write) {
     int thread = threadIdx.x;
     Consumer consumer = {rings, units, thread / 128 * Config::kTiles, row_of_thread(), thread % 4 * 16, scale, 0};
-    Announced announced = announced_of_block();
-    if (!OutputTiles(x, row_tiles).more()) return;
-    for (int left = 1; left > 0;) {
-        rings.x.wait_until_arrived(consumer.stage);
-        const OutputTile& to = announced.next();
+    for (OutputTiles outputs(x, row_tiles); outputs.more(); outputs.next()) {
         auto tile = [&](int i) {
-            return row_tile<Config>(matrices, row_tile_number(to, row_tiles, consumer.first + i), units, 0);
+            return row_tile<Config>(matrices, row_tile_number(outputs, consumer.first + i), units, 0);
         };
         Accumulators acc;
         // Else the next tile's first wgmma, which does not read them, would have them kept in their registers.
         if (Config::kHeadDim != 0) clear(acc);
-        if (Config::kGrouped) consumer.tokens = to.end - to.first;
+        if (Config::kGrouped) consumer.tokens = x.end(outputs.token_tile()) - x.first(outputs.token_tile());
         if constexpr (Config::kGated) consumer.template multiply_tile<Formats::Gate, Formats::Up>(acc);
         else Formats::multiply_tile(tile(0).format, consumer, acc);
+        // Else what follows from it would be kept through the products.
+        if (Config::kHeadDim != 0) forget(outputs.index);
         RowTile tiles[Config::kTiles];
 #pragma unroll
         for (int i = 0; i < Config::kTiles; ++i) tiles[i] = tile(i);
-        write(acc, alpha, tiles, consumer.row, to, consumer.stage);
-        left = to.left;
+        write(acc, alpha, tiles, consumer.row, x.first(outputs.token_tile()), x.end(outputs.token_tile()),
+              x.expert(outputs.token_tile()), consumer.stage);
     }
 }
 
 // Kernels -------------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ Rings rings_of_block() {
+    uint32_t base = shared_address(block_memory()), barriers = base + Config::kBarrierOffset;
+    return {{base, barriers}, {base + Config::kRawOffset, barriers + Config::XRing::kBarrierBytes}, block_memory()};
+}
 
 // The work of a block: it makes its rings, and has its warps produce or consume. `write` is the epilogue (see consume).
 // angle_map: of heads, the tensor map of their angles (AngleStages), or null where nothing is rotated.
@@ -165,14 +157,14 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
     Matrices matrices = {{weights, nullptr, nullptr}, {features, 0, 0}, {0, 0, 0}};
     int row_tiles = ceil_div(features, kOperandGroup) * (kOperandGroup / kTileRows);
     Tokens x = {m, nullptr, nullptr};
-    auto write = [&](Accumulators& acc, float alpha, const RowTile(&tiles)[Config::kTiles], int row,
-                     const OutputTile& to, RingPlace&) {
-        int token = to.first + threadIdx.x % 4 * 2;
+    auto write = [&](Accumulators& acc, float alpha, const RowTile(&tiles)[Config::kTiles], int row, int token, int end,
+                     int expert, RingPlace&) {
+        token += threadIdx.x % 4 * 2;
         ActivatedOutput output = {out, ldo, features, *out_scale, activation};
         HalfSums<Config::kTokens> sums = {acc, alpha};
-        output.store_transposed<Config::kTokens, 0>(sums, bias, tiles[0].column, row, token, to.end);
+        output.store_transposed<Config::kTokens, 0>(sums, bias, tiles[0].column, row, token, end);
         if constexpr (Config::kTiles == 2)
-            output.store_transposed<Config::kTokens, 1>(sums, bias, tiles[1].column, row, token, to.end);
+            output.store_transposed<Config::kTokens, 1>(sums, bias, tiles[1].column, row, token, end);
     };
     run(matrices, x_map, x, k, x_scale, w_scale, row_tiles, write);
 }
@@ -195,8 +187,8 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
     Heads heads = {q_out, k_out, v_out, nq, nkv, q_norm, k_norm, epsilon, q_scale, k_scale, v_scale, kv_rows};
     if (threadIdx.x == 0) Epilogue::init(block_memory());
     uint32_t parity = 0;  // of the output tile's number
-    auto write = [&](Accumulators& acc, float alpha, const RowTile(&tiles)[Config::kTiles], int row,
-                     const OutputTile& to, RingPlace& at) {
+    auto write = [&](Accumulators& acc, float alpha, const RowTile(&tiles)[Config::kTiles], int row, int token, int end,
+                     int, RingPlace& at) {
         Epilogue epilogue = {heads, block_memory(), parity};
         parity ^= 1;
         float biases[2];
@@ -205,8 +197,8 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
             biases[i] = load_where(bias != nullptr && tiles[i].rows > 0, bias + tiles[i].column + row, 0.0f);
         Config::XRing ring = rings_of_block().x;
         AngleReader<Config, Config::XRing, RingPlace> angles = {ring, at, 0, angle_map != nullptr};
-        epilogue.store(HalfSums<Config::kTokens>{acc, alpha}, biases, tiles[0].column, row, to.first,
-                       tiles[0].rows > 0 ? to.end : 0, angles);
+        epilogue.store(HalfSums<Config::kTokens>{acc, alpha}, biases, tiles[0].column, row, token,
+                       tiles[0].rows > 0 ? end : 0, angles);
     };
     run(matrices, x_map, x, k, x_scale, w_scale, row_tiles, write, angle_map);
 }
@@ -224,28 +216,28 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
     Matrices matrices = {{w0, w1, w2}, {rows0, rows1, rows2}, {format0, format1, format2}};
     int row_tiles = count_row_tiles<Config>(rows0) + count_row_tiles<Config>(rows1) + count_row_tiles<Config>(rows2);
     Tokens x = {m, groups, group_count};
-    auto write = [&](Accumulators& acc, float alpha, const RowTile(&tiles)[Config::kTiles], int row,
-                     const OutputTile& to, RingPlace&) {
+    auto write = [&](Accumulators& acc, float alpha, const RowTile(&tiles)[Config::kTiles], int row, int token, int end,
+                     int expert, RingPlace&) {
         if constexpr (Config::kGrouped) {  // an expert's matrix has whole row tiles
             float scale = *out_scale;      // a power of two
             float biases[2] = {};
 #pragma unroll
             for (int i = 0; i < Config::kTiles; ++i)
-                biases[i] = Biases{to.expert, rows0, tiles[i].column + row, tiles[i].rows > 0}.of(bias) * scale;
+                biases[i] = Biases{expert, rows0, tiles[i].column + row, tiles[i].rows > 0}.of(bias) * scale;
             int columns = tiles[0].rows > 0 ? min(rows0 - tiles[0].column, Config::kTiles * kTileRows) : 0;
             ExpertOutput<Config::kTokens, RowOrder::kPlain> output = {
                 static_cast<half_t*>(out) + tiles[0].column, ldo, columns, block_memory() + Config::kEpilogueOffset};
-            output.store(HalfSums<Config::kTokens>{acc, alpha * scale}, biases, to.first, to.end);
+            output.store(HalfSums<Config::kTokens>{acc, alpha * scale}, biases, token, end);
         } else {
-            int token = to.first + threadIdx.x % 4 * 2;
+            token += threadIdx.x % 4 * 2;
 #pragma unroll
             for (int i = 0; i < Config::kTiles; ++i) {
                 if (row >= tiles[i].rows) continue;
                 int column = tiles[i].column + row;
-                float own_bias = Biases{to.expert, rows0, column, true}.of(bias);
+                float own_bias = Biases{expert, rows0, column, true}.of(bias);
                 LinearOutput output = {static_cast<float*>(out), ldo};
                 HalfSums<Config::kTokens> sums = {acc, alpha};
-                output.store_transposed<Config::kTokens>(sums, i, own_bias, column, token, to.end, add);
+                output.store_transposed<Config::kTokens>(sums, i, own_bias, column, token, end, add);
             }
         }
     };
@@ -266,12 +258,12 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
         {gate, up, nullptr}, {features, features, 0}, {0, kSame<Formats::Gate, Formats::Up> ? 0 : 1, 0}};
     int row_tiles = 2 * ceil_div(features, kOperandGroup) * (kOperandGroup / kTileRows);
     Tokens x = {m, groups, group_count};
-    auto write = [&](Accumulators& acc, float alpha, const RowTile(&tiles)[Config::kTiles], int row,
-                     const OutputTile& to, RingPlace&) {
+    auto write = [&](Accumulators& acc, float alpha, const RowTile(&tiles)[Config::kTiles], int row, int token, int end,
+                     int expert, RingPlace&) {
         GatedOutput output = {out, ldo, features, *out_scale, activation, block_memory() + Config::kEpilogueOffset};
         HalfSums<Config::kTokens> sums = {acc, alpha};
-        output.store_transposed<Config::kTokens, Config::kWarpgroups>(sums, gate_bias, up_bias, to.expert,
-                                                                      tiles[0].column, row, to.first, to.end);
+        output.store_transposed<Config::kTokens, Config::kWarpgroups>(sums, gate_bias, up_bias, expert, tiles[0].column,
+                                                                      row, token, end);
     };
     run(matrices, x_map, x, k, x_scale, w_scale, row_tiles, write);
 }

@@ -104,7 +104,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 
 #else
 
-// norm.cu's rms_norm of all rows, and rounded, scales = its rows, rounded.
+// norm.cu's rms_norm of all rows, and rounded, scales = its rows, rounded. out: null where nobody reads its halves, for
+// rows that `staged` has room for.
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     rms_norm_rounded(const float* x, int rows, const float* weight, half_t* out, int columns, int stride, float epsilon,
                      const float* scale, int8_t* rounded, int padded, float* scales) {
@@ -115,14 +116,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     int own = threadIdx.x / kRowThreads, row = block_from_last() * kRows + own;
     bool inside = row < rows;
     uint64_t from = inside ? row : 0;
-    out += from * stride;
     bool short_enough = kRows > 1 || stride <= kStaged;
-    half_t* to = short_enough ? staged[own] : out;
+    half_t* to = short_enough ? staged[own] : out + from * stride;
     normalise_row<kThreads, kRows>(x + from * columns, weight, to, columns, stride, epsilon, *scale);
     __syncthreads();
-    if (short_enough && inside)
+    if (short_enough && inside && out != nullptr)
         for (int i = threadIdx.x % kRowThreads * 8; i < stride; i += kRowThreads * 8)
-            *reinterpret_cast<uint4*>(out + i) = *reinterpret_cast<const uint4*>(to + i);
+            *reinterpret_cast<uint4*>(out + from * stride + i) = *reinterpret_cast<const uint4*>(to + i);
     round_row(to, stride, *scale, rounded + from * padded, padded, scales + from, inside);
 }
 

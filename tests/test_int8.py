@@ -193,6 +193,13 @@ def test_norms_whose_rows_are_rounded_at_once(device, rng):
         a = Operand(alone, columns, scale)
         together, by_itself = device.rounded(replace(a, rounded=(rounded, scales))), device.rounded(a)
         assert all(np.array_equal(*pair) for pair in zip(together, by_itself))
+        if columns > program.columns:
+            continue
+        bytes_ = device.poisoned("no halves", INT8, 3, padded), device.poisoned("their scales", FLOAT32, 3)
+        own |= {"out": None, "rounded": bytes_[0], "scales": bytes_[1]}
+        device.launcher.launch(program.program, "rms_norm_rounded", grid=program.blocks(3), **own, **given)
+        a = Operand(bytes_[0], columns, bytes_[1], format=BYTES)
+        assert all(np.array_equal(*pair) for pair in zip(device.rounded(a), by_itself))
 
 
 @pytest.mark.parametrize("bad", [np.inf, np.nan])

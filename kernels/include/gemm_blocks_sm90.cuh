@@ -43,39 +43,11 @@ using RingPlace = ConsumerPosition<BlockConfig::kStages>;
 using OutputTiles =
     Scheduler<Tokens, BlockConfig::kBlockTiles * BlockConfig::kCluster, kTogether, true, BlockConfig::kCluster>;
 
-// One of them: rows first .. end - 1 of x, by the matrix `expert` of a stack, if there is one; its column tile; and how
-// many come after it for this block.
-struct OutputTile {
-    int first, end, expert, column_tile, left;
-
-    __device__ __forceinline__ static OutputTile of(const OutputTiles& at) {
-        int token_tile = at.token_tile(), step = gridDim.x / BlockConfig::kCluster;
-        return {at.x.first(token_tile), at.x.end(token_tile), at.x.expert(token_tile), at.column_tile(),
-                (at.tiles - 1 - at.index) / step};
-    }
-};
-
-// The number of row tile `own` of this block in an output tile, of a launch that has so many row tiles.
-__device__ __forceinline__ int row_tile_number(const OutputTile& tile, int row_tiles, int own) {
-    constexpr int kOfCluster = BlockConfig::kCluster * BlockConfig::kBlockTiles;
+// The number of row tile `own` of this block in an output tile.
+__device__ __forceinline__ int row_tile_number(const OutputTiles& outputs, int own) {
     own += blockIdx.x % BlockConfig::kCluster * BlockConfig::kBlockTiles;
-    return row_tile_number<BlockConfig>(tile.column_tile, ceil_div(row_tiles, kOfCluster), own);
+    return row_tile_number<BlockConfig>(outputs.column_tile(), outputs.column_tiles(), own);
 }
-
-// The output tiles that a block's consumers are to make, as the producer of x looks them up and announces them: by the
-// first stage of x's ring that belongs to one. There is room for more than the ring may hold.
-struct Announced {
-    static constexpr int kPlaces = BlockConfig::kStages + 1;
-    static constexpr int kBytes = ceil_div(kPlaces * sizeof(OutputTile), 128) * 128;  // what follows is aligned
-    OutputTile* places;                                                               // of shared memory
-    int place = 0;
-
-    __device__ __forceinline__ OutputTile& next() {
-        OutputTile& tile = places[place];
-        place = place == kPlaces - 1 ? 0 : place + 1;
-        return tile;
-    }
-};
 
 __device__ __forceinline__ uint8_t* block_memory() {
     extern __shared__ __align__(1024) uint8_t shared[];

@@ -3,6 +3,42 @@
 #include "gemm_blocks_sm90.cuh"
 #include "int8.cuh"
 
+// One output tile: rows first .. end - 1 of x, by the matrix `expert` of a stack, if there is one; its column tile; and
+// how many come after it for this block.
+struct OutputTile {
+    int first, end, expert, column_tile, left;
+
+    __device__ __forceinline__ static OutputTile of(const OutputTiles& at) {
+        int token_tile = at.token_tile(), step = gridDim.x / BlockConfig::kCluster;
+        return {at.x.first(token_tile), at.x.end(token_tile), at.x.expert(token_tile), at.column_tile(),
+                (at.tiles - 1 - at.index) / step};
+    }
+};
+
+// The number of row tile `own` of this block in an output tile, of a launch that has so many row tiles.
+__device__ __forceinline__ int row_tile_number(const OutputTile& tile, int row_tiles, int own) {
+    constexpr int kOfCluster = BlockConfig::kCluster * BlockConfig::kBlockTiles;
+    own += blockIdx.x % BlockConfig::kCluster * BlockConfig::kBlockTiles;
+    return row_tile_number<BlockConfig>(tile.column_tile, ceil_div(row_tiles, kOfCluster), own);
+}
+
+// The output tiles that a block's consumers are to make. To look one up takes as long as a step: so the producer of x,
+// which is ahead of them, does it, and announces the tile by the first stage of the ring that belongs to it. There is
+// room for one more than the ring may hold.
+struct Announced {
+    static constexpr int kPlaces = BlockConfig::kStages + 1;
+    static constexpr int kBytes = ceil_div(kPlaces * sizeof(OutputTile), 128) * 128;  // what follows is aligned
+
+    OutputTile* places;  // of shared memory
+    int place = 0;
+
+    __device__ __forceinline__ OutputTile& next() {
+        OutputTile& tile = places[place];
+        place = place == kPlaces - 1 ? 0 : place + 1;
+        return tile;
+    }
+};
+
 // What the host chose (HopperInt8Config in kqprefill/backends/cuda/gemm/int8_hopper.py), and the sizes that follow.
 struct Config : BlockConfig {
     static constexpr bool kWhole = WHOLE;      // whether all matrices have whole fours of rows

@@ -19,11 +19,9 @@ struct Config : BlockConfig {
 
     using XRing = Ring<kStages, kStageBytes>;
     using RawRing = Ring<kRawStages, kRawStageBytes>;
-    // In shared memory: x's ring, the weight tiles' ring, the barriers of both, the tiles that are announced, and what
-    // the epilogue needs.
+    // In shared memory: x's ring, the weight tiles' ring, the barriers of both, and what the epilogue needs.
     static constexpr int kRawOffset = XRing::kBytes, kBarrierOffset = kRawOffset + RawRing::kBytes;
-    static constexpr int kAnnouncedOffset = kBarrierOffset + XRing::kBarrierBytes + RawRing::kBarrierBytes;
-    static constexpr int kEpilogueOffset = kAnnouncedOffset + Announced::kBytes;
+    static constexpr int kEpilogueOffset = kBarrierOffset + XRing::kBarrierBytes + RawRing::kBarrierBytes;
     static constexpr int kSharedBytes = kEpilogueOffset + EPILOGUE_BYTES;
 
     static_assert(kUnitSteps % kStageSteps == 0, "whole stages in a unit");

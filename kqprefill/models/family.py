@@ -30,6 +30,7 @@ from .experts import Experts
 from .kda import KimiDelta
 from .mamba2 import Mamba2
 from .ops import Ops, Residual
+from .precision import all_int8
 from .weights import Parts, Shapes, Weight, Weights, bias_shape, tensor_names
 
 _Page = TypeVar("_Page", bound="Family")
@@ -223,6 +224,11 @@ class Family(ABC):
     def finish(self, ops: Ops, x: Residual, logits: Logits) -> PendingHead:
         """What comes after the last layer: the logits that are asked for, or each segment's vector."""
         return ops.pool(x, self.output_norm) if logits == "pooled" else self.head(ops, x, logits)
+
+    @cached_property
+    def int8_layers(self) -> frozenset[int]:
+        """The layers all of whose matrices are multiplied in int8 where the model is opened so."""
+        return frozenset(index for index, block in enumerate(self.blocks) if all_int8(block))
 
     @cached_property
     def layer_states(self) -> tuple[LayerState, ...]:

@@ -13,6 +13,7 @@ Which matrices: the large ones of layers, but for what costs little and errs mos
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal, TypeAlias
 
 from ..gguf.types import GGML
@@ -30,6 +31,11 @@ _INT8 = frozenset(
     "ffn_gate_chexps ffn_up_chexps ffn_down_chexps ssm_in ssm_out shortconv.in_proj shortconv.out_proj".split()
 )
 _FLOATS = frozenset([GGML.F32, GGML.F16, GGML.BF16])
+
+
+def all_int8(block: Iterable[Weight]) -> bool:
+    """Whether all matrices of a layer are multiplied in int8 where a model is opened so."""
+    return all(takes_int8(weight) for weight in block if weight.is_matrix)
 
 
 def takes_int8(weight: Weight) -> bool:

@@ -40,6 +40,11 @@ class RowsProgram:
     kept: int
     normed: bool
 
+    @property
+    def columns(self) -> int:
+        """Of the longest rows that threads keep whole."""
+        return self.threads * self.kept * _SIXTEEN
+
     @cached_property
     def program(self) -> Program:
         """With round_rows, or, where it is normed, rms_norm_rounded."""

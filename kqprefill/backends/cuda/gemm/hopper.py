@@ -15,14 +15,14 @@ from ..device.launcher import Launches
 from ..units import unit_size
 from ..weights.matrix import Matrix
 from .heads import HeadsKind, HeadsOutput, no_heads
-from .operand import Gemm, Groups, Operand, listed, made_into, number_of
+from .operand import HALVES, Gemm, Groups, Operand, listed, made_into, number_of
 from .tensor_maps import TensorMaps
 from .tiles import TileConfig, Told, cheapest, row_tiles, side_by_side
 
 _FEWEST_STAGES = 2
-_BARRIERS = 768  # bytes: more than the stages' barriers take, and the output tiles that are announced
+_BARRIERS = 512  # bytes: more than the stages' barriers take
 _HEADS_WORTH = 1.1  # times a product of q, k and v; the sums' way through memory takes a fifth of 2048 tokens'
-# Of a thread that brings weights: the fewest there can be; where consumers need no more, or units are of two lengths.
+# Of a thread that brings weights: the fewest there can be; where units are of two lengths, or row tiles of heads.
 _PRODUCER_REGISTERS, _PRODUCER_REGISTERS_MORE = 24, 32
 
 
@@ -45,9 +45,8 @@ class HopperConfig(TileConfig):
         """
         of_heads = heads.constants(self) if heads else no_heads(self.epilogue_bytes(bool(self.gated), grouped))
         layout = self._layout(types, of_heads["EPILOGUE_BYTES"])
-        of_one = len(types) == 1
-        spared = (of_one or self.tokens < 256) if heads else self.tokens == 128 or (of_one and self.tokens == 16)
-        more = len({unit_size(t)[0] for t in types}) > 1 or spared
+        spared = len(types) == 1 or self.tokens < 256  # consumers of heads need no more
+        more = len({unit_size(t)[0] for t in types}) > 1 or (heads is not None and spared)
         producers = _PRODUCER_REGISTERS_MORE if more else _PRODUCER_REGISTERS
         constants = {
             "GATED": self.gated,
@@ -176,7 +175,7 @@ class HopperGemm(Gemm):
             "gemm_linear",
             grid=self._grid(config, a.rows, matrices, groups),
             **_described(matrices),
-            x_map=self._maps.of(a.values, config.box_rows),
+            x_map=self._map(a, config),
             m=a.rows,
             k=a.columns,
             out=out,
@@ -205,7 +204,7 @@ class HopperGemm(Gemm):
             "gemm_heads",
             grid=self._grid(config, a.rows, matrices, None),
             **_described(matrices),
-            x_map=self._maps.of(a.values, config.box_rows),
+            x_map=self._map(a, config),
             m=a.rows,
             k=a.columns,
             x_scale=a.scale,
@@ -232,7 +231,7 @@ class HopperGemm(Gemm):
             grid=self._grid(config, a.rows, (matrix,), None),
             weights=matrix.array,
             features=matrix.rows,
-            x_map=self._maps.of(a.values, config.box_rows),
+            x_map=self._map(a, config),
             m=a.rows,
             k=a.columns,
             **made_into(act, activation),
@@ -261,7 +260,7 @@ class HopperGemm(Gemm):
             gate=gate.array,
             up=up.array,
             features=gate.rows,
-            x_map=self._maps.of(a.values, config.box_rows),
+            x_map=self._map(a, config),
             m=a.rows,
             k=a.columns,
             **made_into(act, activation),
@@ -271,6 +270,11 @@ class HopperGemm(Gemm):
             up_bias=up_bias,
             **listed(groups),
         )
+
+    def _map(self, a: Operand, config: HopperConfig) -> DeviceArray:
+        """The operand's tensor map."""
+        assert a.format is HALVES, "this norm's output was to be read by matrices in int8 alone"
+        return self._maps.of(a.values, config.box_rows)
 
     def _config(self, m: int, matrices: Sequence[Matrix], gated: bool, experts: int) -> HopperConfig:
         return best_config(m, row_tiles(matrices), gated, self._facts.multiprocessors, experts)

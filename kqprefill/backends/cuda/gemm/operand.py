@@ -50,11 +50,12 @@ def operand_positions(columns: int) -> NDArray[np.intp]:
 class Operand:
     """A matrix of activations that a GEMM reads.
 
-    values: [rows, format.padded(columns)], each the activation times *scale. norm: the RMSNorm weight whose output this
+    values: [rows, format.padded(columns)], each the activation times *scale; or, of BYTES, divided by its row's scale,
+    float32 [rows, and room to read MORE_ROWS beyond the last]. norm: the RMSNorm weight whose output this
     is, or None. length: a row's Euclidean length after division by `norm` is at most this, where it is known; together
     the two bound what a matrix makes of a row. row_scale: powers of two that the rows are still to be multiplied by,
     float32 [rows]; None for ones. Only `linear` takes such an operand. rounded: the same operand in int8, where whoever
-    made it has made that, too: values, and scales with room to read MORE_ROWS beyond the last.
+    made it has made that, too: values, and scales, as of BYTES.
     """
 
     values: DeviceArray
@@ -73,9 +74,10 @@ class Operand:
 
     def part(self, first: int, last: int) -> Operand:
         """The rows from `first` to before `last`."""
-        scale = self.row_scale.rows(first, last) if self.row_scale is not None else None
+        scale = self.scale.rows(first, last) if self.format is BYTES else self.scale
+        row_scale = self.row_scale.rows(first, last) if self.row_scale is not None else None
         rounded = self.rounded and (self.rounded[0].rows(first, last), self.rounded[1].rows(first, last))
-        return replace(self, values=self.values.rows(first, last), row_scale=scale, rounded=rounded)
+        return replace(self, values=self.values.rows(first, last), scale=scale, row_scale=row_scale, rounded=rounded)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from ....models.weights import Weight
 from ..attention_kernels import AttentionConfig
 from ..device.arrays import FLOAT16, FLOAT32, DeviceArray
 from ..device.workspace import Workspace
-from ..gemm.operand import Operand
+from ..gemm.operand import HALVES, Operand
 from ..kv_cache import DeviceCache, token_shapes
 from ..weights.matrix import Matrix
 from .attention_layout import attention_configs, attention_layout
@@ -133,6 +133,7 @@ class BatchOps(Ops):
     ) -> None:
         self.context, self.config, self.batch, self.cache = context, family.config, batch, cache
         self.launcher, self.work, self.scales = context.launcher, context.work, context.scales
+        self.int8_layers = family.int8_layers
         self.n = len(batch.tokens)
         self.launcher.overlap = self.n >= _OVERLAP_FROM
         self.tokens = self.work.upload("tokens", batch.tokens)
@@ -224,4 +225,5 @@ class BatchOps(Ops):
 
     def scaled(self, a: Operand, factor: float) -> Operand:
         """The same operand, said to be scaled such that products come out times `factor`."""
+        assert factor == 1.0 or a.format is HALVES, "a norm's output is multiplied as it is"
         return a if factor == 1.0 else replace(a, scale=self.scales.divided(a.scale, factor), rounded=None)

@@ -31,7 +31,8 @@ class NormOps(BatchOps):
         columns, rows = len(host), (x if picked is None else picked).shape[0]
         length = math.sqrt(columns)  # of a row after division by the norm's weight
         if self.context.weights.precision == "int8" and picked is None and weight.name.startswith("blk."):
-            return self._rounded_norm(x, vector, float(np.abs(host).max()))
+            halves = self.layer not in self.int8_layers or self.collector is not None
+            return self._rounded_norm(x, vector, float(np.abs(host).max()), halves)
         out = Operand(
             self.work.array("normed", HALVES.dtype, rows, HALVES.padded(columns)),
             columns,
@@ -54,14 +55,16 @@ class NormOps(BatchOps):
         )
         return out
 
-    def _rounded_norm(self, x: DeviceArray, vector: DeviceArray, most: float) -> Operand:
-        """RMSNorm of x's rows, for matrices in int8 and others; most: the largest magnitude in the norm's weight."""
+    def _rounded_norm(self, x: DeviceArray, vector: DeviceArray, most: float, halves: bool) -> Operand:
+        """RMSNorm of x's rows in int8; most: the largest magnitude in the norm's weight; halves: whether there may be
+        others than matrices in int8 that read it."""
         rows, columns = x.shape
-        length, padded = math.sqrt(columns), BYTES.padded(columns)
+        length, padded, stride = math.sqrt(columns), BYTES.padded(columns), HALVES.padded(columns)
         rounded = self.work.array("normed in int8", BYTES.dtype, rows, padded)
         scales = self.work.array("normed rows' scales", FLOAT32, rows + MORE_ROWS)
-        values = self.work.array("normed", HALVES.dtype, rows, HALVES.padded(columns))
         scale, program = self.scales.of_bound(length * most), rounded_norm(padded)
+        halves = halves or columns > program.columns
+        values = self.work.array("normed", HALVES.dtype, rows, stride) if halves else None
         with begun_early(self.launcher):
             self.launcher.launch(
                 program.program,
@@ -72,13 +75,15 @@ class NormOps(BatchOps):
                 weight=vector,
                 out=values,
                 columns=columns,
-                stride=values.shape[1],
+                stride=stride,
                 epsilon=self.config.norm_epsilon,
                 scale=scale,
                 rounded=rounded,
                 padded=padded,
                 scales=scales,
             )
+        if values is None:
+            return Operand(rounded, columns, scales, vector, length, BYTES)
         return Operand(values, columns, scale, vector, length, rounded=(rounded, scales))
 
     def _biased_norm(self, x: DeviceArray, weight: Weight, picked: DeviceArray | None) -> Operand:
