@@ -30,7 +30,7 @@ from .experts import Experts
 from .kda import KimiDelta
 from .mamba2 import Mamba2
 from .ops import Ops, Residual
-from .precision import all_int8
+from .precision import norms_for_int8
 from .weights import Parts, Shapes, Weight, Weights, bias_shape, tensor_names
 
 _Page = TypeVar("_Page", bound="Family")
@@ -226,9 +226,9 @@ class Family(ABC):
         return ops.pool(x, self.output_norm) if logits == "pooled" else self.head(ops, x, logits)
 
     @cached_property
-    def int8_layers(self) -> frozenset[int]:
-        """The layers all of whose matrices are multiplied in int8 where the model is opened so."""
-        return frozenset(index for index, block in enumerate(self.blocks) if all_int8(block))
+    def int8_norms(self) -> frozenset[str]:
+        """The norms whose outputs nobody reads but matrices in int8, where the model is opened so."""
+        return frozenset(name for block in self.blocks for name in norms_for_int8(block))
 
     @cached_property
     def layer_states(self) -> tuple[LayerState, ...]:

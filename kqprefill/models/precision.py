@@ -33,9 +33,21 @@ _INT8 = frozenset(
 _FLOATS = frozenset([GGML.F32, GGML.F16, GGML.BF16])
 
 
-def all_int8(block: Iterable[Weight]) -> bool:
-    """Whether all matrices of a layer are multiplied in int8 where a model is opened so."""
-    return all(takes_int8(weight) for weight in block if weight.is_matrix)
+def norms_for_int8(layer: Iterable[Weight]) -> set[str]:
+    """Of a layer's vectors, those that may be norms whose outputs nobody reads but matrices in int8: all, where all
+    matrices are; the norm before attention, where only the networks have others (routers) and a norm of their own."""
+    exact, vectors = [], {}
+    for weight in layer:
+        part = weight.name.removesuffix(".weight").split(".", 2)[-1]
+        if not weight.is_matrix:
+            vectors[part] = weight.name
+        elif not takes_int8(weight):
+            exact.append(part)
+    if not exact:
+        return set(vectors.values())
+    apart = vectors.keys() & {"ffn_norm", "post_attention_norm"}
+    of_networks = all(part.startswith("ffn_") for part in exact)
+    return {vectors["attn_norm"]} if apart and of_networks and "attn_norm" in vectors else set()
 
 
 def takes_int8(weight: Weight) -> bool:

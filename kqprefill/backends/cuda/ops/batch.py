@@ -133,7 +133,7 @@ class BatchOps(Ops):
     ) -> None:
         self.context, self.config, self.batch, self.cache = context, family.config, batch, cache
         self.launcher, self.work, self.scales = context.launcher, context.work, context.scales
-        self.int8_layers = family.int8_layers
+        self.int8_norms = family.int8_norms
         self.n = len(batch.tokens)
         self.launcher.overlap = self.n >= _OVERLAP_FROM
         self.tokens = self.work.upload("tokens", batch.tokens)

@@ -31,7 +31,7 @@ class NormOps(BatchOps):
         columns, rows = len(host), (x if picked is None else picked).shape[0]
         length = math.sqrt(columns)  # of a row after division by the norm's weight
         if self.context.weights.precision == "int8" and picked is None and weight.name.startswith("blk."):
-            halves = self.layer not in self.int8_layers or self.collector is not None
+            halves = weight.name not in self.int8_norms or self.collector is not None
             return self._rounded_norm(x, vector, float(np.abs(host).max()), halves)
         out = Operand(
             self.work.array("normed", HALVES.dtype, rows, HALVES.padded(columns)),
