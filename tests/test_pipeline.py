@@ -225,6 +225,19 @@ def test_a_pipeline_gives_the_same_bits(path, cut, rng):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("path", found("gemma3n-tiny"), ids=lambda p: p.stem)
+def test_prompts_of_one_length(path, rng):
+    """From the second on they are graphs, but where a device between the others looks the embedding's rows up on the
+    host, as this family has its layers do."""
+    prompts = rng.integers(0, read_model(GGUFFile(str(path))).config.vocab_size, (6, 40))
+    logits = []
+    for device in (0, several(3)):
+        with kqprefill.load(path, backend="cuda", device=device) as model:
+            logits.append([model.prefill(prompt, "last").logits for prompt in prompts])
+    assert_same(*logits)
+
+
+@pytest.mark.gpu
 def test_through_host_memory(cut, monkeypatch, rng):
     expected = results_of(EXAMPLE, 0, 5)
     monkeypatch.setenv("KQPREFILL_PEER", "0")

@@ -273,8 +273,9 @@ class CudaBackend(Backend):
                     residual: Residual = family.forward(ops, progress, self.share.layers, incoming)
                     return residual
 
-                kept = cache is not None or collector is not None
-                one_by_one = timed or kept or self.weights.streaming or len(batch.segments) > 1
+                more = timed or cache is not None or collector is not None or len(batch.segments) > 1
+                from_host = self.share.embeds(family) and self.weights.on_host(family.token_embd)
+                one_by_one = more or from_host or self.weights.streaming
                 x = forward() if one_by_one else self._graphs.run(ops.n, forward)
                 pending: PendingHead | None = None
                 if self.share.is_last and head:
@@ -285,10 +286,9 @@ class CudaBackend(Backend):
                     self._end(batch, cache)
             self._ran = True
             if ops.timeline is None:
-                return x, None if pending is None else self._reporting(pending), None
-            result = None if pending is None else pending()
-            stages = ops.timeline.stages()
-            return x, None if result is None else lambda: result, stages
+                return x, pending and self._reporting(pending), None
+            result = pending and pending()
+            return x, None if result is None else lambda: result, ops.timeline.stages()
 
     def _end(self, batch: Batch, cache: DeviceCache | None) -> None:
         """What a head does for a batch beside its logits, where there is none."""

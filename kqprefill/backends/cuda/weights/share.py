@@ -39,6 +39,11 @@ class Share:
         output = [family.output] if self.is_last else []
         return [w.tensor for w in (*output, *family.other_matrices())]
 
+    def embeds(self, family: Family) -> bool:
+        """Whether rows of the embedding come to it with each batch: where the first layers are, or what all layers take
+        beside the residual stream is made of them."""
+        return self.is_first or family.row_table() is not None
+
     def holds_embedding(self, family: Family) -> bool:
         """Whether the embedding is a matrix of its own here, beside those that `outside` names; where layers are
         streamed its rows come from the host."""
