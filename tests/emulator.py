@@ -1,10 +1,10 @@
-"""The CUDA kernels on the host, the portable ones and Hopper's: compiled by g++ over emulator/cuda.hpp, and launched by
+"""The CUDA kernels on the host, the portable ones and Hopper's: compiled by g++ over emulator/*.hpp, and launched by
 the ops as on a GPU.
 
 It is slow, and shows nothing of how fast anything is. Races within a block show where threads take other turns (the
-environment's KQ_EMULATED_ORDER, see cuda.hpp), but for those with tensor copies and with wgmma, which are done at once,
-and in arrays of `__shared__` that still hold what the launch before has left. It needs g++ and an x86-64 processor with
-AVX2.
+environment's KQ_EMULATED_ORDER, see threads.hpp), but for those with tensor copies and with wgmma, which are done at
+once, and in arrays of `__shared__` that still hold what the launch before has left. It needs g++ and an x86-64
+processor with AVX2.
 """
 
 import ctypes
@@ -39,7 +39,10 @@ from kqprefill.backends.cuda.weights.staging import unpack
 from kqprefill.gguf import GGUFFile
 from kqprefill.models import read_model
 
-SHIM = Path(__file__).parent / "emulator" / "cuda.hpp"
+# One after another.
+SHIM = [
+    Path(__file__).parent / "emulator" / f"{of}.hpp" for of in "threads arithmetic matrix_units hopper launches".split()
+]
 IN_ITS_PLACE = ("types.cuh", "ptx.cuh")  # of which SHIM stands in the place
 OPTIONS = "-std=c++20 -O1 -mf16c -mfma -mavx2 -ffp-contract=off -fno-strict-aliasing -w -shared -fPIC".split()
 MULTIPROCESSORS = 4
@@ -91,7 +94,8 @@ def _source(program):
         f"{{ launch({kernel}, values, {{x, y, z}}, n, {cluster}); }}\n"
         for kernel in sorted(kernels)
     )
-    return f"{SHIM.read_text()}\n{defines}{text}\n{launches}"
+    shim = "\n".join(part.read_text() for part in SHIM)
+    return f"{shim}\n{defines}{text}\n{launches}"
 
 
 class Emulator:
@@ -143,7 +147,7 @@ class EmulatedGpu(HostGpu):
 
 
 class EmulatedMaps(TensorMaps):
-    """Tensor maps as cuda.hpp reads them."""
+    """Tensor maps as hopper.hpp reads them."""
 
     def _encode(self, array, box_rows):
         rows, columns = array.shape

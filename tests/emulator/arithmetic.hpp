@@ -1,0 +1,124 @@
+// What one thread computes by itself: in place of types.cuh and ptx.cuh.
+
+template <class T>
+inline T atomicAdd(T* to, T value) {
+    T before = *to;
+    *to += value;
+    return before;
+}
+template <class T>
+inline T atomicMax(T* to, T value) {
+    T before = *to;
+    *to = max(before, value);
+    return before;
+}
+inline uint32_t __float_as_uint(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    return bits;
+}
+inline float __uint_as_float(uint32_t bits) {
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+inline int __float_as_int(float f) {
+    return static_cast<int>(__float_as_uint(f));
+}
+inline float __int_as_float(int bits) {
+    return __uint_as_float(static_cast<uint32_t>(bits));
+}
+inline int __float2int_rn(float f) {
+    return std::isnan(f) ? 0 : static_cast<int>(nearbyintf(f));
+}
+inline float bits_to_float(uint32_t bits) {
+    return __uint_as_float(bits);
+}
+inline float half_to_float(half_t h) {
+    return _cvtsh_ss(h);
+}
+inline half_t float_to_half(float f) {
+    return _cvtss_sh(f, 0);
+}
+inline uint32_t pack_half2(float low, float high) {
+    return float_to_half(low) | static_cast<uint32_t>(float_to_half(high)) << 16;
+}
+inline float low_half(uint32_t pair) {
+    return half_to_float(static_cast<half_t>(pair));
+}
+inline float high_half(uint32_t pair) {
+    return half_to_float(static_cast<half_t>(pair >> 16));
+}
+inline void forget(int&) {}
+inline uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
+    return (a & mask) | bits;
+}
+inline int signed_byte(uint32_t word, int i) {
+    return static_cast<int8_t>(word >> 8 * i);
+}
+inline uint32_t low_halves(uint32_t pair) {
+    return (pair & 0xffff) * 0x10001u;
+}
+inline uint32_t high_halves(uint32_t pair) {
+    return (pair >> 16) * 0x10001u;
+}
+inline uint32_t half2_add(uint32_t a, uint32_t b) {
+    return pack_half2(low_half(a) + low_half(b), high_half(a) + high_half(b));
+}
+inline uint32_t half2_multiply(uint32_t a, uint32_t b) {
+    return pack_half2(low_half(a) * low_half(b), high_half(a) * high_half(b));
+}
+inline uint32_t half2_fma(uint32_t a, uint32_t b,
+                          uint32_t c) {  // a float holds a product of halves
+    return pack_half2(fmaf(low_half(a), low_half(b), low_half(c)), fmaf(high_half(a), high_half(b), high_half(c)));
+}
+constexpr uint32_t half2_constant(int minus_1024_to_2047) {
+    return 0xe400e400u + static_cast<uint32_t>(-minus_1024_to_2047 - 1024) * 0x00010001u;
+}
+inline void begin_kernel() {}
+inline void begin_short_kernel() {}
+constexpr int ceil_div(int a, int b) {
+    return (a + b - 1) / b;
+}
+inline int __popc(uint32_t x) {
+    return __builtin_popcount(x);
+}
+inline int __ffs(int x) {
+    return __builtin_ffs(x);
+}
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+    uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+    uint32_t r = 0;
+    for (int i = 0; i < 4; ++i) r |= static_cast<uint32_t>(bytes >> (8 * (selector >> (4 * i) & 7)) & 255) << (8 * i);
+    return r;
+}
+inline float rsqrtf(float x) {
+    return 1.0f / sqrtf(x);
+}
+inline void sincospi(double x, double* s, double* c) {
+    x = std::fmod(x, 2.0);
+    *s = std::sin(M_PI * x), *c = std::cos(M_PI * x);
+}
+inline void prefetch(const void*) {}
+inline float exp2_approx(float x) {
+    return exp2f(x);
+}
+inline float reciprocal_approx(float x) {
+    return 1.0f / x;
+}
+inline uint32_t thread_here() {
+    return threadIdx.x;
+}
+template <class T>
+inline T load_where(bool inside, const T* from, T otherwise) {
+    return inside ? *from : otherwise;
+}
+inline void store_where(bool inside, void* to, const uint4& value) {
+    if (inside) *static_cast<uint4*>(to) = value;
+}
+inline void reduce_add(float* to, float value) {
+    *to += value;
+}
+inline void reduce_add(float* to, const float4& values) {
+    to[0] += values.x, to[1] += values.y, to[2] += values.z, to[3] += values.w;
+}
