@@ -3,7 +3,7 @@
 //
 // wgmma computes Yᵀ = W · Xᵀ, both from shared memory. Each of a block's consumer warpgroups multiplies one or two row
 // tiles of W by the tokens of a token tile; with one row tile half of wgmma's 64 rows are whatever lies there, and are
-// not looked at. Two producer warps have the copy engine bring groups of 128 columns of both into a ring of stages, for
+// not looked at. Two or three producer warps have the copy engine bring groups of 128 columns of both into a ring of stages, for
 // one output tile after another: the grid is persistent. Integer sums are the same in whatever order and tile.
 //
 // A launch multiplies by up to three matrices side by side (q, k, v), or by gate and up; or, grouped, each group of x's
@@ -19,9 +19,9 @@ struct Weights {
     int groups, row_tiles;  // groups of columns; row tiles of all
 
     // Row tile i of this thread's warpgroup in an output tile.
-    __device__ __forceinline__ RowTile row_tile_of_warpgroup(const OutputTile& tile, int i) const {
+    __device__ __forceinline__ RowTile row_tile_of_warpgroup(const OutputTile& to, int i) const {
         int own = threadIdx.x / 128 * Config::kTiles + i;
-        return row_tile<Config>(matrices, row_tile_number(tile, row_tiles, own), groups, 0);
+        return row_tile<Config>(matrices, to.row_tile(row_tiles, own), groups, 0);
     }
     // Of a row of a row tile, 0 for one that there is not.
     __device__ __forceinline__ float scale(const RowTile& tile, int row, int matrix, int expert) const {
@@ -60,7 +60,7 @@ __device__ __forceinline__ void produce_weights(const Config::Steps& ring, const
     ProducerPosition<Config::kStages> at;
     for (OutputTiles outputs(x, w.row_tiles); outputs.more(); outputs.next()) {
         OutputTile output = OutputTile::of(outputs);
-        RowTile tile = row_tile<Config>(w.matrices, row_tile_number(output, w.row_tiles, own), w.groups, output.expert);
+        RowTile tile = row_tile<Config>(w.matrices, output.row_tile(w.row_tiles, own), w.groups, output.expert);
         const uint8_t* from = tile.weights;
         auto begin = [&](int count) { return ring.begin_filling(at, from != nullptr ? count * kCopyBytes : 0); };
         auto fill = [&](uint32_t to, int step, Barrier arrived) {
@@ -73,9 +73,9 @@ __device__ __forceinline__ void produce_weights(const Config::Steps& ring, const
     }
 }
 
-// The work of one thread: it announces output tiles, and has the copy engine bring x, and angles (AngleStages), where
-// there are any. Each of a cluster's sharers brings its share of the tokens, for all of them.
-__device__ __forceinline__ void produce_x(const Config::Steps& ring, Announced announced, const void* x_map,
+// The work of one thread: it puts output tiles in the queue, and has the copy engine bring x, and angles (AngleStages),
+// where there are any. Each of a cluster's sharers brings its share of the tokens, for all of them.
+__device__ __forceinline__ void produce_x(const Config::Steps& ring, TileQueue queue, const void* x_map,
                                           const void* angle_map, const Weights& w, const Tokens& x) {
     constexpr int kSharers = Config::kSharers;
     int rank = blockIdx.x % kSharers;
@@ -84,7 +84,7 @@ __device__ __forceinline__ void produce_x(const Config::Steps& ring, Announced a
         OutputTile output = OutputTile::of(outputs);
         int token = output.first;
         ring.wait_until_finished(at);
-        announced.next() = output;
+        queue.next() = output;
         auto begin = [&](int count) { return ring.begin_filling(at, count * Config::kXBytes); };
         auto fill = [&](uint32_t to, int step, Barrier arrived) {
             to += Config::kWBytes;
@@ -152,23 +152,23 @@ struct Rows {
 // Multiplies this block's output tiles; calls begin(output tile) before each, which gives Rows, and after it
 // write(accumulators, Rows, scales, output tile, the position after it in the ring).
 template <class Begin, class Write>
-__device__ __forceinline__ void consume(const Config::Steps& ring, Announced announced, const Weights& w,
+__device__ __forceinline__ void consume(const Config::Steps& ring, TileQueue queue, const Weights& w,
                                         const float* x_scale, const Tokens& x, Begin begin, Write write) {
     int first = threadIdx.x / 128 * Config::kTiles;
     Consumer consumer = {ring, w.groups, first * kInt8TileBytes};
-    // A launch has a block for each output tile at most; but how many experts have any is known on the device.
+    // No launch has more blocks than output tiles, but for experts, whose number of tiles is known on the device only.
     if (Config::kGrouped && !OutputTiles(x, w.row_tiles).more()) return;
     for (int left = 1; left > 0;) {
         ring.wait_until_arrived(consumer.at);
-        const OutputTile& tile = announced.next();
-        Rows rows = begin(tile);
-        TokenScales<Config::kTokens> scales(x_scale + tile.first);
+        const OutputTile& to = queue.next();
+        Rows rows = begin(to);
+        TokenScales<Config::kTokens> scales(x_scale + to.first);
         Accumulators acc;
         // Else the next tile's first wgmma, which does not read them, would have them kept in their registers.
         if (Config::kHeadDim != 0 || (Config::kGated && !Config::kGrouped)) clear(acc);
-        consumer.multiply(acc, tile.end - tile.first);
-        write(acc, rows, scales, tile, consumer.at);
-        left = tile.left;
+        consumer.multiply(acc, to.end - to.first);
+        write(acc, rows, scales, to, consumer.at);
+        left = to.left;
     }
 }
 
@@ -178,8 +178,8 @@ __device__ __forceinline__ Config::Steps ring_of_block() {
     uint32_t base = shared_address(block_memory());
     return {base, base + Config::Steps::kBytes};
 }
-__device__ __forceinline__ Announced announced_of_block() {
-    return {reinterpret_cast<OutputTile*>(block_memory() + Config::kAnnouncedOffset)};
+__device__ __forceinline__ TileQueue queue_of_block() {
+    return {reinterpret_cast<OutputTile*>(block_memory() + Config::kQueueOffset)};
 }
 
 // The work of a block: it makes its ring, and has its warps produce or consume. begin, write: see consume.
@@ -197,7 +197,7 @@ __device__ __forceinline__ void run(const Weights& w, const void* x_map, const f
     if (threadIdx.x < kConsumers) {
         take_registers<Config::kConsumerRegisters>();
         begin_kernel();
-        consume(ring, announced_of_block(), w, x_scale, x, begin, write);
+        consume(ring, queue_of_block(), w, x_scale, x, begin, write);
     } else {
         give_up_registers<Config::kProducerRegisters>();
         // A warp's lanes ask for their copies one after another: two warps do so at once, and the one between them asks
@@ -209,7 +209,7 @@ __device__ __forceinline__ void run(const Weights& w, const void* x_map, const f
         }
         if (threadIdx.x == kConsumers + 32) {
             begin_kernel();
-            produce_x(ring, announced_of_block(), x_map, angle_map, w, x);
+            produce_x(ring, queue_of_block(), x_map, angle_map, w, x);
         }
         __syncwarp();
     }
@@ -324,7 +324,7 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
             own.bias[i] = Biases{to.expert, rows0, tile.column + row, row < tile.rows}.of(bias) * scale;
         }
         if (Config::kGrouped) {  // of all of the warpgroup's row tiles
-            own.column = row_tile_number(to, w.row_tiles, threadIdx.x / 128 * Config::kTiles) * kTileRows;
+            own.column = to.row_tile(w.row_tiles, threadIdx.x / 128 * Config::kTiles) * kTileRows;
             own.rows = min(rows0 - own.column, Config::kTiles * kTileRows);
         }
         return own;

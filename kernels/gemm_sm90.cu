@@ -26,7 +26,8 @@ __device__ __forceinline__ void produce_weights(const Rings& rings, const Matric
     ProducerPosition<Config::kRawStages> at;
     for (OutputTiles outputs(x, row_tiles); outputs.more(); outputs.next()) {
         RowTile tile =
-            row_tile<Config>(matrices, row_tile_number(outputs, lane), units, x.expert(outputs.token_tile()));
+            row_tile<Config>(matrices, row_tile_of_block(outputs.column_tile(), outputs.column_tiles(), lane), units,
+                             x.expert(outputs.token_tile()));
         int bytes = tile.weights != nullptr ? Formats::tile_bytes(tile.format) : 0;
         // How often a weight tile is brought again.
         int again = Formats::kMixed ? Formats::served(tile.format) - 1 : 0;
@@ -83,7 +84,9 @@ __device__ __forceinline__ void consume(const Rings& rings, const Matrices& matr
     Consumer consumer = {rings, units, thread / 128 * Config::kTiles, row_of_thread(), thread % 4 * 16, scale, 0};
     for (OutputTiles outputs(x, row_tiles); outputs.more(); outputs.next()) {
         auto tile = [&](int i) {
-            return row_tile<Config>(matrices, row_tile_number(outputs, consumer.first + i), units, 0);
+            return row_tile<Config>(
+                matrices, row_tile_of_block(outputs.column_tile(), outputs.column_tiles(), consumer.first + i), units,
+                0);
         };
         Accumulators acc;
         // Else the next tile's first wgmma, which does not read them, would have them kept in their registers.

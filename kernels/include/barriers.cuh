@@ -113,7 +113,7 @@ struct Ring {
         finished(at.stage).wait(at.phase ^ 1);
     }
 
-    // A producer does so, arrives, and announces so many bytes. Its copies are to complete
+    // A producer waits until then, arrives, and announces so many bytes. Its copies are to complete
     // on the barrier that is returned.
     __device__ __forceinline__ Barrier begin_filling(const ProducerPosition<kStages>& at, int bytes) const {
         wait_until_finished(at);

@@ -43,10 +43,10 @@ using RingPlace = ConsumerPosition<BlockConfig::kStages>;
 using OutputTiles =
     Scheduler<Tokens, BlockConfig::kBlockTiles * BlockConfig::kCluster, kTogether, true, BlockConfig::kCluster>;
 
-// The number of row tile `own` of this block in an output tile.
-__device__ __forceinline__ int row_tile_number(const OutputTiles& outputs, int own) {
+// The number of row tile `own` of this block, where its cluster has that one of so many column tiles.
+__device__ __forceinline__ int row_tile_of_block(int column_tile, int column_tiles, int own) {
     own += blockIdx.x % BlockConfig::kCluster * BlockConfig::kBlockTiles;
-    return row_tile_number<BlockConfig>(outputs.column_tile(), outputs.column_tiles(), own);
+    return row_tile_number<BlockConfig>(column_tile, column_tiles, own);
 }
 
 __device__ __forceinline__ uint8_t* block_memory() {

@@ -13,28 +13,27 @@ struct OutputTile {
         return {at.x.first(token_tile), at.x.end(token_tile), at.x.expert(token_tile), at.column_tile(),
                 (at.tiles - 1 - at.index) / step};
     }
+    // The number of row tile `own` of this block, of a launch that has so many row tiles.
+    __device__ __forceinline__ int row_tile(int row_tiles, int own) const {
+        constexpr int kOfCluster = BlockConfig::kCluster * BlockConfig::kBlockTiles;
+        return row_tile_of_block(column_tile, ceil_div(row_tiles, kOfCluster), own);
+    }
 };
 
-// The number of row tile `own` of this block in an output tile, of a launch that has so many row tiles.
-__device__ __forceinline__ int row_tile_number(const OutputTile& tile, int row_tiles, int own) {
-    constexpr int kOfCluster = BlockConfig::kCluster * BlockConfig::kBlockTiles;
-    own += blockIdx.x % BlockConfig::kCluster * BlockConfig::kBlockTiles;
-    return row_tile_number<BlockConfig>(tile.column_tile, ceil_div(row_tiles, kOfCluster), own);
-}
-
-// The output tiles that a block's consumers are to make. To look one up takes as long as a step: so the producer of x,
-// which is ahead of them, does it, and announces the tile by the first stage of the ring that belongs to it. There is
-// room for one more than the ring may hold.
-struct Announced {
+// The output tiles that a block's consumers make next. To look one up takes as long as a step: so the producer of x,
+// which is ahead of them, does it, and puts the tile here before it fills the first stage of the ring that belongs to
+// it. Places: as many as the ring may hold tiles, and one for the tile whose last stage has been released, but whose
+// outputs are still being written.
+struct TileQueue {
     static constexpr int kPlaces = BlockConfig::kStages + 1;
-    static constexpr int kBytes = ceil_div(kPlaces * sizeof(OutputTile), 128) * 128;  // what follows is aligned
+    static constexpr int kBytes = ceil_div(kPlaces * sizeof(OutputTile), 128) * 128;  // what follows wants it in 16s
 
     OutputTile* places;  // of shared memory
-    int place = 0;
+    int index = 0;
 
     __device__ __forceinline__ OutputTile& next() {
-        OutputTile& tile = places[place];
-        place = place == kPlaces - 1 ? 0 : place + 1;
+        OutputTile& tile = places[index];
+        index = index == kPlaces - 1 ? 0 : index + 1;
         return tile;
     }
 };
@@ -55,17 +54,18 @@ struct Config : BlockConfig {
     // gate's and up's atoms take turns, so that a thread has both of a feature; so do those of the halves of a head.
     static constexpr bool kPaired = kGated || kHeadDim;
     static constexpr int kCopyBytes = kPaired ? kAtomBytes : kInt8TileBytes, kCopies = kWBytes / kCopyBytes;
-    static constexpr int kCopiesOfWarp = kCopies > 4 ? ceil_div(kCopies, 2) : kCopies;  // that one warp asks for
+    // Those that a warp asks for: more than a few are two warps'.
+    static constexpr int kCopiesOfWarp = kCopies > 4 ? ceil_div(kCopies, 2) : kCopies;
 
     using Steps = Ring<kStages, kStageSteps * kStepBytes>;
-    // After the ring come its barriers and the tiles that are announced, and what the last step's 64 rows may reach
-    // into; then what the epilogue needs.
-    static constexpr int kAnnouncedOffset = Steps::kBytes + Steps::kBarrierBytes;
-    static constexpr int kAfter = kTiles == 1 ? kInt8TileBytes : Steps::kBarrierBytes + Announced::kBytes;
-    static_assert(Steps::kBarrierBytes + Announced::kBytes <= kInt8TileBytes, "what the host counts with");
+    // After the ring come its barriers and the queue of tiles, then what the epilogue needs. With one row tile the 64
+    // rows of the last step reach beyond the ring: what they read there nobody looks at.
+    static constexpr int kQueueOffset = Steps::kBytes + Steps::kBarrierBytes;
+    static constexpr int kAfter = kTiles == 1 ? kInt8TileBytes : Steps::kBarrierBytes + TileQueue::kBytes;
+    static_assert(Steps::kBarrierBytes + TileQueue::kBytes <= kInt8TileBytes, "what the host counts with");
     static constexpr int kEpilogueOffset = Steps::kBytes + kAfter, kSharedBytes = kEpilogueOffset + EPILOGUE_BYTES;
 
-    static_assert(kCopies <= 32, "a lane makes each copy of a step");
+    static_assert(kCopiesOfWarp <= 32, "a lane asks for each copy of a step");
     static_assert(kSharedBytes <= SHARED_BYTES, "what the host launches with");
 };
 

@@ -144,7 +144,7 @@ def score_folder(
             run.end()
     except Interrupted:
         if run is not None:
-            on.say(f"interrupted: {run.counts.records} records are done in {output}; --resume goes on from there")
+            on.say(f"interrupted: {run.records_there()} records are done in {output}; --resume goes on from there")
         raise
     rate = tokens / (time.perf_counter() - begin)
     ran = f"{records} records, {tokens} tokens, {rate:.0f} tokens/s, {on.precision}"

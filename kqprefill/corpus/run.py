@@ -110,7 +110,7 @@ class Run:
             self._check("options")
         elif self.made_of["options"]["block_bytes"] is None:
             self.made_of["options"]["block_bytes"] = BLOCK_BYTES
-        self._names = self._block_names()
+        self._names, self._counted = self._block_names(), set[str]()
         self._input_written: dict[str, int] = {}
         self._known = self._read_journal()
         self._journal = open(self.folder.own / "blocks.jsonl", "ab")  # noqa: SIM115
@@ -198,10 +198,12 @@ class Run:
             )
         if not names:
             return False
-        done = self._known.get(name) or self._count(block, name)
+        done = self._known.get(name)
+        if done is None and (done := self._read_results(name)):
+            self._write_down(block, done)
         if done is None or os.path.getsize(os.path.join(self.folder.path, name)) != done.size:
             return False  # a file system that was cut off may leave less than was written
-        self.counts.add(done)
+        self._count(done)
         return True
 
     def add(self, block: Block, done: Done) -> None:
@@ -211,8 +213,20 @@ class Run:
                 f"{self.folder.path}: {done.name} was written by a worker and is not seen here; all machines must "
                 "share the folder"
             )
-        self.counts.add(done)
+        self._count(done)
         self._write_down(block, done)
+
+    def _count(self, done: Done) -> None:
+        self.counts.add(done)
+        self._counted.add(done.name)
+
+    def records_there(self) -> int:
+        """The records of all results that are there: after an interrupt, also of a block whose file came just before it
+        and was not added, and of those that were not looked for yet."""
+        there = self._block_names() if self.manifest else {}  # else nothing has begun
+        others = (name for names in there.values() for name in names if name not in self._counted)
+        held = (self._known.get(name) or self._read_results(name) for name in others)
+        return self.counts.records + sum(done.records for done in held if done is not None)
 
     def _write_down(self, block: Block, done: Done) -> None:
         line = asdict(done) | {"block": asdict(block), "input_written": self._input_written[block.path]}
@@ -245,7 +259,7 @@ class Run:
                 self._blocks.setdefault(block.path, {})[block.number] = block, when
         return known
 
-    def _count(self, block: Block, name: str) -> Done | None:
+    def _read_results(self, name: str) -> Done | None:
         """What a block's file holds; None where it is not whole."""
         path = os.path.join(self.folder.path, name)
         try:
@@ -258,9 +272,7 @@ class Run:
             n_tokens = sum(n_tokens_of(line) for line in lines)
         except (KqprefillError, ValueError, TypeError, OSError, KeyError):
             return None
-        done = Done(name, os.path.getsize(path), len(lines), bad, n_tokens)
-        self._write_down(block, done)
-        return done
+        return Done(name, os.path.getsize(path), len(lines), bad, n_tokens)
 
     def __exit__(self, *exc: object) -> None:
         with suppress(OSError):
