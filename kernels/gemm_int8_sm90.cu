@@ -3,8 +3,9 @@
 //
 // wgmma computes Yᵀ = W · Xᵀ, both from shared memory. Each of a block's consumer warpgroups multiplies one or two row
 // tiles of W by the tokens of a token tile; with one row tile half of wgmma's 64 rows are whatever lies there, and are
-// not looked at. Two or three producer warps have the copy engine bring groups of 128 columns of both into a ring of stages, for
-// one output tile after another: the grid is persistent. Integer sums are the same in whatever order and tile.
+// not looked at. Two or three producer warps have the copy engine bring groups of 128 columns of both into a ring of
+// stages, for one output tile after another: the grid is persistent. Integer sums are the same in whatever order and
+// tile.
 //
 // A launch multiplies by up to three matrices side by side (q, k, v), or by gate and up; or, grouped, each group of x's
 // rows by its own matrix of a stack of them (experts).

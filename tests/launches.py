@@ -229,7 +229,7 @@ CASES = {
     "latent": (_LATENT, shared_prompt(300), None, False, "exact"),
     "heads and embeddings by layer": (_PER_LAYER, shared_prompt(300), None, False, "exact"),
     "int8": (replace(_DENSE, layers=2), Batch(np.arange(600, dtype=np.int32) % 300), None, False, "int8"),
-    "int8 experts": (_EXPERTS, Batch(np.arange(300, dtype=np.int32)), None, False, "int8"),
+    "int8 experts": (replace(_EXPERTS, layers=2), Batch(np.arange(300, dtype=np.int32)), None, False, "int8"),
 }
 KERNELS = {"hopper": ((9, 0), "auto"), "portable": ((8, 0), "auto")}
 

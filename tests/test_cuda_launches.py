@@ -8,7 +8,7 @@ from cuda.bindings.driver import CUresult
 import numpy as np
 import pytest
 
-from conftest import ROOT
+from conftest import CASES, ROOT
 from kqprefill.backends.cuda.attention_kernels import PortableAttention
 from kqprefill.backends.cuda.constants import ACTIVATIONS, SHARED_DEFINES, THREADS
 from kqprefill.backends.cuda.device.arrays import FLOAT32, INT32, DeviceArray
@@ -56,6 +56,17 @@ def test_what_a_batch_launches(case, kernels):
     """Every kernel, block, grid and argument. A change that is meant is written down by `python tests/launches.py`."""
     expected = launches.path_of(case, kernels).read_text(encoding="utf-8")
     assert launches.text_of_case(case, kernels).splitlines() == expected.splitlines()
+    assert case.startswith("int8") == ("gemm_int8" in expected)
+
+
+@pytest.mark.parametrize("kernels", launches.KERNELS)
+@pytest.mark.parametrize("path", CASES.values(), ids=CASES)
+def test_every_familys_launches_in_int8(path, kernels):
+    """Each of them is given what it takes: a norm whose halves nobody wrote is given to nobody who reads them."""
+    capability, chosen = launches.KERNELS[kernels]
+    family = read_model(GGUFFile(str(path)))
+    kernel_set = kernel_set_of(capability, chosen)
+    launches.launches_of(family, Facts(capability), kernel_set, Batch(np.zeros(70, np.int32)), None, False, "int8")
 
 
 @pytest.mark.parametrize(

@@ -56,9 +56,9 @@ def in_share(program):
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_all_compile_without_spills(arch):
-    """Those of the oldest GPUs, and Hopper's own; of the others, whose kernels are the oldest's, one of each file. A
-    program that passed is not compiled again until its key in the cache changes: a file of that name, beside the
-    cache's own (in $KQPREFILL_CACHE_DIR), remembers it."""
+    """Those of the oldest GPUs, and Hopper's own, or a share of them; of the others, whose kernels are the oldest's,
+    one of each file. A program that passed is not compiled again until its key in the cache changes: a file of that
+    name, beside the cache's own (in $KQPREFILL_CACHE_DIR), remembers it."""
     every = every_program(arch)
     oldest = {"sm_80": set(), "sm_90a": set(every_program("sm_80"))}.get(arch, set(every))
     programs = [

@@ -149,6 +149,26 @@ def test_which_matrices(name, kind, taken):
     assert takes_int8(Weight(SyntheticTensor(name, (256, 256), kind))) == taken
 
 
+@pytest.mark.parametrize(
+    "model,norms",
+    [
+        ("qwen3-8b:Q4_K_M", {"attn_norm", "ffn_norm"}),
+        ("qwen3-30b-a3b:Q4_K_M", {"attn_norm"}),  # the router reads the other
+        ("gpt-oss-20b:MXFP4_MOE", {"attn_norm"}),
+        ("qwen3-8b:F16", set()),
+        ("deepseek-v2-lite:Q4_K_M", set()),
+    ],
+)
+def test_which_norms_are_read_in_int8_alone(model, norms):
+    """In all layers but the first, which stays exact."""
+    family = read_model(SyntheticFile.named(model))
+    heads = {"attn_q_norm", "attn_k_norm"}
+    found = {tuple(name.split(".")[1:3]) for name in family.int8_norms}
+    assert {pair for pair in found if pair[1] not in heads} == {
+        (str(layer), name) for layer in range(1, len(family.blocks)) for name in norms
+    }
+
+
 def linear(weight, a, family, scale=1.0):
     """What the CPU makes of an exact and of an int8 product."""
     batch = Batch(np.zeros(len(a), np.int32))

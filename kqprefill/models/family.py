@@ -227,7 +227,7 @@ class Family(ABC):
 
     @cached_property
     def int8_norms(self) -> frozenset[str]:
-        """The norms whose outputs nobody reads but matrices in int8, where the model is opened so."""
+        """Vectors that may be norms whose outputs nobody reads but matrices in int8, where the model is opened so."""
         return frozenset(name for block in self.blocks for name in norms_for_int8(block))
 
     @cached_property

@@ -273,9 +273,9 @@ class CudaBackend(Backend):
                     residual: Residual = family.forward(ops, progress, self.share.layers, incoming)
                     return residual
 
-                more = timed or cache is not None or collector is not None or len(batch.segments) > 1
-                from_host = self.share.embeds(family) and self.weights.on_host(family.token_embd)
-                one_by_one = more or from_host or self.weights.streaming
+                streaming, kept = self.weights.streaming, cache is not None or collector is not None
+                from_host = streaming or self.share.embeds_from_host(family, streaming)
+                one_by_one = timed or kept or from_host or len(batch.segments) > 1
                 x = forward() if one_by_one else self._graphs.run(ops.n, forward)
                 pending: PendingHead | None = None
                 if self.share.is_last and head:

@@ -27,8 +27,7 @@ class Int8Gemm(Gemm):
         self._facts, self._launcher, self._work = facts, launcher, work
 
     def rounded(self, a: Operand) -> Operand:
-        """An operand of halves in int8: values [rows, whole groups], each times the row's scale in `scale`, float32 [as
-        many, and room to read a token tile more]."""
+        """An operand in BYTES: as it is, as its maker has made it beside halves, or made of its halves here."""
         if a.format is BYTES:
             return a
         if a.rounded is not None:

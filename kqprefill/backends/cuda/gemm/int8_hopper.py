@@ -24,7 +24,8 @@ from .tiles import TileConfig, Told, cheapest, row_tiles, side_by_side
 
 _PRODUCER_REGISTERS = 40  # of a thread
 _READ = 1.5  # nanoseconds in which an int8 tile is read from memory
-_TILE_BYTES = TILE_ROWS * ROTATED  # of an int8 tile: also room behind the ring, for its barriers
+# Of an int8 tile: also room behind the ring, for its barriers and the queue of output tiles.
+_TILE_BYTES = TILE_ROWS * ROTATED
 
 
 @dataclass(frozen=True)

@@ -21,21 +21,19 @@ class OperandFormat:
     """How the activations that a GEMM multiplies are stored (kernels/include/operand.cuh: store_operand writes them).
 
     dtype: of a value. group: columns that are permuted among themselves; rows are padded to whole groups with zeros.
-    rows_a_scale: how many rows share a power-of-two scale; None where all of an operand's do.
     """
 
     name: str
     dtype: np.dtype
     group: int
-    rows_a_scale: int | None
 
     def padded(self, columns: int) -> int:
         """Values from one row to the next."""
         return -(-columns // self.group) * self.group
 
 
-HALVES = OperandFormat("f16", FLOAT16, OPERAND_GROUP, None)
-BYTES = OperandFormat("s8", INT8, ROTATED, 1)
+HALVES = OperandFormat("f16", FLOAT16, OPERAND_GROUP)
+BYTES = OperandFormat("s8", INT8, ROTATED)
 MORE_ROWS = 256  # whose scales may be read beyond the last row's: as many as a token tile has at most
 
 
@@ -50,12 +48,13 @@ def operand_positions(columns: int) -> NDArray[np.intp]:
 class Operand:
     """A matrix of activations that a GEMM reads.
 
-    values: [rows, format.padded(columns)], each the activation times *scale; or, of BYTES, divided by its row's scale,
-    float32 [rows, and room to read MORE_ROWS beyond the last]. norm: the RMSNorm weight whose output this
-    is, or None. length: a row's Euclidean length after division by `norm` is at most this, where it is known; together
-    the two bound what a matrix makes of a row. row_scale: powers of two that the rows are still to be multiplied by,
-    float32 [rows]; None for ones. Only `linear` takes such an operand. rounded: the same operand in int8, where whoever
-    made it has made that, too: values, and scales, as of BYTES.
+    values: [rows, format.padded(columns)]. scale: of halves one power of two, which the activations are times; of
+    BYTES a factor for each row, which its integers are to be multiplied by once their columns have been rotated
+    back, float32 [rows, and room to read MORE_ROWS beyond the last]. norm: the RMSNorm weight whose output this is,
+    or None. length: a row's Euclidean length after division by `norm` is at most this, where it is known; together
+    the two bound what a matrix makes of a row. row_scale: powers of two that the rows are still to be multiplied
+    by, float32 [rows]; None for ones. Only `linear` takes such an operand. rounded: the same operand in int8, where
+    whoever made it has made that, too: values, and scales, as of BYTES.
     """
 
     values: DeviceArray

@@ -307,8 +307,9 @@ class ExpertOps(DenseOps):
             scale = self.work.array("sorted rows' scales", FLOAT32, rows + MORE_ROWS)
             self._gather_rows(x, scales, used, places, values, scale)
             return replace(tokens, values=values, scale=scale, format=BYTES, rounded=None)
+        assert tokens.format is HALVES, "rows of halves are gathered"
         stride = tokens.values.shape[1]
-        values = self.work.array("sorted", tokens.format.dtype, rows, stride)
+        values = self.work.array("sorted", HALVES.dtype, rows, stride)
         if shares is None:
             self._gather_rows(tokens.values, None, used, places, values, None)
         else:

@@ -56,8 +56,8 @@ class NormOps(BatchOps):
         return out
 
     def _rounded_norm(self, x: DeviceArray, vector: DeviceArray, most: float, halves: bool) -> Operand:
-        """RMSNorm of x's rows in int8; most: the largest magnitude in the norm's weight; halves: whether there may be
-        others than matrices in int8 that read it."""
+        """RMSNorm of x's rows in int8; most: the largest magnitude in the norm's weight; halves: whether others than
+        matrices in int8 may read it. Rows that the kernel has no room to keep it writes as halves in any case."""
         rows, columns = x.shape
         length, padded, stride = math.sqrt(columns), BYTES.padded(columns), HALVES.padded(columns)
         rounded = self.work.array("normed in int8", BYTES.dtype, rows, padded)

@@ -159,8 +159,8 @@ def make_plan(
     tiles = [tile_bytes(tensors, precision) for tensors in layers]
     scratch = scratch_bytes((tensor for index in own for tensor in layers[index]), precision)
     raw = [sum(aligned(t.nbytes) for t in tensors) for tensors in layers]
-    embeds = share.holds_embedding(family)
-    output, embedding = tile_bytes(share.outside(family)), tile_bytes([family.token_embd.tensor]) if embeds else 0
+    holds = share.holds_embedding(family)
+    output, embedding = tile_bytes(share.outside(family)), tile_bytes([family.token_embd.tensor]) if holds else 0
     of_layers = (tensor for index in own for tensor in layers[index])
     exact = (tensor for tensor in of_layers if not matrix_of(tensor, 0, precision).int8)
     as_halves = halves_bytes([*share.outside(family), *exact])
@@ -203,10 +203,10 @@ def make_plan(
             tile,
         )
 
-    everything = plan(own, needs(False))
+    everything = plan(own, needs(share.embeds_from_host(family, False)))
     if everything.nbytes <= budget:
         return everything
-    batch = needs(embeds)
+    batch = needs(share.embeds_from_host(family, True))
     for count in range(len(own) - 1, -1, -1):
         chosen = plan([own[i] for i in _spread(count, len(own))], batch)
         if chosen.nbytes <= budget:

@@ -39,10 +39,12 @@ class Share:
         output = [family.output] if self.is_last else []
         return [w.tensor for w in (*output, *family.other_matrices())]
 
-    def embeds(self, family: Family) -> bool:
-        """Whether rows of the embedding come to it with each batch: where the first layers are, or what all layers take
-        beside the residual stream is made of them."""
-        return self.is_first or family.row_table() is not None
+    def embeds_from_host(self, family: Family, streaming: bool) -> bool:
+        """Whether it looks tokens up in the embedding (it has the first layers, or its layers take embeddings of their
+        own, which are made of the others), and that is not on the device. streaming: whether layers are streamed."""
+        embeds = self.is_first or family.row_table() is not None
+        is_output = self.is_last and family.output is family.token_embd
+        return embeds and not is_output and (streaming or not self.is_first)
 
     def holds_embedding(self, family: Family) -> bool:
         """Whether the embedding is a matrix of its own here, beside those that `outside` names; where layers are
