@@ -20,12 +20,14 @@ from kqprefill.models.unsupported import FILES, KIND_OF, KINDS, LACKING
 from kqprefill.synthetic import SyntheticFile
 
 ROOT = Path(__file__).resolve().parents[2]
-# The largest model of each architecture that docs/performance.md has figures of, by its shape's name.
-MEASURED = (
-    "qwen3-32b qwen3-30b-a3b gpt-oss-20b llama3-70b qwen3.6-27b qwen3.6-35b-a3b glm-4.5-air deepseek-v2-lite "
-    "gemma4-31b nemotron-nano-9b-v2 lfm2-8b-a1b"
-).split()
-MEASURED_ON_A_CPU = ["gemma3-270m"]
+# The largest model of each architecture that one of these pages of docs has figures of, by its shape's name.
+MEASURED = {
+    "performance.md": "qwen3-32b qwen3-30b-a3b gpt-oss-20b llama3-70b gemma3-270m".split(),
+    "performance-models.md": (
+        "qwen3.6-27b qwen3.6-35b-a3b glm-4.5-air deepseek-v2-lite gemma4-31b nemotron-nano-9b-v2 lfm2-8b-a1b"
+    ).split(),
+}
+_ON_A_CPU = ["gemma3-270m"]
 
 _HEAD = """# Models
 
@@ -35,8 +37,8 @@ and says whether it runs. This page is printed by `python tests/bench/models_pag
 ## What runs
 {count} architectures, with some models of each; others of the same architecture run, too. Of models that see or hear,
 the part that reads text runs. A case is a small model in `tests/data/` whose logits are held to llama.cpp's. The last
-column is the largest size that [performance.md](performance.md) has figures of: on an H100 with random weights of that
-shape, or on a CPU where it says so. All run on both backends, CUDA and CPU."""
+column is the largest size that a page has figures of: on an H100 with random weights of that shape, or on a CPU where
+it says so. All run on both backends, CUDA and CPU."""
 
 
 def special(family: type[Family]) -> str:
@@ -66,11 +68,12 @@ def case(names: Sequence[str]) -> str:
 def measured() -> dict[str, str]:
     """The largest size measured of each architecture that has one, for a table's cell."""
     cells = {}
-    for name in MEASURED + MEASURED_ON_A_CPU:
-        file = SyntheticFile.named(f"{name}:Q4_K_M")
-        count = sum(math.prod(tensor.shape) for tensor in file.tensors.values())
-        where = ", on a CPU" if name in MEASURED_ON_A_CPU else ""
-        cells[file.metadata["general.architecture"]] = f"[{name}](performance.md): {count / 1e9:.3g} B{where}"
+    for page, names in MEASURED.items():
+        for name in names:
+            file = SyntheticFile.named(f"{name}:Q4_K_M")
+            count = sum(math.prod(tensor.shape) for tensor in file.tensors.values())
+            where = ", on a CPU" if name in _ON_A_CPU else ""
+            cells[file.metadata["general.architecture"]] = f"[{name}]({page}): {count / 1e9:.3g} B{where}"
     return cells
 
 
