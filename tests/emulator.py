@@ -40,9 +40,7 @@ from kqprefill.gguf import GGUFFile
 from kqprefill.models import read_model
 
 # One after another.
-SHIM = [
-    Path(__file__).parent / "emulator" / f"{of}.hpp" for of in "threads arithmetic matrix_units hopper launches".split()
-]
+SHIM = "emulator/threads host/words emulator/arithmetic emulator/matrix_units emulator/hopper emulator/launches".split()
 IN_ITS_PLACE = ("types.cuh", "ptx.cuh")  # of which SHIM stands in the place
 OPTIONS = "-std=c++20 -O1 -mf16c -mfma -mavx2 -ffp-contract=off -fno-strict-aliasing -w -shared -fPIC".split()
 MULTIPROCESSORS = 4
@@ -94,7 +92,7 @@ def _source(program):
         f"{{ launch({kernel}, values, {{x, y, z}}, n, {cluster}); }}\n"
         for kernel in sorted(kernels)
     )
-    shim = "\n".join(part.read_text() for part in SHIM)
+    shim = "\n".join((Path(__file__).parent / f"{part}.hpp").read_text() for part in SHIM)
     return f"{shim}\n{defines}{text}\n{launches}"
 
 

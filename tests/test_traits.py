@@ -24,7 +24,8 @@ def decode(tmp_path_factory):
     folder = tmp_path_factory.mktemp("traits")
     shutil.copytree(ROOT / "kernels" / "quants", folder / "quants")
     (folder / "include").mkdir()
-    shutil.copy(ROOT / "tests" / "host" / "types.cuh", folder / "include")
+    for name in ("types.cuh", "words.hpp"):
+        shutil.copy(ROOT / "tests" / "host" / name, folder / "include")
     names = [kind.name for kind in FORMATS]
     tables = definitions(names) + f"#define TRY_ALL {' '.join(f'TRY({name})' for name in names)}\n"
     (folder / "decode.cpp").write_text(tables + (ROOT / "tests" / "host" / "decode.cpp").read_text())

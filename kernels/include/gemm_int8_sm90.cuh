@@ -20,13 +20,13 @@ struct OutputTile {
     }
 };
 
-// The output tiles that a block's consumers make next. To look one up takes as long as a step: so the producer of x,
-// which is ahead of them, does it, and puts the tile here before it fills the first stage of the ring that belongs to
-// it. Places: as many as the ring may hold tiles, and one for the tile whose last stage has been released, but whose
-// outputs are still being written.
+// The output tiles that a block's consumers make next. To look one up takes some 0.4 µs, so the producer of x,
+// which is ahead of them, does it: it puts the tile here before it fills the first stage of the ring that belongs to
+// it. The ring holds stages of kStages tiles at most. One place more is for the tile whose last stage consumers have
+// released, while they still write its outputs.
 struct TileQueue {
     static constexpr int kPlaces = BlockConfig::kStages + 1;
-    static constexpr int kBytes = ceil_div(kPlaces * sizeof(OutputTile), 128) * 128;  // what follows wants it in 16s
+    static constexpr int kBytes = ceil_div(kPlaces * sizeof(OutputTile), 128) * 128;  // what follows is aligned
 
     OutputTile* places;  // of shared memory
     int index = 0;

@@ -19,7 +19,7 @@ from ..terminal import json_line
 from .interrupts import on_signals, raise_signal, reason
 from .outputs import STDIO
 
-_LOOK = 100  # milliseconds after which a pipe that takes nothing is asked again
+_LOOK_MILLISECONDS = 100  # after which a pipe that takes nothing is asked again
 _PATIENCE = 500  # milliseconds that its reader may take for a piece of a line once we are to end
 _PIECE = select.PIPE_BUF  # bytes that a pipe takes at once where it takes any
 
@@ -123,8 +123,8 @@ class Lines:
             waiting = select.poll()
             waiting.register(self._handle, select.POLLOUT)
             waited = 0
-            while not waiting.poll(_LOOK):
-                waited = waited + _LOOK if self._signalled else 0
+            while not waiting.poll(_LOOK_MILLISECONDS):
+                waited = waited + _LOOK_MILLISECONDS if self._signalled else 0
                 if waited > _PATIENCE:
                     raise_signal(self._signalled)
             data = data[:_PIECE]

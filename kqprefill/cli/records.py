@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _AHEAD = 1 << 16  # tokens that are read before they are needed, about: some batches
 _LINGER = 0.05  # seconds to wait for more, before what there is runs in a smaller batch
-_LOOK = 0.5  # seconds after which a signal is heard that came just before the wait: the system wakes nobody for it
+_LOOK_SECONDS = 0.5  # after which a signal is heard that came just before the wait: the system wakes nobody for it
 
 
 def check_inputs(paths: Sequence[str], advice: str = "") -> list[str]:
@@ -81,7 +81,7 @@ class Records:
         waiting = False
         while True:
             try:
-                read = self._queue.get(timeout=_LINGER if waiting else _LOOK)
+                read = self._queue.get(timeout=_LINGER if waiting else _LOOK_SECONDS)
             except queue.Empty:
                 if waiting:
                     waiting = False

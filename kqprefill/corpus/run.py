@@ -198,13 +198,19 @@ class Run:
             )
         if not names:
             return False
-        done = self._known.get(name)
-        if done is None and (done := self._read_results(name)):
+        done = self._held(name)
+        if done is None:
+            return False
+        if name not in self._known:
             self._write_down(block, done)
-        if done is None or os.path.getsize(os.path.join(self.folder.path, name)) != done.size:
-            return False  # a file system that was cut off may leave less than was written
         self._count(done)
         return True
+
+    def _held(self, name: str) -> Done | None:
+        """What a block's file that is there holds, as it was noted, or read; None where it is not whole."""
+        done = self._known.get(name) or self._read_results(name)
+        whole = done is not None and os.path.getsize(os.path.join(self.folder.path, name)) == done.size
+        return done if whole else None  # a file system that was cut off may leave less than was written
 
     def add(self, block: Block, done: Done) -> None:
         """Note what this run has made of a block."""
@@ -225,7 +231,7 @@ class Run:
         and was not added, and of those that were not looked for yet."""
         there = self._block_names() if self.manifest else {}  # else nothing has begun
         others = (name for names in there.values() for name in names if name not in self._counted)
-        held = (self._known.get(name) or self._read_results(name) for name in others)
+        held = map(self._held, others)
         return self.counts.records + sum(done.records for done in held if done is not None)
 
     def _write_down(self, block: Block, done: Done) -> None:

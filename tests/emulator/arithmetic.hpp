@@ -50,12 +50,6 @@ inline float high_half(uint32_t pair) {
     return half_to_float(static_cast<half_t>(pair >> 16));
 }
 inline void forget(int&) {}
-inline uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
-    return (a & mask) | bits;
-}
-inline int signed_byte(uint32_t word, int i) {
-    return static_cast<int8_t>(word >> 8 * i);
-}
 inline uint32_t low_halves(uint32_t pair) {
     return (pair & 0xffff) * 0x10001u;
 }
@@ -72,25 +66,13 @@ inline uint32_t half2_fma(uint32_t a, uint32_t b,
                           uint32_t c) {  // a float holds a product of halves
     return pack_half2(fmaf(low_half(a), low_half(b), low_half(c)), fmaf(high_half(a), high_half(b), high_half(c)));
 }
-constexpr uint32_t half2_constant(int minus_1024_to_2047) {
-    return 0xe400e400u + static_cast<uint32_t>(-minus_1024_to_2047 - 1024) * 0x00010001u;
-}
 inline void begin_kernel() {}
 inline void begin_short_kernel() {}
 constexpr int ceil_div(int a, int b) {
     return (a + b - 1) / b;
 }
-inline int __popc(uint32_t x) {
-    return __builtin_popcount(x);
-}
 inline int __ffs(int x) {
     return __builtin_ffs(x);
-}
-inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
-    uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
-    uint32_t r = 0;
-    for (int i = 0; i < 4; ++i) r |= static_cast<uint32_t>(bytes >> (8 * (selector >> (4 * i) & 7)) & 255) << (8 * i);
-    return r;
 }
 inline float rsqrtf(float x) {
     return 1.0f / sqrtf(x);

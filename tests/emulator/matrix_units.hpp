@@ -42,12 +42,16 @@ inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address) {
     load_matrices(r, address, true);
 }
-inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    int warp = fibers.current / 32, lane = fibers.current % 32;
-    uint32_t* own = fibers.held[warp][lane];
+// The operands of all lanes of a warp are held when this returns: a's words, then b's.
+inline void hold_operands(const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    uint32_t* own = fibers.held[fibers.current / 32][fibers.current % 32];
     for (int i = 0; i < 4; ++i) own[i] = a[i];
     own[4] = b0, own[5] = b1;
     meet_warp();
+}
+inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    int warp = fibers.current / 32, lane = fibers.current % 32;
+    hold_operands(a, b0, b1);
     auto half = [](uint32_t pair, int odd) { return odd ? high_half(pair) : low_half(pair); };
     for (int i = 0; i < 4; ++i) {
         int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
@@ -66,10 +70,7 @@ inline int byte_of(uint32_t word, int at) {
 }
 inline void mma_m16n8k32(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     int warp = fibers.current / 32, lane = fibers.current % 32;
-    uint32_t* own = fibers.held[warp][lane];
-    for (int i = 0; i < 4; ++i) own[i] = a[i];
-    own[4] = b0, own[5] = b1;
-    meet_warp();
+    hold_operands(a, b0, b1);
     for (int i = 0; i < 4; ++i) {
         int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
         for (int k = 0; k < 32; ++k)

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cmath>
 #include <cstring>
+#include "words.hpp"
 #define __device__
 #define __host__
 #define __forceinline__ inline
@@ -45,21 +46,3 @@ uint32_t half2_multiply(uint32_t, uint32_t);  // decode_halves', which the host 
 uint32_t half2_fma(uint32_t, uint32_t, uint32_t);
 uint32_t low_halves(uint32_t);
 uint32_t high_halves(uint32_t);
-constexpr uint32_t half2_constant(int minus_1024_to_2047) {
-    return 0xe400e400u + static_cast<uint32_t>(-minus_1024_to_2047 - 1024) * 0x00010001u;
-}
-inline uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
-    return (a & mask) | bits;
-}
-inline int signed_byte(uint32_t word, int i) {
-    return static_cast<int8_t>(word >> 8 * i);
-}
-inline int __popc(uint32_t x) {
-    return __builtin_popcount(x);
-}
-inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
-    uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
-    uint32_t r = 0;
-    for (int i = 0; i < 4; ++i) r |= static_cast<uint32_t>(bytes >> (8 * (selector >> (4 * i) & 7)) & 255) << (8 * i);
-    return r;
-}

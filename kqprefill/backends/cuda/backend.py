@@ -286,8 +286,8 @@ class CudaBackend(Backend):
                     self._end(batch, cache)
             self._ran = True
             if ops.timeline is None:
-                return x, pending and self._reporting(pending), None
-            result = pending and pending()
+                return x, None if pending is None else self._reporting(pending), None
+            result = None if pending is None else pending()
             return x, None if result is None else lambda: result, ops.timeline.stages()
 
     def _end(self, batch: Batch, cache: DeviceCache | None) -> None:

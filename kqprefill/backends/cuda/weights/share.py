@@ -43,10 +43,13 @@ class Share:
         """Whether it looks tokens up in the embedding (it has the first layers, or its layers take embeddings of their
         own, which are made of the others), and that is not on the device. streaming: whether layers are streamed."""
         embeds = self.is_first or family.row_table() is not None
-        is_output = self.is_last and family.output is family.token_embd
-        return embeds and not is_output and (streaming or not self.is_first)
+        return embeds and not self._multiplies_by_embedding(family) and (streaming or not self.is_first)
 
     def holds_embedding(self, family: Family) -> bool:
         """Whether the embedding is a matrix of its own here, beside those that `outside` names; where layers are
         streamed its rows come from the host."""
-        return self.is_first and not (self.is_last and family.output is family.token_embd)
+        return self.is_first and not self._multiplies_by_embedding(family)
+
+    def _multiplies_by_embedding(self, family: Family) -> bool:
+        """Whether the embedding is the output matrix, which is here and always stays."""
+        return self.is_last and family.output is family.token_embd
