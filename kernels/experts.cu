@@ -167,20 +167,35 @@ struct GroupList {
     int* count;
     int tokens;
 
-    // Called by a block, in which a thread has the rows first .. end - 1 of an expert.
-    __device__ void fill(int expert, int first, int end) const {
-        int own = ceil_div(end - first, tokens), all, tile = block_scan<ARRANGE_THREADS>(own, all);
-        for (int row = first; row < end; row += tokens, ++tile) groups[tile] = {row, min(row + tokens, end), expert, 0};
-        if (threadIdx.x == 0) *count = all;
+    // Called by a block, in which a thread has the rows first .. end - 1 of an expert, of so many. rests: null, or an
+    // integer for each thread: then tiles of fewer than `tokens` rows come last, the fullest of them first.
+    __device__ void fill(int expert, int first, int end, int experts, int* rests) const {
+        int rest = rests != nullptr ? (end - first) % tokens : 0, all, fuller = 0, others = 0;
+        int tile = block_scan<ARRANGE_THREADS>(ceil_div(end - first - rest, tokens), all);
+        for (int row = first; row < end - rest; row += tokens, ++tile)
+            groups[tile] = {row, min(row + tokens, end), expert, 0};
+        if (rests != nullptr) {
+            rests[threadIdx.x] = rest;
+            __syncthreads();
+#pragma unroll 8
+            for (int e = 0; e < experts; ++e) {
+                int other = rests[e];
+                fuller += other > rest || (other == rest && e < expert);
+                others += other > 0;
+            }
+            if (rest > 0) groups[all + fuller] = {end - rest, end, expert, 0};
+        }
+        if (threadIdx.x == 0) *count = all + others;
     }
 };
 
 // Of `blocks` blocks' counts it makes starts: counts[c, e] = the row, among all entries ordered by expert and then by
-// entry, of the first of block c's that is expert e's. Lists the token tiles of two GEMMs. One block: several threads
-// have an expert, each of them some of the blocks' counts.
+// entry, of the first of block c's that is expert e's. Lists the token tiles of two GEMMs; the second's, where
+// fullest_first, by how many rows they have. One block: several threads have an expert, each of them some of the
+// blocks' counts.
 extern "C" __global__ void __launch_bounds__(ARRANGE_THREADS)
     arrange(int* counts, int blocks, int experts, int gated_tokens, Group* gated_groups, int* gated_count,
-            int linear_tokens, Group* linear_groups, int* linear_count) {
+            int linear_tokens, Group* linear_groups, int* linear_count, int fullest_first) {
     begin_kernel();
     constexpr int kAtOnce = 8;  // loads on their way
     __shared__ int totals[ARRANGE_THREADS], firsts[ARRANGE_THREADS];
@@ -214,8 +229,9 @@ extern "C" __global__ void __launch_bounds__(ARRANGE_THREADS)
             next += own[i];
         }
     }
-    GroupList{gated_groups, gated_count, gated_tokens}.fill(thread, first, first + total);
-    GroupList{linear_groups, linear_count, linear_tokens}.fill(thread, first, first + total);
+    int* rests = fullest_first ? totals : nullptr;
+    GroupList{gated_groups, gated_count, gated_tokens}.fill(thread, first, first + total, experts, nullptr);
+    GroupList{linear_groups, linear_count, linear_tokens}.fill(thread, first, first + total, experts, rests);
 }
 
 // place_of[entry] = its row among all entries, ordered by expert and then by entry. starts: as arrange leaves counts.

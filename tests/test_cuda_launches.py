@@ -131,7 +131,7 @@ def test_shared_numbers_are_used_by_the_kernels():
     sources = [
         *one_size,
         *"delta_prepare delta_scan mamba_scan gemm_sm80 gemm_sm90 gemm_int8_sm80 gemm_int8_sm90".split(),
-        *"attention_sm80 attention_sm90".split(),
+        *"gemm_int8_short_sm90 attention_sm80 attention_sm90".split(),
     ]
     text = "\n".join(text_of(f"{source}.cu") for source in sources)
     assert [name for name in SHARED_DEFINES if name not in text] == []

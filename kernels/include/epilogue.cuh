@@ -5,6 +5,12 @@
 #include "operand.cuh"
 #include "ptx.cuh"
 
+template <class T, int kCount>
+__device__ __forceinline__ void clear(T (&values)[kCount]) {
+#pragma unroll
+    for (T& value : values) value = 0;
+}
+
 // By what sums of scaled operands are multiplied: x was scaled by *x_scale, w by *w_scale.
 __device__ __forceinline__ float unscale(const float* x_scale, const float* w_scale) {
     return 1.0f / *x_scale / *w_scale;

@@ -16,12 +16,6 @@ struct Heads {
     const int* kv_rows;
 };
 
-template <class T, int kCount>
-__device__ __forceinline__ void clear(T (&values)[kCount]) {
-#pragma unroll
-    for (T& value : values) value = 0;
-}
-
 // The work of a consumer warpgroup: it has columns of heads of kHeadDim (64 or 128), and those half a head beyond them.
 // That is a head of 64, or half of one of 128, whose other half another warpgroup has: of two the other one of the
 // block, of three its partner in the cluster (row_tile_number in row_tiles.cuh). kSecond: lanes whose numbers differ by

@@ -23,12 +23,26 @@ struct TokenScales {
     }
 };
 
-// A thread's sums of a transposed product, as HalfSums are: with the scales of its two rows, and of its tokens.
+// The same where a thread has registers for all that it needs.
 template <int kTokens>
+struct AllScales {
+    float own[kTokens / 8][2];
+
+    __device__ __forceinline__ explicit AllScales(const float* first) {
+#pragma unroll
+        for (int j = 0; j < kTokens / 8; ++j)
+#pragma unroll
+            for (int c = 0; c < 2; ++c) own[j][c] = first[8 * j + threadIdx.x % 4 * 2 + c];
+    }
+    __device__ __forceinline__ float of(int j, int c) const { return own[j][c]; }
+};
+
+// A thread's sums of a transposed product, as HalfSums are: with the scales of its two rows, and of its tokens.
+template <int kTokens, class Scales = TokenScales<kTokens>>
 struct Int8Sums {
     const int (&acc)[kTokens / 2];
     const float (&row_scale)[2];
-    const TokenScales<kTokens>& tokens;
+    const Scales& tokens;
 
     struct Batch {
         const int* acc;

@@ -5,9 +5,9 @@
 
 // A grouped gemm_linear's outputs: halves, with rows `ldo` apart, times a scale that is in the sums already, and in the
 // bias. Experts give many times a token's values, which are read once: they are as short as can be.
-template <int kTokens, RowOrder kOrder>
+template <int kTokens, RowOrder kOrder, int kStagedTokens = 16>
 struct ExpertOutput {
-    using Rows = TokenRows<kTokens, kOrder>;
+    using Rows = TokenRows<kTokens, kOrder, kStagedTokens>;
     half_t* out;  // at the first column of this warpgroup's row tiles
     int ldo, columns;
     uint8_t* memory;  // Rows::kBytes of shared memory for each warpgroup of the block

@@ -63,6 +63,12 @@ __device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t 
                  : "memory");
 }
 
+// This thread's loads from shared memory have been made when this returns. An arrival does not wait for ldmatrix: on an
+// H100 the copy engine was seen to fill a stage again before its last rows had been read.
+__device__ __forceinline__ void finish_loads() {
+    asm volatile("fence.acq_rel.cta;" ::: "memory");
+}
+
 // Cluster, and registers between warpgroups ---------------------------------------------------------------------------
 
 // All threads of the cluster wait for one another.
@@ -189,6 +195,19 @@ WGMMA_S8("128", 64, WGMMA_R64, WGMMA_D64("+r"), "%64", "%65", "%66")
 WGMMA_S8("192", 96, WGMMA_R96, WGMMA_D96("+r"), "%96", "%97", "%98")
 WGMMA_S8("256", 128, WGMMA_R128, WGMMA_D128("+r"), "%128", "%129", "%130")
 
+// The same, of a in registers: of each 16 columns a thread holds columns t%4*4 to t%4*4 + 3 of its first row (a[0], and
+// a[2] of the next 16) and of its second (a[1], a[3]), as ldmatrix_x4 gives them.
+#define WGMMA_S8_RS(SIZE, D, R, OUT, A0, A1, A2, A3, B, P)                                                       \
+    __device__ __forceinline__ void wgmma_s8(int (&d)[D], const uint32_t (&a)[4], uint64_t b, bool accumulate) { \
+        asm volatile("{.reg .pred p; setp.ne.b32 p, " P ", 0; wgmma.mma_async.sync.aligned.m64n" SIZE            \
+                     "k32.s32.s8.s8 {" R "}, {" A0 ", " A1 ", " A2 ", " A3 "}, " B ", p;}"                       \
+                     : OUT                                                                                       \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));   \
+    }
+WGMMA_S8_RS("64", 32, WGMMA_R32, WGMMA_D32("+r", 0), "%32", "%33", "%34", "%35", "%36", "%37")
+WGMMA_S8_RS("128", 64, WGMMA_R64, WGMMA_D64("+r"), "%64", "%65", "%66", "%67", "%68", "%69")
+
 #undef WGMMA_RS
 #undef WGMMA_SS
 #undef WGMMA_S8
+#undef WGMMA_S8_RS

@@ -23,11 +23,12 @@ enum class RowOrder {
 };
 
 // Writes a warpgroup's outputs of a token tile: for each token 32 columns of each of its two row tiles.
-template <int kTokens, RowOrder kOrder>
+// Staging more tokens at once takes more memory, and less waiting.
+template <int kTokens, RowOrder kOrder, int kStaged = 16>
 struct TokenRows {
-    static constexpr int kStagedTokens = 16, kStageBytes = kStagedTokens * kStagedBytes;
+    static constexpr int kStagedTokens = kStaged, kStageBytes = kStagedTokens * kStagedBytes;
     static constexpr int kBytes = 2 * kStageBytes;  // of shared memory of a warpgroup: two stages, which take turns
-    static_assert(kTokens % kStagedTokens == 0, "whole stages");
+    static_assert(kTokens % kStagedTokens == 0 && kStagedTokens % 16 == 0, "whole stages");
 
     uint8_t* memory;  // kBytes of shared memory
     int barrier;      // for the warpgroup's threads
@@ -44,14 +45,16 @@ struct TokenRows {
 
     // Calls make(j, pairs) for each batch j of 8 tokens, in turn, which gives the thread's pair of tokens of its first
     // row and of its second; and row(token, number) for a token of the tile, which says whether it is written, and to
-    // which row. Half of the threads copy what is staged, in turns with the other half. All threads of the warpgroup
-    // call this.
+    // which row. Where 16 tokens are staged, half of the threads copy them, in turns with the other half. All threads
+    // of the warpgroup call this.
     template <class Make, class Row>
     __device__ __forceinline__ void store(Target target, Make make, Row row) const {
         constexpr bool kPlain = kOrder == RowOrder::kPlain;
-        constexpr int kOwn = kPlain ? 2 : 1;  // tokens of a stage, 8 apart, of which a thread copies 16 or 32 bytes
-        uint32_t lane = thread % 32, warp = thread / 32 % 4, own = thread % 64;
-        // A lane tells where one matrix' piece of one token goes: a stage is 2 batches by 2 rows.
+        constexpr int kCopiers = kStagedTokens == 16 ? 64 : 128, kPerToken = kPlain ? 8 : 4;
+        // Of how many tokens of a stage, and how far apart, a thread copies 16 or 32 bytes.
+        constexpr int kOwn = kStagedTokens * kPerToken / kCopiers, kApart = kCopiers / kPerToken;
+        uint32_t lane = thread % 32, warp = thread / 32 % 4, own = thread % kCopiers;
+        // A lane tells where one matrix' piece of one token goes: store_matrices takes 2 batches by 2 rows.
         uint32_t row_of_matrix = lane / 8 % 2, token_of_matrix = lane / 16 * 8 + lane % 8;
         uint32_t piece = kOrder == RowOrder::kAtoms ? 2 * warp + row_of_matrix : 4 * row_of_matrix + warp;
         uint32_t to = shared_address(memory) + staged_offset(token_of_matrix, piece);
@@ -63,22 +66,25 @@ struct TokenRows {
         bool written = tile == 0 || target.both;
 #pragma unroll
         for (int stage = 0; stage < kTokens / kStagedTokens; ++stage) {
-            uint32_t pairs[2][2];
-            make(2 * stage, pairs[0]);
-            make(2 * stage + 1, pairs[1]);
             int offset = stage % 2 * kStageBytes;
-            store_matrices(to + offset, {pairs[0][0], pairs[0][1], pairs[1][0], pairs[1][1]});
+#pragma unroll
+            for (int i = 0; i < kStagedTokens; i += 16) {
+                uint32_t pairs[2][2];
+                make((stage * kStagedTokens + i) / 8, pairs[0]);
+                make((stage * kStagedTokens + i) / 8 + 1, pairs[1]);
+                store_matrices(to + offset + i * kStagedBytes, {pairs[0][0], pairs[0][1], pairs[1][0], pairs[1][1]});
+            }
             sync_threads<128>(barrier);
-            if (warp / 2 != stage % 2) continue;
+            if (kCopiers == 64 && warp / 2 != stage % 2) continue;
 #pragma unroll
             for (int i = 0; i < kOwn; ++i) {
                 uint32_t number;
-                bool inside = row(stage * kStagedTokens + 8 * i + token, number) && written;
+                bool inside = row(stage * kStagedTokens + kApart * i + token, number) && written;
                 half_t* line = target.out + static_cast<uint64_t>(number) * target.stride;
-                uint4 a = *reinterpret_cast<const uint4*>(from + offset + 8 * i * kStagedBytes);
+                uint4 a = *reinterpret_cast<const uint4*>(from + offset + kApart * i * kStagedBytes);
                 if constexpr (kPlain) store_where(inside, line, a);
                 else {  // a piece is of columns 4a, 4a + 1, 4a + 16, 4a + 17, 4a + 2 ... of atom a
-                    uint4 b = *reinterpret_cast<const uint4*>(other + offset);
+                    uint4 b = *reinterpret_cast<const uint4*>(other + offset + kApart * i * kStagedBytes);
                     store_where(inside, line, make_uint4(a.x, a.z, b.x, b.z));
                     store_where(inside, line + 16, make_uint4(a.y, a.w, b.y, b.w));
                 }

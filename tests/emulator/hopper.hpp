@@ -22,6 +22,7 @@ struct Barrier {  // kernels/include/barriers.cuh
     }
 };
 inline void fence_barrier_init() {}
+inline void finish_loads() {}
 inline void store_in(int block, uint32_t address, float value) {
     memcpy(shared_memory[block] + address, &value, sizeof(value));
 }
@@ -141,21 +142,39 @@ inline int operand_byte(uint64_t operand, int row, int k) {
     uint32_t address = ((operand & 0x3fff) << 4) + row * 128 + k;
     return static_cast<int8_t>(own_memory()[swizzled(address)]);
 }
+// A thread's two rows of a, by 32 rows of b.
 template <int D>
-inline void wgmma_s8(int (&d)[D], uint64_t a, uint64_t b, bool accumulate) {
-    int lane = fibers.current % 32, row = fibers.current / 32 % 4 * 16 + lane / 4;
-    meet_warpgroup();
-    int left[2][32];
-    for (int r = 0; r < 2; ++r)
-        for (int k = 0; k < 32; ++k) left[r][k] = operand_byte(a, row + 8 * r, k);
+inline void multiply_rows(int (&d)[D], const int (&a)[2][32], uint64_t b, bool accumulate) {
+    int lane = fibers.current % 32;
     for (int j = 0; j < D / 4; ++j)
         for (int c = 0; c < 2; ++c) {
             int sum[2] = {};
             for (int k = 0; k < 32; ++k) {
                 int right = operand_byte(b, 8 * j + lane % 4 * 2 + c, k);
-                for (int r = 0; r < 2; ++r) sum[r] += left[r][k] * right;
+                for (int r = 0; r < 2; ++r) sum[r] += a[r][k] * right;
             }
             for (int r = 0; r < 2; ++r) d[4 * j + 2 * r + c] = (accumulate ? d[4 * j + 2 * r + c] : 0) + sum[r];
         }
+}
+template <int D>
+inline void wgmma_s8(int (&d)[D], uint64_t left, uint64_t b, bool accumulate) {
+    int row = fibers.current / 32 % 4 * 16 + fibers.current % 32 / 4;
+    meet_warpgroup();
+    int a[2][32];
+    for (int r = 0; r < 2; ++r)
+        for (int k = 0; k < 32; ++k) a[r][k] = operand_byte(left, row + 8 * r, k);
+    multiply_rows(d, a, b, accumulate);
+    meet_warpgroup();
+}
+template <int D>
+inline void wgmma_s8(int (&d)[D], const uint32_t (&own)[4], uint64_t b, bool accumulate) {
+    int warp = fibers.current / 32, lane = fibers.current % 32;
+    for (int i = 0; i < 4; ++i) fibers.held[warp][lane][i] = own[i];
+    meet_warpgroup();
+    int a[2][32];
+    for (int r = 0; r < 2; ++r)
+        for (int k = 0; k < 32; ++k)
+            a[r][k] = static_cast<int8_t>(fibers.held[warp][lane / 4 * 4 + k % 16 / 4][r + k / 16 * 2] >> k % 4 * 8);
+    multiply_rows(d, a, b, accumulate);
     meet_warpgroup();
 }

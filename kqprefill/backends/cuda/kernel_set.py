@@ -15,7 +15,7 @@ from .device.compiler import Program, Target, known_architectures
 from .device.gpu import GpuFacts
 from .device.launcher import Launches
 from .device.workspace import Workspace
-from .gemm import hopper, int8, int8_hopper, portable
+from .gemm import hopper, int8, int8_hopper, int8_short, portable
 from .gemm.heads import HEADS_KINDS
 from .gemm.int8 import Int8Gemm, PortableInt8Gemm, portable_program
 from .gemm.mixed import MixedGemm
@@ -171,6 +171,7 @@ class Hopper(Portable):
             for heads in HEADS_KINDS:
                 if heads.clustered(of_int8) == of_int8:
                     yield of_int8.program(int8.Kind(), heads=heads)
+        yield from int8_short.programs()
 
 
 def kernel_set_of(capability: tuple[int, int], kernels: str = "auto") -> KernelSet:

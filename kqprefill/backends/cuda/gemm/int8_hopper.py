@@ -16,6 +16,7 @@ from ..device.launcher import Grid, Launches, begun_early
 from ..device.signatures import Argument
 from ..device.workspace import Workspace
 from ..weights.matrix import Matrix
+from . import int8_short
 from .heads import HeadsKind, HeadsOutput, no_heads
 from .int8 import Int8Gemm, Kind, in_fours
 from .operand import Groups, Operand, listed, made_into, number_of
@@ -119,7 +120,12 @@ class HopperInt8Gemm(Int8Gemm):
         self._maps = maps
 
     def group_rows(self, m: int, matrices: Sequence[Matrix], gated: bool, experts: int) -> int:
+        if not gated and int8_short.fits(m, matrices[0], experts):
+            return int8_short.group_rows(m, matrices[0], self._facts.multiprocessors)
         return self._config(m, matrices, gated, experts).tokens
+
+    def fullest_first(self, m: int, matrix: Matrix, experts: int) -> bool:
+        return int8_short.fits(m, matrix, experts)
 
     def multiply(
         self,
@@ -133,6 +139,10 @@ class HopperInt8Gemm(Int8Gemm):
         ldo: int,
     ) -> None:
         experts = number_of(groups)
+        if groups is not None and out_scale is not None and int8_short.fits(x.rows, matrices[0], experts):
+            return int8_short.multiply(
+                self._launcher, self._maps, self._facts, x, matrices[0], out, bias, groups, out_scale, ldo
+            )
         config = self._config(x.rows, matrices, False, experts)
         self._launch(
             config,

@@ -125,6 +125,10 @@ class Gemm(ABC):
     def group_rows(self, m: int, matrices: Sequence[Matrix], gated: bool, experts: int) -> int:
         """Rows that a group may have at most, for m rows that so many experts share: what `groups` must be made of."""
 
+    def fullest_first(self, m: int, matrix: Matrix, experts: int) -> bool:
+        """Whether `linear` is faster where groups of more rows come first; else those of an expert are neighbours."""
+        return False
+
     @abstractmethod
     def linear(
         self,

@@ -79,7 +79,10 @@ class ExpertOps(DenseOps):
             chosen, shares = self._route(own, experts, w)
             first_rows = first.group_rows(rows, ones, experts.gated, count)
             second_rows = second.group_rows(rows, [d], False, count)
-            firsts, places, first_groups, second_groups = self._arrange(chosen, count, first_rows, second_rows)
+            fullest_first = second.fullest_first(rows, d, count)
+            firsts, places, first_groups, second_groups = self._arrange(
+                chosen, count, first_rows, second_rows, fullest_first
+            )
             x = self._gather(tokens, places, used, shares if experts.weighs_input else None, ones[0].int8)
             self.hear(raising, x, firsts=firsts)
             act = activated(first, x, first_groups)
@@ -248,10 +251,11 @@ class ExpertOps(DenseOps):
         return chosen, shares
 
     def _arrange(
-        self, chosen: DeviceArray, experts: int, gated_rows: int, linear_rows: int
+        self, chosen: DeviceArray, experts: int, gated_rows: int, linear_rows: int, fullest_first: bool
     ) -> tuple[DeviceArray, DeviceArray, Groups, Groups]:
         """Of the tokens' copies, ordered by expert: each expert's first row, [experts]; which row each has, [copies];
-        their groups of at most so many rows each, for gate and up, and for down."""
+        their groups of at most so many rows each, for gate and up, and for down, these with the fullest first if
+        asked."""
         (rows,) = chosen.shape
         blocks = -(-rows // ENTRIES_AT_ONCE)
         counts = self.work.array("counts", INT32, blocks, experts)
@@ -280,6 +284,7 @@ class ExpertOps(DenseOps):
             linear_tokens=linear_rows,
             linear_groups=linear.groups,
             linear_count=linear.count,
+            fullest_first=int(fullest_first),
         )
         self.launcher.launch(
             EXPERTS,

@@ -1,0 +1,110 @@
+"""kernels/gemm_int8_short_sm90.cu: experts' products in int8 on Hopper, by rows of W that fit registers."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from ....models.precision import ROTATED
+from ..constants import TILE_ROWS
+from ..device.arrays import DeviceArray
+from ..device.compiler import Program
+from ..device.gpu import GpuFacts
+from ..device.launcher import Launches
+from ..weights.matrix import Matrix
+from .operand import Groups, Operand, listed
+from .tensor_maps import TensorMaps
+from .tiles import STAGED_TOKEN_BYTES
+
+# Of ROTATED columns in W's rows: six are 96 registers of a thread; fewer than five a warpgroup multiplies in less time
+# than the other writes in, and the kernel for rows of any length is faster.
+_STEPS = range(5, 7)
+_FEW_ROWS = 256  # of an expert, on average: of fewer, blocks wait for W for too much of their time
+_TOKENS = 128  # of a set, which a warpgroup multiplies in its turn
+_WARPGROUPS, _TILES, _CLUSTER, _STAGES = 2, 2, 2, 12
+_STAGED_TOKENS = 64  # of a warpgroup's outputs, at once: two stages of them
+_OUTPUT_TILES = 8  # of a cluster, about: with fewer some would have much more to do than others
+_MOST_SETS = 8  # of a group
+_BARRIERS = 2048  # bytes for the ring's, the turns and the queue of tiles
+_REGISTERS, _PRODUCER_REGISTERS = 232, 40  # of a thread
+
+
+def fits(m: int, matrix: Matrix, experts: int) -> bool:
+    """Whether this kernel is for a stack of so many experts, the first of which is given, and m rows of all."""
+    return experts > 0 and -(-matrix.columns // ROTATED) in _STEPS and m >= _FEW_ROWS * experts
+
+
+def group_rows(m: int, matrix: Matrix, multiprocessors: int) -> int:
+    """Rows of a group: many, as W is read for each group, but not so many that there are few output tiles."""
+    sets = m * _column_tiles(matrix) / (multiprocessors // _CLUSTER * _OUTPUT_TILES * _TOKENS)
+    return _TOKENS * max(1, min(_MOST_SETS, round(sets)))
+
+
+@cache
+def program(steps: int) -> Program:
+    """For rows of so many steps."""
+    epilogue = 2 * _WARPGROUPS * _STAGED_TOKENS * STAGED_TOKEN_BYTES
+    constants = {
+        "GATED": 0,
+        "ACTIVATED": 0,
+        "HEAD_DIM": 0,
+        "GROUPED": 1,
+        "TOKENS": _TOKENS,
+        "WARPGROUPS": _WARPGROUPS,
+        "TILES": _TILES,
+        "BLOCKS": 1,
+        "CLUSTER": _CLUSTER,
+        "SHARERS": _CLUSTER,
+        "STAGES": _STAGES,
+        "PRODUCER_REGISTERS": _PRODUCER_REGISTERS,
+        "CONSUMER_REGISTERS": _REGISTERS,
+        "EPILOGUE_BYTES": epilogue,
+        "K_STEPS": steps,
+    }
+    return Program(
+        "gemm_int8_short_sm90.cu",
+        tuple((name, str(value)) for name, value in constants.items()),
+        128 * (_WARPGROUPS + 1),
+        _STAGES * _TOKENS * ROTATED + _BARRIERS + epilogue,
+    )
+
+
+def programs() -> list[Program]:
+    """All of them."""
+    return [program(steps) for steps in _STEPS]
+
+
+def multiply(
+    launcher: Launches,
+    maps: TensorMaps,
+    facts: GpuFacts,
+    x: Operand,
+    matrix: Matrix,
+    out: DeviceArray,
+    bias: DeviceArray | None,
+    groups: Groups,
+    out_scale: DeviceArray,
+    ldo: int,
+) -> None:
+    """As Int8Gemm.multiply, by one stack of matrices; x in BYTES."""
+    most_groups = groups.groups.shape[0]
+    launcher.launch(
+        program(x.values.shape[1] // ROTATED),
+        "gemm_linear",
+        grid=_CLUSTER * min(facts.multiprocessors // _CLUSTER, most_groups * _column_tiles(matrix)),
+        w0=matrix.array,
+        scales0=matrix.scales,
+        rows0=matrix.rows,
+        x_map=maps.of(x.values, _TOKENS // _CLUSTER),
+        x_scale=x.scale,
+        m=x.rows,
+        out=out,
+        ldo=ldo,
+        out_scale=out_scale,
+        bias=bias,
+        **listed(groups),
+    )
+
+
+def _column_tiles(matrix: Matrix) -> int:
+    """A cluster's output tiles have so many rows of W between them."""
+    return -(-matrix.rows // (TILE_ROWS * _TILES * _WARPGROUPS * _CLUSTER))
