@@ -170,22 +170,22 @@ struct GroupList {
     // Called by a block, in which a thread has the rows first .. end - 1 of an expert, of so many. rests: null, or an
     // integer for each thread: then tiles of fewer than `tokens` rows come last, the fullest of them first.
     __device__ void fill(int expert, int first, int end, int experts, int* rests) const {
-        int rest = rests != nullptr ? (end - first) % tokens : 0, all, fuller = 0, others = 0;
-        int tile = block_scan<ARRANGE_THREADS>(ceil_div(end - first - rest, tokens), all);
-        for (int row = first; row < end - rest; row += tokens, ++tile)
-            groups[tile] = {row, min(row + tokens, end), expert, 0};
+        int whole = (end - first) / tokens, rest = end - first - whole * tokens, all;
+        int own = whole + (rest > 0 && rests == nullptr), tile = block_scan<ARRANGE_THREADS>(own, all);
+        for (int i = 0; i < own; ++i, ++tile, first += tokens)
+            groups[tile] = {first, min(first + tokens, end), expert, 0};
         if (rests != nullptr) {
             rests[threadIdx.x] = rest;
-            __syncthreads();
-#pragma unroll 8
-            for (int e = 0; e < experts; ++e) {
-                int other = rests[e];
-                fuller += other > rest || (other == rest && e < expert);
-                others += other > 0;
+            int others = __syncthreads_count(rest > 0);
+            if (rest > 0) {
+                int fuller = 0;
+#pragma unroll 4
+                for (int e = 0; e < experts; ++e) fuller += rests[e] > rest || (rests[e] == rest && e < expert);
+                groups[all + fuller] = {first, end, expert, 0};
             }
-            if (rest > 0) groups[all + fuller] = {end - rest, end, expert, 0};
+            all += others;
         }
-        if (threadIdx.x == 0) *count = all + others;
+        if (threadIdx.x == 0) *count = all;
     }
 };
 

@@ -97,7 +97,7 @@ static struct {
     // threads: of a block. Those that have not ended: all, by block and by warp.
     int current, threads, alive, alive_in[kEmulatedBlocks], alive_of[kEmulatedThreads / 32];
     Meeting cluster, block[kEmulatedBlocks], warp[kEmulatedThreads / 32], group[kEmulatedThreads / 128];
-    int any[kEmulatedBlocks];
+    int count[kEmulatedBlocks];
     Meeting named[kEmulatedBlocks][16];  // of bar.sync
     uint64_t slot[kEmulatedThreads / 32][32];
     uint32_t held[kEmulatedThreads / 32][32][6];
@@ -201,13 +201,16 @@ static void run_cluster(int blocks, int threads, void (*body)(void*), void* argu
 inline void __syncthreads() {
     meet(fibers.block[own_block()], fibers.alive_in[own_block()]);
 }
+inline int __syncthreads_count(int value) {
+    __syncthreads();
+    fibers.count[own_block()] = 0;
+    __syncthreads();
+    fibers.count[own_block()] += value != 0;
+    __syncthreads();
+    return fibers.count[own_block()];
+}
 inline int __syncthreads_or(int value) {
-    __syncthreads();
-    fibers.any[own_block()] = 0;
-    __syncthreads();
-    fibers.any[own_block()] |= value != 0;
-    __syncthreads();
-    return fibers.any[own_block()];
+    return __syncthreads_count(value) != 0;
 }
 inline void cluster_sync() {
     meet(fibers.cluster, fibers.alive);
