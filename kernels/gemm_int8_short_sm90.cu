@@ -2,10 +2,10 @@
 // W in registers, for all tokens of an output tile.
 //
 // So of each step only x is read from shared memory, and the two warpgroups of a block, which have 64 rows each, take
-// turns: while one multiplies a set of kTokens tokens, the other writes the outputs of the set before. Both read the
-// same tokens, one after the other. A producer thread has the copy engine bring, through one ring of stages, W of an
-// output tile and then its tokens, set by set; those of a set stay in the ring until both warpgroups have had their
-// turn.
+// turns: while one multiplies a set of kTokens tokens, the other writes the outputs of what it multiplied before. Both
+// read the same tokens, one after the other. A producer thread has the copy engine bring, through one ring of stages, W
+// of an output tile and then its tokens, set by set; those of a set stay in the ring until both warpgroups have had
+// their turn.
 #include "include/epilogue_int8.cuh"
 #include "include/int8_tiles_sm90.cuh"
 

@@ -182,7 +182,7 @@ def _mixed(name, layer):
 _DENSE = Shape("qwen3", 1, 512, 8, 2, 64, 768, 320, 4096, 1e6)
 _ODD = Shape("qwen2", 1, 480, 6, 2, 80, 1000, 333, 4096, 1e6)  # widths that are no multiple of 64, and biases
 _EXPERTS = Shape("gpt-oss", 1, 512, 8, 2, 64, 256, 320, 4096, 1e6, window=64, yarn=4.0, experts=16, used=3)
-_SHORT_EXPERTS = replace(_EXPERTS, layers=2, ffn=640, experts=4)  # whose down has a kernel of its own on Hopper
+_SHORT_EXPERTS = replace(_EXPERTS, layers=2, ffn=704, experts=4)  # whose down has a kernel of its own on Hopper
 _DELTA = {
     "ssm.group_count": 2,
     "ssm.time_step_rank": 4,

@@ -10,13 +10,15 @@ from kqprefill.backends.cuda.device.arrays import FLOAT16, INT32
 from kqprefill.backends.cuda.gemm import int8_short
 from kqprefill.backends.cuda.gemm.int8_hopper import HopperInt8Gemm
 from kqprefill.backends.cuda.programs import EXPERTS
+from kqprefill.backends.cuda.weights.matrix import matrix_of
 from kqprefill.gguf.types import GGML
+from kqprefill.synthetic import SyntheticTensor
 from test_int8 import device, grouped  # noqa: F401  # device: a fixture
 
 COUNTS = (140, 0, 3, 300, 64, 257)
 
 
-@pytest.mark.parametrize("columns", [608, 768])
+@pytest.mark.parametrize("columns", [672, 768])
 def test_the_bits_of_the_kernel_for_any_rows(device, columns, rng, monkeypatch):  # noqa: F811
     """Of groups of one set of tokens and of several, with biases, and by blocks that make many output tiles."""
     counts = COUNTS if device.backend is None else (*COUNTS, 1500, 1, 128, 65)
@@ -47,9 +49,8 @@ def test_the_bits_of_the_kernel_for_any_rows(device, columns, rng, monkeypatch):
         assert np.array_equal(sums(), expected), (sets, multiprocessors)
 
 
-def test_blocks_never_read_a_stage_that_is_filled_again(device, rng, monkeypatch):  # noqa: F811
-    """Many launches in a row: rows of W that are read too late would be another output tile's, a few times in a
-    thousand."""
+def test_blocks_never_read_a_stage_that_is_filled_again(device, rng):  # noqa: F811
+    """Many launches in a row: without finish_loads some in a hundred had sums of another output tile's W."""
     if device.backend is None:
         pytest.skip("the emulator copies at once")
     counts, features, columns = (900, 700, 2500, 1100), 2048, 768
@@ -60,13 +61,32 @@ def test_blocks_never_read_a_stage_that_is_filled_again(device, rng, monkeypatch
     gemm = device.gemms.choose([one])
     if not isinstance(gemm, HopperInt8Gemm):
         pytest.skip("a kernel of Hopper's")
+    assert gemm.fullest_first(n, one, experts)
     groups = grouped(device, counts, 256)
-    out = device.poisoned("sums", FLOAT16, n, features)
     found = set()
     for _ in range(200):
+        out = device.poisoned("sums", FLOAT16, n, features)
         gemm.linear(a, [one], out, None, None, False, groups, scale)
         found.add(device.get(out).tobytes())
     assert len(found) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "features", "columns", "experts", "fits", "of_a_group"),
+    [
+        (65536, 2048, 768, 128, True, 1024),
+        (32768, 2048, 768, 128, True, 512),  # eight output tiles a cluster, about
+        (32767, 2048, 768, 128, False, 512),  # fewer than 256 rows an expert
+        (65536, 2048, 512, 128, False, 1024),
+        (65536, 2048, 800, 128, False, 1024),
+        (1024, 96, 672, 4, True, 128),
+        (65536, 2048, 768, 0, False, 1024),  # no experts
+    ],
+)
+def test_which_products_and_groups(rows, features, columns, experts, fits, of_a_group):
+    matrix = matrix_of(SyntheticTensor("blk.0.ffn_down.weight", (features, columns), GGML.Q8_0))
+    assert int8_short.fits(rows, matrix, experts) == fits
+    assert int8_short.group_rows(rows, matrix, 132) == of_a_group
 
 
 @pytest.mark.parametrize("fullest_first", [0, 1])

@@ -1,5 +1,5 @@
-// What the blocks of both of Hopper's GEMMs (gemm_sm90.cu, gemm_int8_sm90.cu) have in common: what the host chose for
-// them (TileConfig in kqprefill/backends/cuda/gemm/tiles.py), and the names that follow from it.
+// What the blocks of Hopper's GEMMs (gemm_sm90.cu, gemm_int8_sm90.cu, gemm_int8_short_sm90.cu) have in common: what the
+// host chose for them (kqprefill/backends/cuda/gemm: TileConfig in tiles.py, int8_short.py), and the names that follow.
 #pragma once
 #include "angles_sm90.cuh"
 #include "row_tiles.cuh"
@@ -11,7 +11,7 @@ struct BlockConfig {
     static constexpr bool kActivated = ACTIVATED;   // whether this is gemm_activated
     static constexpr int kHeadDim = HEAD_DIM;       // of gemm_heads' heads, else 0; with none of these, gemm_linear
     static constexpr bool kGrouped = GROUPED;       // whether x's rows come in groups, each with a matrix of a stack
-    static constexpr int kTokens = TOKENS;          // in a token tile
+    static constexpr int kTokens = TOKENS;          // that are multiplied at a time
     static constexpr int kWarpgroups = WARPGROUPS;  // of consumers in a block
     static constexpr int kTiles = TILES;            // row tiles of a consumer warpgroup
     static constexpr int kBlocks = BLOCKS;          // that share a multiprocessor

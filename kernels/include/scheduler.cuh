@@ -4,9 +4,9 @@
 #include "groups.cuh"
 #include "types.cuh"
 
-// The token tiles of x, of at most kTokens rows. Where kGrouped, x's rows come in groups, each multiplied by a matrix
-// of its own (an expert's), and a kernel before this one has listed the tiles; else there is one matrix, and x has m
-// rows.
+// The token tiles of x. Where kGrouped, x's rows come in groups, each multiplied by a matrix of its own (an expert's),
+// and a kernel before this one has listed the tiles, of as many rows as the host said; else there is one matrix, and
+// tiles are of kTokens of x's m rows.
 template <int kTokens, bool kGrouped>
 struct TokenTiles {
     int m;

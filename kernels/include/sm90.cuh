@@ -63,8 +63,9 @@ __device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t 
                  : "memory");
 }
 
-// This thread's loads from shared memory have been made when this returns. An arrival does not wait for ldmatrix: on an
-// H100 the copy engine was seen to fill a stage again before its last rows had been read.
+// This thread's loads from shared memory have been made when this returns. An arrival at another block's barrier does
+// not wait for ldmatrix: on an H100 the copy engine was seen to fill a stage again before its last rows had been read
+// (docs/tried.md).
 __device__ __forceinline__ void finish_loads() {
     asm volatile("fence.acq_rel.cta;" ::: "memory");
 }

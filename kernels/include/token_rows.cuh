@@ -29,6 +29,7 @@ struct TokenRows {
     static constexpr int kStagedTokens = kStaged, kStageBytes = kStagedTokens * kStagedBytes;
     static constexpr int kBytes = 2 * kStageBytes;  // of shared memory of a warpgroup: two stages, which take turns
     static_assert(kTokens % kStagedTokens == 0 && kStagedTokens % 16 == 0, "whole stages");
+    static_assert(kStagedTokens == 16 || kTokens / kStagedTokens % 2 == 0, "stages take turns from call to call, too");
 
     uint8_t* memory;  // kBytes of shared memory
     int barrier;      // for the warpgroup's threads

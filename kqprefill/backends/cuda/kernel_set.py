@@ -171,7 +171,7 @@ class Hopper(Portable):
             for heads in HEADS_KINDS:
                 if heads.clustered(of_int8) == of_int8:
                     yield of_int8.program(int8.Kind(), heads=heads)
-        yield from int8_short.programs()
+        yield int8_short.program()
 
 
 def kernel_set_of(capability: tuple[int, int], kernels: str = "auto") -> KernelSet:

@@ -139,7 +139,8 @@ class HopperInt8Gemm(Int8Gemm):
         ldo: int,
     ) -> None:
         experts = number_of(groups)
-        if groups is not None and out_scale is not None and int8_short.fits(x.rows, matrices[0], experts):
+        if groups is not None and int8_short.fits(x.rows, matrices[0], experts):
+            assert out_scale is not None  # as always with groups
             return int8_short.multiply(
                 self._launcher, self._maps, self._facts, x, matrices[0], out, bias, groups, out_scale, ldo
             )

@@ -1,4 +1,5 @@
-"""kernels/gemm_int8_short_sm90.cu: experts' products in int8 on Hopper, by rows of W that fit registers."""
+"""kernels/gemm_int8_short_sm90.cu: experts' products in int8 on Hopper, by rows of W that fit registers: down's, or
+up's where it has no gate."""
 
 from __future__ import annotations
 
@@ -15,9 +16,7 @@ from .operand import Groups, Operand, listed
 from .tensor_maps import TensorMaps
 from .tiles import STAGED_TOKEN_BYTES
 
-# Of ROTATED columns in W's rows: six are 96 registers of a thread; fewer than five a warpgroup multiplies in less time
-# than the other writes in, and the kernel for rows of any length is faster.
-_STEPS = range(5, 7)
+_STEPS = 6  # of ROTATED columns in W's rows: 96 registers of a thread. With four the other kernel is faster
 _FEW_ROWS = 256  # of an expert, on average: of fewer, blocks wait for W for too much of their time
 _TOKENS = 128  # of a set, which a warpgroup multiplies in its turn
 _WARPGROUPS, _TILES, _CLUSTER, _STAGES = 2, 2, 2, 12
@@ -25,12 +24,12 @@ _STAGED_TOKENS = 64  # of a warpgroup's outputs, at once: two stages of them
 _OUTPUT_TILES = 8  # of a cluster, about: with fewer some would have much more to do than others
 _MOST_SETS = 8  # of a group
 _BARRIERS = 2048  # bytes for the ring's, the turns and the queue of tiles
-_REGISTERS, _PRODUCER_REGISTERS = 232, 40  # of a thread
+_CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 232, 40  # of a thread
 
 
 def fits(m: int, matrix: Matrix, experts: int) -> bool:
     """Whether this kernel is for a stack of so many experts, the first of which is given, and m rows of all."""
-    return experts > 0 and -(-matrix.columns // ROTATED) in _STEPS and m >= _FEW_ROWS * experts
+    return experts > 0 and -(-matrix.columns // ROTATED) == _STEPS and m >= _FEW_ROWS * experts
 
 
 def group_rows(m: int, matrix: Matrix, multiprocessors: int) -> int:
@@ -40,8 +39,8 @@ def group_rows(m: int, matrix: Matrix, multiprocessors: int) -> int:
 
 
 @cache
-def program(steps: int) -> Program:
-    """For rows of so many steps."""
+def program() -> Program:
+    """The one that there is."""
     epilogue = 2 * _WARPGROUPS * _STAGED_TOKENS * STAGED_TOKEN_BYTES
     constants = {
         "GATED": 0,
@@ -56,9 +55,9 @@ def program(steps: int) -> Program:
         "SHARERS": _CLUSTER,
         "STAGES": _STAGES,
         "PRODUCER_REGISTERS": _PRODUCER_REGISTERS,
-        "CONSUMER_REGISTERS": _REGISTERS,
+        "CONSUMER_REGISTERS": _CONSUMER_REGISTERS,
         "EPILOGUE_BYTES": epilogue,
-        "K_STEPS": steps,
+        "K_STEPS": _STEPS,
     }
     return Program(
         "gemm_int8_short_sm90.cu",
@@ -66,11 +65,6 @@ def program(steps: int) -> Program:
         128 * (_WARPGROUPS + 1),
         _STAGES * _TOKENS * ROTATED + _BARRIERS + epilogue,
     )
-
-
-def programs() -> list[Program]:
-    """All of them."""
-    return [program(steps) for steps in _STEPS]
 
 
 def multiply(
@@ -88,7 +82,7 @@ def multiply(
     """As Int8Gemm.multiply, by one stack of matrices; x in BYTES."""
     most_groups = groups.groups.shape[0]
     launcher.launch(
-        program(x.values.shape[1] // ROTATED),
+        program(),
         "gemm_linear",
         grid=_CLUSTER * min(facts.multiprocessors // _CLUSTER, most_groups * _column_tiles(matrix)),
         w0=matrix.array,
@@ -106,5 +100,5 @@ def multiply(
 
 
 def _column_tiles(matrix: Matrix) -> int:
-    """A cluster's output tiles have so many rows of W between them."""
+    """How many output tiles a cluster makes of a group's rows, one for some rows of W each."""
     return -(-matrix.rows // (TILE_ROWS * _TILES * _WARPGROUPS * _CLUSTER))

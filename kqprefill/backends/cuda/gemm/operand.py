@@ -34,7 +34,7 @@ class OperandFormat:
 
 HALVES = OperandFormat("f16", FLOAT16, OPERAND_GROUP)
 BYTES = OperandFormat("s8", INT8, ROTATED)
-MORE_ROWS = 256  # whose scales may be read beyond the last row's: as many as a token tile has at most
+MORE_ROWS = 256  # whose scales may be read beyond the last row's: as many as a kernel multiplies at a time at most
 
 
 def operand_positions(columns: int) -> NDArray[np.intp]:

@@ -14,7 +14,8 @@ _REGISTERS = 65536  # of a multiprocessor
 _MOST_REGISTERS = 248  # of a thread, in eights
 # Of shared memory, in kernels/include/token_rows.cuh: of a staged token of a warpgroup; TokenRows' two stages of 16 of
 # them; OperandRows' of a block.
-STAGED_TOKEN_BYTES, TOKEN_ROWS_BYTES, _OPERAND_ROWS_BYTES = 128, 4096, 8192
+STAGED_TOKEN_BYTES = 128
+TOKEN_ROWS_BYTES, _OPERAND_ROWS_BYTES = 2 * 16 * STAGED_TOKEN_BYTES, 8192
 _SHARED_MEMORY = 228 << 10  # of a multiprocessor of compute capability 9.0; each block takes 1 KB of it besides its own
 
 
