@@ -28,15 +28,14 @@ __device__ __forceinline__ uint32_t largest_of_row(uint32_t largest) {
     return largest;
 }
 
-// Calls kept(where, its number) for the first kKept sixteens of a row that are a thread's, and read(where) for the
-// others; the lanes of a warp go on together.
+// Calls kept(where, its number) for the first kKept sixteens of a row that are a thread's, also where a row has no such
+// columns, and read(where) for the others that it has; the lanes of a warp go on together.
 template <class Kept, class Read>
 __device__ __forceinline__ void each_sixteen(int padded, Kept kept, Read read) {
     constexpr int kRound = 16 * kRowThreads;
     int own = threadIdx.x % kRowThreads * 16, first = own / 512 * 512;
 #pragma unroll
-    for (int i = 0; i < kKept; ++i)
-        if (first + i * kRound < padded) kept(own + i * kRound, i);
+    for (int i = 0; i < kKept; ++i) kept(own + i * kRound, i);  // no branch: it would stand before each shuffle
     if constexpr (kKept == 4)
         for (int i = kKept; first + i * kRound < padded; ++i) read(own + i * kRound);
 }

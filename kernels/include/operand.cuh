@@ -50,6 +50,12 @@ __device__ __forceinline__ void store_operand(half_t* to, uint2 pairs) {
     *reinterpret_cast<uint2*>(to) = pairs;
 }
 
+// The same for columns `column` to column + 3, the first a multiple of four.
+__device__ __forceinline__ void store_operand(half_t* to, OperandPair first, OperandPair second) {
+    *reinterpret_cast<OperandPair*>(to) = first;
+    *reinterpret_cast<OperandPair*>(to + (operand_position(2) - operand_position(0))) = second;
+}
+
 // Writes, 16 bytes at once, the pairs that begin at column, + 16, + 32 and + 48; column % 64 is below 16.
 __device__ __forceinline__ void store_operand(half_t* row, int column, const OperandPair (&pairs)[4]) {
     *reinterpret_cast<uint4*>(row + operand_position(column)) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);

@@ -64,14 +64,15 @@ __device__ __forceinline__ void normalise_row(const float* x, const float* weigh
     if constexpr (kRows == 1)
         for (int i = first + kKept * kStep; i < columns; i += kStep) sums[0] = add_squares(sums[0], load(x, i));
     float r = scale / sqrtf(sum_of_row<kThreads>(sums) / static_cast<float>(columns) + epsilon);
-    auto write = [&](const float4& v, int i) {
+    auto write = [&](const float4& v, int i, half_t* to) {
         if (i >= stride) return;
         float4 w = load(weight, i);
-        store_operand(out, i, operand_pair(v.x * r * w.x, v.y * r * w.y));
-        store_operand(out, i + 2, operand_pair(v.z * r * w.z, v.w * r * w.w));
+        store_operand(to, operand_pair(v.x * r * w.x, v.y * r * w.y), operand_pair(v.z * r * w.z, v.w * r * w.w));
     };
+    static_assert(kStep % kOperandGroup == 0, "a thread's fours have one place in their groups");
+    half_t* to = out + operand_position(first);
 #pragma unroll
-    for (int j = 0; j < kKept; ++j) write(kept[j], first + j * kStep);
+    for (int j = 0; j < kKept; ++j) write(kept[j], first + j * kStep, to + j * kStep);
     if constexpr (kRows == 1)
-        for (int i = first + kKept * kStep; i < stride; i += kStep) write(load(x, i), i);
+        for (int i = first + kKept * kStep; i < stride; i += kStep) write(load(x, i), i, to + (i - first));
 }
