@@ -1,5 +1,6 @@
 // Makes matrices that are multiplied in int8 of weight tiles, compiled once for each block format in use (FORMAT: a
 // struct of quants/).
+#include "include/hadamard.cuh"
 #include "include/int8.cuh"
 #include "include/types.cuh"
 #include "quants/all.cuh"
@@ -23,11 +24,13 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         rotate(w);
     };
     float w[16];
-    uint32_t largest = 0;
+    Largest of_lane;
     for (int group = 0; group < groups; ++group) {
         rotated(group, w);
-        largest = largest_of(w, largest);
+#pragma unroll
+        for (int i = 0; i < 16; ++i) of_lane.add(w[i]);
     }
+    uint32_t largest = of_lane.bits();
 #pragma unroll
     for (int lanes = 1; lanes < kLanes; lanes *= 2)
         largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));

@@ -184,22 +184,24 @@ def test_norms_whose_rows_are_rounded_at_once(device, rng):
         given |= {"scale": scale}
         alone = device.poisoned("alone", FLOAT16, 3, HALVES.padded(columns))
         device.launcher.launch(NORM, "rms_norm", grid=3, out=alone, rows=None, **given)
-        halves = device.poisoned("halves", FLOAT16, 3, HALVES.padded(columns))
-        rounded, scales = device.poisoned("rounded", INT8, 3, padded), device.poisoned("scales", FLOAT32, 3)
-        own = {"rows": 3, "out": halves, "rounded": rounded, "padded": padded, "scales": scales}
-        program = rounded_norm(padded)
-        device.launcher.launch(program.program, "rms_norm_rounded", grid=program.blocks(3), **own, **given)
-        assert np.array_equal(device.get(halves), device.get(alone))
         a = Operand(alone, columns, scale)
-        together, by_itself = device.rounded(replace(a, rounded=(rounded, scales))), device.rounded(a)
-        assert all(np.array_equal(*pair) for pair in zip(together, by_itself))
-        if columns > program.columns:
-            continue
-        bytes_ = device.poisoned("no halves", INT8, 3, padded), device.poisoned("their scales", FLOAT32, 3)
-        own |= {"out": None, "rounded": bytes_[0], "scales": bytes_[1]}
-        device.launcher.launch(program.program, "rms_norm_rounded", grid=program.blocks(3), **own, **given)
-        a = Operand(bytes_[0], columns, bytes_[1], format=BYTES)
-        assert all(np.array_equal(*pair) for pair in zip(device.rounded(a), by_itself))
+        by_itself = device.rounded(a)
+        for program in {rounded_norm(padded, rows) for rows in (3, 1 << 20)}:  # however many there are
+            halves = device.poisoned("halves", FLOAT16, 3, HALVES.padded(columns))
+            rounded, scales = device.poisoned("rounded", INT8, 3, padded), device.poisoned("scales", FLOAT32, 3)
+            own = {"rows": 3, "out": halves, "rounded": rounded, "padded": padded, "scales": scales}
+            device.launcher.launch(program.program, "rms_norm_rounded", grid=program.blocks(3), **own, **given)
+            assert np.array_equal(device.get(halves), device.get(alone))
+            together = device.rounded(replace(a, rounded=(rounded, scales)))
+            assert all(np.array_equal(*pair) for pair in zip(together, by_itself))
+            if columns > program.columns:
+                continue
+            device.poisoned("rounded", INT8, 3, padded), device.poisoned("scales", FLOAT32, 3)
+            device.launcher.launch(
+                program.program, "rms_norm_rounded", grid=program.blocks(3), **own | {"out": None}, **given
+            )
+            together = device.rounded(Operand(rounded, columns, scales, format=BYTES))
+            assert all(np.array_equal(*pair) for pair in zip(together, by_itself))
 
 
 @pytest.mark.parametrize("bad", [np.inf, np.nan])

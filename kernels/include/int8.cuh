@@ -32,32 +32,19 @@ __host__ __device__ constexpr int int8_offset(int place, int position) {
     return place * kRotated + ((position / 16 ^ place % 8) * 16 | position % 16);
 }
 
-// Multiplies a group of 128 columns, of which each of 8 neighbouring lanes has 16, by the Hadamard matrix of 128 (of
-// ones and minus ones: sqrt(128) times the orthogonal one). The bits of a column's number may be in any order: the
-// matrix is the same. All lanes of a warp call this.
-__device__ __forceinline__ void rotate(float (&v)[16]) {
-#pragma unroll
-    for (int bit = 1; bit < 16; bit *= 2)
-#pragma unroll
-        for (int i = 0; i < 16; ++i) {
-            if (i & bit) continue;
-            float low = v[i], high = v[i | bit];
-            v[i] = low + high, v[i | bit] = low - high;
-        }
-#pragma unroll
-    for (int lanes = 1; lanes < 8; lanes *= 2) {
-        float sign = threadIdx.x & lanes ? -1.0f : 1.0f;
-#pragma unroll
-        for (int i = 0; i < 16; ++i) v[i] = fmaf(v[i], sign, __shfl_xor_sync(0xffffffffu, v[i], lanes));
-    }
-}
+// The largest magnitude of values, as bits: a NaN's are above every number's, and stay.
+struct Largest {
+    int of_positive = 0;
+    uint32_t of_negative = 0;  // whose bits, as an integer without a sign, are above those of all that are positive
 
-// The largest magnitude of sixteen values and of `largest`, as bits: a NaN's are above every number's, and stay.
-__device__ __forceinline__ uint32_t largest_of(const float (&v)[16], uint32_t largest) {
-#pragma unroll
-    for (int i = 0; i < 16; ++i) largest = max(largest, __float_as_uint(fabsf(v[i])));
-    return largest;
-}
+    __device__ __forceinline__ void add(float value) {
+        of_positive = max(of_positive, static_cast<int>(__float_as_uint(value)));
+        of_negative = max(of_negative, __float_as_uint(value));
+    }
+    __device__ __forceinline__ uint32_t bits() const {
+        return max(static_cast<uint32_t>(of_positive), of_negative & 0x7fffffffu);
+    }
+};
 
 // How rotated values whose largest magnitude has these bits are rounded: value * inverse to an integer of -127 to 127,
 // which stands for that integer times `scale`. What is not finite comes out of the scale.
@@ -71,7 +58,10 @@ struct Rounding {
     }
     // An integer added to 1.5 * 2^23 is in the low bits of the sum: no conversion, which would be slower.
     __device__ __forceinline__ uint32_t byte(float value) const {
-        return __float_as_uint(value * inverse + 12582912.0f) & 0xff;
+        return __float_as_uint(fmaf(value, inverse, 12582912.0f)) & 0xff;
+    }
+    __device__ __forceinline__ uint32_t four(float a, float b, float c, float d) const {
+        return byte(a) | byte(b) << 8 | byte(c) << 16 | byte(d) << 24;
     }
 };
 

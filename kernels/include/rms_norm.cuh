@@ -15,18 +15,23 @@ __device__ __forceinline__ int block_from_last() {
 template <int kThreads, int kRows>
 __device__ __forceinline__ float sum_of_row(const float (&sums)[kRows]) {
     constexpr int kAll = kThreads / 32, kWarps = kAll / kRows;
-    __shared__ float partial[kRows][kAll];
-    int warp = threadIdx.x / 32;
-    float (&own)[kAll] = partial[warp / kWarps];
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-        float sum = warp_sum(sums[i]);
-        if (threadIdx.x % 32 == 0) own[i * kWarps + warp % kWarps] = sum;
-    }
-    __syncthreads();
     float total = 0.0f;
+    if constexpr (kWarps == 1) {
 #pragma unroll
-    for (int w = 0; w < kAll; ++w) total += own[w];
+        for (int i = 0; i < kRows; ++i) total += warp_sum(sums[i]);
+    } else {
+        __shared__ float partial[kRows][kAll];
+        int warp = threadIdx.x / 32;
+        float (&own)[kAll] = partial[warp / kWarps];
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+            float sum = warp_sum(sums[i]);
+            if (threadIdx.x % 32 == 0) own[i * kWarps + warp % kWarps] = sum;
+        }
+        __syncthreads();
+#pragma unroll
+        for (int w = 0; w < kAll; ++w) total += own[w];
+    }
     return total;
 }
 
@@ -42,11 +47,11 @@ __device__ __forceinline__ void ask_for_weights(const float* weight, int columns
 // out = scale * rms_norm(x) * weight as an operand, with zeros from `columns` to `stride`, by those threads of a block
 // of kThreads that share a row, of kRows side by side; all of its threads call this, once. Each takes four columns in
 // turn. The first kKept such fours it reads once and keeps; the others, which only a single row may have, it reads
-// again. The bits are the same for any kRows.
-template <int kThreads, int kRows = 1>
+// again. The bits are the same for any kRows and kKept.
+template <int kThreads, int kRows = 1, int kKept = 4>
 __device__ __forceinline__ void normalise_row(const float* x, const float* weight, half_t* out, int columns, int stride,
                                               float epsilon, float scale) {
-    constexpr int kKept = 4, kStep = 4 * kThreads / kRows;
+    constexpr int kStep = 4 * kThreads / kRows;
     bool aligned = columns % 4 == 0;
     int first = kRows == 1 ? threadIdx.x * 4 : threadIdx.x * 4 % kStep;
     auto load = [&](const float* from, int i) {

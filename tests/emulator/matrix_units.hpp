@@ -65,6 +65,10 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
     }
     meet_warp();
 }
+inline void mma_m16n8k16_alone(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    for (float& sum : d) sum = 0.0f;
+    mma_m16n8k16(d, a, b0, b1);
+}
 inline int byte_of(uint32_t word, int at) {
     return static_cast<int8_t>(word >> 8 * at);
 }

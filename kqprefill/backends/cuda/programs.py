@@ -10,8 +10,8 @@ from .constants import THREADS
 from .device.compiler import Program
 from .units import repack_units
 
-_BLOCK, _SIXTEEN, _MOST_KEPT = THREADS["round_rows"], 16, 4  # int8_rows.cu's
-_PARTS = 8, 16, 32, 64, 128  # of a block, that may share a row
+_BLOCK, _MOST_THREADS = THREADS["round_rows"], 1024  # int8_rows.cu's
+_WARP, _PIECE, _MOST_HELD = 32, 8, 8
 _FEW_ROWS, _MANY_ROWS = 128, 1024
 
 _NAMES = "norm rope scales head experts gates activations per_layer altup latent squares int8"
@@ -34,21 +34,21 @@ def int8_program(ggml_type: GGML) -> Program:
 
 @dataclass(frozen=True)
 class RowsProgram:
-    """A program of int8_rows.cu, for rows of as many columns as `threads` threads keep: _SIXTEEN * kept each."""
+    """A program of int8_rows.cu, for rows of as many columns as `threads` threads hold: _PIECE * held each."""
 
     threads: int
-    kept: int
+    held: int
     normed: bool
 
     @property
     def columns(self) -> int:
-        """Of the longest rows that threads keep whole."""
-        return self.threads * self.kept * _SIXTEEN
+        """Of the longest rows that threads hold whole."""
+        return self.threads * self.held * _PIECE
 
     @cached_property
     def program(self) -> Program:
         """With round_rows, or, where it is normed, rms_norm_rounded."""
-        constants = {"ROW_THREADS": self.threads, "KEPT": self.kept, "NORMED": int(self.normed)}
+        constants = {"ROW_THREADS": self.threads, "HELD": self.held, "NORMED": int(self.normed)}
         defines = tuple((name, str(value)) for name, value in constants.items())
         return Program("int8_rows.cu", defines, self.threads if self.threads > _BLOCK else None)
 
@@ -57,31 +57,36 @@ class RowsProgram:
         return -(-rows * self.threads // max(_BLOCK, self.threads))
 
 
+@cache
 def rounding(columns: int, rows: int) -> RowsProgram:
-    """What makes int8 of so many operands' rows: few rows have as many threads as there may be; of many a thread keeps
-    more, so that more of its loads are on their way."""
-    if rows <= _FEW_ROWS:
-        return _rows_program(columns, (*_PARTS, _BLOCK, 512, 1024), 1, False)
-    return _rows_program(columns, (*_PARTS, _BLOCK), _MOST_KEPT - 1 if rows >= _MANY_ROWS else 1, False)
-
-
-def rounded_norm(columns: int) -> RowsProgram:
-    """What makes int8 of rows' RMSNorm, with as few whole warps as keep a row (normalise_row takes no less)."""
-    return _rows_program(columns, (*_PARTS[2:], _BLOCK), 1, True)
+    """What makes int8 of so many operands' rows. The more rows there are, the more of one a thread holds: that takes
+    fewer instructions, and few rows leave more threads idle than they have work for."""
+    held = 1 if rows <= _FEW_ROWS else 2 if rows < _MANY_ROWS else _MOST_HELD
+    return _rows_program(columns, max(4, 16 // held), _MOST_THREADS if rows <= _FEW_ROWS else _BLOCK, held, False)
 
 
 @cache
-def _rows_program(columns: int, threads: tuple[int, ...], kept: int, normed: bool) -> RowsProgram:
-    """The fewest of these threads who keep so many sixteens each at most; else all of them, or, for rows so long that
-    they would have to keep _MOST_KEPT, for which 1024 have no registers, a block of the usual size."""
-    most = threads[-1] if columns <= threads[-1] * _SIXTEEN * (_MOST_KEPT - 1) else _BLOCK
-    fewest = next((n for n in threads if columns <= n * _SIXTEEN * kept), most)
-    return RowsProgram(fewest, min(_MOST_KEPT, -(-columns // (fewest * _SIXTEEN))), normed)
+def rounded_norm(columns: int, rows: int) -> RowsProgram:
+    """What makes int8 of so many rows' RMSNorm, with whole warps for a row (normalise_row takes no less)."""
+    held = 2 if rows < _MANY_ROWS else _MOST_HELD
+    while held > 2 and columns <= _WARP * _PIECE * held // 2:
+        held //= 2
+    return _rows_program(columns, _WARP, _BLOCK, held, True)
+
+
+def _rows_program(columns: int, fewest: int, most: int, held: int, normed: bool) -> RowsProgram:
+    """`fewest` threads, or twice as many until they hold a row; if `most` do not, each holds more, as far as it can."""
+    threads = fewest
+    while threads < most and columns > threads * held * _PIECE:
+        threads *= 2
+    while threads == most and held < _MOST_HELD and columns > threads * held * _PIECE:
+        held *= 2
+    return RowsProgram(threads, held, normed)
 
 
 def rows_programs() -> list[Program]:
     """All of them."""
-    columns = [_SIXTEEN * 8 * n for n in range(1, 4 * _MOST_KEPT * _BLOCK // 8 + 1)]
+    columns = [_BLOCK * n for n in range(1, 2 * _MOST_HELD * _PIECE + 1)]
     rows = _FEW_ROWS, _FEW_ROWS + 1, _MANY_ROWS
-    all_ = {rounding(n, r) for n in columns for r in rows} | {rounded_norm(n) for n in columns}
+    all_ = {make(n, r) for make in (rounding, rounded_norm) for n in columns for r in rows}
     return [own.program for own in sorted(all_, key=astuple)]
