@@ -18,7 +18,8 @@ constexpr int kTokens = Config::kTokens, kSharers = Config::kSharers;
 constexpr int kStagedTokens = EPILOGUE_BYTES / Config::kWarpgroups / 2 / kStagedBytes;  // of TokenRows' two stages each
 constexpr int kStageBytes = kTokens * kRotated;  // of a step of x for a set of tokens, or of W for the block's rows
 static_assert(kStageBytes == Config::kBlockTiles * kInt8TileBytes, "stages hold either");
-static_assert(Config::kStages >= kSteps, "a set stays until both warpgroups have read it");
+static_assert(Config::kStages >= 2 * kSteps,
+              "W of an output tile and its first set of tokens, or a set and the next one");
 static_assert(Config::kWarpgroups == 2 && Config::kTiles == 2 && Config::kGrouped && !Config::kGated, "the only shape");
 
 // Which of two warpgroups multiplies: each waits for its turn, and gives the turn to the other.
@@ -36,7 +37,8 @@ struct Turns {
 };
 
 using Stages = Ring<Config::kStages, kStageBytes>;
-constexpr int kTurnsOffset = Stages::kBytes + Stages::kBarrierBytes, kQueueOffset = kTurnsOffset + Turns::kBytes;
+constexpr int kTurnsOffset = Stages::kBytes + Stages::kBarrierBytes, kHeldOffset = kTurnsOffset + Turns::kBytes;
+constexpr int kQueueOffset = kHeldOffset + Barrier::kBytes;
 constexpr int kEpilogueOffset = ceil_div(kQueueOffset + TileQueue::kBytes, 1024) * 1024;
 static_assert(kEpilogueOffset + EPILOGUE_BYTES <= SHARED_BYTES, "what the host launches with");
 
@@ -46,6 +48,10 @@ __device__ __forceinline__ Stages ring_of_block() {
 }
 __device__ __forceinline__ Turns turns_of_block() {
     return {shared_address(block_memory()) + kTurnsOffset};
+}
+// A phase ends when all consumer threads have an output tile's W in registers.
+__device__ __forceinline__ Barrier weights_held() {
+    return {shared_address(block_memory()) + kHeldOffset};
 }
 __device__ __forceinline__ TileQueue queue_of_block() {
     return {reinterpret_cast<OutputTile*>(block_memory() + kQueueOffset)};
@@ -57,12 +63,13 @@ __device__ __forceinline__ void produce(const Stages& ring, TileQueue queue, con
                                         const void* x_map, const Tokens& x) {
     int rank = blockIdx.x % kSharers;
     ProducerPosition<Config::kStages> at;
-    for (OutputTiles outputs(x, row_tiles); outputs.more(); outputs.next()) {
+    uint32_t phase = 0;
+    for (OutputTiles outputs(x, row_tiles); outputs.more(); outputs.next(), phase ^= 1) {
         OutputTile output = OutputTile::of(outputs);
         int first = output.row_tile(row_tiles, 0), tiles = max(0, min(Config::kBlockTiles, row_tiles - first));
         const uint8_t* weights = row_tile<Config>(matrices, first, kSteps, output.expert).weights;
         ring.wait_until_finished(at);
-        queue.next() = output;
+        queue.put(output);
 #pragma unroll 1
         for (int step = 0; step < kSteps; ++step, at.advance()) {
             Barrier arrived = ring.begin_filling(at, tiles * kInt8TileBytes);
@@ -72,6 +79,7 @@ __device__ __forceinline__ void produce(const Stages& ring, TileQueue queue, con
         }
 #pragma unroll 1
         for (int token = output.first; token < output.end; token += kTokens) {
+            if (token == output.first + kTokens) weights_held().wait(phase);  // the ring is full of W and a set
 #pragma unroll 1
             for (int step = 0; step < kSteps; ++step, at.advance()) {
                 Barrier arrived = ring.begin_filling(at, kStageBytes);
@@ -82,6 +90,7 @@ __device__ __forceinline__ void produce(const Stages& ring, TileQueue queue, con
                                 token + rank * (kTokens / kSharers), arrived, (1 << kSharers) - 1);
             }
         }
+        if (output.end - output.first <= kTokens) weights_held().wait(phase);
     }
 }
 
@@ -105,6 +114,7 @@ struct Consumer {
             for (int k32 = 0; k32 < 4; ++k32) ldmatrix_x4(w[step][k32], from + ((2 * k32 + lane / 16) ^ row % 8) * 16);
         }
         finish_loads();
+        weights_held().arrive();
         __syncwarp();
 #pragma unroll
         for (int step = 0; step < kSteps; ++step, done.advance()) ring.release_by_warp<kSharers>(done.stage);
@@ -147,6 +157,7 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
     if (threadIdx.x == 0) {
         ring.init(1, 4 * Config::kWarpgroups * kSharers);
         turns_of_block().init();
+        weights_held().init(Config::kConsumers);
         fence_barrier_init();
     }
     sync_cluster();
@@ -159,7 +170,8 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
         float factor = *out_scale;  // a power of two
         for (int left = OutputTiles(x, row_tiles).more() ? 1 : 0; left > 0;) {
             ring.wait_until_arrived(consumer.at);
-            OutputTile to = queue.next();
+            OutputTile to = queue.get<kSharers>();
+            queue.next();
             left = to.left;
             RowTile tile = row_tile<Config>(matrices, to.row_tile(row_tiles, own + warp / 2), kSteps, to.expert);
             float scale[2], row_bias[2];

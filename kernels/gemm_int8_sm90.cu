@@ -85,7 +85,7 @@ __device__ __forceinline__ void produce_x(const Config::Steps& ring, TileQueue q
         OutputTile output = OutputTile::of(outputs);
         int token = output.first;
         ring.wait_until_finished(at);
-        queue.next() = output;
+        queue.put(output);
         auto begin = [&](int count) { return ring.begin_filling(at, count * Config::kXBytes); };
         auto fill = [&](uint32_t to, int step, Barrier arrived) {
             to += Config::kWBytes;
@@ -161,13 +161,15 @@ __device__ __forceinline__ void consume(const Config::Steps& ring, TileQueue que
     if (Config::kGrouped && !OutputTiles(x, w.row_tiles).more()) return;
     for (int left = 1; left > 0;) {
         ring.wait_until_arrived(consumer.at);
-        const OutputTile& to = queue.next();
+        OutputTile to = queue.get<Config::kSharers>();
         Rows rows = begin(to);
         TokenScales<Config::kTokens> scales(x_scale + to.first);
         Accumulators acc;
         // Else the next tile's first wgmma, which does not read them, would have them kept in their registers.
         if (Config::kHeadDim != 0 || (Config::kGated && !Config::kGrouped)) clear(acc);
         consumer.multiply(acc, to.end - to.first);
+        if (!Config::kGrouped) to = queue.get<Config::kSharers>();  // again: else registers spill, but for experts
+        queue.next();
         write(acc, rows, scales, to, consumer.at);
         left = to.left;
     }

@@ -84,14 +84,19 @@ def why_no_gpu():
     return None
 
 
-# How large a part of the slow emulated tests runs, and of most programs is compiled, others with each seed: CI has no
-# time for all of them in each run.
+# How large a part of the slow emulated tests runs, of most programs is compiled, and of damaged files is tried, others
+# with each seed: CI has no time for all of them in each run.
 SLOW_SHARE = float(os.environ.get("KQPREFILL_SLOW_SHARE", 1))
 
 
 def is_taken(name):
     """Whether something of that name is in the share."""
     return np.random.default_rng([SEED, zlib.crc32(name.encode()), 1]).random() < SLOW_SHARE
+
+
+def share_of(count):
+    """How many of so many files a slow test tries."""
+    return max(1, round(count * SLOW_SHARE))
 
 
 def left_out(item):

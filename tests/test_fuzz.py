@@ -6,12 +6,12 @@ import sys
 import numpy as np
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, share_of
 from fuzz_files import SMALL_TYPES, Draft, base_of, vocabulary
 from kqprefill.models import FAMILIES
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [100, pytest.param(share_of(1000), marks=pytest.mark.slow)])
 def test_no_file_surprises(count, rng, tmp_path):
     """In a process of its own, from which each command is forked."""
     args = [sys.executable, ROOT / "tests/bench/fuzz.py", str(count), str(rng.integers(1 << 62))]

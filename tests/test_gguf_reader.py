@@ -11,7 +11,7 @@ from gguf.constants import GGMLQuantizationType as GGML
 import numpy as np
 import pytest
 
-from conftest import EXAMPLE, ROOT
+from conftest import EXAMPLE, ROOT, share_of
 import kqprefill
 from kqprefill.errors import GGUFError, KqprefillError
 from kqprefill.gguf import GGUFFile
@@ -172,7 +172,7 @@ def test_version_2_is_read(tmp_path):
 FUZZED = [EXAMPLE, *(ROOT / "tests/data" / f"{name}.gguf" for name in ("phi3-q4_k_m", "gemma3-q4_k_m", "granite-q4_k"))]
 
 
-@pytest.mark.parametrize("count", [500, pytest.param(8_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [500, pytest.param(share_of(8_000), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("base", FUZZED, ids=lambda path: path.stem)
 def test_mutated_files_are_read_or_refused(base, count, tmp_path, rng):
     """Random damage to the header and the tensor table, `count` times: the model opens, or one of our errors says why

@@ -200,7 +200,7 @@ def test_a_pipeline_of_ray_data(tmp_path, rng):
 import ray
 from kqprefill.ray import Scorer
 
-ray.init(num_cpus=2, object_store_memory=80 << 20, include_dashboard=False, log_to_driver=False)
+ray.init("local", num_cpus=2, object_store_memory=80 << 20, include_dashboard=False, log_to_driver=False)
 made = [{{"tokens": [i % 256, 2, 3], "id": i}} for i in range(60)]
 for form in ("pyarrow", "numpy"):
     scores = ray.data.from_items(made).map_batches(

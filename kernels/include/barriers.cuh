@@ -85,6 +85,13 @@ struct ConsumerPosition : RingPosition<kStages> {
     __device__ __forceinline__ int previous() const { return this->stage == 0 ? kStages - 1 : this->stage - 1; }
 };
 
+// The lane of a warp that tells its own block that a stage may be filled again (Ring::release_by_warp), where so many
+// blocks of a cluster fill each other's.
+template <int kCluster>
+__device__ __forceinline__ int releasing_lane() {
+    return kCluster == 1 ? 0 : blockIdx.x % kCluster;
+}
+
 // A ring of kStages stages of kStageBytes each in shared memory, which are filled and read in turn. Each stage has two
 // barriers. A phase of `arrived` ends when the stage's data have come: the producers arrive there, and announce bytes.
 // A phase of `finished` ends when all consumers have read them: then the stage may be filled again.
@@ -127,7 +134,7 @@ struct Ring {
     }
 
     // A consumer has finished with a stage: each thread says so for itself, or a warp once for all its threads. Where
-    // the blocks of a cluster fill each other's stages, each of them must know.
+    // the blocks of a cluster fill each other's stages, each of them must know: of a warp, lane i tells block i.
     __device__ __forceinline__ void release_by_thread(int stage) const { finished(stage).arrive(); }
     template <int kCluster = 1>
     __device__ __forceinline__ void release_by_warp(int stage) const {

@@ -38,9 +38,17 @@ struct TileQueue {
     OutputTile* places;  // of shared memory
     int index = 0;
 
-    __device__ __forceinline__ OutputTile& next() {
-        OutputTile& tile = places[index];
-        index = index == kPlaces - 1 ? 0 : index + 1;
-        return tile;
+    __device__ __forceinline__ void put(const OutputTile& tile) { places[index] = tile, next(); }
+
+    // The tile, for all lanes of a warp. That lane reads it which releases stages to this block's producer: what it has
+    // read before it does so is what the producer may write over.
+    template <int kSharers>
+    __device__ __forceinline__ OutputTile get() const {
+        int reader = releasing_lane<kSharers>();
+        OutputTile tile = {};
+        if (threadIdx.x % 32 == reader) tile = places[index];
+        auto known = [&](int field) { return __shfl_sync(0xffffffffu, field, reader); };
+        return {known(tile.first), known(tile.end), known(tile.expert), known(tile.column_tile), known(tile.left)};
     }
+    __device__ __forceinline__ void next() { index = index == kPlaces - 1 ? 0 : index + 1; }
 };
