@@ -22,9 +22,9 @@ __device__ __forceinline__ void rotate(float (&v)[16]) {
 }
 
 // A group of halves, by the matrix units, which multiply by the Hadamard matrix of 16: a group is eight "sixteens",
-// which are then added to one another and subtracted. kThreads = 16 / kHeld neighbouring lanes share a group, and each has
-// eight neighbouring columns of kHeld quarters of it; the bits are the same for any kHeld. In bits, the number of a
-// column in its group is
+// which are then added to one another and subtracted. kThreads = 16 / kHeld neighbouring lanes share a group, and
+// each has eight neighbouring columns of kHeld quarters of it; the bits are the same for any kHeld. In bits, the number
+// of a column in its group is
 //
 //     q q  c c  h s e     q: its quarter; c: the thread, modulo four; h, e: which of the thread's four of a sixteen
 //
