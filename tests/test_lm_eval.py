@@ -228,7 +228,7 @@ def test_gemma3_270m(tmp_path, monkeypatch):
     write_tasks(tmp_path)
     lm = KqprefillLM(str(package.assemble(tmp_path / "gemma3.gguf")), backend="cpu")
     with lm.model:
-        found, calls = evaluate(lm, tmp_path, "kq_choices", monkeypatch, limit=24)
+        found, calls = evaluate(lm, tmp_path, "kq_choices", monkeypatch, limit=12)
         assert len(calls) == 1
         for sample in found["samples"]["kq_choices"]:
             for (context, continuation), (answer,) in zip(sample["arguments"], sample["resps"]):

@@ -30,7 +30,7 @@ __device__ int block_scan(int v, int& all) {
     __syncthreads();
     int before = 0;
     all = 0;
-#pragma unroll 8  // all at once spills
+#pragma unroll 8  // all of them at once would take more registers than there are
     for (int w = 0; w < kThreads / 32; ++w) {
         if (w < warp) before += of_warp[w];
         all += of_warp[w];

@@ -96,85 +96,67 @@ inline float operand_value(uint64_t operand, int row, int k, bool transposed) {
     memcpy(&value, own_memory() + swizzled(address), 2);
     return half_to_float(value);
 }
-// A thread's two rows of a, by 16 rows of b, or columns where it is transposed.
-template <int D>
-inline void multiply_rows(float (&d)[D], const float (&a)[2][16], uint64_t b, bool accumulate, bool transposed) {
-    int lane = fibers.current % 32;
-    for (int j = 0; j < D / 4; ++j)
-        for (int c = 0; c < 2; ++c) {
-            float sum[2] = {accumulate ? d[4 * j + c] : 0.0f, accumulate ? d[4 * j + 2 + c] : 0.0f};
-            for (int k = 0; k < 16; ++k) {
-                float right = operand_value(b, 8 * j + lane % 4 * 2 + c, k, transposed);
-                for (int r = 0; r < 2; ++r) sum[r] = fmaf(a[r][k], right, sum[r]);
-            }
-            d[4 * j + c] = sum[0], d[4 * j + 2 + c] = sum[1];
-        }
-}
-inline void meet_warpgroup() {
-    meet(fibers.group[fibers.current / 128], 128);
-}
-template <bool kTransposed = false, int D>
-inline void wgmma_f16(float (&d)[D], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b, bool accumulate) {
-    int warp = fibers.current / 32, lane = fibers.current % 32;
-    uint32_t own[4] = {a0, a1, a2, a3};
-    for (int i = 0; i < 4; ++i) fibers.held[warp][lane][i] = own[i];
-    meet_warpgroup();
-    float a[2][16];
-    for (int r = 0; r < 2; ++r)
-        for (int k = 0; k < 16; ++k) {
-            uint32_t pair = fibers.held[warp][lane / 4 * 4 + k % 8 / 2][r + k / 8 * 2];
-            a[r][k] = k % 2 ? high_half(pair) : low_half(pair);
-        }
-    multiply_rows(d, a, b, accumulate, kTransposed);
-    meet_warpgroup();
-}
-template <int D>
-inline void wgmma_f16(float (&d)[D], uint64_t left, uint64_t b, bool accumulate) {
-    int row = fibers.current / 32 % 4 * 16 + fibers.current % 32 / 4;
-    meet_warpgroup();
-    float a[2][16];
-    for (int r = 0; r < 2; ++r)
-        for (int k = 0; k < 16; ++k) a[r][k] = operand_value(left, row + 8 * r, k, false);
-    multiply_rows(d, a, b, accumulate, false);
-    meet_warpgroup();
-}
 inline int operand_byte(uint64_t operand, int row, int k) {
     uint32_t address = ((operand & 0x3fff) << 4) + row * 128 + k;
     return static_cast<int8_t>(own_memory()[swizzled(address)]);
 }
-// A thread's two rows of a, by 32 rows of b.
-template <int D>
-inline void multiply_rows(int (&d)[D], const int (&a)[2][32], uint64_t b, bool accumulate) {
+inline void meet_warpgroup() {
+    meet(fibers.group[fibers.current / 128], 128);
+}
+inline float multiplied(float a, float b, float sum) {
+    return fmaf(a, b, sum);
+}
+inline int multiplied(int a, int b, int sum) {
+    return a * b + sum;
+}
+// d (+)= a * b: left(r, k) gives a's columns of a thread's two rows, right(n, k) those of b's rows; kColumns of each.
+template <int kColumns, class T, int D, class Left, class Right>
+inline void multiply_rows(T (&d)[D], bool accumulate, Left left, Right right) {
+    meet_warpgroup();  // all have what they give
+    T a[2][kColumns];
+    for (int r = 0; r < 2; ++r)
+        for (int k = 0; k < kColumns; ++k) a[r][k] = left(r, k);
     int lane = fibers.current % 32;
     for (int j = 0; j < D / 4; ++j)
         for (int c = 0; c < 2; ++c) {
-            int sum[2] = {};
-            for (int k = 0; k < 32; ++k) {
-                int right = operand_byte(b, 8 * j + lane % 4 * 2 + c, k);
-                for (int r = 0; r < 2; ++r) sum[r] += a[r][k] * right;
+            T sum[2] = {accumulate ? d[4 * j + c] : 0, accumulate ? d[4 * j + 2 + c] : 0};
+            for (int k = 0; k < kColumns; ++k) {
+                T value = right(8 * j + lane % 4 * 2 + c, k);
+                for (int r = 0; r < 2; ++r) sum[r] = multiplied(a[r][k], value, sum[r]);
             }
-            for (int r = 0; r < 2; ++r) d[4 * j + 2 * r + c] = (accumulate ? d[4 * j + 2 * r + c] : 0) + sum[r];
+            d[4 * j + c] = sum[0], d[4 * j + 2 + c] = sum[1];
         }
-}
-template <int D>
-inline void wgmma_s8(int (&d)[D], uint64_t left, uint64_t b, bool accumulate) {
-    int row = fibers.current / 32 % 4 * 16 + fibers.current % 32 / 4;
-    meet_warpgroup();
-    int a[2][32];
-    for (int r = 0; r < 2; ++r)
-        for (int k = 0; k < 32; ++k) a[r][k] = operand_byte(left, row + 8 * r, k);
-    multiply_rows(d, a, b, accumulate);
     meet_warpgroup();
 }
+// The first of a thread's two rows of a; and a word of them, which the lanes of four columns hold.
+inline int row_of_left() {
+    return fibers.current / 32 % 4 * 16 + fibers.current % 32 / 4;
+}
+inline uint32_t held_word(int column, int word) {
+    return fibers.held[fibers.current / 32][fibers.current % 32 / 4 * 4 + column][word];
+}
+template <bool kTransposed = false, int D>
+inline void wgmma_f16(float (&d)[D], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b, bool accumulate) {
+    hold_left({a0, a1, a2, a3});
+    auto left = [](int r, int k) {
+        uint32_t pair = held_word(k % 8 / 2, r + k / 8 * 2);
+        return k % 2 ? high_half(pair) : low_half(pair);
+    };
+    multiply_rows<16>(d, accumulate, left, [b](int n, int k) { return operand_value(b, n, k, kTransposed); });
+}
 template <int D>
-inline void wgmma_s8(int (&d)[D], const uint32_t (&own)[4], uint64_t b, bool accumulate) {
-    int warp = fibers.current / 32, lane = fibers.current % 32;
-    for (int i = 0; i < 4; ++i) fibers.held[warp][lane][i] = own[i];
-    meet_warpgroup();
-    int a[2][32];
-    for (int r = 0; r < 2; ++r)
-        for (int k = 0; k < 32; ++k)
-            a[r][k] = static_cast<int8_t>(fibers.held[warp][lane / 4 * 4 + k % 16 / 4][r + k / 16 * 2] >> k % 4 * 8);
-    multiply_rows(d, a, b, accumulate);
-    meet_warpgroup();
+inline void wgmma_f16(float (&d)[D], uint64_t a, uint64_t b, bool accumulate) {
+    auto left = [a](int r, int k) { return operand_value(a, row_of_left() + 8 * r, k, false); };
+    multiply_rows<16>(d, accumulate, left, [b](int n, int k) { return operand_value(b, n, k, false); });
+}
+template <int D>
+inline void wgmma_s8(int (&d)[D], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+    hold_left(a);
+    auto left = [](int r, int k) { return byte_of(held_word(k % 16 / 4, r + k / 16 * 2), k % 4); };
+    multiply_rows<32>(d, accumulate, left, [b](int n, int k) { return operand_byte(b, n, k); });
+}
+template <int D>
+inline void wgmma_s8(int (&d)[D], uint64_t a, uint64_t b, bool accumulate) {
+    auto left = [a](int r, int k) { return operand_byte(a, row_of_left() + 8 * r, k); };
+    multiply_rows<32>(d, accumulate, left, [b](int n, int k) { return operand_byte(b, n, k); });
 }

@@ -42,10 +42,14 @@ inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address) {
     load_matrices(r, address, true);
 }
-// The operands of all lanes of a warp are held when this returns: a's words, then b's.
-inline void hold_operands(const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+inline void hold_left(const uint32_t (&a)[4]) {
     uint32_t* own = fibers.held[fibers.current / 32][fibers.current % 32];
     for (int i = 0; i < 4; ++i) own[i] = a[i];
+}
+// The operands of all lanes of a warp are held when this returns: a's words, then b's.
+inline void hold_operands(const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    hold_left(a);
+    uint32_t* own = fibers.held[fibers.current / 32][fibers.current % 32];
     own[4] = b0, own[5] = b1;
     meet_warp();
 }

@@ -17,7 +17,7 @@ from .tensor_maps import TensorMaps
 from .tiles import STAGED_TOKEN_BYTES
 
 _STEPS = 6  # of ROTATED columns in W's rows: 96 registers of a thread. With four the other kernel is faster
-_FEW_ROWS = 256  # of an expert, on average: of fewer, blocks wait for W for too much of their time
+_FEW_ROWS = 256  # an expert's, on average: with fewer the other kernel is faster, as blocks here wait for W too often
 _TOKENS = 128  # of a set, which a warpgroup multiplies in its turn
 _WARPGROUPS, _TILES, _CLUSTER, _STAGES = 2, 2, 2, 12
 _STAGED_TOKENS = 64  # of a warpgroup's outputs, at once: two stages of them
