@@ -186,22 +186,22 @@ def test_norms_whose_rows_are_rounded_at_once(device, rng):
         device.launcher.launch(NORM, "rms_norm", grid=3, out=alone, rows=None, **given)
         a = Operand(alone, columns, scale)
         by_itself = device.rounded(a)
-        for program in {rounded_norm(padded, rows) for rows in (3, 1 << 20)}:  # however many there are
-            halves = device.poisoned("halves", FLOAT16, 3, HALVES.padded(columns))
-            rounded, scales = device.poisoned("rounded", INT8, 3, padded), device.poisoned("scales", FLOAT32, 3)
-            own = {"rows": 3, "out": halves, "rounded": rounded, "padded": padded, "scales": scales}
-            device.launcher.launch(program.program, "rms_norm_rounded", grid=program.blocks(3), **own, **given)
-            assert np.array_equal(device.get(halves), device.get(alone))
-            together = device.rounded(replace(a, rounded=(rounded, scales)))
-            assert all(np.array_equal(*pair) for pair in zip(together, by_itself))
-            if columns > program.columns:
-                continue
-            device.poisoned("rounded", INT8, 3, padded), device.poisoned("scales", FLOAT32, 3)
-            device.launcher.launch(
-                program.program, "rms_norm_rounded", grid=program.blocks(3), **own | {"out": None}, **given
-            )
-            together = device.rounded(Operand(rounded, columns, scales, format=BYTES))
-            assert all(np.array_equal(*pair) for pair in zip(together, by_itself))
+        program = rounded_norm(padded)
+        halves = device.poisoned("halves", FLOAT16, 3, HALVES.padded(columns))
+        rounded, scales = device.poisoned("rounded", INT8, 3, padded), device.poisoned("scales", FLOAT32, 3)
+        own = {"rows": 3, "out": halves, "rounded": rounded, "padded": padded, "scales": scales}
+        device.launcher.launch(program.program, "rms_norm_rounded", grid=program.blocks(3), **own, **given)
+        assert np.array_equal(device.get(halves), device.get(alone))
+        together = device.rounded(replace(a, rounded=(rounded, scales)))
+        assert all(np.array_equal(*pair) for pair in zip(together, by_itself))
+        if columns > program.columns:
+            continue
+        device.poisoned("rounded", INT8, 3, padded), device.poisoned("scales", FLOAT32, 3)
+        device.launcher.launch(
+            program.program, "rms_norm_rounded", grid=program.blocks(3), **own | {"out": None}, **given
+        )
+        together = device.rounded(Operand(rounded, columns, scales, format=BYTES))
+        assert all(np.array_equal(*pair) for pair in zip(together, by_itself))
 
 
 @pytest.mark.parametrize("bad", [np.inf, np.nan])

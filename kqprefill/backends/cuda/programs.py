@@ -12,7 +12,7 @@ from .units import repack_units
 
 _BLOCK, _MOST_THREADS = THREADS["round_rows"], 1024  # int8_rows.cu's
 _WARP, _PIECE, _MOST_HELD = 32, 8, 8
-_FEW_ROWS, _MANY_ROWS = 128, 1024
+_FEW_ROWS = 128
 
 _NAMES = "norm rope scales head experts gates activations per_layer altup latent squares int8"
 NORM, ROPE, SCALES, HEAD, EXPERTS, GATES, ACTIVATIONS, PER_LAYER, ALTUP, LATENT, SQUARES, INT8 = COMMON = tuple(
@@ -59,19 +59,16 @@ class RowsProgram:
 
 @cache
 def rounding(columns: int, rows: int) -> RowsProgram:
-    """What makes int8 of so many operands' rows. The more rows there are, the more of one a thread holds: that takes
-    fewer instructions, and few rows leave more threads idle than they have work for."""
-    held = 1 if rows <= _FEW_ROWS else 2 if rows < _MANY_ROWS else _MOST_HELD
+    """What makes int8 of so many operands' rows. Of many rows a thread holds more: that takes fewer instructions, and
+    few rows leave more threads idle than they have work for."""
+    held = 1 if rows <= _FEW_ROWS else 4
     return _rows_program(columns, max(4, 16 // held), _MOST_THREADS if rows <= _FEW_ROWS else _BLOCK, held, False)
 
 
 @cache
-def rounded_norm(columns: int, rows: int) -> RowsProgram:
-    """What makes int8 of so many rows' RMSNorm, with whole warps for a row (normalise_row takes no less)."""
-    held = 2 if rows < _MANY_ROWS else _MOST_HELD
-    while held > 2 and columns <= _WARP * _PIECE * held // 2:
-        held //= 2
-    return _rows_program(columns, _WARP, _BLOCK, held, True)
+def rounded_norm(columns: int) -> RowsProgram:
+    """What makes int8 of rows' RMSNorm, with whole warps for a row (normalise_row takes no less)."""
+    return _rows_program(columns, _WARP, _BLOCK, 2, True)
 
 
 def _rows_program(columns: int, fewest: int, most: int, held: int, normed: bool) -> RowsProgram:
@@ -87,6 +84,6 @@ def _rows_program(columns: int, fewest: int, most: int, held: int, normed: bool)
 def rows_programs() -> list[Program]:
     """All of them."""
     columns = [_BLOCK * n for n in range(1, 2 * _MOST_HELD * _PIECE + 1)]
-    rows = _FEW_ROWS, _FEW_ROWS + 1, _MANY_ROWS
-    all_ = {make(n, r) for make in (rounding, rounded_norm) for n in columns for r in rows}
+    all_ = {rounding(n, rows) for n in columns for rows in (_FEW_ROWS, _FEW_ROWS + 1)}
+    all_ |= {rounded_norm(n) for n in columns}
     return [own.program for own in sorted(all_, key=astuple)]

@@ -62,7 +62,7 @@ class NormOps(BatchOps):
         length, padded, stride = math.sqrt(columns), BYTES.padded(columns), HALVES.padded(columns)
         rounded = self.work.array("normed in int8", BYTES.dtype, rows, padded)
         scales = self.work.array("normed rows' scales", FLOAT32, rows + MORE_ROWS)
-        scale, program = self.scales.of_bound(length * most), rounded_norm(padded, rows)
+        scale, program = self.scales.of_bound(length * most), rounded_norm(padded)
         halves = halves or columns > program.columns
         values = self.work.array("normed", HALVES.dtype, rows, stride) if halves else None
         with begun_early(self.launcher):
