@@ -23,6 +23,13 @@ __device__ __forceinline__ float gated(float g, float u) {
     return gated(g, u, kActivation);
 }
 
+// silu(g) * u of g times kSiluSlope, which is -log2(e), and of u times kPerSlope, one over it: two products less than
+// `gated`, where scales that g and u have anyway take these factors.
+constexpr float kSiluSlope = -1.4426950409f, kPerSlope = -0.6931471806f;
+__device__ __forceinline__ float scaled_silu(float g, float u) {
+    return g * reciprocal_approx(1.0f + exp2_approx(g)) * u;
+}
+
 // max(x, 0)² (arXiv 2109.08668); NaN stays.
 __device__ __forceinline__ float relu_squared(float x) {
     return x < 0.0f ? 0.0f : x * x;

@@ -45,20 +45,39 @@ struct GatedOutput {
         OperandColumn column = {out, ldo, features, first + row, row};
         Biases biases = {expert, features, first + row, column.exists()};
         float gate_b = biases.of(gate_bias), up_b = biases.of(up_bias);
-        if (activation == kSilu) store_all<kSilu, kTokens, kWarpgroups>(column, sums, gate_b, up_b, token, end);
+        if (activation == kSilu) store_silu<kTokens, kWarpgroups>(column, sums, gate_b, up_b, token, end);
         else if (activation == kGeluTanh)
-            store_all<kGeluTanh, kTokens, kWarpgroups>(column, sums, gate_b, up_b, token, end);
-        else store_all<kSwigluOai, kTokens, kWarpgroups>(column, sums, gate_b, up_b, token, end);
+            store_all<kTokens, kWarpgroups>(column, sums, gate_b, up_b, token, end, scaled<kGeluTanh>(column));
+        else store_all<kTokens, kWarpgroups>(column, sums, gate_b, up_b, token, end, scaled<kSwigluOai>(column));
     }
 
-    template <int kActivation, int kTokens, int kWarpgroups, class Sums>
+    // The output of a gate and an up; 0 where the feature does not exist.
+    template <int kActivation>
+    __device__ __forceinline__ auto scaled(const OperandColumn& column) const {
+        return [this, &column](float g, float u) { return column.kept(gated<kActivation>(g, u) * scale); };
+    }
+
+    template <int kTokens, int kWarpgroups, class Sums>
+    __device__ __forceinline__ void store_silu(const OperandColumn& column, const Sums& sums, float gate_bias,
+                                               float up_bias, int token, int end) const {
+        if constexpr (Sums::kScalesRows) {  // their scales take all factors; those of rows that do not exist are 0
+            float rest = scale * kPerSlope;
+            float row_scale[2] = {sums.row_scale[0] * kSiluSlope, sums.row_scale[1] * rest};
+            Sums own = {sums.acc, row_scale, sums.tokens};
+            store_all<kTokens, kWarpgroups>(column, own, gate_bias * kSiluSlope, up_bias * rest, token, end,
+                                            [](float g, float u) { return scaled_silu(g, u); });
+        } else {
+            store_all<kTokens, kWarpgroups>(column, sums, gate_bias, up_bias, token, end, scaled<kSilu>(column));
+        }
+    }
+
+    template <int kTokens, int kWarpgroups, class Sums, class Activate>
     __device__ __forceinline__ void store_all(const OperandColumn& column, const Sums& sums, float gate_bias,
-                                              float up_bias, int token, int end) const {
+                                              float up_bias, int token, int end, Activate activate) const {
         auto make = [&](int j, float (&y)[2]) {
             auto batch = sums.batch(j);
 #pragma unroll
-            for (int c = 0; c < 2; ++c)
-                y[c] = column.kept(gated<kActivation>(batch(0, c, gate_bias), batch(1, c, up_bias)) * scale);
+            for (int c = 0; c < 2; ++c) y[c] = activate(batch(0, c, gate_bias), batch(1, c, up_bias));
         };
         if constexpr (kWarpgroups == 2) {
             half_t* group = out + column.feature / kOperandGroup * kOperandGroup;
