@@ -11,7 +11,7 @@ import pytest
 from conftest import is_taken
 from kqprefill.backends.cuda.attention_kernels import portable_attention
 from kqprefill.backends.cuda.device.compiler import KernelCache, Program, Target, compile_program
-from kqprefill.backends.cuda.gemm.portable import SMALL, largest_config
+from kqprefill.backends.cuda.gemm.portable import LARGE, MEDIUM, SMALL, fitting
 from kqprefill.backends.cuda.kernel_set import ARCHITECTURES, every_program
 
 SMALLEST_SHARED_MEMORY = 99 << 10  # a block's, on sm_86, sm_89 and sm_120
@@ -81,7 +81,7 @@ def test_all_compile_without_spills(arch):
 
 
 def test_tiles_fit_every_gpu():
-    gemms = [largest_config(SMALLEST_SHARED_MEMORY).program(), SMALL.program()]
+    gemms = [fitting(size, SMALLEST_SHARED_MEMORY).program() for size in (LARGE, MEDIUM, SMALL)]
     attention = [portable_attention(head_dim, head_dim).program() for head_dim in (32, 64, 80, 96, 112, 128, 192, 256)]
     assert all(program.shared_bytes <= SMALLEST_SHARED_MEMORY for program in gemms + attention)
 

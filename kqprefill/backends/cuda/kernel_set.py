@@ -117,7 +117,7 @@ class Portable(KernelSet):
         return Gemms(exact, PortableInt8Gemm(facts, launcher, work), launcher, work)
 
     def _own_programs(self) -> Iterator[Program]:
-        for config in (*portable.LARGE, portable.SMALL):
+        for config in (*portable.LARGE, *portable.MEDIUM, *portable.SMALL):
             yield config.program()
             yield config.program(grouped=True)
             yield config.program(activated=True)
