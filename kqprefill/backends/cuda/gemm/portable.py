@@ -74,7 +74,8 @@ MEDIUM = (
     PortableConfig(128, 128, 64, 3, 2, 4),
 )
 SMALL = (PortableConfig(64, 64, 64, 5, 2, 2),)
-# With what a round takes, of as many output tiles as there are multiprocessors: microseconds of 4096 columns on an H100.
+# With what a round takes, of an output tile for each multiprocessor: microseconds of 4096 columns on an H100
+# (docs/performance.md: portable tiles).
 _SIZES = (LARGE, 75), (MEDIUM, 44), (SMALL, 16)
 
 
