@@ -1,9 +1,11 @@
 // Mixture of experts (arXiv 2401.04088): which experts a token goes to, copies of its row in the experts' order, and
 // the way back. All of it is on the device, and each sum has a fixed order. An entry is one of the `used` experts of a
 // token; it has the number token * used + slot.
+#include "include/combine.cuh"
 #include "include/groups.cuh"
 #include "include/operand.cuh"
 #include "include/reduce.cuh"
+#include "include/rms_norm.cuh"
 #include "include/types.cuh"
 
 constexpr int kThreads = EXPERT_THREADS;
@@ -293,43 +295,43 @@ extern "C" __global__ void __launch_bounds__(COPY_THREADS)
     if (threadIdx.x == 0) share_of[blockIdx.x] = 1.0f;
 }
 
-// x[t, :] = the sum over slots of share_of[entry] * sums[place_of[entry], :] / *scale, in the order of the slots (+
-// sigmoid(h[t, :] · gate) * shared[t, :], if shared is not null) (+ x[t, :], if add). sums: halves, rows of `columns`,
-// a multiple of 8. h: an operand, scaled by *h_scale, with rows `stride` apart. A block takes a token.
+// x[t, :] = the sum over slots of share_of[entry] * sums[place_of[entry], :] / *sums_scale, in the order of the slots
+// (+ sigmoid(h[t, :] · gate) * shared[t, :], if shared is not null) (+ x[t, :], if add). sums: halves, rows of
+// `columns`, a multiple of 8. h: an operand, scaled by *h_scale, with rows `stride` apart. A block takes a token.
 extern "C" __global__ void __launch_bounds__(kThreads, 4)
-    combine(float* x, const half_t* sums, const float* scale, int used, int columns, const int* place_of,
+    combine(float* x, const half_t* sums, const float* sums_scale, int used, int columns, const int* place_of,
             const float* share_of, const float* shared, const half_t* h, int stride, const float* h_scale,
             const float* gate, int add) {
     begin_kernel();
     int entry = blockIdx.x * used;
     uint64_t row = static_cast<uint64_t>(blockIdx.x) * columns;
-    float unscale = 1.0f / *scale, opened = 0.0f;
+    float unscale = 1.0f / *sums_scale, opened = 0.0f;
     if (shared != nullptr) {
         h += static_cast<uint64_t>(blockIdx.x) * stride;
         for (int i = threadIdx.x; i < columns; i += kThreads) opened = fmaf(load_operand(h, i), gate[i], opened);
         opened = 1.0f / (1.0f + expf(-block_sum<kThreads>(opened) / *h_scale));
     }
+    Copies copies = {sums, place_of + entry, share_of + entry, used, columns};
     for (int i = 8 * threadIdx.x; i < columns; i += 8 * kThreads) {
-        float sum[8] = {};
-        for (int slot = 0; slot < used; ++slot) {
-            const half_t* from = sums + static_cast<uint64_t>(place_of[entry + slot]) * columns;
-            uint4 eight = *reinterpret_cast<const uint4*>(from + i);
-            uint32_t pairs[4] = {eight.x, eight.y, eight.z, eight.w};
-            float share = share_of[entry + slot];
-#pragma unroll
-            for (int c = 0; c < 8; ++c)
-                sum[c] = fmaf(share, half_to_float(static_cast<half_t>(pairs[c / 2] >> 16 * (c % 2))), sum[c]);
-        }
+        float sum[1][8];
+        copies.add_up<uint4>(i, 0, sum);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
             float4* to = reinterpret_cast<float4*>(x + row + i) + half;
-            float4 y = shared != nullptr ? *(reinterpret_cast<const float4*>(shared + row + i) + half) : zero,
-                   was = add ? *to : zero;
-            auto result = [&](float own, float y, float was) { return fmaf(own, unscale, fmaf(opened, y, was)); };
-            const float* own = sum + 4 * half;
-            *to = make_float4(result(own[0], y.x, was.x), result(own[1], y.y, was.y), result(own[2], y.z, was.z),
-                              result(own[3], y.w, was.w));
+            float4 y = shared != nullptr ? *(reinterpret_cast<const float4*>(shared + row + i) + half) : zero;
+            *to = combined(sum[0] + 4 * half, unscale, opened, y, add ? *to : zero);
         }
     }
+}
+
+// x[t, :] += the same sum, without `shared`; and norm.cu's rms_norm of that.
+extern "C" __global__ void __launch_bounds__(kThreads, 4)
+    combine_rms_norm(float* x, const half_t* sums, const float* sums_scale, int used, int columns, const int* place_of,
+                     const float* share_of, const float* weight, half_t* out, int stride, float epsilon,
+                     const float* scale) {
+    begin_kernel();
+    int token = block_from_last();
+    CombinedRow row(x, sums, sums_scale, used, columns, place_of, share_of, token);
+    normalise_row<kThreads>(row, weight, out + static_cast<uint64_t>(token) * stride, columns, stride, epsilon, *scale);
 }

@@ -1,5 +1,6 @@
-// Makes int8 of operands' rows (round_rows), or of what RMSNorm makes of rows (rms_norm_rounded, where NORMED). It is
+// Makes int8 of operands' rows (round_rows), or, where NORMED, of what RMSNorm makes of rows (rms_norm_rounded). It is
 // compiled for rows of up to kKept columns; longer ones take longer.
+#include "include/combine.cuh"
 #include "include/hadamard.cuh"
 #include "include/int8.cuh"
 #include "include/reduce.cuh"
@@ -119,25 +120,48 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 
 #else
 
-// norm.cu's rms_norm of all rows, and rounded, scales = its rows, rounded. out: null where nobody reads its halves, for
-// rows of up to kKept columns.
-extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
-    rms_norm_rounded(const float* x, int rows, const float* weight, half_t* out, int columns, int stride, float epsilon,
-                     const float* scale, int8_t* rounded, int padded, float* scales) {
-    ask_for_weights<kThreads>(weight, columns);
-    begin_short_kernel();
+// Of the rows that `read` gives (RowThere): out = norm.cu's rms_norm, and rounded, scales = its rows, rounded.
+// row: this thread's, if it is inside. out: null where nobody reads its halves, for rows of up to kKept columns.
+template <class Read>
+__device__ __forceinline__ void normalise_and_round(const Read& read, const float* weight, half_t* out, int columns,
+                                                    int stride, float epsilon, const float* scale, int8_t* rounded,
+                                                    int padded, float* scales, int row, bool inside) {
     __shared__ __align__(16) half_t staged[kRows][kKept];  // rows, if they are short enough
-    int own = threadIdx.x / kRowThreads, row = block_from_last() * kRows + own;
-    bool inside = row < rows;
+    int own = threadIdx.x / kRowThreads;
     uint64_t from = inside ? row : 0;
     bool short_enough = kRows > 1 || stride <= kKept;
     half_t* to = short_enough ? staged[own] : out + from * stride;
-    normalise_row<kThreads, kRows, 2 * kHeld>(x + from * columns, weight, to, columns, stride, epsilon, *scale);
+    normalise_row<kThreads, kRows, 2 * kHeld>(read, weight, to, columns, stride, epsilon, *scale);
     sync_row();
     if (short_enough && inside && out != nullptr)
         for (int i = threadIdx.x % kRowThreads * 8; i < stride; i += kRowThreads * 8)
             *reinterpret_cast<uint4*>(out + from * stride + i) = *reinterpret_cast<const uint4*>(to + i);
     round_row(to, stride, *scale, rounded + from * padded, padded, scales + from, inside);
+}
+
+// All `rows` rows of x.
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
+    rms_norm_rounded(const float* x, int rows, const float* weight, half_t* out, int columns, int stride, float epsilon,
+                     const float* scale, int8_t* rounded, int padded, float* scales) {
+    ask_for_weights<kThreads>(weight, columns);
+    begin_short_kernel();
+    int row = block_from_last() * kRows + threadIdx.x / kRowThreads;
+    bool inside = row < rows;
+    RowThere there = {x + static_cast<uint64_t>(inside ? row : 0) * columns, columns};
+    normalise_and_round(there, weight, out, columns, stride, epsilon, scale, rounded, padded, scales, row, inside);
+}
+
+// The same of rows to which experts' outputs are added first: see experts.cu's combine_rms_norm.
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
+    combine_rms_norm_rounded(float* x, const half_t* sums, const float* sums_scale, int used, const int* place_of,
+                             const float* share_of, int rows, const float* weight, half_t* out, int columns, int stride,
+                             float epsilon, const float* scale, int8_t* rounded, int padded, float* scales) {
+    begin_kernel();
+    int row = block_from_last() * kRows + threadIdx.x / kRowThreads;
+    bool inside = row < rows;
+    CombinedRow combined(x, sums, sums_scale, used, columns, place_of, share_of, inside ? row : 0);
+    if (!inside) combined.copies.columns = 0;  // nothing is read, and nothing added
+    normalise_and_round(combined, weight, out, columns, stride, epsilon, scale, rounded, padded, scales, row, inside);
 }
 
 #endif

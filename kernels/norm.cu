@@ -24,7 +24,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     int row = block_from_last();
     x += static_cast<uint64_t>(rows != nullptr ? rows[row] : row) * columns;
     out += static_cast<uint64_t>(row) * stride;
-    normalise_row<kThreads>(x, weight, out, columns, stride, epsilon, *scale);
+    normalise_row<kThreads>(RowThere{x, columns}, weight, out, columns, stride, epsilon, *scale);
 }
 
 // As rms_norm, of x less its mean where `centred` is 1, and with a bias (null for none): out = *scale * (norm(x) *

@@ -86,7 +86,8 @@ def _source(program):
         kernels = {"gemm_activated"} if constants["ACTIVATED"] == "1" else own
         kernels = {"gemm_heads"} if constants.get("HEAD_DIM", "0") != "0" else kernels
     if "ROW_THREADS" in constants:
-        kernels = {"rms_norm_rounded" if constants["NORMED"] == "1" else "round_rows"}
+        normed = {"rms_norm_rounded", "combine_rms_norm_rounded"}
+        kernels = normed if constants["NORMED"] == "1" else {"round_rows"}
     launches = "".join(
         f'extern "C" void launch_{kernel}(const uint64_t* values, unsigned x, unsigned y, unsigned z, unsigned n) '
         f"{{ launch({kernel}, values, {{x, y, z}}, n, {cluster}); }}\n"

@@ -35,11 +35,11 @@ _THREADS = {
     "ACTIVATE_THREADS": (256, "activate_halves cast_rows add_rows"),
     "OUTPUT_SCALE_THREADS": (256, "output_scale"),
     "HEAD_THREADS": (1024, "finish_logits rank"),
-    "EXPERT_THREADS": (256, "route route_biased combine"),
+    "EXPERT_THREADS": (256, "route route_biased combine combine_rms_norm"),
     "COUNT_THREADS": (32, "count place"),
     "ARRANGE_THREADS": (MOST_EXPERTS, "arrange"),
     "WEIGHT_THREADS": (256, "repack dequantize embed decode_transposed measure"),
-    "INT8_THREADS": (256, "make_int8 round_rows rms_norm_rounded measure_int8"),
+    "INT8_THREADS": (256, "make_int8 round_rows rms_norm_rounded combine_rms_norm_rounded measure_int8"),
     "SQUARES_THREADS": (512, "add_squares add_float_squares add_expert_squares"),
     "DELTA_INPUT_THREADS": (128, "delta_inputs delta_output"),
     "ALTUP_THREADS": (

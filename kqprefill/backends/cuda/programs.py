@@ -47,7 +47,7 @@ class RowsProgram:
 
     @cached_property
     def program(self) -> Program:
-        """With round_rows, or, where it is normed, rms_norm_rounded."""
+        """With round_rows, or, where it is normed, rms_norm_rounded and combine_rms_norm_rounded."""
         constants = {"ROW_THREADS": self.threads, "HELD": self.held, "NORMED": int(self.normed)}
         defines = tuple((name, str(value)) for name, value in constants.items())
         return Program("int8_rows.cu", defines, self.threads if self.threads > _BLOCK else None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -12,6 +12,7 @@ from ....models.ops import Ops
 from ....models.weights import Weight
 from ..attention_kernels import AttentionConfig
 from ..device.arrays import FLOAT16, FLOAT32, DeviceArray
+from ..device.signatures import Argument
 from ..device.workspace import Workspace
 from ..gemm.operand import HALVES, Operand
 from ..kv_cache import DeviceCache, token_shapes
@@ -36,12 +37,43 @@ class ResidualBound:
     added: float = 0.0
 
 
+class Combination:
+    """Experts' outputs that are yet to be added to a residual stream: by the norm that comes next, as it reads the
+    stream, or else by a kernel of their own."""
+
+    def __init__(self, copies: dict[str, Argument], add: Callable[[], None]) -> None:
+        self._copies: dict[str, Argument] | None = copies
+        self._add = add
+
+    def take(self) -> dict[str, Argument] | None:
+        """What a kernel is told that adds them (kernels/include/combine.cuh); None where they have been added."""
+        copies, self._copies = self._copies, None
+        return copies
+
+    def add(self) -> None:
+        """Launch what adds them, unless that has been done."""
+        if self.take() is not None:
+            self._add()
+
+
 @dataclass(frozen=True)
 class Residual:
-    """The residual stream, float32 [T, H]. bound: on its values, known while only norms' outputs were added."""
+    """The residual stream, float32 [T, H].
 
-    values: DeviceArray
+    array: where it is. bound: on its values, known while only norms' outputs were added. combination: what may have to
+    be added to what is there.
+    """
+
+    array: DeviceArray
     bound: ResidualBound | None = None
+    combination: Combination | None = None
+
+    @property
+    def values(self) -> DeviceArray:
+        """All of it, for launches that follow."""
+        if self.combination is not None:
+            self.combination.add()
+        return self.array
 
 
 def received(ops: BatchOps, family: Family) -> DeviceArray:

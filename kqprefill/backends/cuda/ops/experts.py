@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 import math
 from typing import TypeAlias
 
@@ -13,10 +14,11 @@ from ....models.weights import Weight, Weights
 from ..constants import ACTIVATIONS as NUMBERS
 from ..constants import ENTRIES_AT_ONCE, THREADS
 from ..device.arrays import FLOAT16, FLOAT32, INT32, DeviceArray
+from ..device.signatures import Argument
 from ..gemm.operand import BYTES, HALVES, MORE_ROWS, Gemm, Groups, Operand
 from ..programs import ACTIVATIONS, EXPERTS
 from ..weights.matrix import Matrix
-from .batch import TOKENS_AT_ONCE, Residual
+from .batch import TOKENS_AT_ONCE, Combination, Residual
 from .dense import DenseOps
 
 _ROWS = 65536  # copies of tokens' rows that go through experts at a time
@@ -92,8 +94,17 @@ class ExpertOps(DenseOps):
             opened = None
             if shared is not None:
                 opened = shared[0].rows(t, end), self.context.small.vector(shared[1].tensor)[0]
-            copies, added = (places, shares), residual is not None
-            self._combine(out.rows(t, end), sums, sum_scale, experts, copies, tokens, added, opened)
+            copies: dict[str, Argument] = {
+                "sums": sums,
+                "sums_scale": sum_scale,
+                "used": used,
+                "place_of": places,
+                "share_of": shares,
+            }
+            combine = partial(self._combine, out.rows(t, end), copies, tokens, residual is not None, opened)
+            if residual is not None and shared is None and end - t == self.n:
+                return Residual(out, combination=Combination(copies, combine))
+            combine()
         return out if residual is None else Residual(out)
 
     def _gated_experts(
@@ -171,27 +182,21 @@ class ExpertOps(DenseOps):
     def _combine(
         self,
         x: DeviceArray,
-        sums: DeviceArray,
-        scale: DeviceArray,
-        experts: Experts,
-        copies: tuple[DeviceArray, DeviceArray],
+        copies: dict[str, Argument],
         tokens: Operand,
         add: bool,
         shared: tuple[Sums, DeviceArray] | None = None,
     ) -> None:
-        """x (+ x) = the sums of tokens' copies under their shares; copies: which row each is in, and its share. shared:
-        what a network for all makes of these tokens, and the vector that opens it."""
+        """x (+ x) = the sums of tokens' copies under their shares. copies: outputs and their scale, how many a token
+        has, which row each is in, and its share. shared: what a network for all makes of these tokens, and the vector
+        that opens it."""
         self.launcher.launch(
             EXPERTS,
             "combine",
             grid=x.shape[0],
             x=x,
-            sums=sums,
-            scale=scale,
-            used=experts.used,
+            **copies,
             columns=x.shape[1],
-            place_of=copies[0],
-            share_of=copies[1],
             shared=shared[0] if shared is not None else None,
             h=tokens.values,
             stride=tokens.values.shape[1],

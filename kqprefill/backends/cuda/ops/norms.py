@@ -11,8 +11,9 @@ from ....models.ops import Sums
 from ....models.weights import Weight
 from ..device.arrays import FLOAT32, DeviceArray
 from ..device.launcher import begun_early
+from ..device.signatures import Argument
 from ..gemm.operand import BYTES, HALVES, MORE_ROWS, Operand
-from ..programs import NORM, rounded_norm
+from ..programs import EXPERTS, NORM, rounded_norm
 from .batch import BatchOps, Residual, ResidualBound
 
 
@@ -20,19 +21,32 @@ class NormOps(BatchOps):
     """Part of CudaOps."""
 
     def norm(self, x: Residual, weight: Weight) -> Operand:
+        if x.combination is not None and not self._biased(weight):
+            return self.normalise(x.array, weight, copies=x.combination.take())
         return self.normalise(x.values, weight)
 
-    def normalise(self, x: DeviceArray, weight: Weight, picked: DeviceArray | None = None) -> Operand:
-        """The family's norm of x's rows, or of those whose numbers are picked, int32 [rows]."""
+    def _biased(self, weight: Weight) -> bool:
+        """Whether the mean is subtracted, or a bias added."""
+        return self.config.layer_norm or weight.bias is not None
+
+    def normalise(
+        self,
+        x: DeviceArray,
+        weight: Weight,
+        picked: DeviceArray | None = None,
+        copies: dict[str, Argument] | None = None,
+    ) -> Operand:
+        """The family's norm of x's rows, or of those whose numbers are picked, int32 [rows]. copies: of experts, which
+        are added to all of x's rows first (Combination); not where the norm is _biased."""
         self.enter("rest")
-        if self.config.layer_norm or weight.bias is not None:
+        if self._biased(weight):
             return self._biased_norm(x, weight, picked)
         vector, host = self.context.small.vector(weight.tensor)
         columns, rows = len(host), (x if picked is None else picked).shape[0]
         length = math.sqrt(columns)  # of a row after division by the norm's weight
         if self.context.weights.precision == "int8" and picked is None and weight.name.startswith("blk."):
             halves = weight.name not in self.int8_norms or self.collector is not None
-            return self._rounded_norm(x, vector, float(np.abs(host).max()), halves)
+            return self._rounded_norm(x, vector, float(np.abs(host).max()), halves, copies)
         out = Operand(
             self.work.array("normed", HALVES.dtype, rows, HALVES.padded(columns)),
             columns,
@@ -40,9 +54,10 @@ class NormOps(BatchOps):
             vector,
             length,
         )
+        more: dict[str, Argument] = {"rows": picked} if copies is None else copies
         self.launcher.launch(
-            NORM,
-            "rms_norm",
+            NORM if copies is None else EXPERTS,
+            "rms_norm" if copies is None else "combine_rms_norm",
             grid=rows,
             x=x,
             weight=vector,
@@ -51,11 +66,13 @@ class NormOps(BatchOps):
             stride=out.values.shape[1],
             epsilon=self.config.norm_epsilon,
             scale=out.scale,
-            rows=picked,
+            **more,
         )
         return out
 
-    def _rounded_norm(self, x: DeviceArray, vector: DeviceArray, most: float, halves: bool) -> Operand:
+    def _rounded_norm(
+        self, x: DeviceArray, vector: DeviceArray, most: float, halves: bool, copies: dict[str, Argument] | None
+    ) -> Operand:
         """RMSNorm of x's rows in int8; most: the largest magnitude in the norm's weight; halves: whether others than
         matrices in int8 may read it. Rows that the kernel has no room to keep it writes as halves in any case."""
         rows, columns = x.shape
@@ -68,7 +85,7 @@ class NormOps(BatchOps):
         with begun_early(self.launcher):
             self.launcher.launch(
                 program.program,
-                "rms_norm_rounded",
+                "rms_norm_rounded" if copies is None else "combine_rms_norm_rounded",
                 grid=program.blocks(rows),
                 x=x,
                 rows=rows,
@@ -81,6 +98,7 @@ class NormOps(BatchOps):
                 rounded=rounded,
                 padded=padded,
                 scales=scales,
+                **(copies or {}),
             )
         if values is None:
             return Operand(rounded, columns, scales, vector, length, BYTES)

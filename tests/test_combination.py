@@ -1,0 +1,61 @@
+"""The way back from experts: the norm that comes next adds their outputs to the residual stream as it reads it."""
+
+import numpy as np
+import pytest
+
+from kqprefill.backends.cuda.device.arrays import FLOAT16, FLOAT32, INT8, DeviceArray
+from kqprefill.backends.cuda.gemm.operand import BYTES, HALVES
+from kqprefill.backends.cuda.ops.batch import Combination, Residual
+from kqprefill.backends.cuda.programs import EXPERTS, NORM, rounded_norm
+from test_int8 import device  # noqa: F401  # a fixture
+
+
+@pytest.mark.parametrize("columns", [64, 1000, 2048, 5000])
+def test_norms_add_what_experts_give(device, columns, rng):  # noqa: F811
+    """One after another, and at once, exact and in int8: the same bits, of the stream and of what is made of it."""
+    tokens, used = 7, 3
+    stride, padded = HALVES.padded(columns), BYTES.padded(columns)
+    stream = rng.standard_normal((tokens, columns)).astype(np.float32)
+    sums = device.work.upload("sums", rng.standard_normal((tokens * used, columns)).astype(np.float16))
+    weight = device.work.upload("norm", rng.uniform(0.5, 2, columns).astype(np.float32))
+    copies = {"sums": sums, "sums_scale": device.small.constant(np.array([0.5], np.float32)), "used": used}
+    copies["place_of"] = device.work.upload("places", rng.permutation(tokens * used).astype(np.int32))
+    copies["share_of"] = device.work.upload("shares", rng.uniform(0, 1, tokens * used).astype(np.float32))
+    scale = device.small.constant(np.array([64.0], np.float32))
+    given = {"weight": weight, "columns": columns, "stride": stride, "epsilon": 1e-6, "scale": scale}
+    program = rounded_norm(padded)
+
+    def made(combined, int8):
+        x = device.work.upload("stream", stream)
+        if not combined:
+            nothing = dict.fromkeys(("shared", "h", "h_scale", "gate"))
+            device.launcher.launch(
+                EXPERTS, "combine", grid=tokens, x=x, columns=columns, stride=0, add=1, **copies, **nothing
+            )
+        out, more = device.poisoned("out", FLOAT16, tokens, stride), copies if combined else {}
+        if not int8:
+            more = more or {"rows": None}
+            kernel = (EXPERTS, "combine_rms_norm") if combined else (NORM, "rms_norm")
+            device.launcher.launch(*kernel, grid=tokens, x=x, out=out, **given, **more)
+            return device.get(x), device.get(out)
+        rounded, scales = device.poisoned("int8", INT8, tokens, padded), device.poisoned("scales", FLOAT32, tokens)
+        own = {"rows": tokens, "out": out, "rounded": rounded, "padded": padded, "scales": scales}
+        kernel = "combine_rms_norm_rounded" if combined else "rms_norm_rounded"
+        device.launcher.launch(program.program, kernel, grid=program.blocks(tokens), x=x, **own, **given, **more)
+        return tuple(map(device.get, (x, out, rounded, scales)))
+
+    for int8 in (False, True):
+        apart, at_once = made(False, int8), made(True, int8)
+        assert not np.array_equal(apart[0], stream) and np.isfinite(apart[0]).all()
+        assert all(np.array_equal(*pair) for pair in zip(apart, at_once))
+
+
+def test_they_are_added_once():
+    """By whoever asks first: a norm that takes them, or a reader of the stream's values."""
+    added, array = [], DeviceArray(0, FLOAT32, (1, 64))
+    x = Residual(array, combination=Combination({"used": 2}, lambda: added.append(1)))
+    assert x.values == x.values == array and added == [1]
+    assert x.combination.take() is None
+    x = Residual(array, combination=Combination({"used": 2}, lambda: added.append(1)))
+    assert x.combination.take() == {"used": 2}
+    assert x.values == array and added == [1]
