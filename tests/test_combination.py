@@ -3,10 +3,16 @@
 import numpy as np
 import pytest
 
+from emulator import why_not
+from host_backend import run_on_host
+from kqprefill.backends.cuda.constants import SHORT_ROW
 from kqprefill.backends.cuda.device.arrays import FLOAT16, FLOAT32, INT8, DeviceArray
 from kqprefill.backends.cuda.gemm.operand import BYTES, HALVES
 from kqprefill.backends.cuda.ops.batch import Combination, Residual
 from kqprefill.backends.cuda.programs import EXPERTS, NORM, rounded_norm
+from kqprefill.engine.model import open_model
+from kqprefill.gguf.types import GGML
+from kqprefill.synthetic import Shape, SyntheticFile
 from test_int8 import device  # noqa: F401  # a fixture
 
 
@@ -34,9 +40,12 @@ def test_norms_add_what_experts_give(device, columns, rng):  # noqa: F811
             )
         out, more = device.poisoned("out", FLOAT16, tokens, stride), copies if combined else {}
         if not int8:
-            more = more or {"rows": None}
-            kernel = (EXPERTS, "combine_rms_norm") if combined else (NORM, "rms_norm")
-            device.launcher.launch(*kernel, grid=tokens, x=x, out=out, **given, **more)
+            more = {"rows": None}
+            kernel, grid = (NORM, "rms_norm"), tokens
+            if combined:
+                kernel, grid = (EXPERTS, "combine_rms_norm"), -(-tokens // 2) if columns <= SHORT_ROW else tokens
+                more = {"tokens": tokens, **copies}
+            device.launcher.launch(*kernel, grid=grid, x=x, out=out, **given, **more)
             return device.get(x), device.get(out)
         rounded, scales = device.poisoned("int8", INT8, tokens, padded), device.poisoned("scales", FLOAT32, tokens)
         own = {"rows": tokens, "out": out, "rounded": rounded, "padded": padded, "scales": scales}
@@ -59,3 +68,16 @@ def test_they_are_added_once():
     x = Residual(array, combination=Combination({"used": 2}, lambda: added.append(1)))
     assert x.combination.take() == {"used": 2}
     assert x.values == array and added == [1]
+
+
+@pytest.mark.skipif(why_not() is not None, reason=f"kernels are not emulated: {why_not()}")
+def test_the_last_layers_outputs_are_in_a_batchs_graph(monkeypatch, rng):
+    """A prompt's logits are the same when it is launched, captured, and replayed."""
+    run_on_host(monkeypatch)
+    shape = Shape("qwen3moe", 2, 128, 4, 2, 32, 96, 131, 4096, 1e4, experts=4, used=2)
+    tokens = rng.integers(0, 131, 5)
+    with open_model(SyntheticFile(shape, lambda *_: GGML.Q8_0, "graphs"), "cuda", vram=1 << 30, max_tokens=16) as model:
+        first, *others = (model.prefill(tokens, logits="last").logits for _ in range(4))
+        counts = model.backend.launcher.counts
+    assert all(np.array_equal(first, other) for other in others)
+    assert counts["combine_rms_norm"] == counts["combine"] == 4

@@ -271,7 +271,7 @@ class CudaBackend(Backend):
 
                 def forward() -> Residual:
                     residual: Residual = family.forward(ops, progress, self.share.layers, incoming)
-                    return residual
+                    return residual.finished()  # what is launched later is in no graph
 
                 streaming, kept = self.weights.streaming, cache is not None or collector is not None
                 from_host = streaming or self.share.embeds_from_host(family, streaming)

@@ -9,6 +9,7 @@ import numpy as np
 
 from ....models.ops import Sums
 from ....models.weights import Weight
+from ..constants import SHORT_ROW
 from ..device.arrays import FLOAT32, DeviceArray
 from ..device.launcher import begun_early
 from ..device.signatures import Argument
@@ -54,11 +55,11 @@ class NormOps(BatchOps):
             vector,
             length,
         )
-        more: dict[str, Argument] = {"rows": picked} if copies is None else copies
+        more: dict[str, Argument] = {"rows": picked} if copies is None else {"tokens": rows, **copies}
         self.launcher.launch(
             NORM if copies is None else EXPERTS,
             "rms_norm" if copies is None else "combine_rms_norm",
-            grid=rows,
+            grid=-(-rows // 2) if copies is not None and columns <= SHORT_ROW else rows,
             x=x,
             weight=vector,
             out=out.values,
