@@ -42,7 +42,11 @@ from kqprefill.models import read_model
 # One after another.
 SHIM = "emulator/threads host/words emulator/arithmetic emulator/matrix_units emulator/hopper emulator/launches".split()
 IN_ITS_PLACE = ("types.cuh", "ptx.cuh")  # of which SHIM stands in the place
-OPTIONS = "-std=c++20 -O1 -mf16c -mfma -mavx2 -ffp-contract=off -fno-strict-aliasing -w -shared -fPIC".split()
+# -fno-gnu-unique: static variables of inline functions, which are shared memory here, are each program's own, not those
+# of the first program that a process loads, which may be shorter.
+OPTIONS = (
+    "-std=c++20 -O1 -mf16c -mfma -mavx2 -ffp-contract=off -fno-strict-aliasing -fno-gnu-unique -w -shared -fPIC".split()
+)
 MULTIPROCESSORS = 4
 
 
@@ -121,7 +125,8 @@ class Emulator:
 
     def _load(self, program):
         source = _source(program)
-        path = self._folder / f"{hashlib.sha256(source.encode()).hexdigest()[:32]}.so"
+        key = "\n".join((*OPTIONS, source))
+        path = self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
         if not path.exists():
             made = Path(tempfile.mkdtemp(dir=self._folder))
             (made / "kernel.cpp").write_text(source)
