@@ -328,7 +328,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4)
 
 // x[t, :] += the same sum, without `shared`; and norm.cu's rms_norm of that, of `tokens` tokens. A block takes a token,
 // or two whose rows are no longer than SHORT_ROW: then more of a row is on its way to each thread.
-extern "C" __global__ void __launch_bounds__(kThreads, 4)
+extern "C" __global__ void __launch_bounds__(kThreads, kTightRegisters ? 3 : 4)
     combine_rms_norm(float* x, int tokens, const half_t* sums, const float* sums_scale, int used, int columns,
                      const int* place_of, const float* share_of, const float* weight, half_t* out, int stride,
                      float epsilon, const float* scale) {

@@ -364,16 +364,22 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
                  2 * ceil_div(features, kOperandGroup) * (kOperandGroup / kTileRows)};
     Tokens x = {m, groups, group_count};
     int row = int8_row(threadIdx.x / 32 % 4 * 8 + threadIdx.x % 32 / 4);
+    // SiLU's factors, and the operand's scale, are in the rows' scales (scaled_silu), and in the biases.
     auto begin = [&](const OutputTile& to) -> Rows {
         RowTile tile = w.row_tile_of_warpgroup(to, 0);
-        return {tile.rows, tile.column, {w.scale(tile, row, 0, to.expert), w.scale(tile, row, 1, to.expert)}};
+        Biases biases = {to.expert, features, tile.column + row, tile.column + row < features};
+        float of_gate = activation == kSilu ? kSiluSlope : 1.0f;
+        float of_up = activation == kSilu ? *out_scale * kPerSlope : 1.0f;
+        return {tile.rows,
+                tile.column,
+                {w.scale(tile, row, 0, to.expert) * of_gate, w.scale(tile, row, 1, to.expert) * of_up},
+                {biases.of(gate_bias) * of_gate, biases.of(up_bias) * of_up}};
     };
     auto write = [&](const Accumulators& acc, const Rows& rows, const TokenScales<Config::kTokens>& scales,
                      const OutputTile& to, RingPlace&) {
         Int8Sums<Config::kTokens> sums = {acc, rows.scale, scales};
         GatedOutput output = {out, ldo, features, *out_scale, activation, block_memory() + Config::kEpilogueOffset};
-        output.store_transposed<Config::kTokens, Config::kWarpgroups>(sums, gate_bias, up_bias, to.expert, rows.column,
-                                                                      row, to.first, to.end);
+        output.store<Config::kTokens, Config::kWarpgroups>(sums, rows.bias, rows.column, row, to.first, to.end);
     };
     run(w, x_map, x_scale, x, begin, write);
 }

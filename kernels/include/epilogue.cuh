@@ -20,7 +20,7 @@ __device__ __forceinline__ float unscale(const float* x_scale, const float* w_sc
 // batch j of 8 tokens. A batch gives, as (i, c, bias), what one of its accumulators stands for, times alpha, plus bias.
 template <int kTokens>
 struct HalfSums {
-    static constexpr bool kScalesRows = false;  // whether each row has a scale of its own
+    static constexpr bool kSiluScaled = false;  // whether gates and ups come as scaled_silu has them
     const float (&acc)[kTokens / 2];
     float alpha;
 

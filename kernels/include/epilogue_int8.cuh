@@ -40,7 +40,7 @@ struct AllScales {
 // A thread's sums of a transposed product, as HalfSums are: with the scales of its two rows, and of its tokens.
 template <int kTokens, class Scales = TokenScales<kTokens>>
 struct Int8Sums {
-    static constexpr bool kScalesRows = true;
+    static constexpr bool kSiluScaled = true;
     const int (&acc)[kTokens / 2];
     const float (&row_scale)[2];
     const Scales& tokens;

@@ -42,13 +42,24 @@ struct GatedOutput {
     template <int kTokens, int kWarpgroups, class Sums>
     __device__ __forceinline__ void store_transposed(const Sums& sums, const float* gate_bias, const float* up_bias,
                                                      int expert, int first, int row, int token, int end) const {
+        Biases biases = {expert, features, first + row, first + row < features};
+        const float bias[2] = {biases.of(gate_bias), biases.of(up_bias)};
+        store<kTokens, kWarpgroups>(sums, bias, first, row, token, end);
+    }
+
+    // The same, with gate's bias and up's.
+    template <int kTokens, int kWarpgroups, class Sums>
+    __device__ __forceinline__ void store(const Sums& sums, const float (&bias)[2], int first, int row, int token,
+                                          int end) const {
         OperandColumn column = {out, ldo, features, first + row, row};
-        Biases biases = {expert, features, first + row, column.exists()};
-        float gate_b = biases.of(gate_bias), up_b = biases.of(up_bias);
-        if (activation == kSilu) store_silu<kTokens, kWarpgroups>(column, sums, gate_b, up_b, token, end);
+        if (activation == kSilu && Sums::kSiluScaled)  // rows that do not exist have a scale of 0
+            store_all<kTokens, kWarpgroups>(column, sums, bias, token, end,
+                                            [](float g, float u) { return scaled_silu(g, u); });
+        else if (activation == kSilu)
+            store_all<kTokens, kWarpgroups>(column, sums, bias, token, end, scaled<kSilu>(column));
         else if (activation == kGeluTanh)
-            store_all<kTokens, kWarpgroups>(column, sums, gate_b, up_b, token, end, scaled<kGeluTanh>(column));
-        else store_all<kTokens, kWarpgroups>(column, sums, gate_b, up_b, token, end, scaled<kSwigluOai>(column));
+            store_all<kTokens, kWarpgroups>(column, sums, bias, token, end, scaled<kGeluTanh>(column));
+        else store_all<kTokens, kWarpgroups>(column, sums, bias, token, end, scaled<kSwigluOai>(column));
     }
 
     // The output of a gate and an up; 0 where the feature does not exist.
@@ -57,27 +68,13 @@ struct GatedOutput {
         return [this, &column](float g, float u) { return column.kept(gated<kActivation>(g, u) * scale); };
     }
 
-    template <int kTokens, int kWarpgroups, class Sums>
-    __device__ __forceinline__ void store_silu(const OperandColumn& column, const Sums& sums, float gate_bias,
-                                               float up_bias, int token, int end) const {
-        if constexpr (Sums::kScalesRows) {  // their scales take all factors; those of rows that do not exist are 0
-            float rest = scale * kPerSlope;
-            float row_scale[2] = {sums.row_scale[0] * kSiluSlope, sums.row_scale[1] * rest};
-            Sums own = {sums.acc, row_scale, sums.tokens};
-            store_all<kTokens, kWarpgroups>(column, own, gate_bias * kSiluSlope, up_bias * rest, token, end,
-                                            [](float g, float u) { return scaled_silu(g, u); });
-        } else {
-            store_all<kTokens, kWarpgroups>(column, sums, gate_bias, up_bias, token, end, scaled<kSilu>(column));
-        }
-    }
-
     template <int kTokens, int kWarpgroups, class Sums, class Activate>
-    __device__ __forceinline__ void store_all(const OperandColumn& column, const Sums& sums, float gate_bias,
-                                              float up_bias, int token, int end, Activate activate) const {
+    __device__ __forceinline__ void store_all(const OperandColumn& column, const Sums& sums, const float (&bias)[2],
+                                              int token, int end, Activate activate) const {
         auto make = [&](int j, float (&y)[2]) {
             auto batch = sums.batch(j);
 #pragma unroll
-            for (int c = 0; c < 2; ++c) y[c] = activate(batch(0, c, gate_bias), batch(1, c, up_bias));
+            for (int c = 0; c < 2; ++c) y[c] = activate(batch(0, c, bias[0]), batch(1, c, bias[1]));
         };
         if constexpr (kWarpgroups == 2) {
             half_t* group = out + column.feature / kOperandGroup * kOperandGroup;

@@ -79,6 +79,14 @@ __host__ __device__ constexpr uint32_t half2_constant(int minus_1024_to_2047) {
     return 0xe400e400u + (static_cast<uint32_t>(-minus_1024_to_2047 - 1024)) * 0x00010001u;
 }
 
+// Whether the compiler takes a few registers more than for other GPUs (compute capability 10.0 and later): kernels that
+// would spill have fewer blocks to a multiprocessor there.
+#if __CUDA_ARCH__ >= 1000
+constexpr bool kTightRegisters = true;
+#else
+constexpr bool kTightRegisters = false;
+#endif
+
 // A launch may begin before the kernel before it has ended (programmatic dependent launch, sm_90 and later). So every
 // kernel calls this before it reads or writes what another may write or read: it returns when all earlier kernels have
 // ended, and lets the next one's blocks take the room that this one's leave.

@@ -6,7 +6,7 @@ is. Then a row of W has one scale, and a token of x has one: their largest magni
 of -127 to 127, half to even, and multiplied and summed exactly. So a token's scale depends on that token alone.
 QuaRot (arXiv 2404.00456) rotates so; llama.cpp multiplies x in int8, too, by blocks of 32 (ggml's Q8_0 and Q8_K).
 
-Which matrices: the large ones of layers, but for what costs little and errs most (docs/performance.md has the numbers).
+Which matrices: the large ones of layers, but for what costs little and errs most (numbers: docs/performance-int8.md).
 - Matrices in float formats stay exact: llama.cpp does not round what these are multiplied by to 8 bits, either.
 - The first layer stays exact: its error goes through everything after it.
 """

@@ -75,7 +75,7 @@ MEDIUM = (
 )
 SMALL = (PortableConfig(64, 64, 64, 5, 2, 2),)
 # With what a round takes, of an output tile for each multiprocessor: microseconds of 4096 columns on an H100
-# (docs/performance.md: portable tiles).
+# (docs/performance-int8.md: portable kernels).
 _SIZES = (LARGE, 75), (MEDIUM, 44), (SMALL, 16)
 
 

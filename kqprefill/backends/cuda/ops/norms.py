@@ -56,10 +56,11 @@ class NormOps(BatchOps):
             length,
         )
         more: dict[str, Argument] = {"rows": picked} if copies is None else {"tokens": rows, **copies}
+        two_a_block = copies is not None and columns <= SHORT_ROW
         self.launcher.launch(
             NORM if copies is None else EXPERTS,
             "rms_norm" if copies is None else "combine_rms_norm",
-            grid=-(-rows // 2) if copies is not None and columns <= SHORT_ROW else rows,
+            grid=-(-rows // 2) if two_a_block else rows,
             x=x,
             weight=vector,
             out=out.values,
