@@ -12,7 +12,7 @@ constexpr int kThreads = EXPERT_THREADS;
 static_assert(MOST_EXPERTS <= 32 * 32, "route: a lane has a bit for each of 32 experts");
 static_assert(MOST_USED_EXPERTS <= 32, "route: a warp has a lane for each expert that a token uses");
 static_assert(MOST_EXPERT_GROUPS <= 32, "route_biased: a lane has a group, a word a bit for each");
-static_assert(SHORT_ROW == 8 * kThreads, "what half of a block's threads keep, four columns four times each");
+static_assert(SHARED_ROW == 8 * kThreads, "what half of a block's threads keep, four columns four times each");
 static_assert(ARRANGE_THREADS == MOST_EXPERTS, "arrange: a thread an expert");
 
 constexpr int kNoExpert = 0x7fffffff;
@@ -327,14 +327,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4)
 }
 
 // x[t, :] += the same sum, without `shared`; and norm.cu's rms_norm of that, of `tokens` tokens. A block takes a token,
-// or two whose rows are no longer than SHORT_ROW: then more of a row is on its way to each thread.
+// or two whose rows are no longer than SHARED_ROW: then more of a row is on its way to each thread.
 extern "C" __global__ void __launch_bounds__(kThreads, kTightRegisters ? 3 : 4)
     combine_rms_norm(float* x, int tokens, const half_t* sums, const float* sums_scale, int used, int columns,
                      const int* place_of, const float* share_of, const float* weight, half_t* out, int stride,
                      float epsilon, const float* scale) {
     begin_kernel();
     constexpr int kRows = 2;
-    bool together = columns <= SHORT_ROW;
+    bool together = columns <= SHARED_ROW;
     int token = together ? block_from_last() * kRows + threadIdx.x / (kThreads / kRows) : block_from_last();
     bool inside = token < tokens;
     if (!inside) token = 0;

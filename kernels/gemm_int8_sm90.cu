@@ -359,7 +359,8 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
 #else
 
 // out[m, f] = *out_scale * act(gate) * up as an operand, rows `ldo` apart. gate_bias and up_bias, [features] for each
-// expert, may be null. Columns from `features` to the next multiple of 64 become zero. The others as above.
+// expert, may be null. Columns from `features` to the next multiple of 64 become zero, but of tokens that are not
+// finite. The others as above.
 extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bounds__(Config::kThreads, Config::kBlocks)
     gemm_gated(const int8_t* gate, const float* gate_scales, const int8_t* up, const float* up_scales, int features,
                const void* x_map, const float* x_scale, int m, int k, half_t* out, int ldo, const float* gate_bias,

@@ -1,5 +1,5 @@
 // Makes int8 of operands' rows (round_rows), or, where NORMED, of what RMSNorm makes of rows (rms_norm_rounded). It is
-// compiled for rows of up to kKept columns; longer ones take longer.
+// compiled for rows of up to kHeldColumns columns; longer ones take longer.
 #include "include/combine.cuh"
 #include "include/hadamard.cuh"
 #include "include/int8.cuh"
@@ -12,7 +12,7 @@ constexpr int kHeld = HELD;  // eights of columns that a thread has of a row: up
 constexpr int kOfGroup = kHeld < 4 ? kHeld : 4, kGroups = kHeld / kOfGroup;
 using Share = GroupShare<kOfGroup>;
 constexpr int kStep = kRowThreads / Share::kThreads * kRotated,
-              kKept = kStep * kGroups;  // columns of the row's threads
+              kHeldColumns = kStep * kGroups;  // columns of the row's threads
 // Blocks that a multiprocessor has registers for.
 constexpr int kRoom = kHeld == 8 ? 2 : kHeld == 4 ? 3 : 4;
 constexpr int kBlocks = kThreads > INT8_THREADS ? 1 : kTightRegisters && NORMED && kHeld > 2 ? kRoom - 1 : kRoom;
@@ -43,7 +43,7 @@ __device__ __forceinline__ uint32_t largest_of_row(uint32_t largest) {
     return largest;
 }
 
-// A thread's columns of a row of an operand (operand.cuh), of kKept columns at a time.
+// A thread's columns of a row of an operand (operand.cuh), of kHeldColumns columns at a time.
 struct RowShare {
     int first = threadIdx.x % kRowThreads / Share::kThreads * kRotated + Share::column(0);
     float values[kGroups][kOfGroup][8];
@@ -86,13 +86,13 @@ struct RowShare {
 
 // out, scale = a row of an operand (halves, x_scale times their values), rotated and rounded; out has `padded` columns,
 // whole groups. All threads of a block call this; nothing is written unless `inside`. Of a row that is longer than
-// kKept all but the last columns are read and rotated twice.
+// kHeldColumns all but the last columns are read and rotated twice.
 __device__ __forceinline__ void round_row(const half_t* x, int stride, float x_scale, int8_t* out, int padded,
                                           float* scale, bool inside) {
     RowShare share;
     Largest largest;
-    int last = (padded - 1) / kKept * kKept;
-    for (int before = 0;; before += kKept, share.first += kKept) {
+    int last = (padded - 1) / kHeldColumns * kHeldColumns;
+    for (int before = 0;; before += kHeldColumns, share.first += kHeldColumns) {
         share.read(x, stride);
         share.compare(largest);
         if (before == last) break;
@@ -102,7 +102,7 @@ __device__ __forceinline__ void round_row(const half_t* x, int stride, float x_s
     for (int before = last;;) {
         if (inside) share.write(rounding, out, padded);
         if (before == 0) break;
-        before -= kKept, share.first -= kKept;
+        before -= kHeldColumns, share.first -= kHeldColumns;
         share.read(x, stride);
     }
 }
@@ -121,12 +121,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 
 #else
 
-// A norm's weights. Few rows would wait for them: then each thread copies those that it will read to shared memory, which
-// takes no barrier. Nothing that may still run writes weights, so this is called before begin_kernel.
+// A norm's weights. Few rows would wait for them: then each thread copies those that it will read to shared memory,
+// which takes no barrier. Nothing that may still run writes weights, so this is called before begin_kernel.
 __device__ __forceinline__ const float* weights_at_hand(const float* weight, int columns) {
-    constexpr bool kFits = kRows * kKept * sizeof(float) <= 16384;
-    __shared__ __align__(16) float copies[kRows][kFits ? kKept : 4];
-    if (!kFits || gridDim.x > kFewRows || columns > kKept || columns % 4 != 0) {
+    constexpr bool kFits = kRows * kHeldColumns * sizeof(float) <= 16384;
+    __shared__ __align__(16) float copies[kRows][kFits ? kHeldColumns : 4];
+    if (!kFits || gridDim.x > kFewRows || columns > kHeldColumns || columns % 4 != 0) {
         ask_for_weights<kThreads>(weight, columns);
         return weight;
     }
@@ -139,16 +139,17 @@ __device__ __forceinline__ const float* weights_at_hand(const float* weight, int
     return own;
 }
 
-// Of the rows that `read` gives (RowThere): out = norm.cu's rms_norm, and rounded, scales = its rows, rounded.
-// row: this thread's, if it is inside. out: null where nobody reads its halves, for rows of up to kKept columns.
+// Of the rows that `read` gives (RowThere, CombinedRow): out = norm.cu's rms_norm, and rounded, scales = its rows,
+// rounded. row: this thread's, if it is inside. out: null where nobody reads its halves, for rows of up to kHeldColumns
+// columns.
 template <class Read>
 __device__ __forceinline__ void normalise_and_round(const Read& read, const float* weight, half_t* out, int columns,
                                                     int stride, float epsilon, const float* scale, int8_t* rounded,
                                                     int padded, float* scales, int row, bool inside) {
-    __shared__ __align__(16) half_t staged[kRows][kKept];  // rows, if they are short enough
+    __shared__ __align__(16) half_t staged[kRows][kHeldColumns];  // rows, if they are short enough
     int own = threadIdx.x / kRowThreads;
     uint64_t from = inside ? row : 0;
-    bool short_enough = kRows > 1 || stride <= kKept;
+    bool short_enough = kRows > 1 || stride <= kHeldColumns;
     half_t* to = short_enough ? staged[own] : out + from * stride;
     normalise_row<kThreads, kRows, 2 * kHeld>(read, weight, to, columns, stride, epsilon, *scale);
     sync_row();
@@ -179,9 +180,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     begin_kernel();
     int row = block_from_last() * kRows + threadIdx.x / kRowThreads;
     bool inside = row < rows;
-    CombinedRow combined(x, sums, sums_scale, used, columns, place_of, share_of, inside ? row : 0);
-    if (!inside) combined.copies.columns = 0;  // nothing is read, and nothing added
-    normalise_and_round(combined, weight, out, columns, stride, epsilon, scale, rounded, padded, scales, row, inside);
+    CombinedRow stream(x, sums, sums_scale, used, columns, place_of, share_of, inside ? row : 0);
+    if (!inside) stream.copies.columns = 0;  // nothing is read, and nothing added
+    normalise_and_round(stream, weight, out, columns, stride, epsilon, scale, rounded, padded, scales, row, inside);
 }
 
 #endif

@@ -5,7 +5,7 @@ import pytest
 
 from emulator import why_not
 from host_backend import run_on_host
-from kqprefill.backends.cuda.constants import SHORT_ROW
+from kqprefill.backends.cuda.constants import SHARED_ROW
 from kqprefill.backends.cuda.device.arrays import FLOAT16, FLOAT32, INT8, DeviceArray
 from kqprefill.backends.cuda.gemm.operand import BYTES, HALVES
 from kqprefill.backends.cuda.ops.batch import Combination, Residual
@@ -43,7 +43,7 @@ def test_norms_add_what_experts_give(device, columns, rng):  # noqa: F811
             more = {"rows": None}
             kernel, grid = (NORM, "rms_norm"), tokens
             if combined:
-                kernel, grid = (EXPERTS, "combine_rms_norm"), -(-tokens // 2) if columns <= SHORT_ROW else tokens
+                kernel, grid = (EXPERTS, "combine_rms_norm"), -(-tokens // 2) if columns <= SHARED_ROW else tokens
                 more = {"tokens": tokens, **copies}
             device.launcher.launch(*kernel, grid=grid, x=x, out=out, **given, **more)
             return device.get(x), device.get(out)

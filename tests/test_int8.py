@@ -260,12 +260,20 @@ def test_linear(device, rows, columns, rng):
         assert np.array_equal(device.get(part), plain[n // 2 :])
 
 
-def activated(gate, up):
+def activated(gate, up, activation="silu"):
+    if activation == "gelu_tanh":
+        return 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) * up
+    if activation == "swiglu_oai":
+        gate, up = np.minimum(gate, 7), np.clip(up, -7, 7) + 1
+        return gate / (1 + np.exp(-1.702 * gate)) * up
     return gate / (1 + np.exp(-gate)) * up
 
 
-@pytest.mark.parametrize("features,columns", [(64, 128), (160, 200), (100, 384)])
-def test_gated(device, features, columns, rng):
+@pytest.mark.parametrize(
+    "features,columns,activation",
+    [(64, 128, "silu"), (160, 200, "gelu_tanh"), (100, 384, "silu"), (96, 128, "swiglu_oai")],
+)
+def test_gated(device, features, columns, activation, rng):
     gate, up = (device.matrix(f"ffn_{name}", (features, columns))[0] for name in ("gate", "up"))
     biases = rng.standard_normal((2, features)).astype(np.float32)
     held = tuple(device.work.upload(f"bias {i}", biases[i]) for i in range(2))
@@ -274,8 +282,8 @@ def test_gated(device, features, columns, rng):
         a, _ = device.operand(n, columns, rng)
         values = device.poisoned("act", FLOAT16, n, HALVES.padded(features))
         gemm = device.gemms.choose([gate, up])
-        gemm.gated(a, gate, up, Operand(values, features, act_scale), None, held, "silu")
-        expected = activated(*(products(device, a, [m]) + b for m, b in zip((gate, up), biases)))
+        gemm.gated(a, gate, up, Operand(values, features, act_scale), None, held, activation)
+        expected = activated(*(products(device, a, [m]) + b for m, b in zip((gate, up), biases)), activation)
         got = device.get(values).astype(np.float64)
         at = operand_positions(features)
         assert close_to(expected, got[:, at] / 4, 1e-3)

@@ -42,12 +42,14 @@ struct GatedOutput {
     template <int kTokens, int kWarpgroups, class Sums>
     __device__ __forceinline__ void store_transposed(const Sums& sums, const float* gate_bias, const float* up_bias,
                                                      int expert, int first, int row, int token, int end) const {
+        static_assert(!Sums::kSiluScaled, "such sums come with their biases");
         Biases biases = {expert, features, first + row, first + row < features};
         const float bias[2] = {biases.of(gate_bias), biases.of(up_bias)};
         store<kTokens, kWarpgroups>(sums, bias, first, row, token, end);
     }
 
-    // The same, with gate's bias and up's.
+    // The same, with gate's bias and up's. For SiLU, where sums are kSiluScaled, they and the biases have all factors,
+    // `scale`, too; a feature that does not exist is then 0 only for tokens whose sums are finite.
     template <int kTokens, int kWarpgroups, class Sums>
     __device__ __forceinline__ void store(const Sums& sums, const float (&bias)[2], int first, int row, int token,
                                           int end) const {

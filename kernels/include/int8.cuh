@@ -65,7 +65,8 @@ struct Rounding {
     }
 };
 
-// What a sum stands for, and a bias: the one way in which it is computed, so that all kernels have the same bits.
+// What a sum stands for, and a bias: the one way in which it is computed, so that all kernels of a kernel set have the
+// same bits (Hopper's gate and up have factors of SiLU in the scales).
 __device__ __forceinline__ float int8_output(int sum, float row_scale, float token_scale, float bias) {
     return fmaf(static_cast<float>(sum) * row_scale, token_scale, bias);
 }

@@ -29,8 +29,8 @@ struct OutputTile {
 
 // The output tiles that a block's consumers make next. To look one up takes some 0.4 µs, so the producer of x,
 // which is ahead of them, does it: it puts the tile here before it fills the first stage of the ring that belongs to
-// it. The ring holds stages of kStages tiles at most. One place more is for the tile whose last stage consumers have
-// released, while they still write its outputs.
+// it. The ring holds stages of kStages tiles at most. One place more, as a tile may be
+// read again after its last stage was released.
 struct TileQueue {
     static constexpr int kPlaces = BlockConfig::kStages + 1;
     static constexpr int kBytes = ceil_div(kPlaces * sizeof(OutputTile), 128) * 128;  // what follows is aligned
@@ -40,8 +40,8 @@ struct TileQueue {
 
     __device__ __forceinline__ void put(const OutputTile& tile) { places[index] = tile, next(); }
 
-    // The tile, for all lanes of a warp. That lane reads it which releases stages to this block's producer: what it has
-    // read before it does so is what the producer may write over.
+    // The tile, for all lanes of a warp. The lane reads it that releases stages to this block's producer: so its reads
+    // are before what the producer writes next.
     template <int kSharers>
     __device__ __forceinline__ OutputTile get() const {
         int reader = releasing_lane<kSharers>();

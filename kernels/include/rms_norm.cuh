@@ -45,9 +45,9 @@ __device__ __forceinline__ void ask_for_weights(const float* weight, int columns
         for (int i = threadIdx.x * kLine; i < columns; i += kThreads * kLine) prefetch(weight + i);
 }
 
-// Columns i to i + 3 of a row of `columns`: zeros beyond these. fours: whether `columns` are whole fours.
-__device__ __forceinline__ float4 four_columns(const float* row, int columns, bool fours, int i) {
-    if (fours) return i < columns ? *reinterpret_cast<const float4*>(row + i) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+// Columns i to i + 3 of a row of `columns`: zeros beyond these. whole: whether `columns` are whole fours.
+__device__ __forceinline__ float4 four_columns(const float* row, int columns, bool whole, int i) {
+    if (whole) return i < columns ? *reinterpret_cast<const float4*>(row + i) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     return make_float4(i < columns ? row[i] : 0.0f, i + 1 < columns ? row[i + 1] : 0.0f,
                        i + 2 < columns ? row[i + 2] : 0.0f, i + 3 < columns ? row[i + 3] : 0.0f);
 }
@@ -68,8 +68,9 @@ struct RowThere {
 // out = scale * rms_norm(x) * weight as an operand, with zeros from `columns` to `stride`, by those threads of a block
 // of kThreads that share a row, of kRows side by side; all of its threads call this, once. Each takes four columns in
 // turn. read(first, step, fours) gives these for the first time, those that begin at column first, first + step and so
-// on: what x has there (RowThere), or what it has just put there. The first kKept fours a thread keeps; the others,
-// which only a single row may have, it reads again. The bits are the same for any kRows and kKept.
+// on: what its row, read.x, has there (RowThere), or what it has just put there (CombinedRow in combine.cuh). The first
+// kKept fours a thread keeps; the others, which only a single row may have, it reads again. The bits are the same for
+// any kRows and kKept.
 template <int kThreads, int kRows = 1, int kKept = 4, class Read>
 __device__ __forceinline__ void normalise_row(const Read& read, const float* weight, half_t* out, int columns,
                                               int stride, float epsilon, float scale) {

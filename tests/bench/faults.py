@@ -91,8 +91,8 @@ FAULTS = (
     Fault(
         "the portable GEMM's tiles are exchanged",
         f"{CUDA}/gemm/portable.py",
-        "return large if large.output_tiles",
-        "return SMALL if large.output_tiles",
+        "min(_SIZES, key=cost)",
+        "max(_SIZES, key=cost)",
         (LAUNCHES,),
     ),
     Fault(

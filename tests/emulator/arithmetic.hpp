@@ -68,6 +68,7 @@ inline uint32_t half2_fma(uint32_t a, uint32_t b,
 }
 inline void begin_kernel() {}
 inline void begin_short_kernel() {}
+constexpr bool kTightRegisters = false;
 constexpr int ceil_div(int a, int b) {
     return (a + b - 1) / b;
 }

@@ -13,7 +13,7 @@ MOST_USED_EXPERTS = 32  # by a token
 ENTRIES_AT_ONCE = 512  # tokens' copies that a warp counts and places by expert
 DELTA_CHUNK = 64  # positions of a sequence that Gated DeltaNet takes at a time (kernels/include/chunks.cuh)
 ALTUP_STREAMS = 4  # residual streams of Gemma 3n (altup.cu)
-SHORT_ROW = 2048  # columns of a row of the residual stream that shares a block with another (experts.cu)
+SHARED_ROW = 2048  # columns of a row of the residual stream that shares a block with another (experts.cu)
 MOST_EXPERT_GROUPS = 32  # that experts are chosen from
 
 # The activations of feed-forward networks, by the numbers that the kernels are told (kernels/include/activation.cuh;
@@ -58,7 +58,7 @@ SHARED_DEFINES = {
     "OPERAND_GROUP": OPERAND_GROUP,
     "ROTATED": ROTATED,
     "MAX_HEAD_DIM": MAX_HEAD_DIM,
-    "SHORT_ROW": SHORT_ROW,
+    "SHARED_ROW": SHARED_ROW,
     "MOST_EXPERTS": MOST_EXPERTS,
     "MOST_USED_EXPERTS": MOST_USED_EXPERTS,
     "ENTRIES_AT_ONCE": ENTRIES_AT_ONCE,

@@ -6,12 +6,14 @@ from dataclasses import astuple, dataclass
 from functools import cache, cached_property
 
 from ...gguf.types import GGML
+from ...models.precision import ROTATED
 from .constants import THREADS
 from .device.compiler import Program
 from .units import repack_units
 
 _BLOCK, _MOST_THREADS = THREADS["round_rows"], 1024  # int8_rows.cu's
-_WARP, _PIECE, _MOST_HELD = 32, 8, 8
+_WARP, _PIECE = 32, 8
+_MOST_HELD = {_BLOCK: 8, _MOST_THREADS: 4}  # by most threads: those that there are registers for
 _FEW_ROWS = 128
 
 _NAMES = "norm rope scales head experts gates activations per_layer altup latent squares int8"
@@ -76,14 +78,14 @@ def _rows_program(columns: int, fewest: int, most: int, held: int, normed: bool)
     threads = fewest
     while threads < most and columns > threads * held * _PIECE:
         threads *= 2
-    while threads == most and held < _MOST_HELD and columns > threads * held * _PIECE:
+    while threads == most and held < _MOST_HELD[most] and columns > threads * held * _PIECE:
         held *= 2
     return RowsProgram(threads, held, normed)
 
 
 def rows_programs() -> list[Program]:
     """All of them."""
-    columns = [_BLOCK * n for n in range(1, 2 * _MOST_HELD * _PIECE + 1)]
+    columns = range(ROTATED, 2 * _MOST_THREADS * _MOST_HELD[_MOST_THREADS] * _PIECE + 1, ROTATED)
     all_ = {rounding(n, rows) for n in columns for rows in (_FEW_ROWS, _FEW_ROWS + 1)}
     all_ |= {rounded_norm(n) for n in columns}
     return [own.program for own in sorted(all_, key=astuple)]

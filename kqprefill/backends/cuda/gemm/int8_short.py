@@ -23,7 +23,7 @@ _WARPGROUPS, _TILES, _CLUSTER, _STAGES = 2, 2, 2, 12
 _STAGED_TOKENS = 64  # of a warpgroup's outputs, at once: two stages of them
 _OUTPUT_TILES = 8  # of a cluster, about: with fewer some would have much more to do than others
 _MOST_SETS = 8  # of a group
-_BARRIERS = 2048  # bytes for the ring's, the turns and the queue of tiles
+_BARRIERS = 2048  # bytes for the ring's, the turns, W's and the queue of tiles
 _CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 232, 40  # of a thread
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ....models.ops import Sums
 from ....models.weights import Weight
-from ..constants import SHORT_ROW
+from ..constants import SHARED_ROW
 from ..device.arrays import FLOAT32, DeviceArray
 from ..device.launcher import begun_early
 from ..device.signatures import Argument
@@ -56,7 +56,7 @@ class NormOps(BatchOps):
             length,
         )
         more: dict[str, Argument] = {"rows": picked} if copies is None else {"tokens": rows, **copies}
-        two_a_block = copies is not None and columns <= SHORT_ROW
+        two_a_block = copies is not None and columns <= SHARED_ROW
         self.launcher.launch(
             NORM if copies is None else EXPERTS,
             "rms_norm" if copies is None else "combine_rms_norm",
