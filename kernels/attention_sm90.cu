@@ -64,9 +64,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         }
         fence_barrier_init();
     }
+    QueryTile tile = tiles[blockIdx.y];  // only uploads write these, too
+    if (threadIdx.x == kConsumers) prefetch_map(q_map), prefetch_map(k_map), prefetch_map(v_map);
     __syncthreads();
     begin_short_kernel();
-    QueryTile tile = tiles[blockIdx.y];
     int head = blockIdx.x, first_column = blockIdx.z * PART_DIM;  // of the head's values
     int first_block = tile.first_key(window) / BLOCK_KV, end_block = ceil_div(tile.end_key(window), BLOCK_KV);
 

@@ -74,18 +74,24 @@ __device__ __forceinline__ void produce_weights(const Config::Steps& ring, const
     }
 }
 
+// Whether that is worth it: of few tokens; and where no earlier kernel lists the token tiles.
+constexpr bool kLooksAhead = Config::kTokens <= 128 && !Config::kGrouped;
+
 // The work of one thread: it puts output tiles in the queue, and has the copy engine bring x, and angles (AngleStages),
-// where there are any. Each of a cluster's sharers brings its share of the tokens, for all of them.
+// where there are any. Each of a cluster's sharers brings its share of the tokens, for all of them. The first output tile
+// is looked up before earlier kernels are waited for, where it kLooksAhead.
 __device__ __forceinline__ void produce_x(const Config::Steps& ring, TileQueue queue, const void* x_map,
                                           const void* angle_map, const Weights& w, const Tokens& x) {
     constexpr int kSharers = Config::kSharers;
     int rank = blockIdx.x % kSharers;
+    bool begun = !kLooksAhead;
     ProducerPosition<Config::kStages> at;
     for (OutputTiles outputs(x, w.row_tiles); outputs.more(); outputs.next()) {
         OutputTile output = OutputTile::of(outputs);
         int token = output.first;
         ring.wait_until_finished(at);
         queue.put(output);
+        if (!begun) begin_kernel(), begun = true;
         auto begin = [&](int count) { return ring.begin_filling(at, count * Config::kXBytes); };
         auto fill = [&](uint32_t to, int step, Barrier arrived) {
             to += Config::kWBytes;
@@ -211,7 +217,8 @@ __device__ __forceinline__ void run(const Weights& w, const void* x_map, const f
             produce_weights(ring, w, x, copy, angle_map != nullptr ? Angles::kPanels : 0);
         }
         if (threadIdx.x == kConsumers + 32) {
-            begin_kernel();
+            if (kLooksAhead) prefetch_map(x_map);
+            else begin_kernel();
             produce_x(ring, queue_of_block(), x_map, angle_map, w, x);
         }
         __syncwarp();

@@ -140,6 +140,7 @@ __device__ __forceinline__ void run(const Matrices& matrices, const void* x_map,
             produce_weights(rings, matrices, x, units, row_tiles);
         }
         if (threadIdx.x == kConsumers + 32) {
+            prefetch_map(x_map);
             begin_kernel();
             produce_x(rings, x_map, angle_map, x, units, row_tiles);
         }

@@ -121,6 +121,24 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 
 #else
 
+// A norm's weights. Few rows would wait for them: then each thread copies those that it will read to shared memory,
+// which takes no barrier. Nothing that may still run writes weights, so this is called before begin_kernel.
+__device__ __forceinline__ const float* weights_at_hand(const float* weight, int columns) {
+    constexpr bool kFits = kRows * kHeldColumns * sizeof(float) <= 16384;
+    __shared__ __align__(16) float copies[kRows][kFits ? kHeldColumns : 4];
+    if (!kFits || gridDim.x > kFewRows || columns > kHeldColumns || columns % 4 != 0) {
+        ask_for_weights<kThreads>(weight, columns);
+        return weight;
+    }
+    float* own = copies[threadIdx.x / kRowThreads];
+#pragma unroll
+    for (int j = 0; j < 2 * kHeld; ++j) {
+        int i = (j * kRowThreads + threadIdx.x % kRowThreads) * 4;
+        if (i < columns) *reinterpret_cast<float4*>(own + i) = *reinterpret_cast<const float4*>(weight + i);
+    }
+    return own;
+}
+
 // Of the rows that `read` gives (RowThere, CombinedRow): out = norm.cu's rms_norm, and rounded, scales = its rows,
 // rounded. row: this thread's, if it is inside. out: null where nobody reads its halves, for rows of up to kHeldColumns
 // columns.
@@ -145,7 +163,7 @@ __device__ __forceinline__ void normalise_and_round(const Read& read, const floa
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     rms_norm_rounded(const float* x, int rows, const float* weight, half_t* out, int columns, int stride, float epsilon,
                      const float* scale, int8_t* rounded, int padded, float* scales) {
-    ask_for_weights<kThreads>(weight, columns);
+    weight = weights_at_hand(weight, columns);
     begin_short_kernel();
     int row = block_from_last() * kRows + threadIdx.x / kRowThreads;
     bool inside = row < rows;
@@ -158,6 +176,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     combine_rms_norm_rounded(float* x, const half_t* sums, const float* sums_scale, int used, const int* place_of,
                              const float* share_of, int rows, const float* weight, half_t* out, int columns, int stride,
                              float epsilon, const float* scale, int8_t* rounded, int padded, float* scales) {
+    weight = weights_at_hand(weight, columns);
     begin_kernel();
     int row = block_from_last() * kRows + threadIdx.x / kRowThreads;
     bool inside = row < rows;

@@ -37,10 +37,11 @@ __device__ __forceinline__ float sum_of_row(const float (&sums)[kRows]) {
 
 // Asks for a norm's weights, where few rows would wait for them to come from memory. Nothing that may still run writes
 // weights, so this is called before begin_kernel.
+constexpr int kFewRows = 256;  // one for each block
 template <int kThreads>
 __device__ __forceinline__ void ask_for_weights(const float* weight, int columns) {
-    constexpr int kMostBlocks = 256, kLine = 32;  // floats of a line of the L2 cache
-    if (gridDim.x <= kMostBlocks)
+    constexpr int kLine = 32;  // floats of a line of the L2 cache
+    if (gridDim.x <= kFewRows)
         for (int i = threadIdx.x * kLine; i < columns; i += kThreads * kLine) prefetch(weight + i);
 }
 

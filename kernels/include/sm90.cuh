@@ -20,6 +20,11 @@ __device__ __forceinline__ void bulk_copy(uint32_t destination, const void* sour
         "l"(source), "r"(bytes), "r"(barrier.address), "r"(static_cast<int>(passing)), "l"(0x12f0000000000000ull)
         : "memory");
 }
+// Asks for a tensor map, which tensor_copy would wait for. Only uploads write tensor maps, so this may be called before
+// begin_kernel.
+__device__ __forceinline__ void prefetch_map(const void* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
 // Copies the box of a two-dimensional tensor map whose first element is (column, row).
 __device__ __forceinline__ void tensor_copy(uint32_t destination, const void* map, int column, int row,
                                             Barrier barrier) {

@@ -51,6 +51,7 @@ struct TensorMap {  // as tests/emulator.py writes it: boxes of box_rows by 128 
 inline uint32_t swizzled(uint32_t address) {  // the 128-byte swizzle
     return address ^ (address >> 7 & 7) << 4;
 }
+inline void prefetch_map(const void*) {}
 inline void tensor_copy(uint32_t destination, const void* map, int column, int row, Barrier barrier, uint16_t blocks) {
     TensorMap from;
     memcpy(&from, map, sizeof(from));
