@@ -6,32 +6,12 @@
 #include "include/operand.cuh"
 #include "include/reduce.cuh"
 #include "include/rms_norm.cuh"
+#include "include/routing.cuh"
 #include "include/types.cuh"
 
 constexpr int kThreads = EXPERT_THREADS;
-static_assert(MOST_EXPERTS <= 32 * 32, "route: a lane has a bit for each of 32 experts");
-static_assert(MOST_USED_EXPERTS <= 32, "route: a warp has a lane for each expert that a token uses");
-static_assert(MOST_EXPERT_GROUPS <= 32, "route_biased: a lane has a group, a word a bit for each");
 static_assert(SHARED_ROW == 8 * kThreads, "what half of a block's threads keep, four columns four times each");
 static_assert(ARRANGE_THREADS == MOST_EXPERTS, "arrange: a thread an expert");
-
-constexpr int kNoExpert = 0x7fffffff;
-
-// A number of 32 bits that is larger than another's where the value is; -0 and 0 have the same. NaNs have numbers, too:
-// so all lanes agree on which value is the largest.
-__device__ __forceinline__ uint32_t in_order(float value) {
-    uint32_t bits = __float_as_uint(value + 0.0f);
-    return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-
-// Of the values that a warp's lanes have, each with its expert, the largest, and of equals the one with the lowest
-// number: to all lanes. Expert e is lane e % 32's. A lane without any has kNoExpert.
-__device__ __forceinline__ void best_of_warp(float& best, int& expert) {
-    uint32_t own = expert == kNoExpert ? 0 : in_order(best), largest = __reduce_max_sync(0xffffffffu, own);
-    uint32_t lowest = own == largest ? kNoExpert - expert : 0;
-    expert = kNoExpert - __reduce_max_sync(0xffffffffu, lowest);
-    best = __shfl_sync(0xffffffffu, best, expert);
-}
 
 // Finds the `used` largest of each of n tokens' scores, of equals the ones with the lowest numbers, and their shares. A
 // share comes from a softmax over all scores or, with routed_after, over the chosen ones; with normalise, the shares of
@@ -41,113 +21,28 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     route(const float* scores, const float* expert_scale, int n, int experts, int used, int normalise, int routed_after,
           int* expert_of, float* share_of) {
     begin_kernel();
-    int token = blockIdx.x * (kThreads / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
+    int token = blockIdx.x * (kThreads / 32) + threadIdx.x / 32;
     if (token >= n) return;
-    scores += static_cast<uint64_t>(token) * experts;
-    float largest = 0.0f, total = 0.0f, shares = 0.0f, own_share = 0.0f;
-    uint32_t taken = 0;  // a bit for each of this lane's experts
-    int own_expert = 0;
-    for (int slot = 0; slot < used; ++slot) {
-        float best = -__int_as_float(0x7f800000);
-        int index = kNoExpert;
-        for (int i = 0; lane + 32 * i < experts; ++i) {
-            float score = scores[lane + 32 * i];
-            if (!(taken >> i & 1) && (score > best || index == kNoExpert)) best = score, index = lane + 32 * i;
-        }
-        best_of_warp(best, index);
-        if (index % 32 == lane) taken |= 1u << index / 32;
-        if (slot == 0) {
-            largest = best;
-            for (int i = lane; i < experts; i += 32) total += expf(scores[i] - largest);
-            total = warp_sum(total);
-        }
-        float share = expf(best - largest);
-        shares += share;
-        if (slot == lane) own_expert = index, own_share = share;
-    }
-    if (lane >= used) return;
-    expert_of[token * used + lane] = own_expert;
-    own_share /= normalise || routed_after ? shares : total;
-    share_of[token * used + lane] = expert_scale != nullptr ? own_share * expert_scale[own_expert] : own_share;
+    Routed routed(token, scores, expert_scale, experts, used, expert_of, share_of);
+    bool of_chosen = normalise || routed_after;
+    if (experts <= 128) route_token<4>(routed, of_chosen);
+    else if (experts <= 256) route_token<8>(routed, of_chosen);
+    else route_token<MOST_EXPERTS / 32>(routed, of_chosen);
 }
 
-// The same where the choice is by another value than the share (arXiv 2412.19437): a score becomes a probability, by a
-// sigmoid or by the softmax over all scores; the choice is by probability + bias (bias may be null), among the experts
-// of the best `groups_used` of `groups` groups of neighbours, a group being worth its two best experts together; a
-// share is scale * probability, with normalise over the chosen ones' sum. A warp takes a token.
-constexpr float kLeastSum = 6.103515625e-5f;  // of shares that are normalised: 2^-14, as llama.cpp has it
+// The same where the choice is Biased (routing.cuh).
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     route_biased(const float* scores, const float* bias, const float* expert_scale, int n, int experts, int used,
                  int sigmoid, int normalise, float scale, int groups, int groups_used, int* expert_of,
                  float* share_of) {
     begin_kernel();
-    const float kNone = __int_as_float(0xff800000);
-    int token = blockIdx.x * (kThreads / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
+    int token = blockIdx.x * (kThreads / 32) + threadIdx.x / 32;
     if (token >= n) return;
-    scores += static_cast<uint64_t>(token) * experts;
-    float largest = kNone, total = 0.0f;
-    if (!sigmoid) {
-        for (int i = lane; i < experts; i += 32) largest = fmaxf(largest, scores[i]);
-        for (int offset = 16; offset; offset >>= 1)
-            largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
-        for (int i = lane; i < experts; i += 32) total += expf(scores[i] - largest);
-        total = warp_sum(total);
-    }
-    auto probability = [&](int i) {
-        return sigmoid ? 1.0f / (1.0f + expf(-scores[i])) : expf(scores[i] - largest) / total;
-    };
-    auto choice = [&](int i) { return probability(i) + (bias != nullptr ? bias[i] : 0.0f); };
-
-    uint32_t allowed = ~0u;  // a bit for each group
-    int in_group = experts / groups;
-    if (groups > 1) {
-        float own = kNone;  // lane g: what group g is worth
-        for (int g = 0; g < groups; ++g) {
-            float first = kNone, second = kNone;
-            for (int i = g * in_group + lane; i < (g + 1) * in_group; i += 32) {
-                float c = choice(i);
-                if (c > first) second = first, first = c;
-                else second = fmaxf(second, c);
-            }
-            for (int offset = 16; offset; offset >>= 1) {
-                float other = __shfl_xor_sync(0xffffffffu, first, offset);
-                float other_second = __shfl_xor_sync(0xffffffffu, second, offset);
-                second = fmaxf(fminf(first, other), fmaxf(second, other_second));
-                first = fmaxf(first, other);
-            }
-            if (lane == g) own = first + second;
-        }
-        allowed = 0;
-        for (int round = 0; round < groups_used; ++round) {
-            float best = allowed >> lane & 1 || lane >= groups ? kNone : own;
-            int index = allowed >> lane & 1 || lane >= groups ? kNoExpert : lane;
-            best_of_warp(best, index);
-            allowed |= 1u << index;
-        }
-    }
-
-    float shares = 0.0f, own_share = 0.0f;
-    uint32_t taken = 0;  // a bit for each of this lane's experts
-    int own_expert = 0;
-    for (int slot = 0; slot < used; ++slot) {
-        float best = kNone;
-        int index = kNoExpert;
-        for (int i = 0; lane + 32 * i < experts; ++i) {
-            int expert = lane + 32 * i;
-            if (taken >> i & 1 || !(allowed >> expert / in_group & 1)) continue;
-            float c = choice(expert);
-            if (c > best || index == kNoExpert) best = c, index = expert;
-        }
-        best_of_warp(best, index);
-        if (index % 32 == lane) taken |= 1u << index / 32;
-        float share = probability(index);
-        shares += share;
-        if (slot == lane) own_expert = index, own_share = share;
-    }
-    if (lane >= used) return;
-    expert_of[token * used + lane] = own_expert;
-    own_share = scale * (normalise ? own_share / fmaxf(shares, kLeastSum) : own_share);
-    share_of[token * used + lane] = expert_scale != nullptr ? own_share * expert_scale[own_expert] : own_share;
+    Routed routed(token, scores, expert_scale, experts, used, expert_of, share_of);
+    Biased by = {bias, sigmoid != 0, normalise != 0, scale, groups, groups_used};
+    if (experts <= 128) route_token_biased<4>(routed, by);
+    else if (experts <= 256) route_token_biased<8>(routed, by);
+    else route_token_biased<MOST_EXPERTS / 32>(routed, by);
 }
 
 // counts[c, e] = how many of the c-th kCounted entries are expert e's. A block, of one warp, counts so many.
