@@ -178,6 +178,11 @@ class Family(ABC):
         """The size of a layer's heads in its attention: of queries and keys, and of values."""
         return self.config.head_dim, self.config.head_dim
 
+    @cached_property
+    def all_head_dims(self) -> tuple[tuple[int, int], ...]:
+        """The head_dims that there are, each once."""
+        return tuple(dict.fromkeys(self.head_dims(index) for index in range(self.config.block_count)))
+
     def residual_shape(self, tokens: int) -> tuple[int, ...]:
         """The shape of the residual stream between layers, of a batch of so many tokens."""
         return tokens, self.config.embedding_length
@@ -240,7 +245,7 @@ class Family(ABC):
         """The recurrence that some layers are, where they are more than a convolution."""
         return None
 
-    @property
+    @cached_property
     def has_recurrence(self) -> bool:
         """Whether any of its layers keeps the state of a recurrence."""
         return any(isinstance(part, Recurrent) for _, part in self.state_parts())

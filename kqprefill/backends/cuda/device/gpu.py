@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 import ctypes
 from dataclasses import dataclass
+from functools import cache
 import re
 from threading import Lock
 from typing import Any, Protocol
@@ -73,11 +74,16 @@ def device_count() -> int:
     return int(check(driver.cuDeviceGetCount()))
 
 
-def check(result: Any) -> Any:
-    """The value of a cuda.bindings call, whose first element is its error code. Raises cuda.core's CUDAError."""
+@cache
+def _handle_return() -> Callable[[Any], Any]:
     from cuda.core._utils.cuda_utils import handle_return
 
-    return handle_return(result)
+    return handle_return  # type: ignore[no-any-return]
+
+
+def check(result: Any) -> Any:
+    """The value of a cuda.bindings call, whose first element is its error code. Raises cuda.core's CUDAError."""
+    return _handle_return()(result)
 
 
 class GpuFacts(Protocol):

@@ -20,6 +20,9 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
+_COMPARED = 64 << 10  # bytes of an upload, at most, that are held against what is there
+
+
 class Workspace:
     """Named work arrays. Each name's memory grows to the largest size asked for and is then reused; new memory is
     zeroed.
@@ -30,16 +33,28 @@ class Workspace:
     def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
         self._buffers: dict[str, Any] = {}
+        # What the arrays hold that nobody but `upload` has written, and the generation in which it did.
+        self._uploaded: dict[str, tuple[int, bytes]] = {}
         self.generation = 0
 
     def array(self, name: str, dtype: np.dtype, *shape: int) -> DeviceArray:
         """The array called `name`; at the same address as long as it need not grow."""
+        self._uploaded.pop(name, None)  # it may be written
         return DeviceArray(self._address(name, dtype.itemsize * math.prod(shape)), dtype, shape)
 
     def upload(self, name: str, array: np.ndarray[Any, Any]) -> DeviceArray:
-        """A host array's values as the work array called `name`."""
+        """A host array's values as the work array called `name`, which kernels only read.
+
+        Prompts of one length have the same positions and the same tiles: a few values that are there are not copied
+        again, as each copy keeps the GPU waiting for the first kernel.
+        """
+        there = self._uploaded.pop(name, None)
         to = self.array(name, array.dtype, *array.shape)
-        self._gpu.upload(to.address, array)
+        wanted = (self.generation, array.tobytes()) if array.nbytes <= _COMPARED else None
+        if wanted is None or there != wanted:
+            self._gpu.upload(to.address, array)
+        if wanted is not None:
+            self._uploaded[name] = wanted
         return to
 
     def _address(self, name: str, nbytes: int) -> int:
@@ -58,6 +73,7 @@ class Workspace:
         for buffer in self._buffers.values():
             buffer.close(self._gpu.stream)
         self._buffers.clear()
+        self._uploaded.clear()
 
 
 class Downloads:

@@ -31,8 +31,7 @@ def attention_configs(family: Family, kernel_set: KernelSet) -> dict[tuple[int, 
 
     Raises ModelError where heads are too wide.
     """
-    sizes = dict.fromkeys(family.head_dims(index) for index in range(family.config.block_count))
-    return {each: kernel_set.attention(*each) for each in sizes}
+    return {each: kernel_set.attention(*each) for each in family.all_head_dims}
 
 
 def key_rows(family: Family, kernel_set: KernelSet, segments: Sequence[Segment]) -> int:
@@ -53,7 +52,6 @@ def attention_layout(segments: Sequence[Segment], config: AttentionConfig, chunk
     """
     block, rows = config.block_kv, 0
     starts: list[int] = []  # each segment's first row of k and v
-    row_of: list[Int32Array] = []
     copies: list[tuple[int, int]] = []
     for segment in segments:
         copied = 0
@@ -62,8 +60,10 @@ def attention_layout(segments: Sequence[Segment], config: AttentionConfig, chunk
             before = starts[segment.after] + segment.position - copied
             copies += [(before + i, rows + i) for i in range(copied)]
         starts.append(rows + copied)
-        row_of.append(np.arange(rows + copied, rows + copied + segment.length, dtype=np.int32))
         rows += copied + segment.length
+    row_of = np.arange(rows)  # in order, where nothing is copied
+    if copies:
+        row_of = np.concatenate([np.arange(start, start + s.length) for s, start in zip(segments, starts)])
     tiles: list[tuple[int, ...]] = []
     chunk_tiles: list[tuple[int, ...]] = []
     for segment, start in zip(segments, starts):
@@ -90,7 +90,7 @@ def attention_layout(segments: Sequence[Segment], config: AttentionConfig, chunk
     return AttentionLayout(
         np.array(tiles, np.int32),
         rows,
-        np.concatenate(row_of),
+        row_of.astype(np.int32),
         np.array(copies, np.int32).reshape(-1, 2),
         np.array(chunk_tiles, np.int32) if chunk is not None else None,
     )

@@ -67,7 +67,8 @@ class HeadOps(DenseOps):
         if asked is not None:
             wait = self.context.downloads.start(ranked, on_device)
             return lambda: _ranks(wait, ranked, asked.top)
-        return lambda: self._last(ranked, on_device, kept[0] if logits == "last" and kept is not None else kept)
+        wait = self.context.downloads.start(ranked, on_device)
+        return lambda: self._last(wait, ranked, kept[0] if logits == "last" and kept is not None else kept)
 
     def pool(self, x: Residual, norm: Weight) -> PendingHead:
         self.enter("head")
@@ -126,10 +127,10 @@ class HeadOps(DenseOps):
         self.launcher.launch(HEAD, "rank", grid=count, logits=rows, n=vocab, targets=targets, top=top, out=out)
 
     def _last(
-        self, ranked: np.ndarray[Any, np.dtype[np.void]], source: DeviceArray, logits: Float32Array | None
+        self, wait: Callable[[], None], ranked: np.ndarray[Any, np.dtype[np.void]], logits: Float32Array | None
     ) -> HeadResult:
         """Wait for what is told of the last position, and until a cache has the batch."""
-        self.context.gpu.download(ranked, source.address)
+        wait()
         self.states.end_batch(self.batch.start, self.n)
         token, logit, logprob = ranked[0, 1].item()
         if token < 0:  # a logit is NaN

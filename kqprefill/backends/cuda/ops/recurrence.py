@@ -33,7 +33,7 @@ class RecurrenceOps(DenseOps):
     def begin_batch(self, family: Family) -> None:
         super().begin_batch(family)
         self.pieces: list[Piece] = []
-        if any(isinstance(part, Recurrent) and part.heads for _, part in family.state_parts()):
+        if family.recurrence is not None:
             self.pieces = [
                 self._upload_piece(*piece) for piece in enumerate(parts_of(self.batch.segments, CHUNKS_AT_ONCE))
             ]
