@@ -78,8 +78,8 @@ __device__ __forceinline__ void produce_weights(const Config::Steps& ring, const
 constexpr bool kLooksAhead = Config::kTokens <= 128 && !Config::kGrouped;
 
 // The work of one thread: it puts output tiles in the queue, and has the copy engine bring x, and angles (AngleStages),
-// where there are any. Each of a cluster's sharers brings its share of the tokens, for all of them. The first output tile
-// is looked up before earlier kernels are waited for, where it kLooksAhead.
+// where there are any. Each of a cluster's sharers brings its share of the tokens, for all of them. Where kLooksAhead,
+// the first output tile is looked up before earlier kernels are waited for.
 __device__ __forceinline__ void produce_x(const Config::Steps& ring, TileQueue queue, const void* x_map,
                                           const void* angle_map, const Weights& w, const Tokens& x) {
     constexpr int kSharers = Config::kSharers;

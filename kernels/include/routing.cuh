@@ -106,9 +106,9 @@ __device__ __forceinline__ void route_token(const Routed& token, bool normalise)
     token.put(own_expert, own_share / (normalise ? shares : total));
 }
 
-// Where the choice is by another value than the share (arXiv 2412.19437): a score becomes a probability, by a sigmoid or
-// by the softmax over all scores; the choice is by probability + bias, among the experts of the best `groups_used` of
-// `groups` groups of neighbours, a group being worth its two best experts together; a share is scale * probability,
+// Where the choice is by another value than the share (arXiv 2412.19437): a score becomes a probability, by a sigmoid
+// or by the softmax over all scores; the choice is by probability + bias, among the experts of the best `groups_used`
+// of `groups` groups of neighbours, a group being worth its two best experts together; a share is scale * probability,
 // with normalise over the chosen ones' sum.
 struct Biased {
     const float* bias;  // may be null

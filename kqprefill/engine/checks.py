@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+import math
 import os
 from typing import Any
 
@@ -40,9 +41,8 @@ def token_ids(tokens: Any, vocab_size: int) -> Int32Array:
     beyond_64_bits = array.dtype == object and array.ndim == 1 and all(type(token) is int for token in array)
     if array.ndim != 1 or (array.dtype.kind not in "iu" and not beyond_64_bits):
         raise InputError(f"{wanted}, not {array.dtype} of shape {list(array.shape)}")
-    bad = ((array < 0) | (array >= vocab_size)).astype(bool)
-    if bad.any():
-        at = int(bad.argmax())
+    if array.min() < 0 or array.max() >= vocab_size:
+        at = int(((array < 0) | (array >= vocab_size)).astype(bool).argmax())
         raise InputError(
             f"token {described(int(array[at]))} at position {at} is not in the vocabulary (0 to {vocab_size - 1})"
         )
@@ -62,8 +62,8 @@ def refuse_non_finite(logits: Float32Array | None, logit: float, logprob: float,
         if bad is not None:
             what = "NaN" if np.isnan(rows[bad]).any() else "infinities"
             raise BackendError(f"the logits of position {last - len(rows) + 1 + bad} hold {what}: {DAMAGED_WEIGHTS}")
-    if not (np.isfinite(logit) and np.isfinite(logprob)):
-        what = "NaN" if np.isnan(logit) else "infinities"
+    if not (math.isfinite(logit) and math.isfinite(logprob)):
+        what = "NaN" if math.isnan(logit) else "infinities"
         raise BackendError(f"the logits of position {last} hold {what}: {DAMAGED_WEIGHTS}")
 
 

@@ -19,8 +19,7 @@ from ..budget import Budget
 from .batch_size import choose_batch, first_tokens, with_likeliest
 from .bounds import Speed, floors
 from .device.arrays import DeviceArray
-from .device.gpu import Gpu, cuda_errors
-from .device.graphs import Graphs
+from .device.gpu import Gpu, cuda_errors, reporting
 from .device.laps import timeline_of
 from .device.launcher import Launcher
 from .device.workspace import Downloads, Workspace
@@ -34,6 +33,7 @@ from .ops.context import Context
 from .ops.cuda_ops import CudaOps
 from .ops.head import RANKED
 from .ops.latent import expanded_bytes
+from .ops.prompt_graphs import Launched, PromptGraphs
 from .programs import SQUARES, int8_program, weight_program
 from .rehearsal import LIKELIEST, collected_bytes, plan_model, rehearse
 from .state_access import DeviceStates
@@ -61,7 +61,7 @@ class CudaBackend(Backend):
             self.kernel_set = kernel_set_of(self.gpu.capability, kernels)
         self.launcher = Launcher(self.gpu, self.kernel_set.target)
         self.work, self.downloads, self.maps = Workspace(self.gpu), Downloads(self.gpu, ahead), TensorMaps(self.gpu)
-        self._graphs = Graphs(
+        self._graphs = PromptGraphs(
             self.gpu, lambda: (self.work.generation, self.maps.generation, self.weights.halves.generation)
         )
         self._caches: list[DeviceCache] = []
@@ -256,8 +256,13 @@ class CudaBackend(Backend):
                     family, self.gpu, self.kernel_set, batch, logits, share=self.share, precision=self._precision
                 ).programs
 
+            streaming, kept = self.weights.streaming, cache is not None or collector is not None
+            from_host = streaming or self.share.embeds_from_host(family, streaming)
+            one_by_one = timed or kept or from_host or len(batch.segments) > 1
+
             with self.launcher.expecting(upcoming, progress):
-                ops = CudaOps(self.context, family, batch, cache)
+                again = None if one_by_one else self._graphs.begin_again(batch)
+                ops = again.ops if again is not None else CudaOps(self.context, family, batch, cache)
                 ops.collector = collector
                 if timed:
                     self.launcher.overlap = False
@@ -269,14 +274,15 @@ class CudaBackend(Backend):
                     incoming = Residual(values, receive(values))
                     self.launcher.fence()
 
-                def forward() -> Residual:
+                def forward() -> Launched:
                     residual: Residual = family.forward(ops, progress, self.share.layers, incoming)
-                    return residual.finished()  # what is launched later is in no graph
+                    return Launched(ops, residual.finished())  # what is launched later is in no graph
 
-                streaming, kept = self.weights.streaming, cache is not None or collector is not None
-                from_host = streaming or self.share.embeds_from_host(family, streaming)
-                one_by_one = timed or kept or from_host or len(batch.segments) > 1
-                x = forward() if one_by_one else self._graphs.run(ops.n, forward)
+                if again is not None:
+                    self._graphs.launch(ops.n)
+                else:
+                    again = forward() if one_by_one else self._graphs.run(ops.n, forward)
+                x = again.x
                 pending: PendingHead | None = None
                 if self.share.is_last and head:
                     pending = family.finish(ops, x, logits)
@@ -286,7 +292,7 @@ class CudaBackend(Backend):
                     self._end(batch, cache)
             self._ran = True
             if ops.timeline is None:
-                return x, None if pending is None else self._reporting(pending), None
+                return x, None if pending is None else reporting("prefill", pending), None
             result = None if pending is None else pending()
             return x, None if result is None else lambda: result, ops.timeline.stages()
 
@@ -304,16 +310,6 @@ class CudaBackend(Backend):
         def wait() -> Any:
             landed.sync()
             return pending()
-
-        return wait
-
-    @staticmethod
-    def _reporting(pending: PendingHead) -> PendingHead:
-        """The same, its CUDA errors made ours."""
-
-        def wait() -> Any:
-            with cuda_errors("prefill"):
-                return pending()
 
         return wait
 

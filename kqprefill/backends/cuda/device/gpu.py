@@ -52,6 +52,16 @@ def cuda_errors(doing: str) -> Iterator[None]:
         raise BackendError(f"{doing}: {text}") from error
 
 
+def reporting(doing: str, call: Callable[[], Any]) -> Callable[[], Any]:
+    """A function that does the same, its CUDA failures turned into BackendErrors."""
+
+    def reported() -> Any:
+        with cuda_errors(doing):
+            return call()
+
+    return reported
+
+
 def _start_driver(driver: Any) -> None:
     """Initialise the driver. Raises BackendError in our own words: this is the first that a machine without a GPU sees
     of us, and the libraries' texts are about their own insides."""

@@ -58,9 +58,18 @@ class Graphs:
             if len(self._graphs) == KEPT:
                 self._drop(next(iter(self._graphs)))
             self._graphs[tokens] = capture(self._gpu, launch)
-        graph, captured = self._graphs[tokens]
+        return cast(Result, self.launch(tokens))
+
+    def captured(self, tokens: int) -> Any:
+        """The result of the launch() whose graph the next prompt of so many tokens is; None where there is none."""
+        self._forget_if_moved()
+        return self._graphs[tokens][1] if tokens in self._graphs else None
+
+    def launch(self, tokens: int) -> Any:
+        """Launch the graph that there is for so many tokens. Returns what is `captured`."""
+        graph, result = self._graphs[tokens]
         check(self._gpu.driver.cuGraphLaunch(graph, self._gpu.stream.handle))
-        return cast(Result, captured)
+        return result
 
     def _forget_if_moved(self) -> bool:
         """Drop all graphs if anything has moved since this was last called, and say so."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
+
+import numpy as np
 
 from ....core import Batch, KeysValues, Latent, LayerState, SharedKeysValues
 from ....models.family import Family
@@ -171,30 +173,46 @@ class BatchOps(Ops):
         self.launcher, self.work, self.scales = context.launcher, context.work, context.scales
         self.int8_norms = family.int8_norms
         self.n = len(batch.tokens)
-        self.launcher.overlap = self.n >= _OVERLAP_FROM
-        self.tokens = self.work.upload("tokens", batch.tokens)
-        self.positions = self.work.upload("positions", batch.positions)
+        self._of_shape: list[tuple[str, np.ndarray[Any, Any]]] = []
+        self._begin()
+        self.positions = self.upload("positions", batch.positions)
         kinds = attention_configs(family, context.kernel_set)
         self._attending = {s: self._upload_layout(batch, config, family.chunk) for s, config in kinds.items()}
         self.key_rows = max(key_rows, *(attending.rows for attending in self._attending.values()))
         self.states: LayerStates = cache or _WorkStates(self.work, family.layer_states, self.key_rows)
-        if batch.targets is not None:
-            self.target_rows = self.work.upload("target rows", batch.targets.rows)
-            self.target_tokens = self.work.upload("targets", batch.targets.tokens)
         self.rope_tables: dict[int, DeviceArray] = {}  # by the id of their Rope
         # Of recurrences, where a batch is planned for: its sequences may be as short as can be.
         self.planned_chunks = min(self.n, CHUNKS_AT_ONCE) if key_rows else 0
         self.begin_batch(family)
 
+    def _begin(self) -> None:
+        self.launcher.overlap = self.n >= _OVERLAP_FROM
+        self.tokens = self.work.upload("tokens", self.batch.tokens)
+        if self.batch.targets is not None:
+            self.target_rows = self.work.upload("target rows", self.batch.targets.rows)
+            self.target_tokens = self.work.upload("targets", self.batch.targets.tokens)
+
+    def begin_again(self, batch: Batch) -> None:
+        """Go on with another batch, of segments as these, whose launches are a graph already."""
+        self.batch = batch
+        self._begin()
+        for name, array in self._of_shape:
+            self.work.upload(name, array)
+
+    def upload(self, name: str, array: np.ndarray[Any, Any]) -> DeviceArray:
+        """What follows from how long the batch's segments are, as the work array called `name`."""
+        self._of_shape.append((name, array))
+        return self.work.upload(name, array)
+
     def _upload_layout(self, batch: Batch, config: AttentionConfig, chunk: int | None) -> Attending:
         layout, of = attention_layout(batch.segments, config, chunk), f"of {config.head_dim}, {config.value_dim}"
-        tiles, of_chunks = self.work.upload(f"tiles {of}", layout.tiles), None
+        tiles, of_chunks = self.upload(f"tiles {of}", layout.tiles), None
         if layout.chunk_tiles is not None:
-            of_chunks = self.work.upload(f"tiles of chunks {of}", layout.chunk_tiles)
+            of_chunks = self.upload(f"tiles of chunks {of}", layout.chunk_tiles)
         if not len(layout.copies):
             return Attending(config, layout.rows, tiles, chunk_tiles=of_chunks)
-        row_of = self.work.upload(f"kv rows {of}", layout.row_of)
-        copies = self.work.upload(f"kv copies {of}", layout.copies)
+        row_of = self.upload(f"kv rows {of}", layout.row_of)
+        copies = self.upload(f"kv copies {of}", layout.copies)
         return Attending(config, layout.rows, tiles, row_of, copies, of_chunks)
 
     def attending(self, head_dim: int, value_dim: int) -> Attending:

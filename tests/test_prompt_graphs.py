@@ -1,0 +1,65 @@
+"""Prompts whose launches are a graph go on with the ops that were captured: the same bits as prompts that are launched
+kernel by kernel, whatever ran between. On emulated kernels, and (gpu) on a device."""
+
+import numpy as np
+import pytest
+
+from conftest import CASES
+from emulator import why_not
+from host_backend import run_on_host
+from kqprefill.backends.cuda.ops.batch import BatchOps
+from kqprefill.engine.model import open_model
+from kqprefill.gguf import GGUFFile
+from kqprefill.gguf.types import GGML
+from kqprefill.synthetic import Shape, SyntheticFile
+
+LENGTHS = 7, 30
+DENSE = Shape("llama", 2, 160, 4, 2, 40, 200, 131, 4096, 1e4)
+emulated = pytest.mark.skipif(why_not() is not None, reason=f"kernels are not emulated: {why_not()}")
+
+
+@pytest.fixture
+def again(monkeypatch):
+    """The batches that captured ops went on with."""
+    begun, begin_again = [], BatchOps.begin_again
+
+    def counted(ops, batch):
+        begun.append(batch)
+        begin_again(ops, batch)
+
+    monkeypatch.setattr(BatchOps, "begin_again", counted)
+    return begun
+
+
+def by_turns(file, rng, begun):
+    """Prompts of two lengths by turns, some of them scored, against the same with a cache, without graphs."""
+    with open_model(file, "cuda") as model:
+        vocabulary, cache = model.config.vocab_size, model.new_cache(max(LENGTHS))
+        for turn in range(9):
+            for length in LENGTHS:
+                tokens = rng.integers(0, vocabulary, length)
+                got = model.prefill(tokens, logits="all")
+                cache.reset()
+                expected = model.prefill(tokens, logits="all", cache=cache)
+                assert np.array_equal(got.logits, expected.logits)
+                assert (got.token, got.logit, got.logprob) == (expected.token, expected.logit, expected.logprob)
+                if turn >= 4:  # a batch of one segment, too, but with targets
+                    (scored,) = model.score([tokens])
+                    logits = got.logits[:-1].astype(np.float64)
+                    logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+                    wanted = logprobs[np.arange(length - 1), tokens[1:]]
+                    np.testing.assert_allclose(scored.logprobs, wanted, atol=1e-4)
+    for scored in (False, True):
+        assert {len(b.tokens) + scored for b in begun if (b.targets is not None) == scored} == set(LENGTHS)
+
+
+@emulated
+def test_emulated(monkeypatch, rng, again):
+    run_on_host(monkeypatch)
+    by_turns(SyntheticFile(DENSE, lambda *_: GGML.Q8_0, "dense"), rng, again)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ["qwen3-q4_k", "qwen3next-moe-q3_k_m", "lfm2-q2_k", "gemma3n-tiny"])
+def test_on_a_device(case, rng, again):
+    by_turns(GGUFFile(CASES[case]), rng, again)
