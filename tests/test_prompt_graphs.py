@@ -7,7 +7,10 @@ import pytest
 from conftest import CASES
 from emulator import why_not
 from host_backend import run_on_host
+from host_gpu import on_host
 from kqprefill.backends.cuda.ops.batch import BatchOps
+from kqprefill.backends.cuda.ops.cuda_ops import CudaOps
+from kqprefill.core import Batch
 from kqprefill.engine.model import open_model
 from kqprefill.gguf import GGUFFile
 from kqprefill.gguf.types import GGML
@@ -57,6 +60,20 @@ def by_turns(file, rng, begun):
 def test_emulated(monkeypatch, rng, again):
     run_on_host(monkeypatch)
     by_turns(SyntheticFile(DENSE, lambda *_: GGML.Q8_0, "dense"), rng, again)
+
+
+@emulated
+def test_what_follows_from_tokens_is_uploaded_again(monkeypatch, rng):
+    """Also the rows of a table that stays in the file."""
+    run_on_host(monkeypatch)
+    with open_model(GGUFFile(CASES["gemma3n-tiny"]), "cuda") as model:
+        first, second = (Batch(rng.integers(0, model.config.vocab_size, 9).astype(np.int32)) for _ in range(2))
+        ops = CudaOps(model.backend.context, model.family, first, None)
+        there = ops.tokens.address, ops._table_rows.address
+        ops.begin_again(second)
+        rows = model.backend.weights.host_rows(model.family.row_table(), second.tokens)
+        assert np.array_equal(on_host(ops.tokens), second.tokens) and np.array_equal(on_host(ops._table_rows), rows)
+        assert (ops.tokens.address, ops._table_rows.address) == there
 
 
 @pytest.mark.gpu

@@ -23,36 +23,36 @@ def gpu():
 
 def test_what_is_there_is_not_copied_again(gpu):
     work, values = Workspace(gpu), np.arange(7, dtype=np.int32)
-    first = work.upload("positions", values)
-    again = work.upload("positions", values.copy())
+    first = work.keep("positions", values)
+    again = work.keep("positions", values.copy())
     assert (gpu.uploads, again.address) == (1, first.address)
     changed = values + 1
-    assert np.array_equal(on_host(work.upload("positions", changed)), changed) and gpu.uploads == 2
-    shorter = work.upload("positions", changed[:3])
+    assert np.array_equal(on_host(work.keep("positions", changed)), changed) and gpu.uploads == 2
+    shorter = work.keep("positions", changed[:3])
     assert np.array_equal(on_host(shorter), changed[:3]) and gpu.uploads == 3
-    work.upload("others", changed[:3])
+    work.keep("others", changed[:3])
     assert gpu.uploads == 4
 
 
 def test_what_may_have_been_written_is_copied_again(gpu):
     work, values = Workspace(gpu), np.arange(7, dtype=np.int32)
-    on_host(work.upload("rows", values))
+    on_host(work.keep("rows", values))
     memory = work.array("rows", values.dtype, 7)
     gpu.zero(memory.address, values.nbytes)
-    assert np.array_equal(on_host(work.upload("rows", values)), values) and gpu.uploads == 2
+    assert np.array_equal(on_host(work.keep("rows", values)), values) and gpu.uploads == 2
 
 
 def test_what_has_moved_is_copied_again(gpu):
     work, few, many = Workspace(gpu), np.arange(7, dtype=np.int32), np.arange(1000, dtype=np.int32)
-    work.upload("rows", few)
-    assert np.array_equal(on_host(work.upload("rows", many)), many)
-    assert np.array_equal(on_host(work.upload("rows", few)), few)
+    work.keep("rows", few)
+    assert np.array_equal(on_host(work.keep("rows", many)), many)
+    assert np.array_equal(on_host(work.keep("rows", few)), few)
     work.close()
-    assert np.array_equal(on_host(work.upload("rows", few)), few) and gpu.uploads == 4
+    assert np.array_equal(on_host(work.keep("rows", few)), few) and gpu.uploads == 4
 
 
 def test_large_arrays_are_copied_always(gpu):
     work, values = Workspace(gpu), np.zeros(1 << 15, np.int32)
     for _ in range(2):
-        assert np.array_equal(on_host(work.upload("rows", values)), values)
+        assert np.array_equal(on_host(work.keep("rows", values)), values)
     assert gpu.uploads == 2

@@ -20,7 +20,7 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-_COMPARED = 64 << 10  # bytes of an upload, at most, that are held against what is there
+_COMPARED = 64 << 10  # bytes, at most, that are held against what is there
 
 
 class Workspace:
@@ -33,28 +33,33 @@ class Workspace:
     def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
         self._buffers: dict[str, Any] = {}
-        # What the arrays hold that nobody but `upload` has written, and the generation in which it did.
-        self._uploaded: dict[str, tuple[int, bytes]] = {}
+        # What the arrays hold that nobody but `keep` has written, and the generation in which it did.
+        self._kept: dict[str, tuple[int, bytes]] = {}
         self.generation = 0
 
     def array(self, name: str, dtype: np.dtype, *shape: int) -> DeviceArray:
         """The array called `name`; at the same address as long as it need not grow."""
-        self._uploaded.pop(name, None)  # it may be written
+        self._kept.pop(name, None)  # it may be written
         return DeviceArray(self._address(name, dtype.itemsize * math.prod(shape)), dtype, shape)
 
     def upload(self, name: str, array: np.ndarray[Any, Any]) -> DeviceArray:
-        """A host array's values as the work array called `name`, which kernels only read.
+        """A host array's values as the work array called `name`."""
+        to = self.array(name, array.dtype, *array.shape)
+        self._gpu.upload(to.address, array)
+        return to
 
-        Prompts of one length have the same positions and the same tiles: a few values that are there are not copied
-        again, as each copy keeps the GPU waiting for the first kernel.
+    def keep(self, name: str, array: np.ndarray[Any, Any]) -> DeviceArray:
+        """The same, for kernels that only read it: a few values that are there already are not copied again.
+
+        Prompts of one length have the same positions and the same tiles, and each copy lets the GPU begin later.
         """
-        there = self._uploaded.pop(name, None)
+        there = self._kept.pop(name, None)
         to = self.array(name, array.dtype, *array.shape)
         wanted = (self.generation, array.tobytes()) if array.nbytes <= _COMPARED else None
         if wanted is None or there != wanted:
             self._gpu.upload(to.address, array)
         if wanted is not None:
-            self._uploaded[name] = wanted
+            self._kept[name] = wanted
         return to
 
     def _address(self, name: str, nbytes: int) -> int:
@@ -73,7 +78,7 @@ class Workspace:
         for buffer in self._buffers.values():
             buffer.close(self._gpu.stream)
         self._buffers.clear()
-        self._uploaded.clear()
+        self._kept.clear()
 
 
 class Downloads:

@@ -174,8 +174,7 @@ class BatchOps(Ops):
         self.int8_norms = family.int8_norms
         self.n = len(batch.tokens)
         self._of_shape: list[tuple[str, np.ndarray[Any, Any]]] = []
-        self._begin()
-        self.positions = self.upload("positions", batch.positions)
+        self.positions = self.keep("positions", batch.positions)
         kinds = attention_configs(family, context.kernel_set)
         self._attending = {s: self._upload_layout(batch, config, family.chunk) for s, config in kinds.items()}
         self.key_rows = max(key_rows, *(attending.rows for attending in self._attending.values()))
@@ -184,35 +183,29 @@ class BatchOps(Ops):
         # Of recurrences, where a batch is planned for: its sequences may be as short as can be.
         self.planned_chunks = min(self.n, CHUNKS_AT_ONCE) if key_rows else 0
         self.begin_batch(family)
-
-    def _begin(self) -> None:
-        self.launcher.overlap = self.n >= _OVERLAP_FROM
-        self.tokens = self.work.upload("tokens", self.batch.tokens)
-        if self.batch.targets is not None:
-            self.target_rows = self.work.upload("target rows", self.batch.targets.rows)
-            self.target_tokens = self.work.upload("targets", self.batch.targets.tokens)
+        self.begin_tokens()
 
     def begin_again(self, batch: Batch) -> None:
         """Go on with another batch, of segments as these, whose launches are a graph already."""
         self.batch = batch
-        self._begin()
+        self.begin_tokens()
         for name, array in self._of_shape:
-            self.work.upload(name, array)
+            self.work.keep(name, array)
 
-    def upload(self, name: str, array: np.ndarray[Any, Any]) -> DeviceArray:
-        """What follows from how long the batch's segments are, as the work array called `name`."""
+    def keep(self, name: str, array: np.ndarray[Any, Any]) -> DeviceArray:
+        """What follows from the batch's segments, for kernels to read, as the work array called `name`."""
         self._of_shape.append((name, array))
-        return self.work.upload(name, array)
+        return self.work.keep(name, array)
 
     def _upload_layout(self, batch: Batch, config: AttentionConfig, chunk: int | None) -> Attending:
         layout, of = attention_layout(batch.segments, config, chunk), f"of {config.head_dim}, {config.value_dim}"
-        tiles, of_chunks = self.upload(f"tiles {of}", layout.tiles), None
+        tiles, of_chunks = self.keep(f"tiles {of}", layout.tiles), None
         if layout.chunk_tiles is not None:
-            of_chunks = self.upload(f"tiles of chunks {of}", layout.chunk_tiles)
+            of_chunks = self.keep(f"tiles of chunks {of}", layout.chunk_tiles)
         if not len(layout.copies):
             return Attending(config, layout.rows, tiles, chunk_tiles=of_chunks)
-        row_of = self.upload(f"kv rows {of}", layout.row_of)
-        copies = self.upload(f"kv copies {of}", layout.copies)
+        row_of = self.keep(f"kv rows {of}", layout.row_of)
+        copies = self.keep(f"kv copies {of}", layout.copies)
         return Attending(config, layout.rows, tiles, row_of, copies, of_chunks)
 
     def attending(self, head_dim: int, value_dim: int) -> Attending:
@@ -220,7 +213,15 @@ class BatchOps(Ops):
         return self._attending[head_dim, value_dim]
 
     def begin_batch(self, family: Family) -> None:
-        """Upload what only some families' ops need."""
+        """Have on the device what only some families' ops need and follows from the batch's segments."""
+
+    def begin_tokens(self) -> None:
+        """Upload what follows from the batch's tokens."""
+        self.launcher.overlap = self.n >= _OVERLAP_FROM
+        self.tokens = self.work.upload("tokens", self.batch.tokens)
+        if self.batch.targets is not None:
+            self.target_rows = self.work.upload("target rows", self.batch.targets.rows)
+            self.target_tokens = self.work.upload("targets", self.batch.targets.tokens)
 
     def begin_layer(self, index: int) -> None:
         super().begin_layer(index)

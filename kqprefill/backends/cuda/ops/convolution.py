@@ -39,7 +39,7 @@ class ConvolutionOps(RecurrenceOps):
         super().begin_batch(family)
         self._rows: DeviceArray | None = None
         if family.short_taps is not None:
-            self._rows = self.upload("rows of taps", rows_before(self.batch.segments, family.short_taps - 1))
+            self._rows = self.keep("rows of taps", rows_before(self.batch.segments, family.short_taps - 1))
 
     def short_convolution(self, h: Operand, w: Weights) -> Operand:
         assert h.length is not None, "what goes into a convolution comes from a norm"

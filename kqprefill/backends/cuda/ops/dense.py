@@ -41,7 +41,7 @@ class DenseOps(NormOps):
     def row_numbers(self) -> DeviceArray:
         """0, 1, 2, …: what `embed_rows` calls the rows that it is given. As many each time, so that the array stays
         where it is however many rows a caller has."""
-        return self.work.upload("row numbers", np.arange(TOKENS_AT_ONCE, dtype=np.int32))
+        return self.work.keep("row numbers", np.arange(TOKENS_AT_ONCE, dtype=np.int32))
 
     def embed_rows(
         self, weight: Weight, raw: DeviceArray, numbers: DeviceArray, scale: float, out: DeviceArray

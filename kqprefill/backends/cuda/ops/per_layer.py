@@ -22,12 +22,16 @@ class PerLayerOps(DenseOps):
 
     def begin_batch(self, family: Family) -> None:
         super().begin_batch(family)
+        self._table: Weight | None = family.row_table()
         self._table_rows: DeviceArray | None = None
-        table = family.row_table()
-        if table is not None:  # far too large for the device: the rows of the batch's tokens come from the file
-            raw = self.context.weights.host_rows(table, self.batch.tokens)
-            self._table_rows = self.work.upload("rows for the layers", raw)
+        if self._table is not None:
             self._row_numbers = self.row_numbers()
+
+    def begin_tokens(self) -> None:
+        super().begin_tokens()
+        if self._table is not None:  # far too large for the device: the rows of the batch's tokens come from the file
+            raw = self.context.weights.host_rows(self._table, self.batch.tokens)
+            self._table_rows = self.work.upload("rows for the layers", raw)
 
     def embed_for_layers(self, x: Residual, table: Weight, matrix: Weight, norm: Weight) -> None:
         assert self._table_rows is not None, "the family's row_table is this table"

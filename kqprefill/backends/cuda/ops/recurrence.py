@@ -40,10 +40,10 @@ class RecurrenceOps(DenseOps):
 
     def _upload_piece(self, number: int, part: Part) -> Piece:
         layout = chunk_layout(part.segments, part.keeps)
-        sequences = [self.upload(f"sequences {number}.{level}", array) for level, array in enumerate(layout.sequences)]
+        sequences = [self.keep(f"sequences {number}.{level}", array) for level, array in enumerate(layout.sequences)]
         states = max(layout.states, self.planned_chunks // 2)  # a sequence that leaves one is followed by another
         goes_on = part.keeps and part.segments[0].position > 0
-        return Piece(part.first, part.last, goes_on, self.upload(f"chunks {number}", layout.chunks), sequences, states)
+        return Piece(part.first, part.last, goes_on, self.keep(f"chunks {number}", layout.chunks), sequences, states)
 
     @property
     def most_rows(self) -> int:
