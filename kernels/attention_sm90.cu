@@ -7,7 +7,8 @@
 // one key block's weights by its values, the scores of the next, which were multiplied before, become weights. As in
 // attention_sm80.cu, what a query sees, and in which order it sums, depends on its position alone. Compiled for one
 // HEAD_DIM of q and k and one VALUE_DIM of v, multiples of 64. A block makes PART_DIM columns of the output: where
-// these are not all, as many blocks as there are parts go through the same scores.
+// these are not all, as many blocks as there are parts go through the same scores. CLUSTER blocks, a cluster, have
+// neighbouring heads of q with the same keys and values: each brings its share of these, for all of them.
 #include "include/operand.cuh"
 #include "include/sm90.cuh"
 #include "include/softmax.cuh"
@@ -16,6 +17,7 @@ constexpr int kWarpgroups = 2, kBlockQ = 64 * kWarpgroups, kConsumers = 128 * kW
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;      // of a thread
 constexpr int kPanels = HEAD_DIM / 64, kValuePanels = PART_DIM / 64;  // of 64 columns (128 bytes) each
 constexpr int kPanelQ = kBlockQ * 128, kPanelKv = BLOCK_KV * 128;     // bytes
+constexpr int kOwnRows = BLOCK_KV / CLUSTER;                          // of a key block, that a block brings
 using KeyRing = Ring<STAGES, kPanels * kPanelKv>;                     // a stage is a key block of k
 using ValueRing = Ring<STAGES, kValuePanels * kPanelKv>;              // or, of v, the block's columns
 // In shared memory: the query tile, a ring of k and one of v; then the query tile's barrier and the rings'.
@@ -31,21 +33,24 @@ __device__ __forceinline__ void load_key_block(const Ring<STAGES, kStageBytes>& 
                                                const ProducerPosition<STAGES>& at, const void* map, int column,
                                                int row) {
     Barrier arrived = ring.begin_filling(at, kStageBytes);
+    uint32_t to = ring.stage(at.stage) + blockIdx.x % CLUSTER * (kOwnRows * 128);
 #pragma unroll
-    for (int panel = 0; panel < kStageBytes / kPanelKv; ++panel)
-        tensor_copy(ring.stage(at.stage) + panel * kPanelKv, map, column + 64 * panel, row, arrived);
+    for (int panel = 0; panel < kStageBytes / kPanelKv; ++panel) {
+        if (CLUSTER == 1) tensor_copy(to + panel * kPanelKv, map, column + 64 * panel, row, arrived);
+        else tensor_copy(to + panel * kPanelKv, map, column + 64 * panel, row, arrived, (1 << CLUSTER) - 1);
+    }
 }
 
 // A consumer warp has finished with a key block.
 template <int kStageBytes>
 __device__ __forceinline__ void release(const Ring<STAGES, kStageBytes>& ring, ConsumerPosition<STAGES>& at) {
-    ring.release_by_warp(at.stage);
+    ring.template release_by_warp<CLUSTER>(at.stage);
     at.advance();
 }
 
-// As in attention_sm80.cu, but q, k and v come by tensor maps: boxes of 64 halves by kBlockQ, BLOCK_KV and BLOCK_KV
+// As in attention_sm80.cu, but q, k and v come by tensor maps: boxes of 64 halves by kBlockQ, kOwnRows and kOwnRows
 // rows.
-extern "C" __global__ void __launch_bounds__(kThreads, 1)
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(kThreads, 1)
     attention(const void* q_map, const void* k_map, const void* v_map, half_t* out, const QueryTile* tiles, int nq,
               int nkv, int value_dim, int out_stride, float scale, const float* q_scale, const float* k_scale,
               int window, float softcap, const float* sinks) {
@@ -59,14 +64,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         for (int i = 0; i < STAGES; ++i) {  // a consumer warp arrives once
             keys.arrived(i).init(1);
             values.arrived(i).init(1);
-            keys.finished(i).init(4 * kWarpgroups);
-            values.finished(i).init(4 * kWarpgroups);
+            keys.finished(i).init(4 * kWarpgroups * CLUSTER);
+            values.finished(i).init(4 * kWarpgroups * CLUSTER);
         }
         fence_barrier_init();
     }
     QueryTile tile = tiles[blockIdx.y];  // only uploads write these, too
     if (threadIdx.x == kConsumers) prefetch_map(q_map), prefetch_map(k_map), prefetch_map(v_map);
-    __syncthreads();
+    if (CLUSTER == 1) __syncthreads();
+    else cluster_sync();
     begin_short_kernel();
     int head = blockIdx.x, first_column = blockIdx.z * PART_DIM;  // of the head's values
     int first_block = tile.first_key(window) / BLOCK_KV, end_block = ceil_div(tile.end_key(window), BLOCK_KV);
@@ -81,10 +87,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         ProducerPosition<STAGES> at;
         int kv_head = head / (nq / nkv);
         for (int index = first_block; index < end_block; ++index, at.advance()) {
-            int key_row = tile.key_row(index, BLOCK_KV);
+            int key_row = tile.key_row(index, BLOCK_KV) + blockIdx.x % CLUSTER * kOwnRows;
             load_key_block(keys, at, k_map, kv_head * HEAD_DIM, key_row);
             load_key_block(values, at, v_map, kv_head * VALUE_DIM + first_column, key_row);
         }
+        if (CLUSTER > 1) cluster_sync_by_thread();
         return;
     }
     take_registers<kConsumerRegisters>();
@@ -171,4 +178,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
             store_operand(to, column, pairs);
         }
     }
+    // Until then others may write to this block's shared memory, and arrive at its barriers.
+    if (CLUSTER > 1) __syncwarp(), cluster_sync();
 }

@@ -77,9 +77,13 @@ __device__ __forceinline__ void finish_loads() {
 
 // Cluster, and registers between warpgroups ---------------------------------------------------------------------------
 
-// All threads of the cluster wait for one another.
+// All threads of the cluster that have not exited wait for one another.
 __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// The same for a thread by itself, not with its warp.
+__device__ __forceinline__ void cluster_sync_by_thread() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
 // The float at this shared address in block `rank` of the cluster becomes `value`.

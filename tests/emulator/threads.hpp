@@ -215,6 +215,9 @@ inline int __syncthreads_or(int value) {
 inline void cluster_sync() {
     meet(fibers.cluster, fibers.alive);
 }
+inline void cluster_sync_by_thread() {
+    cluster_sync();
+}
 inline void meet_warp() {
     int warp = fibers.current / 32;
     meet(fibers.warp[warp], fibers.alive_of[warp]);

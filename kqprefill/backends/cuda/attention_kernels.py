@@ -35,8 +35,12 @@ class AttentionConfig(ABC):
         """Queries of a tile."""
 
     @abstractmethod
-    def program(self, both_ways: bool = False) -> Program:
-        """What it is compiled to; both_ways: for queries that also see the keys after them."""
+    def program(self, both_ways: bool = False, sharers: int = 1) -> Program:
+        """What it is compiled to; both_ways: for queries that also see the keys after them; sharers: see `sharers`."""
+
+    def sharers(self, nq: int, nkv: int, tiles: int, multiprocessors: int) -> int:
+        """How many heads' blocks bring keys and values for one another, of so many heads and tiles of queries."""
+        return 1
 
     @property
     def uses_tensor_maps(self) -> bool:
@@ -79,7 +83,7 @@ class PortableAttention(AttentionConfig):
         return 16 * self.warps
 
     @cache
-    def program(self, both_ways: bool = False) -> Program:
+    def program(self, both_ways: bool = False, sharers: int = 1) -> Program:
         key_row, value_row = 2 * self.head_dim + 16, 2 * self.part_dim + 16
         query_rows = 0 if self.q_in_registers else self.block_q
         shared_bytes = 2 * self.block_kv * (key_row + value_row) + query_rows * key_row
@@ -99,14 +103,20 @@ class HopperAttention(AttentionConfig):
         return 128
 
     @cache
-    def program(self, both_ways: bool = False) -> Program:
+    def program(self, both_ways: bool = False, sharers: int = 1) -> Program:
         halves = self.block_q * self.head_dim + self.stages * self.block_kv * (self.head_dim + self.part_dim)
         barriers = 1 + 4 * self.stages
-        return self._program("attention_sm90.cu", 384, 2 * halves + 8 * barriers, both_ways, STAGES=self.stages)
+        constants = {"STAGES": self.stages, "CLUSTER": sharers}
+        return self._program("attention_sm90.cu", 384, 2 * halves + 8 * barriers, both_ways, **constants)
 
     @property
     def uses_tensor_maps(self) -> bool:
         return True
+
+    def sharers(self, nq: int, nkv: int, tiles: int, multiprocessors: int) -> int:
+        """Two where there are blocks enough: less comes from the L2 cache, which saves energy, but two wait for each
+        other."""
+        return 2 if nq // nkv % 2 == 0 and nq * tiles * self.parts >= 2 * multiprocessors else 1
 
 
 _HOPPER = {

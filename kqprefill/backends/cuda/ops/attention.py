@@ -359,22 +359,25 @@ class AttentionOps(BatchOps):
             assert attending.chunk_tiles is not None, "the family says how long a chunk is"
             tiles, window = attending.chunk_tiles, None
         inputs: dict[str, DeviceArray] = {"q": q.values, "k": k.values, "v": v.values}
+        nkv = k.values.shape[1]
+        sharers = config.sharers(nq, nkv, tiles.shape[0], self.context.gpu.multiprocessors)
         if config.uses_tensor_maps:
-            rows = config.block_q, config.block_kv, config.block_kv
+            own = config.block_kv // sharers
+            rows = config.block_q, own, own
             inputs = {
                 f"{name}_map": self.context.maps.of(heads.matrix, box_rows)
                 for name, heads, box_rows in zip("qkv", (q, k, v), rows)
             }
         with begun_early(self.launcher):
             self.launcher.launch(
-                config.program(both_ways),
+                config.program(both_ways, sharers),
                 "attention",
                 grid=(nq, tiles.shape[0], config.parts),
                 **inputs,
                 out=out,
                 tiles=tiles,
                 nq=nq,
-                nkv=k.values.shape[1],
+                nkv=nkv,
                 value_dim=v.head_dim,
                 out_stride=out.shape[1],
                 scale=scale,
