@@ -172,6 +172,7 @@ class Hopper(Portable):
                 if heads.clustered(of_int8) == of_int8:
                     yield of_int8.program(int8.Kind(), heads=heads)
         yield int8_short.program()
+        yield from (self.attention(*sizes).program(sharers=2) for sizes in _HEAD_DIMS)
 
 
 def kernel_set_of(capability: tuple[int, int], kernels: str = "auto") -> KernelSet:
