@@ -83,9 +83,9 @@ FAULTS = (
     ),
     Fault(
         "Hopper's worst tile is taken for the cheapest",
-        f"{CUDA}/gemm/hopper.py",
-        "    return min(\n        (config for config in CONFIGS",
-        "    return max(\n        (config for config in CONFIGS",
+        f"{CUDA}/gemm/tiles.py",
+        "    return min(configs, key",
+        "    return max(configs, key",
         (LAUNCHES,),
     ),
     Fault(
@@ -104,9 +104,9 @@ FAULTS = (
     ),
     Fault(
         "an activation is told to the kernel by another's number",
-        f"{CUDA}/gemm/hopper.py",
-        "activation=ACTIVATIONS[activation]",
-        'activation=ACTIVATIONS["gelu_tanh"]',
+        f"{CUDA}/gemm/operand.py",
+        '"activation": ACTIVATIONS[activation]',
+        '"activation": ACTIVATIONS["gelu_tanh"]',
         (LAUNCHES,),
     ),
     Fault(
@@ -119,8 +119,8 @@ FAULTS = (
     Fault(
         "a kernel has half the threads",
         f"{CUDA}/constants.py",
-        '"NORM_THREADS": (256,',
-        '"NORM_THREADS": (128,',
+        '"NORM_THREADS": (\n        256,',
+        '"NORM_THREADS": (\n        128,',
         (LAUNCHES, KERNELS),
     ),
     Fault(
@@ -131,10 +131,10 @@ FAULTS = (
         (LAUNCHES, KERNELS),
     ),
     Fault(
-        "two arguments of one type are swapped",
-        f"{CUDA}/ops/dense.py",
-        "            columns=columns,\n            stride=out.values.shape[1],\n            epsilon",
-        "            columns=out.values.shape[1],\n            stride=columns,\n            epsilon",
+        "a norm is told of the columns that are padding, too",
+        f"{CUDA}/ops/norms.py",
+        "weight=vector,\n            out=out.values,\n            columns=columns,",
+        "weight=vector,\n            out=out.values,\n            columns=out.values.shape[1],",
         (LAUNCHES,),
     ),
     Fault(
@@ -143,6 +143,27 @@ FAULTS = (
         "            gate=gate.array,\n            up=up.array,",
         "            gate=up.array,\n            up=gate.array,",
         (LAUNCHES,),
+    ),
+    Fault(
+        "a prompt that is a graph has the tokens of the one that was captured",
+        f"{CUDA}/ops/batch.py",
+        "        self.batch = batch\n        self.begin_tokens()\n",
+        "        self.batch = batch\n",
+        ("tests/test_prompt_graphs.py",),
+    ),
+    Fault(
+        "what another prompt left in its arrays is taken for a prompt's own",
+        f"{CUDA}/ops/batch.py",
+        "        for name, array in self._of_shape:\n            self.work.keep(name, array)\n",
+        "",
+        ("tests/test_prompt_graphs.py",),
+    ),
+    Fault(
+        "an array that kernels may have written is taken for what was put there",
+        f"{CUDA}/device/workspace.py",
+        "        self._kept.pop(name, None)  # it may be written\n",
+        "",
+        ("tests/test_workspace.py",),
     ),
 )
 

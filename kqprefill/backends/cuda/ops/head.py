@@ -64,10 +64,9 @@ class HeadOps(DenseOps):
             if kept is not None:
                 self.context.gpu.download(kept[at:end], rows.address)
         self._prefetch()
-        if asked is not None:
-            wait = self.context.downloads.start(ranked, on_device)
-            return lambda: _ranks(wait, ranked, asked.top)
         wait = self.context.downloads.start(ranked, on_device)
+        if asked is not None:
+            return lambda: _ranks(wait, ranked, asked.top)
         return lambda: self._last(wait, ranked, kept[0] if logits == "last" and kept is not None else kept)
 
     def pool(self, x: Residual, norm: Weight) -> PendingHead:
