@@ -173,6 +173,7 @@ class Hopper(Portable):
                     yield of_int8.program(int8.Kind(), heads=heads)
         yield int8_short.program()
         yield from (self.attention(*sizes).program(sharers=2) for sizes in _HEAD_DIMS)
+        yield self.attention(256, 256).program(both_ways=True, sharers=2)
 
 
 def kernel_set_of(capability: tuple[int, int], kernels: str = "auto") -> KernelSet:
