@@ -209,6 +209,9 @@ class _Apart:
     def upload(self, name, array):
         return self._work.upload(f"{self._name}: {name}", array)
 
+    def keep(self, name, array):
+        return self._work.keep(f"{self._name}: {name}", array)
+
 
 class EmulatedModel:
     """A model whose batches run on emulated kernels: Hopper's own, or the portable ones with so many bytes of shared
