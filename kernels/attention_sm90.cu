@@ -7,8 +7,8 @@
 // one key block's weights by its values, the scores of the next, which were multiplied before, become weights. As in
 // attention_sm80.cu, what a query sees, and in which order it sums, depends on its position alone. Compiled for one
 // HEAD_DIM of q and k and one VALUE_DIM of v, multiples of 64. A block makes PART_DIM columns of the output: where
-// these are not all, as many blocks as there are parts go through the same scores. CLUSTER blocks, a cluster, have
-// neighbouring heads of q with the same keys and values: each brings its share of these, for all of them.
+// these are not all, as many blocks as there are parts go through the same scores. The CLUSTER blocks of a cluster have
+// neighbouring heads of q, which have the same keys and values: each block brings its share of these to all of them.
 #include "include/operand.cuh"
 #include "include/sm90.cuh"
 #include "include/softmax.cuh"

@@ -7,7 +7,6 @@ import pytest
 from conftest import kl_divergence, relative_error
 import kqprefill
 from kqprefill.backends.cpu.ops import CpuOps
-from kqprefill.backends.cuda.device.arrays import FLOAT32, INT32
 from kqprefill.backends.cuda.device.workspace import Workspace
 from kqprefill.backends.cuda.gemm import hopper
 from kqprefill.backends.cuda.gemm.operand import Operand
@@ -252,56 +251,6 @@ def test_experts(shape, kind, kernels, rng):
             part = gpu.prefill(tokens[at : at + n], logits="all", cache=cache).logits
             assert np.array_equal(part, got[at : at + n])
             at += n
-
-
-def routed(cuda, kernel, scores, used):
-    """The experts, [tokens, used], that a kernel of experts.cu chooses by these scores, [tokens, experts]."""
-    from kqprefill.backends.cuda.ops.experts import _ROUTED_A_BLOCK
-    from kqprefill.backends.cuda.programs import EXPERTS
-
-    n, experts = scores.shape
-    own = {"routed_after": 0}
-    if kernel == "route_biased":
-        own = {"bias": None, "sigmoid": 0, "scale": 1.0, "groups": 4, "groups_used": 2}
-    expert_of = cuda.work.array("routed experts", INT32, n, used)
-    cuda.launcher.launch(
-        EXPERTS,
-        kernel,
-        grid=-(-n // _ROUTED_A_BLOCK),
-        scores=cuda.work.upload("router's scores", scores),
-        expert_scale=None,
-        n=n,
-        experts=experts,
-        used=used,
-        normalise=1,
-        expert_of=expert_of,
-        share_of=cuda.work.array("routed shares", FLOAT32, n, used),
-        **own,
-    )
-    found = np.empty((n, used), np.int32)
-    cuda.gpu.download(found, expert_of.address)
-    return found
-
-
-@pytest.mark.parametrize("experts,used", [(8, 2), (60, 4), (128, 8), (256, 8)])
-@pytest.mark.parametrize("kernel", ["route", "route_biased"])
-def test_experts_of_scores_that_are_not_numbers(cuda, kernel, experts, used, rng):
-    """Whatever the scores, a token has `used` experts that there are, and none twice: what follows counts on it."""
-    scores = rng.standard_normal((50, experts)).astype(np.float32)
-    for value, share in ((np.inf, 0.1), (-np.inf, 0.1), (np.nan, 0.2)):
-        scores[rng.random(scores.shape) < share] = value
-    scores[::3] = np.nan
-    found = routed(cuda, kernel, scores, used)
-    assert found.min() >= 0 and found.max() < experts and (np.diff(np.sort(found)) > 0).all()
-
-
-@pytest.mark.parametrize("experts,used", [(8, 2), (60, 4), (128, 8), (1000, 32)])
-def test_of_equal_scores_the_lowest_experts(cuda, experts, used, rng):
-    """Also of zeros with both signs, and of scores below zero."""
-    scores = rng.integers(-3, 1, (50, experts)).astype(np.float32)
-    scores[rng.random(scores.shape) < 0.2] = -0.0
-    expected = np.argsort(-scores, axis=1, kind="stable")[:, :used]
-    assert np.array_equal(routed(cuda, "route", scores, used), expected)
 
 
 @pytest.mark.parametrize("factor", [1e3, 1e-6])

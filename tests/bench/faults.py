@@ -147,8 +147,8 @@ FAULTS = (
     Fault(
         "a prompt that is a graph has the tokens of the one that was captured",
         f"{CUDA}/ops/batch.py",
-        "        self.batch = batch\n        self.begin_tokens()\n",
-        "        self.batch = batch\n",
+        "_OVERLAP_FROM\n        self.begin_tokens()\n",
+        "_OVERLAP_FROM\n",
         ("tests/test_prompt_graphs.py",),
     ),
     Fault(

@@ -280,9 +280,9 @@ class CudaBackend(Backend):
 
                 if again is not None:
                     self._graphs.launch(ops.n)
+                    x = again.x
                 else:
-                    again = forward() if one_by_one else self._graphs.run(ops.n, forward)
-                x = again.x
+                    x = (forward() if one_by_one else self._graphs.run(ops.n, forward)).x
                 pending: PendingHead | None = None
                 if self.share.is_last and head:
                     pending = family.finish(ops, x, logits)

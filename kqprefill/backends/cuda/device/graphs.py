@@ -61,7 +61,7 @@ class Graphs:
         return cast(Result, self.launch(tokens))
 
     def captured(self, tokens: int) -> Any:
-        """The result of the launch() whose graph the next prompt of so many tokens is; None where there is none."""
+        """What launch() returned when the graph for so many tokens was captured; None where there is no such graph."""
         self._forget_if_moved()
         return self._graphs[tokens][1] if tokens in self._graphs else None
 

@@ -173,6 +173,7 @@ class BatchOps(Ops):
         self.launcher, self.work, self.scales = context.launcher, context.work, context.scales
         self.int8_norms = family.int8_norms
         self.n = len(batch.tokens)
+        self.launcher.overlap = self.n >= _OVERLAP_FROM
         self._of_shape: list[tuple[str, np.ndarray[Any, Any]]] = []
         self.positions = self.keep("positions", batch.positions)
         kinds = attention_configs(family, context.kernel_set)
@@ -188,12 +189,13 @@ class BatchOps(Ops):
     def begin_again(self, batch: Batch) -> None:
         """Go on with another batch, of segments as these, whose launches are a graph already."""
         self.batch = batch
+        self.launcher.overlap = self.n >= _OVERLAP_FROM
         self.begin_tokens()
         for name, array in self._of_shape:
             self.work.keep(name, array)
 
     def keep(self, name: str, array: np.ndarray[Any, Any]) -> DeviceArray:
-        """What follows from the batch's segments, for kernels to read, as the work array called `name`."""
+        """Workspace.keep, of what follows from the batch's segments alone: `begin_again` calls it once more."""
         self._of_shape.append((name, array))
         return self.work.keep(name, array)
 
@@ -217,7 +219,6 @@ class BatchOps(Ops):
 
     def begin_tokens(self) -> None:
         """Upload what follows from the batch's tokens."""
-        self.launcher.overlap = self.n >= _OVERLAP_FROM
         self.tokens = self.work.upload("tokens", self.batch.tokens)
         if self.batch.targets is not None:
             self.target_rows = self.work.upload("target rows", self.batch.targets.rows)
