@@ -123,14 +123,15 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(kTh
                             accumulate || s > 0);
         wgmma_commit();
     };
-    // Makes weights (floats) of a key block's scores; correction: the factors by which earlier outputs shrink.
+    // Makes weights (floats) of a key block's scores; correction: the factors by which earlier outputs shrink. Returns
+    // whether any of the warp's do.
     auto weigh = [&](int index, float (&correction)[2]) {
         to_log2.cap(scores);
         int behind = position - index * BLOCK_KV - pair, warp_first = tile.position + warp * 16;
         bool diagonal = (index + 1) * BLOCK_KV > warp_first + 1,
              window_edge = window > 0 && index * BLOCK_KV <= warp_first + 15 - window;
         if (BOTH_WAYS || diagonal || window_edge) mask(scores, behind, tile.keys - index * BLOCK_KV - pair, window);
-        softmax.update(scores, to_log2.factor, correction);
+        return softmax.update(scores, to_log2.factor, correction);
     };
     auto pack = [&] {
 #pragma unroll
@@ -149,11 +150,13 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(kTh
         multiply_values(index > first_block + 1);
         wgmma_wait<1>();  // the scores are there; the values are still being multiplied
         release(keys, key_at);
-        weigh(index, correction);
+        if (weigh(index, correction)) {
+            wgmma_wait<0>();
+#pragma unroll
+            for (int i = 0; i < PART_DIM / 2; ++i) output[i] *= correction[i / 2 % 2];
+        }
         wgmma_wait<0>();
         release(values, value_at);
-#pragma unroll
-        for (int i = 0; i < PART_DIM / 2; ++i) output[i] *= correction[i / 2 % 2];
         pack();
     }
     multiply_values(end_block > first_block + 1);

@@ -61,24 +61,32 @@ __device__ __forceinline__ void mask(float (&scores)[kScores], int behind, int l
     }
 }
 
+// By how many powers of two a weight may be more than one: halves hold 2^15, and sums of weights are floats.
+constexpr float kMostExponent = 8.0f;
+
 // The softmax of a thread's two rows over the keys that were seen so far.
 struct Softmax {
-    // The largest scores are finite, so that a row that has seen nothing yet makes no NaN of -inf - -inf.
-    float row_max[2] = {-1e30f, -1e30f}, row_sum[2] = {0.0f, 0.0f};
+    // The scores that have a weight of one: a key block's largest. A later key block has this changed only where its
+    // largest would weigh more than 2^kMostExponent, which is rare, so that sums seldom have to be multiplied (as in
+    // FlashAttention-4). They are finite, so that a row that has seen nothing yet makes no NaN of -inf - -inf.
+    float unit[2] = {-1e30f, -1e30f}, row_sum[2] = {0.0f, 0.0f};
 
-    // Makes weights of scores, relative to the largest score so far. correction: what earlier weights, and what was
-    // summed with them, are to be multiplied by.
+    // Makes weights of scores. correction: what earlier weights, and what was summed with them, are to be multiplied
+    // by. Returns whether that is anything but one for a row of the warp.
     template <int kScores>
-    __device__ __forceinline__ void update(float (&scores)[kScores], float factor, float (&correction)[2]) {
+    __device__ __forceinline__ bool update(float (&scores)[kScores], float factor, float (&correction)[2]) {
+        bool changed = false;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            float largest = row_max[r];
+            float largest = unit[r];
 #pragma unroll
             for (int i = 2 * r; i < kScores; i += 4) largest = fmaxf(largest, fmaxf(scores[i], scores[i + 1]));
             largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
             largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
-            correction[r] = exp2_approx((row_max[r] - largest) * factor);
-            row_max[r] = largest;
+            bool heavier = (largest - unit[r]) * factor > kMostExponent;
+            if (!heavier) largest = unit[r];
+            correction[r] = exp2_approx((unit[r] - largest) * factor);
+            unit[r] = largest, changed |= heavier;
             float sum = 0.0f, offset = largest * factor;
 #pragma unroll
             for (int i = 2 * r; i < kScores; i += 4)
@@ -89,12 +97,13 @@ struct Softmax {
                 }
             row_sum[r] = fmaf(row_sum[r], correction[r], sum);
         }
+        return __any_sync(0xffffffffu, changed);
     }
     // 1 / the sum of row r's weights, to which the sink (sink_of) adds its own.
     __device__ float inverse_sum(int r, float factor, float sink) const {
         float sum = row_sum[r];
         sum += __shfl_xor_sync(0xffffffffu, sum, 1);
         sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        return 1.0f / (sum + exp2_approx(fmaf(-row_max[r], factor, sink)));
+        return 1.0f / (sum + exp2_approx(fmaf(-unit[r], factor, sink)));
     }
 };
