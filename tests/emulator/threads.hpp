@@ -258,6 +258,9 @@ inline int __reduce_max_sync(uint32_t, int value) {
     for (int offset = 16; offset; offset >>= 1) value = max(value, __shfl_xor_sync(~0u, value, offset));
     return value;
 }
+inline int __any_sync(uint32_t, int value) {
+    return __reduce_max_sync(~0u, static_cast<int>(value != 0));
+}
 inline uint32_t __match_any_sync(uint32_t, int value) {
     uint32_t mask = 0;
     for (int lane = 0; lane < 32; ++lane) mask |= static_cast<uint32_t>(exchange(value, lane) == value) << lane;
