@@ -58,6 +58,7 @@ class Family(ABC):
     chunk: int | None = None  # tokens of a chunk of the sequence, where some layers' queries see no more than theirs
     short_taps: int | None = None  # of convolutions that are a layer's mixer by themselves, where there are some
     last_norm = "output_norm"  # what files call the norm before the output matrix
+    by_rows_after_attention = True  # whether ops after a layer's attention may compute some of the rows only
     both_ways = False  # whether tokens see those after them, too: such a model has vectors only, of whole sequences
 
     file: ModelFile

@@ -57,10 +57,11 @@ class Ops(ABC):
             operations = sum(2 * rows * math.prod(w.shape) for w in matrices)
             self.timeline.enter(stage, int(operations * share), sum(w.tensor.nbytes for w in matrices))
 
-    def enter_attention(self, head_dim: int, value_dim: int, window: int | None) -> None:
-        """What follows is a layer's attention over this batch, with keys and values of so many elements a head."""
+    def enter_attention(self, head_dim: int, value_dim: int, window: int | None, alone: bool = False) -> None:
+        """What follows is a layer's attention over this batch, with keys and values of so many elements a head; alone:
+        of its last position only."""
         if self.timeline is not None:
-            seen = self.batch.positions.astype(np.int64) + 1
+            seen = self.batch.positions[-1 if alone else 0 :].astype(np.int64) + 1
             seen = seen if window is None else np.minimum(seen, window)
             self.timeline.enter("attention", 2 * self.config.head_count * (head_dim + value_dim) * int(seen.sum()))
 

@@ -27,7 +27,7 @@ from .gemm.tensor_maps import TensorMaps
 from .kernel_set import kernel_set_of
 from .kv_cache import DeviceCache, HostCache, states_of
 from .ops.attention_layout import key_rows
-from .ops.batch import Residual, ResidualBound, received
+from .ops.batch import Residual, ResidualBound, is_last_alone, received
 from .ops.collector import DeviceCollector
 from .ops.context import Context
 from .ops.cuda_ops import CudaOps
@@ -260,9 +260,10 @@ class CudaBackend(Backend):
             from_host = streaming or self.share.embeds_from_host(family, streaming)
             one_by_one = timed or kept or from_host or len(batch.segments) > 1
 
+            alone, tokens = is_last_alone(logits), len(batch.tokens)
             with self.launcher.expecting(upcoming, progress):
-                again = None if one_by_one else self._graphs.begin_again(batch)
-                ops = again.ops if again is not None else CudaOps(self.context, family, batch, cache)
+                again = None if one_by_one else self._graphs.begin_again(batch, alone)
+                ops = again.ops if again else CudaOps(self.context, family, batch, cache, last_alone=alone)
                 ops.collector = collector
                 if timed:
                     self.launcher.overlap = False
@@ -279,10 +280,10 @@ class CudaBackend(Backend):
                     return Launched(ops, residual.finished())  # what is launched later is in no graph
 
                 if again is not None:
-                    self._graphs.launch(ops.n)
+                    self._graphs.launch(tokens, alone)
                     x = again.x
                 else:
-                    x = (forward() if one_by_one else self._graphs.run(ops.n, forward)).x
+                    x = (forward() if one_by_one else self._graphs.run(tokens, forward, alone)).x
                 pending: PendingHead | None = None
                 if self.share.is_last and head:
                     pending = family.finish(ops, x, logits)

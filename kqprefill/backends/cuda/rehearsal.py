@@ -24,7 +24,7 @@ from .device.signatures import Argument, signatures_of
 from .device.workspace import Downloads, Workspace, aligned
 from .gemm.tensor_maps import TensorMaps
 from .kernel_set import KernelSet
-from .ops.batch import Residual, ResidualBound, received
+from .ops.batch import Residual, ResidualBound, is_last_alone, received
 from .ops.collector import DeviceCollector
 from .ops.context import Context
 from .ops.cuda_ops import CudaOps
@@ -193,7 +193,7 @@ def rehearse(
     work, launcher = _MeasuredWorkspace(NoGpu(facts)), LaunchRecorder()
     context = stand_in(facts, kernel_set, launcher, work, host_embedding, precision)
     key_rows = KEYS_PER_TOKEN * len(batch.tokens) if logits == "ranks" else 0
-    ops = CudaOps(context, family, batch, None, key_rows)
+    ops = CudaOps(context, family, batch, None, key_rows, is_last_alone(logits))
     ops.timeline = Timeline(lambda: None, lambda start, end: 0.0)
     share = share or Share.whole(family)
     x = None if share.is_first else Residual(received(ops, family), ResidualBound(family.token_embd, 1.0))

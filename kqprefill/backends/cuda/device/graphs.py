@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, TypeVar, cast
 
 from .gpu import Gpu, check
@@ -30,7 +30,7 @@ def capture(gpu: Gpu, launch: Callable[[], Result]) -> tuple[Any, Result]:
 
 
 class Graphs:
-    """Runs the launches of prompts: the second and later ones of a length are one graph launch each.
+    """Runs the launches of prompts: the second and later ones of a length, and of a kind, are one graph launch each.
 
     The first prompt of a length makes what is made once (scales, tensor maps), which a graph must not hold; the second
     is captured, or the next, as long as work arrays have moved while a prompt was launched: what was made before that
@@ -40,34 +40,36 @@ class Graphs:
 
     def __init__(self, gpu: Gpu, generation: Callable[[], object]) -> None:
         self._gpu, self._generation_now = gpu, generation
-        self._graphs: dict[int, tuple[Any, Any]] = {}
-        self._seen: set[int] = set()
+        self._graphs: dict[Hashable, tuple[Any, Any]] = {}
+        self._seen: set[Hashable] = set()
         self._generation: object = None
 
-    def run(self, tokens: int, launch: Callable[[], Result]) -> Result:
-        """launch()'s result, for a prompt of so many tokens whose inputs have been uploaded; launch only launches."""
+    def run(self, tokens: int, launch: Callable[[], Result], kind: Hashable = None) -> Result:
+        """launch()'s result, for a prompt of so many tokens whose inputs have been uploaded; launch only launches, the
+        same for all prompts of one kind."""
         if tokens > LONGEST:
             return launch()
         self._forget_if_moved()
-        if tokens not in self._graphs:
-            if tokens not in self._seen:
+        key = tokens, kind
+        if key not in self._graphs:
+            if key not in self._seen:
                 result = launch()
                 if not self._forget_if_moved():
-                    self._seen.add(tokens)
+                    self._seen.add(key)
                 return result
             if len(self._graphs) == KEPT:
                 self._drop(next(iter(self._graphs)))
-            self._graphs[tokens] = capture(self._gpu, launch)
-        return cast(Result, self.launch(tokens))
+            self._graphs[key] = capture(self._gpu, launch)
+        return cast(Result, self.launch(tokens, kind))
 
-    def captured(self, tokens: int) -> Any:
-        """What launch() returned when the graph for so many tokens was captured; None where there is no such graph."""
+    def captured(self, tokens: int, kind: Hashable = None) -> Any:
+        """What launch() returned when the graph for such prompts was captured; None where there is no such graph."""
         self._forget_if_moved()
-        return self._graphs[tokens][1] if tokens in self._graphs else None
+        return self._graphs[tokens, kind][1] if (tokens, kind) in self._graphs else None
 
-    def launch(self, tokens: int) -> Any:
-        """Launch the graph that there is for so many tokens. Returns what is `captured`."""
-        graph, result = self._graphs[tokens]
+    def launch(self, tokens: int, kind: Hashable = None) -> Any:
+        """Launch the graph that there is for such prompts. Returns what is `captured`."""
+        graph, result = self._graphs[tokens, kind]
         check(self._gpu.driver.cuGraphLaunch(graph, self._gpu.stream.handle))
         return result
 
@@ -79,13 +81,13 @@ class Graphs:
             self._generation = self._generation_now()
         return moved
 
-    def _drop(self, tokens: int) -> None:
-        graph, _ = self._graphs.pop(tokens)
+    def _drop(self, key: Hashable) -> None:
+        graph, _ = self._graphs.pop(key)
         self._gpu.stream.sync()
         check(self._gpu.driver.cuGraphExecDestroy(graph))
 
     def clear(self) -> None:
         """Drop all graphs."""
-        for tokens in list(self._graphs):
-            self._drop(tokens)
+        for key in list(self._graphs):
+            self._drop(key)
         self._seen.clear()

@@ -176,7 +176,7 @@ class AttentionOps(BatchOps):
             "multiply_gates",
             grid=a.rows,
             a=a.values,
-            gates=gate,
+            gates=gate.rows(gate.shape[0] - a.rows),
             columns=a.columns,
             stride=a.values.shape[1],
         )
@@ -350,7 +350,8 @@ class AttentionOps(BatchOps):
         sinks: Weight | None = None,
         both_ways: bool = False,
     ) -> Operand:
-        self.enter_attention(q.head_dim, v.head_dim, window)
+        alone = self.leaves_one and not chunked and not both_ways
+        self.enter_attention(q.head_dim, v.head_dim, window, alone)
         attending = self.attending(q.head_dim, v.head_dim)
         config, nq, columns = attending.config, self.config.head_count, self.config.head_count * v.head_dim
         out = self.work.array("attended", HALVES.dtype, self.n, HALVES.padded(columns))
@@ -358,6 +359,8 @@ class AttentionOps(BatchOps):
         if chunked:
             assert attending.chunk_tiles is not None, "the family says how long a chunk is"
             tiles, window = attending.chunk_tiles, None
+        if alone:
+            tiles = tiles.rows(0, 1)  # the one with most keys
         inputs: dict[str, DeviceArray] = {"q": q.values, "k": k.values, "v": v.values}
         nkv = k.values.shape[1]
         sharers = config.sharers(nq, nkv, tiles.shape[0], self.context.gpu.multiprocessors)
@@ -387,4 +390,7 @@ class AttentionOps(BatchOps):
                 softcap=softcap or 0.0,
                 sinks=self.vector(sinks),
             )
-        return Operand(out, columns, v.scale)
+        seen = Operand(out, columns, v.scale)
+        if alone:
+            self.n = 1
+        return self.operand(seen)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ....core import Batch, KeysValues, Latent, LayerState, SharedKeysValues
+from ....core import Batch, KeysValues, Latent, LayerState, Logits, SharedKeysValues
 from ....models.family import Family
 from ....models.ops import Ops
 from ....models.weights import Weight
@@ -87,6 +87,11 @@ def received(ops: BatchOps, family: Family) -> DeviceArray:
     return ops.work.array("received", FLOAT32, *family.residual_shape(ops.n))
 
 
+def is_last_alone(logits: Logits) -> bool:
+    """Whether nothing is asked of a batch but its last position."""
+    return logits in (None, "last")
+
+
 @dataclass(frozen=True)
 class Attending:
     """How attention over a batch goes with heads of one size (attention_layout.py).
@@ -161,17 +166,26 @@ class BatchOps(Ops):
     """All that is uploaded for a batch goes up here: the ops themselves only launch, so that they can be captured as a
     graph.
 
-    key_rows: rows of keys and values to have room for, where they are more than the batch's own.
+    key_rows: rows of keys and values to have room for, where they are more than the batch's own. last_alone: nobody asks
+    for another position than the last one of all. n: the tokens that ops compute: all, until the last layer's attention
+    leaves the last one of these alone.
     """
 
     collector: DeviceCollector | None
 
     def __init__(
-        self, context: Context, family: Family, batch: Batch, cache: DeviceCache | None, key_rows: int = 0
+        self,
+        context: Context,
+        family: Family,
+        batch: Batch,
+        cache: DeviceCache | None,
+        key_rows: int = 0,
+        last_alone: bool = False,
     ) -> None:
         self.context, self.config, self.batch, self.cache = context, family.config, batch, cache
         self.launcher, self.work, self.scales = context.launcher, context.work, context.scales
         self.int8_norms = family.int8_norms
+        self._last_alone = last_alone and family.by_rows_after_attention and len(batch.segments) == 1
         self.n = len(batch.tokens)
         self.launcher.overlap = self.n >= _OVERLAP_FROM
         self._of_shape: list[tuple[str, np.ndarray[Any, Any]]] = []
@@ -189,7 +203,7 @@ class BatchOps(Ops):
     def begin_again(self, batch: Batch) -> None:
         """Go on with another batch, of segments as these, whose launches are a graph already."""
         self.batch = batch
-        self.launcher.overlap = self.n >= _OVERLAP_FROM
+        self.launcher.overlap = len(batch.tokens) >= _OVERLAP_FROM
         self.begin_tokens()
         for name, array in self._of_shape:
             self.work.keep(name, array)
@@ -209,6 +223,22 @@ class BatchOps(Ops):
         row_of = self.keep(f"kv rows {of}", layout.row_of)
         copies = self.keep(f"kv copies {of}", layout.copies)
         return Attending(config, layout.rows, tiles, row_of, copies, of_chunks)
+
+    @property
+    def leaves_one(self) -> bool:
+        """Whether this layer's attention is of the last position alone, and all that comes after it."""
+        return self._last_alone and self.layer == self.config.block_count - 1 and self.collector is None
+
+    def stream(self, x: Residual) -> Residual:
+        """The rows of the residual stream that ops compute."""
+        if self.n == len(self.batch.tokens):
+            return x
+        values = x.values
+        return Residual(values.rows(values.shape[0] - self.n), x.bound)
+
+    def operand(self, a: Operand) -> Operand:
+        """The same of an operand."""
+        return a if self.n == len(self.batch.tokens) else a.part(a.rows - self.n, a.rows)
 
     def attending(self, head_dim: int, value_dim: int) -> Attending:
         """How attention goes in layers with such heads."""

@@ -130,7 +130,7 @@ class HeadOps(DenseOps):
     ) -> HeadResult:
         """Wait for what is told of the last position, and until a cache has the batch."""
         wait()
-        self.states.end_batch(self.batch.start, self.n)
+        self.states.end_batch(self.batch.start, len(self.batch.tokens))
         token, logit, logprob = ranked[0, 1].item()
         if token < 0:  # a logit is NaN
             logit = logprob = nan

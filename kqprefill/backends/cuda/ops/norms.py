@@ -149,7 +149,7 @@ class NormOps(BatchOps):
     ) -> Residual:
         """As Ops.add_rms_norm; row_scale: powers of two that y's rows are to be multiplied by, float32 [T]."""
         self.enter("rest")
-        times = self._factor(factor)
+        times, x = self._factor(factor), self.stream(x)
         self.launcher.launch(
             NORM,
             "add_rms_norm",

@@ -26,9 +26,10 @@ class PromptGraphs(Graphs):
     that were captured go on with the next prompt of the length.
     """
 
-    def begin_again(self, batch: Batch) -> Launched | None:
-        """What was captured of a prompt of this one's length, begun with this one; None where there is no graph."""
-        found = cast("Launched | None", self.captured(len(batch.tokens)))
+    def begin_again(self, batch: Batch, last_alone: bool) -> Launched | None:
+        """What was captured of a prompt of this one's length, of which as much was asked, begun with this one; None
+        where there is no graph."""
+        found = cast("Launched | None", self.captured(len(batch.tokens), last_alone))
         if found is None or found.ops.batch.segments != batch.segments:
             return None
         found.ops.begin_again(batch)
