@@ -120,9 +120,15 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         float w[16];
         decode_at(weights, row, column, units, w);
         float* to = out + static_cast<uint64_t>(blockIdx.x) * columns + column;
+        bool whole = columns % 4 == 0;  // fours, which are written at once
+#pragma unroll
+        for (int i = 0; i < 16; i += 4)
+            if (whole && column + i < columns)
+                *reinterpret_cast<float4*>(to + i) =
+                    make_float4(factor * w[i], factor * w[i + 1], factor * w[i + 2], factor * w[i + 3]);
 #pragma unroll
         for (int i = 0; i < 16; ++i)
-            if (column + i < columns) to[i] = factor * w[i];
+            if (!whole && column + i < columns) to[i] = factor * w[i];
     }
 }
 

@@ -46,6 +46,8 @@ def by_turns(file, rng, begun):
                 expected = model.prefill(tokens, logits="all", cache=cache)
                 assert np.array_equal(got.logits, expected.logits)
                 assert (got.token, got.logit, got.logprob) == (expected.token, expected.logit, expected.logprob)
+                last = model.prefill(tokens, logits="last")  # of which other graphs are made
+                assert np.array_equal(last.logits, got.logits[-1]) and last.token == got.token
                 if turn >= 4:  # a batch of one segment, too, but with targets
                     (scored,) = model.score([tokens])
                     logits = got.logits[:-1].astype(np.float64)

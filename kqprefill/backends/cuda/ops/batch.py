@@ -166,9 +166,9 @@ class BatchOps(Ops):
     """All that is uploaded for a batch goes up here: the ops themselves only launch, so that they can be captured as a
     graph.
 
-    key_rows: rows of keys and values to have room for, where they are more than the batch's own. last_alone: nobody asks
-    for another position than the last one of all. n: the tokens that ops compute: all, until the last layer's attention
-    leaves the last one of these alone.
+    key_rows: rows of keys and values to have room for, where they are more than the batch's own. last_alone: nothing is
+    asked of the batch but its last position. n: the tokens that ops compute: all of them, but from the last layer's
+    attention on only the last one, where it is alone.
     """
 
     collector: DeviceCollector | None
