@@ -1,0 +1,63 @@
+"""Where nothing is asked of a prompt but its last position, the last layer's attention and all after it compute that
+one alone: the bits of prompts of which all is asked. On emulated kernels, and (gpu) on a device."""
+
+import numpy as np
+import pytest
+
+from conftest import CASES, CONFORMANCE_FOLDERS
+from emulator import why_not
+from host_backend import run_on_host
+from kqprefill.backends.cuda.backend import CudaBackend
+from kqprefill.core import KeysValues, Latent
+from kqprefill.engine.model import open_model
+from kqprefill.gguf import GGUFFile
+
+RELEASED = sorted(path.stem for path in CONFORMANCE_FOLDERS[0].glob("*.gguf"))
+# Attention and a network one after the other, and side by side; norms after them; experts; a state-space layer last.
+QUICK = "qwen3-q4_k command-r-q3_k gemma3-q4_k_m ernie4_5-moe-q3_k qwen35-tied-nextn granitehybrid-q2_k".split()
+WHOLE = {"gemma3n-tiny", "gemma4-q4_k_m", "falcon-h1-q2_k"}  # whose pages say that all rows are needed
+emulated = pytest.mark.skipif(why_not() is not None, reason=f"kernels are not emulated: {why_not()}")
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    """How many rows of the residual stream came out of the last layer, of each prompt that was launched."""
+    seen, advance = [], CudaBackend.advance
+
+    def counted(backend, *args, **kwargs):
+        result = advance(backend, *args, **kwargs)
+        seen.append(result[0].array.shape[0])
+        return result
+
+    monkeypatch.setattr(CudaBackend, "advance", counted)
+    return seen
+
+
+def check_same_bits(case, precision, rng, rows):
+    """A prompt by itself, and behind another in a cache."""
+    with open_model(GGUFFile(CASES[case]), "cuda", precision=precision) as model:
+        for length in (1, 7, 65, 129):
+            tokens = rng.integers(0, model.config.vocab_size, length)
+            every = model.prefill(tokens, logits="all")
+            last = model.prefill(tokens, logits="last")
+            assert np.isfinite(last.logits).all() and np.array_equal(last.logits, every.logits[-1])
+            assert (last.token, last.logit, last.logprob) == (every.token, every.logit, every.logprob)
+        cache, state = model.new_cache(length), model.family.layer_states[-1]
+        model.prefill(tokens[:50], cache=cache)
+        assert np.array_equal(model.prefill(tokens[50:], logits="last", cache=cache).logits, every.logits[-1])
+    alone = isinstance(state, (KeysValues, Latent)) and case not in WHOLE
+    assert (rows[-1] == 1) == alone
+
+
+@emulated
+@pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in RELEASED])
+def test_emulated(case, monkeypatch, rng, rows):
+    run_on_host(monkeypatch)
+    check_same_bits(case, "exact", rng, rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["exact", "int8"])
+@pytest.mark.parametrize("case", RELEASED)
+def test_on_a_device(case, precision, rng, rows):
+    check_same_bits(case, precision, rng, rows)
