@@ -8,7 +8,9 @@ from conftest import CASES, CONFORMANCE_FOLDERS
 from emulator import why_not
 from host_backend import run_on_host
 from kqprefill.backends.cuda.backend import CudaBackend
-from kqprefill.core import KeysValues, Latent
+from kqprefill.backends.cuda.ops.batch import received
+from kqprefill.backends.cuda.ops.cuda_ops import CudaOps
+from kqprefill.core import Batch, KeysValues, Latent
 from kqprefill.engine.model import open_model
 from kqprefill.gguf import GGUFFile
 
@@ -54,6 +56,16 @@ def check_same_bits(case, precision, rng, rows):
 def test_emulated(case, monkeypatch, rng, rows):
     run_on_host(monkeypatch)
     check_same_bits(case, "exact", rng, rows)
+
+
+@emulated
+def test_what_another_device_sends_is_whole(monkeypatch):
+    """Also to ops that have been through the last layer, as those of a graph have."""
+    run_on_host(monkeypatch)
+    with open_model(GGUFFile(CASES["qwen3-q4_k"]), "cuda") as model:
+        ops = CudaOps(model.backend.context, model.family, Batch(np.arange(9, dtype=np.int32)), None, last_alone=True)
+        model.family.forward(ops)
+        assert ops.n == 1 and received(ops, model.family).shape[0] == 9
 
 
 @pytest.mark.gpu

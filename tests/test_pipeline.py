@@ -225,10 +225,10 @@ def test_a_pipeline_gives_the_same_bits(path, cut, rng):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("path", found("gemma3n-tiny"), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [EXAMPLE, *found("gemma3n-tiny")], ids=lambda p: p.stem)
 def test_prompts_of_one_length(path, rng):
     """From the second on they are graphs, but where a device between the others looks the embedding's rows up on the
-    host, as this family has its layers do."""
+    host, as Gemma 3n has its layers do. The last device's are of the last position alone, but not what it receives."""
     prompts = rng.integers(0, read_model(GGUFFile(str(path))).config.vocab_size, (6, 40))
     logits = []
     for device in (0, several(3)):

@@ -84,7 +84,7 @@ class Residual:
 
 def received(ops: BatchOps, family: Family) -> DeviceArray:
     """Where a residual stream that another device has made is put."""
-    return ops.work.array("received", FLOAT32, *family.residual_shape(ops.n))
+    return ops.work.array("received", FLOAT32, *family.residual_shape(len(ops.batch.tokens)))
 
 
 def is_last_alone(logits: Logits) -> bool:
