@@ -15,8 +15,9 @@ from kqprefill.engine.model import open_model
 from kqprefill.gguf import GGUFFile
 
 RELEASED = sorted(path.stem for path in CONFORMANCE_FOLDERS[0].glob("*.gguf"))
-# Attention and a network one after the other, and side by side; norms after them; experts; a state-space layer last.
-QUICK = "qwen3-q4_k command-r-q3_k gemma3-q4_k_m ernie4_5-moe-q3_k qwen35-tied-nextn granitehybrid-q2_k".split()
+FAMILIES = [case for case in RELEASED if not case.startswith("qwen3-") or case == "qwen3-q4_k"]  # of formats, one
+# Attention and a network one after the other, and side by side; norms after them; experts.
+QUICK = "qwen3-q4_k command-r-q3_k gemma3-q4_k_m ernie4_5-moe-q3_k".split()
 WHOLE = {"gemma3n-tiny", "gemma4-q4_k_m", "falcon-h1-q2_k"}  # whose pages say that all rows are needed
 emulated = pytest.mark.skipif(why_not() is not None, reason=f"kernels are not emulated: {why_not()}")
 
@@ -35,10 +36,10 @@ def rows(monkeypatch):
     return seen
 
 
-def check_same_bits(case, precision, rng, rows):
+def check_same_bits(case, precision, lengths, rng, rows):
     """A prompt by itself, and behind another in a cache."""
     with open_model(GGUFFile(CASES[case]), "cuda", precision=precision) as model:
-        for length in (1, 7, 65, 129):
+        for length in lengths:
             tokens = rng.integers(0, model.config.vocab_size, length)
             every = model.prefill(tokens, logits="all")
             last = model.prefill(tokens, logits="last")
@@ -52,10 +53,10 @@ def check_same_bits(case, precision, rng, rows):
 
 
 @emulated
-@pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in RELEASED])
+@pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in FAMILIES])
 def test_emulated(case, monkeypatch, rng, rows):
     run_on_host(monkeypatch)
-    check_same_bits(case, "exact", rng, rows)
+    check_same_bits(case, "exact", (7, 70), rng, rows)
 
 
 @emulated
@@ -72,4 +73,4 @@ def test_what_another_device_sends_is_whole(monkeypatch):
 @pytest.mark.parametrize("precision", ["exact", "int8"])
 @pytest.mark.parametrize("case", RELEASED)
 def test_on_a_device(case, precision, rng, rows):
-    check_same_bits(case, precision, rng, rows)
+    check_same_bits(case, precision, (1, 7, 65, 129), rng, rows)
