@@ -229,9 +229,10 @@ def test_a_pipeline_gives_the_same_bits(path, cut, rng):
 def test_prompts_of_one_length(path, rng):
     """From the second on they are graphs, but where a device between the others looks the embedding's rows up on the
     host, as Gemma 3n has its layers do. The last device's are of the last position alone, but not what it receives."""
-    prompts = rng.integers(0, read_model(GGUFFile(str(path))).config.vocab_size, (6, 40))
+    family = read_model(GGUFFile(str(path)))
+    prompts = rng.integers(0, family.config.vocab_size, (6, 40))
     logits = []
-    for device in (0, several(3)):
+    for device in (0, several(min(3, len(family.blocks)))):
         with kqprefill.load(path, backend="cuda", device=device) as model:
             logits.append([model.prefill(prompt, "last").logits for prompt in prompts])
     assert_same(*logits)
