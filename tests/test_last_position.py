@@ -7,12 +7,19 @@ import pytest
 from conftest import CASES, CONFORMANCE_FOLDERS
 from emulator import why_not
 from host_backend import run_on_host
+from kqprefill.backends.cuda import rehearsal
 from kqprefill.backends.cuda.backend import CudaBackend
+from kqprefill.backends.cuda.bounds import H100
+from kqprefill.backends.cuda.kernel_set import kernel_set_of
 from kqprefill.backends.cuda.ops.batch import received
 from kqprefill.backends.cuda.ops.cuda_ops import CudaOps
+from kqprefill.backends.cuda.rehearsal import planned_batch, rehearse
 from kqprefill.core import Batch, KeysValues, Latent
 from kqprefill.engine.model import open_model
 from kqprefill.gguf import GGUFFile
+from kqprefill.gguf.types import GGML
+from kqprefill.models import read_model
+from kqprefill.synthetic import Shape, SyntheticFile
 
 RELEASED = sorted(path.stem for path in CONFORMANCE_FOLDERS[0].glob("*.gguf"))
 FAMILIES = [case for case in RELEASED if not case.startswith("qwen3-") or case == "qwen3-q4_k"]  # of formats, one
@@ -67,6 +74,20 @@ def test_what_another_device_sends_is_whole(monkeypatch):
         ops = CudaOps(model.backend.context, model.family, Batch(np.arange(9, dtype=np.int32)), None, last_alone=True)
         model.family.forward(ops)
         assert ops.n == 1 and received(ops, model.family).shape[0] == 9
+
+
+def test_plans_have_room_for_all_positions(monkeypatch):
+    """A model's only layer may be asked for all of them, too."""
+    family = read_model(SyntheticFile(Shape("llama", 1, 64, 2, 2, 32, 96, 131, 4096, 1e4), lambda *_: GGML.Q8_0, "one"))
+    planned, alone = (
+        rehearse(family, H100, kernel_set_of((9, 0)), planned_batch(500, False), last_alone=alone)
+        for alone in (False, True)
+    )
+    assert planned.work_bytes > alone.work_bytes and planned.matrix_flops > alone.matrix_flops
+    seen, make_plan = [], rehearsal.make_plan
+    monkeypatch.setattr(rehearsal, "make_plan", lambda *args: (seen.append(args[3](False)), make_plan(*args))[1])
+    rehearsal.plan_model(family, H100, kernel_set_of((9, 0)), 1 << 30, 500)
+    assert [needs.work_bytes for needs in seen] == [planned.work_bytes]
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ from .weights import Parts, Shapes, Weights
 class FalconH1(Family):
     architecture = "falcon-h1"
     examples = "Falcon-H1 34B, Falcon-H1 7B, Falcon-H1 1.5B"
-    by_rows_after_attention = False
+    by_rows_after_attention = False  # Mamba-2 beside it needs them
 
     def read_config(self, vocab_size: int) -> Config:
         self.net = Mamba2.from_gguf(self.meta)

@@ -19,7 +19,7 @@ from .weights import Parts, Shapes, Weight, Weights
 class Gemma4(Gemma):
     architecture = "gemma4"
     examples = "Gemma 4 31B, Gemma 4 26B-A4B, Gemma 4 E4B"
-    by_rows_after_attention = False
+    by_rows_after_attention = False  # embeddings for the layers, and Gemma 3n's streams, are of all
 
     def read_config(self, vocab_size: int) -> Config:
         """Of numbers that differ by layer, the largest."""

@@ -251,16 +251,16 @@ class CudaBackend(Backend):
             self._make_room_for(family, batch, progress)
             self.maps.make_room()
 
+            alone, tokens = is_last_alone(logits), len(batch.tokens)
+
             def upcoming() -> tuple[Any, ...]:
-                return rehearse(
-                    family, self.gpu, self.kernel_set, batch, logits, share=self.share, precision=self._precision
-                ).programs
+                given = family, self.gpu, self.kernel_set, batch, logits
+                return rehearse(*given, share=self.share, precision=self._precision, last_alone=alone).programs
 
             streaming, kept = self.weights.streaming, cache is not None or collector is not None
             from_host = streaming or self.share.embeds_from_host(family, streaming)
             one_by_one = timed or kept or from_host or len(batch.segments) > 1
 
-            alone, tokens = is_last_alone(logits), len(batch.tokens)
             with self.launcher.expecting(upcoming, progress):
                 again = None if one_by_one else self._graphs.begin_again(batch, alone)
                 ops = again.ops if again else CudaOps(self.context, family, batch, cache, last_alone=alone)

@@ -24,7 +24,7 @@ from .device.signatures import Argument, signatures_of
 from .device.workspace import Downloads, Workspace, aligned
 from .gemm.tensor_maps import TensorMaps
 from .kernel_set import KernelSet
-from .ops.batch import Residual, ResidualBound, is_last_alone, received
+from .ops.batch import Residual, ResidualBound, received
 from .ops.collector import DeviceCollector
 from .ops.context import Context
 from .ops.cuda_ops import CudaOps
@@ -184,16 +184,18 @@ def rehearse(
     host_embedding: bool = False,
     share: Share | None = None,
     precision: Precision = "exact",
+    last_alone: bool = False,
 ) -> BatchNeeds:
     """What a batch needs whose head is asked for `logits`.
 
     host_embedding: the embedding's rows come from the host. share: the layers that it goes through, all unless given.
-    precision: that the model is opened with. For "ranks" there is room for as many rows of keys as the batch may have.
+    precision: that the model is opened with. last_alone: as for CudaOps; a plan has room for all positions. For "ranks"
+    there is room for as many rows of keys as the batch may have.
     """
     work, launcher = _MeasuredWorkspace(NoGpu(facts)), LaunchRecorder()
     context = stand_in(facts, kernel_set, launcher, work, host_embedding, precision)
     key_rows = KEYS_PER_TOKEN * len(batch.tokens) if logits == "ranks" else 0
-    ops = CudaOps(context, family, batch, None, key_rows, is_last_alone(logits))
+    ops = CudaOps(context, family, batch, None, key_rows, last_alone)
     ops.timeline = Timeline(lambda: None, lambda start, end: 0.0)
     share = share or Share.whole(family)
     x = None if share.is_first else Residual(received(ops, family), ResidualBound(family.token_embd, 1.0))
