@@ -35,10 +35,8 @@ __device__ __forceinline__ void load_key_block(const Ring<STAGES, kStageBytes>& 
     Barrier arrived = ring.begin_filling(at, kStageBytes);
     uint32_t to = ring.stage(at.stage) + blockIdx.x % CLUSTER * (kOwnRows * 128);
 #pragma unroll
-    for (int panel = 0; panel < kStageBytes / kPanelKv; ++panel) {
-        if (CLUSTER == 1) tensor_copy(to + panel * kPanelKv, map, column + 64 * panel, row, arrived);
-        else tensor_copy(to + panel * kPanelKv, map, column + 64 * panel, row, arrived, (1 << CLUSTER) - 1);
-    }
+    for (int panel = 0; panel < kStageBytes / kPanelKv; ++panel)
+        tensor_copy_to<CLUSTER>(to + panel * kPanelKv, map, column + 64 * panel, row, arrived);
 }
 
 // A consumer warp has finished with a key block.
@@ -71,8 +69,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(kTh
     }
     QueryTile tile = tiles[blockIdx.y];  // only uploads write these, too
     if (threadIdx.x == kConsumers) prefetch_map(q_map), prefetch_map(k_map), prefetch_map(v_map);
-    if (CLUSTER == 1) __syncthreads();
-    else cluster_sync();
+    sync_blocks<CLUSTER>();
     begin_short_kernel();
     int head = blockIdx.x, first_column = blockIdx.z * PART_DIM;  // of the head's values
     int first_block = tile.first_key(window) / BLOCK_KV, end_block = ceil_div(tile.end_key(window), BLOCK_KV);

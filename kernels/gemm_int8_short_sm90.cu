@@ -83,11 +83,8 @@ __device__ __forceinline__ void produce(const Stages& ring, TileQueue queue, con
 #pragma unroll 1
             for (int step = 0; step < kSteps; ++step, at.advance()) {
                 Barrier arrived = ring.begin_filling(at, kStageBytes);
-                uint32_t to = ring.stage(at.stage);
-                if (kSharers == 1) tensor_copy(to, x_map, step * kRotated, token, arrived);
-                else
-                    tensor_copy(to + rank * (kStageBytes / kSharers), x_map, step * kRotated,
-                                token + rank * (kTokens / kSharers), arrived, (1 << kSharers) - 1);
+                tensor_copy_to<kSharers>(ring.stage(at.stage) + rank * (kStageBytes / kSharers), x_map, step * kRotated,
+                                         token + rank * (kTokens / kSharers), arrived);
             }
         }
         if (output.end - output.first <= kTokens) weights_held().wait(phase);
@@ -160,7 +157,7 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
         weights_held().init(Config::kConsumers);
         fence_barrier_init();
     }
-    sync_cluster();
+    sync_blocks<Config::kCluster>();
     if (threadIdx.x < kConsumers) {
         take_registers<Config::kConsumerRegisters>();
         begin_kernel();

@@ -94,11 +94,8 @@ __device__ __forceinline__ void produce_x(const Config::Steps& ring, TileQueue q
         if (!begun) begin_kernel(), begun = true;
         auto begin = [&](int count) { return ring.begin_filling(at, count * Config::kXBytes); };
         auto fill = [&](uint32_t to, int step, Barrier arrived) {
-            to += Config::kWBytes;
-            if (kSharers == 1) tensor_copy(to, x_map, step * kRotated, token, arrived);
-            else
-                tensor_copy(to + rank * (Config::kXBytes / kSharers), x_map, step * kRotated,
-                            token + rank * (Config::kTokens / kSharers), arrived, (1 << kSharers) - 1);
+            tensor_copy_to<kSharers>(to + Config::kWBytes + rank * (Config::kXBytes / kSharers), x_map, step * kRotated,
+                                     token + rank * (Config::kTokens / kSharers), arrived);
         };
         produce_tile(ring, at, w.groups, begin, fill);
         if constexpr (Config::kHeadDim != 0) Angles::produce(ring, at, Config::kWBytes, angle_map, token);
@@ -202,7 +199,7 @@ __device__ __forceinline__ void run(const Weights& w, const void* x_map, const f
         ring.init(Config::kCopies + 1, 4 * Config::kWarpgroups * Config::kSharers);
         fence_barrier_init();
     }
-    sync_cluster();
+    sync_blocks<Config::kCluster>();
     if (threadIdx.x < kConsumers) {
         take_registers<Config::kConsumerRegisters>();
         begin_kernel();

@@ -46,10 +46,8 @@ __device__ __forceinline__ void produce_weights(const Rings& rings, const Matric
 __device__ __forceinline__ void copy_step(uint32_t to, const void* x_map, int column, int token, Barrier arrived) {
     constexpr int kSharers = Config::kSharers;
     int rank = blockIdx.x % kSharers;
-    if (kSharers == 1) tensor_copy(to, x_map, column, token, arrived);
-    else
-        tensor_copy(to + rank * (Config::kStepBytes / kSharers), x_map, column,
-                    token + rank * (Config::kTokens / kSharers), arrived, (1 << kSharers) - 1);
+    tensor_copy_to<kSharers>(to + rank * (Config::kStepBytes / kSharers), x_map, column,
+                             token + rank * (Config::kTokens / kSharers), arrived);
 }
 
 // The work of one thread: it has the copy engine bring x, a stage at a time, and angles (AngleStages), if there are
@@ -127,7 +125,7 @@ __device__ __forceinline__ void run(const Matrices& matrices, const void* x_map,
         }
         fence_barrier_init();
     }
-    sync_cluster();
+    sync_blocks<Config::kCluster>();
     int units = ceil_div(k, Formats::kElements);
     if (threadIdx.x < kConsumers) {
         take_registers<Config::kConsumerRegisters>();

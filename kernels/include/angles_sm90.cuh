@@ -23,8 +23,7 @@ struct AngleStages {
 #pragma unroll
         for (int panel = 0; panel < kPanels; ++panel) {
             uint32_t place = to + panel * kPanelBytes + rank * kOwn * kRowBytes;
-            if (kSharers == 1) tensor_copy(place, map, panel * 2 * kPanelPairs, token, arrived);
-            else tensor_copy(place, map, panel * 2 * kPanelPairs, token, arrived, (1 << kSharers) - 1);
+            tensor_copy_to<kSharers>(place, map, panel * 2 * kPanelPairs, token, arrived);
         }
     }
 

@@ -53,8 +53,3 @@ __device__ __forceinline__ uint8_t* block_memory() {
     extern __shared__ __align__(1024) uint8_t shared[];
     return shared;
 }
-
-__device__ __forceinline__ void sync_cluster() {
-    if (BlockConfig::kCluster == 1) __syncthreads();
-    else cluster_sync();
-}

@@ -44,6 +44,13 @@ __device__ __forceinline__ void tensor_copy(uint32_t destination, const void* ma
         "l"(map), "r"(column), "r"(row), "r"(barrier.address), "h"(blocks)
         : "memory");
 }
+// Does so for each of the cluster's kBlocks blocks, or for this one where it has no cluster.
+template <int kBlocks>
+__device__ __forceinline__ void tensor_copy_to(uint32_t destination, const void* map, int column, int row,
+                                               Barrier barrier) {
+    if constexpr (kBlocks == 1) tensor_copy(destination, map, column, row, barrier);
+    else tensor_copy(destination, map, column, row, barrier, (1 << kBlocks) - 1);
+}
 
 // to[0 .. 3] += values, 16 bytes in a run. The L2 cache adds, and nothing comes back.
 __device__ __forceinline__ void reduce_add(float* to, const float4& values) {
@@ -81,7 +88,13 @@ __device__ __forceinline__ void finish_loads() {
 __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// The same for a thread by itself, not with its warp.
+// The same of a cluster of kBlocks blocks, or of this block where it has no cluster.
+template <int kBlocks>
+__device__ __forceinline__ void sync_blocks() {
+    if constexpr (kBlocks == 1) __syncthreads();
+    else cluster_sync();
+}
+// As cluster_sync, for a thread by itself, not with its warp.
 __device__ __forceinline__ void cluster_sync_by_thread() {
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }

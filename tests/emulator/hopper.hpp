@@ -73,6 +73,16 @@ inline void tensor_copy(uint32_t destination, const void* map, int column, int r
 inline void tensor_copy(uint32_t destination, const void* map, int column, int row, Barrier barrier) {
     tensor_copy(destination, map, column, row, barrier, static_cast<uint16_t>(1 << own_block()));
 }
+template <int kBlocks>
+inline void tensor_copy_to(uint32_t destination, const void* map, int column, int row, Barrier barrier) {
+    if (kBlocks == 1) tensor_copy(destination, map, column, row, barrier);
+    else tensor_copy(destination, map, column, row, barrier, static_cast<uint16_t>((1 << kBlocks) - 1));
+}
+template <int kBlocks>
+inline void sync_blocks() {
+    if (kBlocks == 1) __syncthreads();
+    else cluster_sync();
+}
 template <int kThreads>
 inline void sync_threads(int barrier) {
     meet(fibers.named[own_block()][barrier], kThreads);
