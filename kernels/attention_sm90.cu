@@ -147,7 +147,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(kTh
         multiply_values(index > first_block + 1);
         wgmma_wait<1>();  // the scores are there; the values are still being multiplied
         release(keys, key_at);
-        // The waits stand behind the branch: ptxas would move one that does not before the softmax.
+        // The softmax is to run while the values are multiplied. ptxas moves a wait for these up, before the softmax,
+        // but not across a branch: so both waits stand behind this one.
         if (weigh(index, correction)) {
             wgmma_wait<0>();
 #pragma unroll

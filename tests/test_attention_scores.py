@@ -6,12 +6,10 @@ import numpy as np
 import pytest
 
 from conftest import relative_error
-from kqprefill.backends.cuda.attention_kernels import hopper_attention, portable_attention
 from kqprefill.backends.cuda.device.arrays import FLOAT16, DeviceArray
 from kqprefill.backends.cuda.gemm.operand import operand_positions
 from kqprefill.backends.cuda.ops.attention_layout import attention_layout
 from kqprefill.core import Segment
-from kqprefill.gguf.types import GGML
 from test_int8 import device  # noqa: F401  # a fixture
 
 N = 300
@@ -77,8 +75,7 @@ def reference(q, k, v, scale):
 @pytest.mark.parametrize("scores", SCORES)
 def test_scores(device, scores, dim, rng):  # noqa: F811
     """Of rows of all kinds side by side, as a warp has them; and the same bits where fewer keys follow."""
-    portable = "Portable" in type(device.gemms.choose([device.exact("attn_q", (32, 64), GGML.F16)[0]])).__name__
-    config = (portable_attention if portable else hopper_attention)(dim, dim)
+    config = device.kernel_set.attention(dim, dim)
     scale, nq, nkv = 0.125, 2, 1
     q, k, v = (rng.standard_normal((N, heads, dim)).astype(np.float16) for heads in (nq, nkv, nkv))
     q, k = q * np.float16(0.2), k * np.float16(0.2)

@@ -49,7 +49,7 @@ class Device:
             capability, shared_memory = ((9, 0), 227 << 10) if kernels == "hopper" else ((8, 0), 99 << 10)
             self.backend, self.gpu, self.launcher = None, EmulatedGpu(capability, shared_memory), Emulator()
             kernel_set, self.work, maps = kernel_set_of(capability), Workspace(self.gpu), EmulatedMaps(self.gpu)
-        self.small, self.maps = SmallArrays(self.gpu), maps
+        self.small, self.maps, self.kernel_set = SmallArrays(self.gpu), maps, kernel_set
         self.scales = Scales(self.gpu, self.launcher, self.work, self.small)
         self.gemms = kernel_set.gemms(self.gpu, self.launcher, self.work, maps)
 

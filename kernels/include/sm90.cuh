@@ -88,7 +88,7 @@ __device__ __forceinline__ void finish_loads() {
 __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// The same of a cluster of kBlocks blocks, or of this block where it has no cluster.
+// The same of a cluster of kBlocks blocks; where there is no cluster, the threads of the block wait for one another.
 template <int kBlocks>
 __device__ __forceinline__ void sync_blocks() {
     if constexpr (kBlocks == 1) __syncthreads();

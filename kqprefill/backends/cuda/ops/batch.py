@@ -240,6 +240,10 @@ class BatchOps(Ops):
         """The same of an operand."""
         return a if self.n == len(self.batch.tokens) else a.part(a.rows - self.n, a.rows)
 
+    def own(self, a: Operand, residual: Residual | None) -> tuple[Operand, Residual | None]:
+        """The same of both that a product is given."""
+        return self.operand(a), None if residual is None else self.stream(residual)
+
     def attending(self, head_dim: int, value_dim: int) -> Attending:
         """How attention goes in layers with such heads."""
         return self._attending[head_dim, value_dim]

@@ -145,8 +145,7 @@ class DenseOps(NormOps):
     ) -> DeviceArray | Residual:
         """As `linear`, of an input that the collector hears of elsewhere."""
         self.enter("linear", [weight], self.n)
-        matrix, a = self.matrix(weight), self.operand(a)
-        residual = self.stream(residual) if residual is not None else None
+        matrix, (a, residual) = self.matrix(weight), self.own(a, residual)
         if a.row_scale is not None and residual is not None:
             return self._add_rows(a, matrix, self.bias(weight), residual, scale)
         assert a.row_scale is None, "rows with scales of their own are added to the residual stream"
@@ -186,7 +185,7 @@ class DenseOps(NormOps):
         scale: float = 1.0,
         sparsity: float | None = None,
     ) -> DeviceArray | Residual:
-        h, residual = self.operand(h), self.stream(residual) if residual is not None else None
+        h, residual = self.own(h, residual)
         if gate is None:
             return self._ungated(h, up, down, activation, residual, scale)
         if sparsity is not None:

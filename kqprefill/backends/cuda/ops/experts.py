@@ -53,7 +53,7 @@ class ExpertOps(DenseOps):
         scores: Sums | None = None,
         shared: tuple[Sums, Weight] | None = None,
     ) -> Residual | Sums:
-        h, residual = self.operand(h), self.stream(residual) if residual is not None else None
+        h, residual = self.own(h, residual)
         count, used, hidden = experts.count, experts.used, h.columns
         if shared is not None:
             self.hear([shared[1]], h)
