@@ -192,12 +192,12 @@ extern "C" __global__ void __launch_bounds__(COPY_THREADS)
 }
 
 // x[t, :] = the sum over slots of share_of[entry] * sums[place_of[entry], :] / *sums_scale, in the order of the slots
-// (+ sigmoid(h[t, :] · gate) * shared[t, :], if shared is not null) (+ x[t, :], if add). sums: halves, rows of
-// `columns`, a multiple of 8. h: an operand, scaled by *h_scale, with rows `stride` apart. A block takes a token.
+// (+ sigmoid(h[t, :] · gate) * shared[t, :], if shared is not null) (+ x[t, :], if add). sums, in_blocks: as in Copies;
+// columns: a multiple of 8. h: an operand, scaled by *h_scale, with rows `stride` apart. A block takes a token.
 extern "C" __global__ void __launch_bounds__(kThreads, 4)
-    combine(float* x, const half_t* sums, const float* sums_scale, int used, int columns, const int* place_of,
-            const float* share_of, const float* shared, const half_t* h, int stride, const float* h_scale,
-            const float* gate, int add) {
+    combine(float* x, const void* sums, int in_blocks, const float* sums_scale, int used, int columns,
+            const int* place_of, const float* share_of, const float* shared, const half_t* h, int stride,
+            const float* h_scale, const float* gate, int add) {
     begin_kernel();
     int entry = blockIdx.x * used;
     uint64_t row = static_cast<uint64_t>(blockIdx.x) * columns;
@@ -207,10 +207,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4)
         for (int i = threadIdx.x; i < columns; i += kThreads) opened = fmaf(load_operand(h, i), gate[i], opened);
         opened = 1.0f / (1.0f + expf(-block_sum<kThreads>(opened) / *h_scale));
     }
-    Copies copies = {sums, place_of + entry, share_of + entry, used, columns};
+    Copies copies = {sums, in_blocks, place_of + entry, share_of + entry, used, columns};
     for (int i = 8 * threadIdx.x; i < columns; i += 8 * kThreads) {
         float sum[1][8];
-        copies.add_up<uint4>(i, 0, sum);
+        copies.add_up(i, 0, sum);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -224,16 +224,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4)
 // x[t, :] += the same sum, without `shared`; and norm.cu's rms_norm of that, of `tokens` tokens. A block takes a token,
 // or two whose rows are no longer than SHARED_ROW: then more of a row is on its way to each thread.
 extern "C" __global__ void __launch_bounds__(kThreads, kTightRegisters ? 3 : 4)
-    combine_rms_norm(float* x, int tokens, const half_t* sums, const float* sums_scale, int used, int columns,
-                     const int* place_of, const float* share_of, const float* weight, half_t* out, int stride,
-                     float epsilon, const float* scale) {
+    combine_rms_norm(float* x, int tokens, const void* sums, int in_blocks, const float* sums_scale, int used,
+                     int columns, const int* place_of, const float* share_of, const float* weight, half_t* out,
+                     int stride, float epsilon, const float* scale) {
     begin_kernel();
     constexpr int kRows = 2;
     bool together = columns <= SHARED_ROW;
     int token = together ? block_from_last() * kRows + threadIdx.x / (kThreads / kRows) : block_from_last();
     bool inside = token < tokens;
     if (!inside) token = 0;
-    CombinedRow row(x, sums, sums_scale, used, columns, place_of, share_of, token);
+    CombinedRow row(x, sums, in_blocks, sums_scale, used, columns, place_of, share_of, token);
     if (!inside) row.copies.columns = stride = 0;  // nothing is read or written
     out += static_cast<uint64_t>(token) * stride;
     if (together) normalise_row<kThreads, kRows>(row, weight, out, columns, stride, epsilon, *scale);

@@ -140,11 +140,12 @@ struct Consumer {
     }
 };
 
-// out[m, n] = *out_scale * (sums * scales + bias), halves with rows `ldo` apart, for each group of x's rows by the
-// matrix of its expert; w0, scales0: a stack of them, of rows0 rows each. bias, [rows0] for each expert, may be null.
+// out[m, n] = *out_scale * (sums * scales + bias), halves, or IN_BLOCKS (output_blocks.cuh), with rows `ldo` apart, for
+// each group of x's rows by the matrix of its expert; w0, scales0: a stack of them, of rows0 rows each. bias, [rows0]
+// for each expert, may be null.
 extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bounds__(Config::kThreads, 1)
     gemm_linear(const int8_t* w0, const float* scales0, int rows0, const void* x_map, const float* x_scale, int m,
-                half_t* out, int ldo, const float* out_scale, const float* bias, const Group* groups,
+                void* out, int ldo, const float* out_scale, const float* bias, const Group* groups,
                 const int* group_count) {
     constexpr int kConsumers = Config::kConsumers;
     Matrices matrices = {{reinterpret_cast<const uint8_t*>(w0), nullptr, nullptr}, {rows0, 0, 0}, {0, 0, 0}};
@@ -180,8 +181,8 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
                 row_bias[i] = Biases{to.expert, rows0, tile.column + row, there}.of(bias) * factor;
             }
             int column = to.row_tile(row_tiles, own) * kTileRows;
-            ExpertOutput<kTokens, RowOrder::kAtoms, kStagedTokens> output = {
-                out + column, ldo, min(rows0 - column, Config::kTiles * kTileRows), block_memory() + kEpilogueOffset};
+            ExpertOutput<kTokens, RowOrder::kAtoms, kStagedTokens, IN_BLOCKS> output = {
+                out, ldo, rows0, column, Config::kTiles, block_memory() + kEpilogueOffset};
             consumer.load_weights();
 #pragma unroll 1
             for (int token = to.first; token < to.end; token += kTokens) {

@@ -2,6 +2,7 @@
 // row and of w's: with mma.sync and cp.async (tiles_sm80.cuh).
 #include "include/epilogue.cuh"
 #include "include/int8.cuh"
+#include "include/output_blocks.cuh"
 #include "include/tiles_sm80.cuh"
 
 constexpr int kBlocks = kThreads <= 128 ? 3 : 1;                         // that a multiprocessor has registers for
@@ -79,20 +80,51 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 
 #elif !GATED
 
-// out = sums * scales + bias (+ out, if `add`), float32, rows `ldo` apart. Grouped: halves, times *out_scale, and no
-// `add`. w: n rows, or so many for each expert. bias, as many, may be null. k: columns, whole groups.
+// Writes the pairs of halves pair(row, place, i, j, half), each of two neighbouring places' outputs, of all fragments
+// i, j of this thread, in blocks (output_blocks.cuh): rows `ldo` bytes apart, of `columns` columns. Four neighbouring
+// lanes have a block of a row.
+template <class Pair>
+__device__ __forceinline__ void store_blocks(OutputTile tile, uint8_t* out, int ldo, int columns, Pair pair) {
+    constexpr int kAtoms = kOutputBlock / kAtomRows;
+    static_assert(kFragsN % kAtoms == 0, "a warp has whole blocks");
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int first = tile.column + warp % WARPS_N * kWarpN, row0 = tile.row + warp / WARPS_N * kWarpM + lane / 4;
+#pragma unroll
+    for (int i = 0; i < 2 * kFragsM; ++i)
+#pragma unroll
+        for (int j = 0; j < kFragsN; j += kAtoms) {
+            int row = row0 + i * 8, block = first + j * 8;
+            uint32_t pairs[kAtoms], most = 0;
+#pragma unroll
+            for (int atom = 0; atom < kAtoms; ++atom) {
+                pairs[atom] = pair(min(row, tile.row_end - 1), block + atom * 8 + lane % 4 * 2, i / 2, j + atom, i % 2);
+                most = larger_halves(most, pairs[atom]);
+            }
+            most = half2_max(most, __shfl_xor_sync(0xffffffffu, most, 1));
+            most = half2_max(most, __shfl_xor_sync(0xffffffffu, most, 2));
+            half_t largest = static_cast<half_t>(half2_max(most, high_halves(most)));
+            if (row >= tile.row_end || block >= output_integers(columns)) continue;
+            BlockRounding rounding(largest);
+            uint8_t* to = out + static_cast<uint64_t>(row) * ldo;
+#pragma unroll
+            for (int atom = 0; atom < kAtoms; ++atom)
+                *reinterpret_cast<uint16_t*>(to + output_place(row_at(block + atom * 8 + lane % 4 * 2))) =
+                    static_cast<uint16_t>(rounding.four(pairs[atom], pairs[atom]));
+            if (lane % 4 == 0) *reinterpret_cast<half_t*>(to + output_largest(columns, block)) = largest;
+        }
+}
+
+// out = sums * scales + bias (+ out, if `add`), float32, rows `ldo` apart. Grouped: halves, or IN_BLOCKS, times
+// *out_scale, and no `add`. w: n rows, or so many for each expert. bias, as many, may be null. k: columns, whole
+// groups.
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     gemm_linear(const int8_t* x, const float* x_scale, const int8_t* w, const float* w_scale, int m, int n, int k,
                 void* out, int ldo, const float* out_scale, const float* bias, int add, const Group* groups,
                 const int* group_count) {
     begin_kernel();
     auto write = [&](OutputTile tile, const Accumulators<int>& acc) {
-        // Both of a pair's addresses are then 8-byte aligned.
-        bool paired = ldo % 2 == 0 && reinterpret_cast<uint64_t>(out) % sizeof(float2) == 0;
-        for_each_pair(tile, 0, 1, [&](int row, int place, int i, int j, int half) {
-            int column = row_at(place);
-            if (column >= n) return;
-            float own[2], scale = x_scale[row];
+        auto compute = [&](float (&own)[2], int row, int column, int i, int j, int half) {
+            float scale = x_scale[row];
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
                 int at = tile.expert * n + min(column + c, n - 1);
@@ -101,6 +133,22 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
                                      : GROUPED       ? bias[at] * *out_scale
                                                      : bias[at]);
             }
+        };
+#if IN_BLOCKS
+        store_blocks(tile, static_cast<uint8_t*>(out), ldo, n, [&](int row, int place, int i, int j, int half) {
+            int column = row_at(place);
+            float own[2];
+            compute(own, row, column, i, j, half);
+            return pack_half2(column < n ? own[0] : 0.0f, column + 1 < n ? own[1] : 0.0f);
+        });
+#else
+        // Both of a pair's addresses are then 8-byte aligned.
+        bool paired = ldo % 2 == 0 && reinterpret_cast<uint64_t>(out) % sizeof(float2) == 0;
+        for_each_pair(tile, 0, 1, [&](int row, int place, int i, int j, int half) {
+            int column = row_at(place);
+            if (column >= n) return;
+            float own[2];
+            compute(own, row, column, i, j, half);
             uint64_t at = static_cast<uint64_t>(row) * ldo + column;
             float* to = static_cast<float*>(out) + at;
             if (GROUPED) *reinterpret_cast<uint32_t*>(static_cast<half_t*>(out) + at) = pack_half2(own[0], own[1]);
@@ -113,6 +161,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
                 for (int c = 0; c < 2; ++c)
                     if (column + c < n) to[c] = add ? own[c] + to[c] : own[c];
         });
+#endif
     };
     Int8Weights weights = {{w, nullptr}, ceil_div(n, kInt8TileRows) * kInt8TileRows, k / kRotated};
     multiply_tiles<int>(x, weights, {m, groups, group_count}, {0, MOST_EXPERTS}, n, k / 2, write);

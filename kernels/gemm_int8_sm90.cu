@@ -305,9 +305,9 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
 #elif !GATED
 
 // out = sums * scales + bias (+ out, if `add`), float32, rows `ldo` apart: the matrices' outputs side by side. Grouped:
-// halves, times *out_scale, and no `add`. bias, a row for each expert, may be null. k: columns, whole groups. x_map:
-// x's tensor map, boxes of 128 bytes by TOKENS / SHARERS rows. x_scale: with TOKENS more than there are rows. groups
-// and group_count: the token tiles, where they are grouped.
+// halves, or IN_BLOCKS (output_blocks.cuh), times *out_scale, and no `add`. bias, a row for each expert, may be null.
+// k: columns, whole groups. x_map: x's tensor map, boxes of 128 bytes by TOKENS / SHARERS rows. x_scale: with TOKENS
+// more than there are rows. groups and group_count: the token tiles, where they are grouped.
 extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bounds__(Config::kThreads, Config::kBlocks)
     gemm_linear(const int8_t* w0, const float* scales0, int rows0, const int8_t* w1, const float* scales1, int rows1,
                 const int8_t* w2, const float* scales2, int rows2, const void* x_map, const float* x_scale, int m,
@@ -330,18 +330,16 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
             own.scale[i] = w.scale(tile, row, tile.format, to.expert) * scale;
             own.bias[i] = Biases{to.expert, rows0, tile.column + row, row < tile.rows}.of(bias) * scale;
         }
-        if (Config::kGrouped) {  // of all of the warpgroup's row tiles
+        if (Config::kGrouped)  // of all of the warpgroup's row tiles
             own.column = to.row_tile(w.row_tiles, threadIdx.x / 128 * Config::kTiles) * kTileRows;
-            own.rows = min(rows0 - own.column, Config::kTiles * kTileRows);
-        }
         return own;
     };
     auto write = [&](const Accumulators& acc, const Rows& rows, const TokenScales<Config::kTokens>& scales,
                      const OutputTile& to, RingPlace&) {
         Int8Sums<Config::kTokens> sums = {acc, rows.scale, scales};
         if constexpr (Config::kGrouped) {
-            ExpertOutput<Config::kTokens, RowOrder::kAtoms> output = {
-                static_cast<half_t*>(out) + rows.column, ldo, rows.rows, block_memory() + Config::kEpilogueOffset};
+            ExpertOutput<Config::kTokens, RowOrder::kAtoms, 16, IN_BLOCKS> output = {
+                out, ldo, rows0, rows.column, Config::kTiles, block_memory() + Config::kEpilogueOffset};
             output.store(sums, rows.bias, to.first, to.end);
         } else {
             int own = warp % 2 * 8 + (slot >> 2) * 4 + (slot >> 1 & 1) * 16;  // the first column that the lane writes

@@ -226,9 +226,9 @@ extern "C" __global__ void __cluster_dims__(Config::kCluster, 1, 1) __launch_bou
 #pragma unroll
             for (int i = 0; i < Config::kTiles; ++i)
                 biases[i] = Biases{expert, rows0, tiles[i].column + row, tiles[i].rows > 0}.of(bias) * scale;
-            int columns = tiles[0].rows > 0 ? min(rows0 - tiles[0].column, Config::kTiles * kTileRows) : 0;
+            int column = tiles[0].rows > 0 ? tiles[0].column : rows0;
             ExpertOutput<Config::kTokens, RowOrder::kPlain> output = {
-                static_cast<half_t*>(out) + tiles[0].column, ldo, columns, block_memory() + Config::kEpilogueOffset};
+                out, ldo, rows0, column, Config::kTiles, block_memory() + Config::kEpilogueOffset};
             output.store(HalfSums<Config::kTokens>{acc, alpha * scale}, biases, token, end);
         } else {
             token += threadIdx.x % 4 * 2;

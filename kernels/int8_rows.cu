@@ -173,14 +173,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 
 // The same of rows to which experts' outputs are added first: see experts.cu's combine_rms_norm.
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
-    combine_rms_norm_rounded(float* x, const half_t* sums, const float* sums_scale, int used, const int* place_of,
-                             const float* share_of, int rows, const float* weight, half_t* out, int columns, int stride,
-                             float epsilon, const float* scale, int8_t* rounded, int padded, float* scales) {
+    combine_rms_norm_rounded(float* x, const void* sums, int in_blocks, const float* sums_scale, int used,
+                             const int* place_of, const float* share_of, int rows, const float* weight, half_t* out,
+                             int columns, int stride, float epsilon, const float* scale, int8_t* rounded, int padded,
+                             float* scales) {
     weight = weights_at_hand(weight, columns);
     begin_kernel();
     int row = block_from_last() * kRows + threadIdx.x / kRowThreads;
     bool inside = row < rows;
-    CombinedRow stream(x, sums, sums_scale, used, columns, place_of, share_of, inside ? row : 0);
+    CombinedRow stream(x, sums, in_blocks, sums_scale, used, columns, place_of, share_of, inside ? row : 0);
     if (!inside) stream.copies.columns = 0;  // nothing is read, and nothing added
     normalise_and_round(stream, weight, out, columns, stride, epsilon, scale, rounded, padded, scales, row, inside);
 }

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from kqprefill.backends.cuda.device.arrays import FLOAT16, INT32
+from kqprefill.backends.cuda.device.arrays import FLOAT16, INT8, INT32
 from kqprefill.backends.cuda.gemm import int8_short
 from kqprefill.backends.cuda.gemm.int8_hopper import HopperInt8Gemm
+from kqprefill.backends.cuda.gemm.operand import output_row_bytes
 from kqprefill.backends.cuda.programs import EXPERTS
 from kqprefill.backends.cuda.weights.matrix import matrix_of
 from kqprefill.gguf.types import GGML
@@ -18,8 +19,8 @@ from test_int8 import device, grouped  # noqa: F401  # device: a fixture
 COUNTS = (140, 0, 3, 300, 64, 257)
 
 
-@pytest.mark.parametrize("columns", [672, 768])
-def test_the_bits_of_the_kernel_for_any_rows(device, columns, rng, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("columns,in_blocks", [(672, False), (768, False), (768, True)])
+def test_the_bits_of_the_kernel_for_any_rows(device, columns, in_blocks, rng, monkeypatch):  # noqa: F811
     """Of groups of one set of tokens and of several, with biases, and by blocks that make many output tiles."""
     counts = COUNTS if device.backend is None else (*COUNTS, 1500, 1, 128, 65)
     features, experts, n = 288, len(counts), sum(counts)
@@ -34,8 +35,9 @@ def test_the_bits_of_the_kernel_for_any_rows(device, columns, rng, monkeypatch):
 
     def sums():
         rows = gemm.group_rows(n, [one], False, experts)
-        out = device.poisoned("sums", FLOAT16, n, features)
-        gemm.linear(a, [one], out, None, bias, False, grouped(device, counts, rows), scale)
+        form = (INT8, n, output_row_bytes(features)) if in_blocks else (FLOAT16, n, features)
+        out = device.poisoned("sums", *form)
+        gemm.linear(a, [one], out, None, bias, False, grouped(device, counts, rows), scale, ldo=out.shape[1])
         return device.get(out)
 
     monkeypatch.setattr(int8_short, "_FEW_ROWS", 10**6)

@@ -1,37 +1,78 @@
 // The way back from experts: a token's copies' outputs under their shares, added up and added to the residual stream.
 #pragma once
+#include "output_blocks.cuh"
 #include "types.cuh"
 
-// The copies of one token: `used` outputs of experts, halves, in rows of `columns`.
+// So many bytes as words.
+template <int kBytes>
+struct WordsOf;
+template <>
+struct WordsOf<4> {
+    using Type = uint32_t;
+};
+template <>
+struct WordsOf<8> {
+    using Type = uint2;
+};
+template <>
+struct WordsOf<16> {
+    using Type = uint4;
+};
+
+// kBytes bytes, which are read at once.
+template <int kBytes>
+union Words {
+    typename WordsOf<kBytes>::Type all;
+    uint32_t word[kBytes / 4];
+
+    __device__ __forceinline__ explicit Words(const void* from)
+        : all(*static_cast<const typename WordsOf<kBytes>::Type*>(from)) {}
+};
+
+// The copies of one token: `used` outputs of experts, in rows of `columns`: halves, or in_blocks (output_blocks.cuh).
 struct Copies {
-    const half_t* sums;
+    const void* sums;
+    int in_blocks;
     const int* place_of;    // the copies' rows
     const float* share_of;  // and shares
     int used, columns;
 
-    // sums_of[j] = kColumns columns, the words of Words, from first + j * step on, if they are there: under the copies'
-    // shares, in the order of their slots.
-    template <class Words, int kCount, int kColumns>
+    // sums_of[j] = kColumns columns from first + j * step on, if they are there: under the copies' shares, in the order
+    // of their slots.
+    template <int kCount, int kColumns>
     __device__ __forceinline__ void add_up(int first, int step, float (&sums_of)[kCount][kColumns]) const {
-        static_assert(sizeof(Words) == kColumns * sizeof(half_t), "columns that are read at once");
 #pragma unroll
         for (int i = 0; i < kCount * kColumns; ++i) sums_of[i / kColumns][i % kColumns] = 0.0f;
-        for (int slot = 0; slot < used; ++slot) {
-            const half_t* row = sums + static_cast<uint64_t>(place_of[slot]) * columns;
-            float share = share_of[slot];
+        auto add = [&](int j, int c, float share, float value) { sums_of[j][c] = fmaf(share, value, sums_of[j][c]); };
+        if (in_blocks) {
+            const uint8_t* from = static_cast<const uint8_t*>(sums) + output_place(first);
+            int to_largest = output_largest(columns, output_place(first)) - output_place(first);
+            for (int slot = 0; slot < used; ++slot) {
+                const uint8_t* row = from + static_cast<uint64_t>(place_of[slot]) * output_row_bytes(columns);
+                const uint8_t* largest = row + to_largest;
+                float share = share_of[slot] * (1.0f / 127.0f);
 #pragma unroll
-            for (int j = 0; j < kCount; ++j) {
-                int column = first + j * step;
-                if (column >= columns) continue;
-                union {
-                    Words words;
-                    uint32_t pairs[kColumns / 2];
-                } own;
-                own.words = *reinterpret_cast<const Words*>(row + column);
+                for (int j = 0; j < kCount; ++j) {
+                    if (first + j * step >= columns) continue;  // `step` is whole row tiles
+                    Words<kColumns> own(row + j * step);
+                    float of_block = half_to_float(*reinterpret_cast<const half_t*>(largest + j * step / 8)) * share;
 #pragma unroll
-                for (int c = 0; c < kColumns; ++c) {
-                    float value = half_to_float(static_cast<half_t>(own.pairs[c / 2] >> 16 * (c % 2)));
-                    sums_of[j][c] = fmaf(share, value, sums_of[j][c]);
+                    for (int c = 0; c < kColumns; ++c)
+                        add(j, c, of_block, output_integer(own.word[c / 4] ^ 0x80808080u, c % 4));
+                }
+            }
+        } else {
+            for (int slot = 0; slot < used; ++slot) {
+                const half_t* row = static_cast<const half_t*>(sums) + static_cast<uint64_t>(place_of[slot]) * columns;
+                float share = share_of[slot];
+#pragma unroll
+                for (int j = 0; j < kCount; ++j) {
+                    int column = first + j * step;
+                    if (column >= columns) continue;
+                    Words<2 * kColumns> own(row + column);
+#pragma unroll
+                    for (int c = 0; c < kColumns; ++c)
+                        add(j, c, share, half_to_float(static_cast<half_t>(own.word[c / 2] >> 16 * (c % 2))));
                 }
             }
         }
@@ -52,9 +93,9 @@ struct CombinedRow {
     float unscale;
     float* x;
 
-    __device__ __forceinline__ CombinedRow(float* x, const half_t* sums, const float* scale, int used, int columns,
-                                           const int* place_of, const float* share_of, int token)
-        : copies{sums, place_of + token * used, share_of + token * used, used, columns},
+    __device__ __forceinline__ CombinedRow(float* x, const void* sums, int in_blocks, const float* scale, int used,
+                                           int columns, const int* place_of, const float* share_of, int token)
+        : copies{sums, in_blocks, place_of + token * used, share_of + token * used, used, columns},
           unscale(1.0f / *scale),
           x(x + static_cast<uint64_t>(token) * columns) {}
 
@@ -62,7 +103,7 @@ struct CombinedRow {
     __device__ __forceinline__ void operator()(int first, int step, float4 (&fours)[kCount]) const {
         const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         float sums[kCount][4];
-        copies.add_up<uint2>(first, step, sums);
+        copies.add_up(first, step, sums);
 #pragma unroll
         for (int j = 0; j < kCount; ++j) {
             fours[j] = zero;

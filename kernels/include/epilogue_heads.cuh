@@ -238,7 +238,7 @@ struct HeadsEpilogue {
             return inside;
         };
         Rows rows = this->rows();
-        rows.store({outputs.to, outputs.stride, kHalf, true}, make, row);
+        rows.store(HalfRows{outputs.to, outputs.stride, kHalf, true}, make, row);
         angles.end();
         if constexpr (kNormed) sync_threads<128>(rows.barrier);  // the next tile's sums come in their place
     }

@@ -3,13 +3,15 @@
 #include "epilogue.cuh"
 #include "token_rows.cuh"
 
-// A grouped gemm_linear's outputs: halves, with rows `ldo` apart, times a scale that is in the sums already, and in the
-// bias. Experts give many times a token's values, which are read once: they are as short as can be.
-template <int kTokens, RowOrder kOrder, int kStagedTokens = 16>
+// A grouped gemm_linear's outputs: halves, or kInBlocks (output_blocks.cuh), with rows `ldo` halves, or bytes, apart,
+// times a scale that is in the sums already, and in the bias. Experts give many times a token's values, which are read
+// once: they are as short as can be.
+template <int kTokens, RowOrder kOrder, int kStagedTokens = 16, bool kInBlocks = false>
 struct ExpertOutput {
     using Rows = TokenRows<kTokens, kOrder, kStagedTokens>;
-    half_t* out;  // at the first column of this warpgroup's row tiles
-    int ldo, columns;
+    void* out;
+    int ldo, all, column;  // all: columns of a row. column: the first of this warpgroup's `tiles` row tiles
+    int tiles;
     uint8_t* memory;  // Rows::kBytes of shared memory for each warpgroup of the block
 
     // Writes the outputs of tokens first, the tile's first, to end - 1. sums: as HalfSums.
@@ -24,9 +26,13 @@ struct ExpertOutput {
         };
         auto row = [&](int token, uint32_t& number) {
             number = first + token;
-            return first + token < end && columns > 0;
+            return first + token < end && column < all;
         };
-        rows.store({out, static_cast<uint32_t>(ldo), TILE_ROWS, columns > TILE_ROWS}, make, row);
+        uint32_t stride = ldo;
+        bool both = tiles == 2 && column + TILE_ROWS < all;
+        if constexpr (kInBlocks)
+            rows.store(BlockRows{static_cast<uint8_t*>(out), stride, all, column, both}, make, row);
+        else rows.store(HalfRows{static_cast<half_t*>(out) + column, stride, TILE_ROWS, both}, make, row);
     }
 };
 

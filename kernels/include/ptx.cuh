@@ -103,6 +103,12 @@ __device__ __forceinline__ void store_where(bool inside, void* to, const uint4& 
                  : "memory");
 }
 
+__device__ __forceinline__ void store_where(bool inside, void* to, uint16_t value) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %2, 0; @p st.global.b16 [%0], %1;}" ::"l"(to), "h"(value),
+                 "r"(static_cast<int>(inside))
+                 : "memory");
+}
+
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

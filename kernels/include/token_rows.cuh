@@ -6,6 +6,7 @@
 // of some tokens are staged, and then other threads copy them to where they belong.
 #pragma once
 #include "operand.cuh"
+#include "output_blocks.cuh"
 #include "sm90.cuh"
 
 // Where a piece of a staged token is: a token has 128 bytes, eight pieces. Neighbouring tokens have the same piece in
@@ -22,6 +23,55 @@ enum class RowOrder {
     kAtoms,   // int8: warps 0 and 1 have two atoms each of the first tile, warps 2 and 3 of the second
 };
 
+// Where rows of halves go: `out` is column 0 of row 0, rows are `stride` apart, and the second row tile's columns come
+// `apart` after the first's, if `both` are written.
+struct HalfRows {
+    half_t* out;
+    uint32_t stride;
+    int apart;
+    bool both;
+
+    // This thread has the columns from 8 * piece on of a row tile.
+    __device__ __forceinline__ void begin(uint32_t tile, uint32_t piece) { out += tile * apart + piece * 8; }
+    // Writes the first eight to row `number`, if it is inside; then eight that come 16 columns after them.
+    __device__ __forceinline__ void store(bool inside, uint32_t number, const uint4& eight) const {
+        store_where(inside, out + static_cast<uint64_t>(number) * stride, eight);
+    }
+    __device__ __forceinline__ void store(bool inside, uint32_t number, const uint4& first, const uint4& second) const {
+        half_t* line = out + static_cast<uint64_t>(number) * stride;
+        store_where(inside, line, first);
+        store_where(inside, line + 16, second);
+    }
+};
+
+// Where rows of blocks go (output_blocks.cuh): `out` is row 0, rows are `stride` bytes apart, of `columns` columns. The
+// first row tile's begin at `column`, and the second's follow, if `both` are written.
+struct BlockRows {
+    uint8_t* out;
+    uint32_t stride;
+    int columns, column;
+    bool both;
+    int to_largest = 0;  // from a block's integers to its largest magnitude
+
+    // This thread has a block of a row tile.
+    __device__ __forceinline__ void begin(uint32_t tile, uint32_t block) {
+        int place = column + tile * TILE_ROWS + block * kOutputBlock;
+        to_largest = output_largest(columns, place) - place, out += place;
+    }
+    __device__ __forceinline__ void store(bool inside, uint32_t number, const uint4& first, const uint4& second) const {
+        uint32_t most = larger_halves(larger_halves(first.x, first.y), larger_halves(first.z, first.w));
+        most = half2_max(most, larger_halves(second.x, second.y));
+        most = half2_max(most, larger_halves(second.z, second.w));
+        half_t largest = static_cast<half_t>(half2_max(most, high_halves(most)));
+        BlockRounding rounding(largest);
+        uint8_t* to = out + static_cast<uint64_t>(number) * stride;
+        store_where(inside, to,
+                    make_uint4(rounding.four(first.x, first.y), rounding.four(first.z, first.w),
+                               rounding.four(second.x, second.y), rounding.four(second.z, second.w)));
+        store_where(inside, to + to_largest, largest);
+    }
+};
+
 // Writes a warpgroup's outputs of a token tile: for each token 32 columns of each of its two row tiles.
 // Staging more tokens at once takes more memory, and less waiting.
 template <int kTokens, RowOrder kOrder, int kStaged = 16>
@@ -35,20 +85,11 @@ struct TokenRows {
     int barrier;      // for the warpgroup's threads
     uint32_t thread = thread_here();
 
-    // Where outputs go: `out` is column 0 of row 0, rows are `stride` apart, and the second row tile's columns come
-    // `apart` after the first's, if `both` are written.
-    struct Target {
-        half_t* out;
-        uint32_t stride;
-        int apart;
-        bool both;
-    };
-
     // Calls make(j, pairs) for each batch j of 8 tokens, in turn, which gives the thread's pair of tokens of its first
     // row and of its second; and row(token, number) for a token of the tile, which says whether it is written, and to
     // which row. Where 16 tokens are staged, half of the threads copy them, in turns with the other half. All threads
-    // of the warpgroup call this.
-    template <class Make, class Row>
+    // of the warpgroup call this. target: HalfRows or BlockRows.
+    template <class Target, class Make, class Row>
     __device__ __forceinline__ void store(Target target, Make make, Row row) const {
         constexpr bool kPlain = kOrder == RowOrder::kPlain;
         constexpr int kCopiers = kStagedTokens == 16 ? 64 : 128, kPerToken = kPlain ? 8 : 4;
@@ -63,7 +104,7 @@ struct TokenRows {
         uint32_t first_piece = kPlain ? own % 8 : tile * 4 + own % 2 * 2;
         const uint8_t* from = memory + staged_offset(token, first_piece);
         const uint8_t* other = memory + staged_offset(token, first_piece + 1);
-        target.out += tile * target.apart + (kPlain ? own % 4 : own % 2) * 8;
+        target.begin(tile, kPlain ? own % 4 : own % 2);
         bool written = tile == 0 || target.both;
 #pragma unroll
         for (int stage = 0; stage < kTokens / kStagedTokens; ++stage) {
@@ -81,13 +122,11 @@ struct TokenRows {
             for (int i = 0; i < kOwn; ++i) {
                 uint32_t number;
                 bool inside = row(stage * kStagedTokens + kApart * i + token, number) && written;
-                half_t* line = target.out + static_cast<uint64_t>(number) * target.stride;
                 uint4 a = *reinterpret_cast<const uint4*>(from + offset + kApart * i * kStagedBytes);
-                if constexpr (kPlain) store_where(inside, line, a);
+                if constexpr (kPlain) target.store(inside, number, a);
                 else {  // a piece is of columns 4a, 4a + 1, 4a + 16, 4a + 17, 4a + 2 ... of atom a
                     uint4 b = *reinterpret_cast<const uint4*>(other + offset + kApart * i * kStagedBytes);
-                    store_where(inside, line, make_uint4(a.x, a.z, b.x, b.z));
-                    store_where(inside, line + 16, make_uint4(a.y, a.w, b.y, b.w));
+                    target.store(inside, number, make_uint4(a.x, a.z, b.x, b.z), make_uint4(a.y, a.w, b.y, b.w));
                 }
             }
         }

@@ -46,6 +46,12 @@ __device__ __forceinline__ uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
     return r;
 }
+// The larger of each two, or NaN where one is.
+__device__ __forceinline__ uint32_t half2_max(uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
 // The compiler knows no more what the value is, and computes what follows from it after this.
 __device__ __forceinline__ void forget(int& value) {
     asm volatile("" : "+r"(value));

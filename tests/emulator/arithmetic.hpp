@@ -66,6 +66,10 @@ inline uint32_t half2_fma(uint32_t a, uint32_t b,
                           uint32_t c) {  // a float holds a product of halves
     return pack_half2(fmaf(low_half(a), low_half(b), low_half(c)), fmaf(high_half(a), high_half(b), high_half(c)));
 }
+inline uint32_t half2_max(uint32_t a, uint32_t b) {
+    auto larger = [](float x, float y) { return std::isnan(x) || std::isnan(y) ? NAN : max(x, y); };
+    return pack_half2(larger(low_half(a), low_half(b)), larger(high_half(a), high_half(b)));
+}
 inline void begin_kernel() {}
 inline void begin_short_kernel() {}
 constexpr bool kTightRegisters = false;
@@ -96,8 +100,9 @@ template <class T>
 inline T load_where(bool inside, const T* from, T otherwise) {
     return inside ? *from : otherwise;
 }
-inline void store_where(bool inside, void* to, const uint4& value) {
-    if (inside) *static_cast<uint4*>(to) = value;
+template <class T>
+inline void store_where(bool inside, void* to, const T& value) {
+    if (inside) *static_cast<T*>(to) = value;
 }
 inline void reduce_add(float* to, float value) {
     *to += value;

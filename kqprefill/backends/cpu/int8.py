@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core import Float32Array
-from ...models.precision import ROTATED
+from ...models.precision import OUTPUT_BLOCK, ROTATED
 from .threads import blas, in_parallel
 
 _LARGEST = 127  # of the integers
@@ -78,6 +78,18 @@ def rotated(x: Float32Array) -> Float32Array:
         now, then, half = then, now, 2 * half
     now *= np.float32(1 / math.sqrt(ROTATED))
     return np.ascontiguousarray(now.T).reshape(rows, padded)
+
+
+def in_blocks(x: Float32Array) -> Float32Array:
+    """What is left of experts' outputs x, float32 [n, columns], where each block of a row (models/precision.py) is
+    rounded to integers of -127 to 127 times one factor; NaN where a block held NaN or an infinity."""
+    rows, columns = x.shape
+    # Of 32 columns by two halves, each of eight columns of either block.
+    blocks = np.pad(x, ((0, 0), (0, -columns % (2 * OUTPUT_BLOCK)))).reshape(rows, -1, 2, 2, OUTPUT_BLOCK // 2)
+    with np.errstate(all="ignore"):
+        factors = np.abs(blocks).max(axis=(2, 4), keepdims=True) / np.float32(_LARGEST)
+        rounded: Float32Array = np.rint(blocks / np.where(factors == 0, np.float32(1), factors)) * factors
+    return rounded.reshape(rows, -1)[:, :columns]
 
 
 def multiply_rounded(a: Rounded, matrix: Rounded, out: Float32Array) -> None:

@@ -44,7 +44,7 @@ from .functions import (
     softmax,
     vector_of,
 )
-from .int8 import Rounded, multiply_rounded
+from .int8 import Rounded, in_blocks, multiply_rounded
 from .latent_ops import LatentOps
 from .recurrent_ops import RecurrentOps, State, first_state
 from .steady import multiply_by_place
@@ -277,7 +277,10 @@ class CpuOps(AttentionOps, LatentOps, RecurrentOps, AltUpOps):
             own, share = h[tokens], shares[tokens, slot, None]
             if experts.weighs_input:
                 own, share = own * share, np.float32(1)
-            out[tokens] += share * self.mlp(own, gate, up, down, activation=activation, batch_rows=tokens)
+            made = self.mlp(own, gate, up, down, activation=activation, batch_rows=tokens)
+            if self._precision == "int8" and takes_int8(down):
+                made = in_blocks(made)
+            out[tokens] += share * made
         return out
 
     def pool(self, x: Float32Array, norm: Weight) -> PendingHead:

@@ -3,7 +3,7 @@ change here changes both sides."""
 
 from __future__ import annotations
 
-from ...models.precision import ROTATED
+from ...models.precision import OUTPUT_BLOCK, ROTATED
 
 TILE_ROWS = 32  # rows of a tile of quantised weights (kernels/quants/common.cuh)
 OPERAND_GROUP = 64  # columns that an operand is padded to and permuted within (kernels/include/operand.cuh)
@@ -57,6 +57,7 @@ SHARED_DEFINES = {
     "TILE_ROWS": TILE_ROWS,
     "OPERAND_GROUP": OPERAND_GROUP,
     "ROTATED": ROTATED,
+    "OUTPUT_BLOCK": OUTPUT_BLOCK,
     "MAX_HEAD_DIM": MAX_HEAD_DIM,
     "SHARED_ROW": SHARED_ROW,
     "MOST_EXPERTS": MOST_EXPERTS,

@@ -171,7 +171,7 @@ class Hopper(Portable):
             for heads in HEADS_KINDS:
                 if heads.clustered(of_int8) == of_int8:
                     yield of_int8.program(int8.Kind(), heads=heads)
-        yield int8_short.program()
+        yield from (int8_short.program(in_blocks) for in_blocks in (False, True))
         yield from (self.attention(*sizes).program(sharers=2) for sizes in _HEAD_DIMS)
         yield self.attention(256, 256).program(both_ways=True, sharers=2)
 

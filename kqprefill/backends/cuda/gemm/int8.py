@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 
-from ..device.arrays import FLOAT32, DeviceArray
+from ..device.arrays import FLOAT32, INT8, DeviceArray
 from ..device.compiler import Program
 from ..device.gpu import GpuFacts
 from ..device.launcher import Launches, begun_early
@@ -89,11 +89,17 @@ def in_fours(matrices: Sequence[Matrix], out: DeviceArray, ldo: int) -> bool:
 @dataclass(frozen=True)
 class Kind:
     """Which product a program of int8 makes: of gate and up, or of one matrix with an activation, or neither; grouped:
-    over a stack of experts."""
+    over a stack of experts; in_blocks: whose outputs are (output_row_bytes)."""
 
     gated: bool = False
     activated: bool = False
     grouped: bool = False
+    in_blocks: bool = False
+
+    @classmethod
+    def linear(cls, groups: Groups | None, out: DeviceArray) -> Kind:
+        """Of Gemm.linear."""
+        return cls(grouped=groups is not None, in_blocks=out.dtype == INT8)
 
     @property
     def constants(self) -> tuple[tuple[str, str], ...]:
@@ -101,7 +107,14 @@ class Kind:
         return tuple((field.name.upper(), str(int(getattr(self, field.name)))) for field in fields(self))
 
 
-KINDS = (Kind(), Kind(grouped=True), Kind(gated=True), Kind(gated=True, grouped=True), Kind(activated=True))
+KINDS = (
+    Kind(),
+    Kind(grouped=True),
+    Kind(grouped=True, in_blocks=True),
+    Kind(gated=True),
+    Kind(gated=True, grouped=True),
+    Kind(activated=True),
+)
 
 
 @cache
@@ -132,7 +145,7 @@ class PortableInt8Gemm(Int8Gemm):
         for matrix in matrices:
             config = best_config(x.rows, matrix.rows, self._facts, experts)
             self._launcher.launch(
-                portable_program(config, Kind(grouped=groups is not None)),
+                portable_program(config, Kind.linear(groups, out)),
                 "gemm_linear",
                 grid=config.grid(x.rows, matrix.rows, self._facts.multiprocessors, experts),
                 x=x.values,

@@ -147,7 +147,7 @@ class HopperInt8Gemm(Int8Gemm):
         config = self._config(x.rows, matrices, False, experts)
         self._launch(
             config,
-            config.program(Kind(grouped=groups is not None), in_fours(matrices, out, ldo)),
+            config.program(Kind.linear(groups, out), in_fours(matrices, out, ldo)),
             "gemm_linear",
             grid=config.grid(x.rows, row_tiles(matrices), self._facts.multiprocessors, experts),
             **_described(matrices),

@@ -7,7 +7,7 @@ from functools import cache
 
 from ....models.precision import ROTATED
 from ..constants import TILE_ROWS
-from ..device.arrays import DeviceArray
+from ..device.arrays import INT8, DeviceArray
 from ..device.compiler import Program
 from ..device.gpu import GpuFacts
 from ..device.launcher import Launches
@@ -39,8 +39,8 @@ def group_rows(m: int, matrix: Matrix, multiprocessors: int) -> int:
 
 
 @cache
-def program() -> Program:
-    """The one that there is."""
+def program(in_blocks: bool) -> Program:
+    """in_blocks: whether outputs are (output_row_bytes)."""
     epilogue = 2 * _WARPGROUPS * _STAGED_TOKENS * STAGED_TOKEN_BYTES
     constants = {
         "GATED": 0,
@@ -58,6 +58,7 @@ def program() -> Program:
         "CONSUMER_REGISTERS": _CONSUMER_REGISTERS,
         "EPILOGUE_BYTES": epilogue,
         "K_STEPS": _STEPS,
+        "IN_BLOCKS": int(in_blocks),
     }
     return Program(
         "gemm_int8_short_sm90.cu",
@@ -82,7 +83,7 @@ def multiply(
     """As Int8Gemm.multiply, by one stack of matrices; x in BYTES."""
     most_groups = groups.groups.shape[0]
     launcher.launch(
-        program(),
+        program(out.dtype == INT8),
         "gemm_linear",
         grid=_CLUSTER * min(facts.multiprocessors // _CLUSTER, most_groups * _column_tiles(matrix)),
         w0=matrix.array,

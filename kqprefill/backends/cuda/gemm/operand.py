@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ....models.precision import ROTATED
-from ..constants import ACTIVATIONS, OPERAND_GROUP
+from ....models.precision import OUTPUT_BLOCK, ROTATED
+from ..constants import ACTIVATIONS, OPERAND_GROUP, TILE_ROWS
 from ..device.arrays import FLOAT16, INT8, DeviceArray
 from ..weights.matrix import Matrix
 from .heads import HeadsOutput
@@ -35,6 +35,12 @@ class OperandFormat:
 HALVES = OperandFormat("f16", FLOAT16, OPERAND_GROUP)
 BYTES = OperandFormat("s8", INT8, ROTATED)
 MORE_ROWS = 256  # whose scales may be read beyond the last row's: as many as a kernel multiplies at a time at most
+
+
+def output_row_bytes(columns: int) -> int:
+    """Of a row of experts' outputs in blocks (kernels/include/output_blocks.cuh)."""
+    blocks = -(-columns // TILE_ROWS) * TILE_ROWS // OUTPUT_BLOCK
+    return -(-blocks * (OUTPUT_BLOCK + FLOAT16.itemsize) // 16) * 16
 
 
 def operand_positions(columns: int) -> NDArray[np.intp]:
@@ -143,10 +149,11 @@ class Gemm(ABC):
         ldo: int | None = None,
     ) -> None:
         """out = a · [matrices, one under another]ᵀ + bias, and + out if `add`; float32 [as many rows, all matrices'
-        rows]. With groups: halves, times *out_scale, and never + out.
+        rows]. With groups: times *out_scale, and never + out: halves, or of matrices in int8 also blocks, if out is of
+        such bytes (output_row_bytes).
 
         weight_scale: of the halves that the weights are multiplied as. bias: float32 [all rows], or [experts, rows], or
-        None. ldo: values from one row of out to the next, where they are not all matrices' rows.
+        None. ldo: values, or bytes, from one row of out to the next, where they are not all matrices' rows.
         """
 
     def heads(

@@ -13,9 +13,9 @@ from ....models.ops import Sums
 from ....models.weights import Weight, Weights
 from ..constants import ACTIVATIONS as NUMBERS
 from ..constants import ENTRIES_AT_ONCE, THREADS
-from ..device.arrays import FLOAT16, FLOAT32, INT32, DeviceArray
+from ..device.arrays import FLOAT16, FLOAT32, INT8, INT32, DeviceArray
 from ..device.signatures import Argument
-from ..gemm.operand import BYTES, HALVES, MORE_ROWS, Gemm, Groups, Operand
+from ..gemm.operand import BYTES, HALVES, MORE_ROWS, Gemm, Groups, Operand, output_row_bytes
 from ..programs import ACTIVATIONS, EXPERTS
 from ..weights.matrix import Matrix
 from .batch import TOKENS_AT_ONCE, Combination, Residual
@@ -90,13 +90,17 @@ class ExpertOps(DenseOps):
             self.hear(raising, x, firsts=firsts)
             act = activated(first, x, first_groups)
             self.hear([w.ffn_down_exps], act, firsts=firsts)
-            sums = self.work.array("sums", FLOAT16, rows, hidden)
+            if d.int8:
+                sums = self.work.array("sums in blocks", INT8, rows, output_row_bytes(hidden))
+            else:
+                sums = self.work.array("sums", FLOAT16, rows, hidden)
             sum_scale = self._grouped(second, act, down, d, sums, down_bias, second_groups)
             opened = None
             if shared is not None:
                 opened = shared[0].rows(t, end), self.context.small.vector(shared[1].tensor)[0]
             copies: dict[str, Argument] = {
                 "sums": sums,
+                "in_blocks": int(d.int8),
                 "sums_scale": sum_scale,
                 "used": used,
                 "place_of": places,
@@ -170,14 +174,14 @@ class ExpertOps(DenseOps):
         bias: DeviceArray | None,
         groups: Groups,
     ) -> DeviceArray:
-        """Rows sorted by expert through a stack's matrices, of which `one` is the first, to halves. Returns the scale
-        of these."""
+        """Rows sorted by expert through a stack's matrices, of which `one` is the first, to halves or blocks. Returns
+        the scale of these."""
         weight_scale = self.scales.of_weights([stack], a.norm)  # which measures it, too
         if a.length is None:
             scale = self.scales.of_outputs(stack, math.sqrt(one.columns), bias, input_scale=a.scale)
         else:
             scale = self.scales.of_outputs(stack, a.length, bias)
-        gemm.linear(a, [one], out, weight_scale, bias, False, groups, scale)
+        gemm.linear(a, [one], out, weight_scale, bias, False, groups, scale, ldo=out.shape[1])
         return scale
 
     def _combine(
