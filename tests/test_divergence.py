@@ -78,7 +78,8 @@ def test_the_statistics_are_llama_cpps(backend, tmp_path):
     """From a file and from the other model beside this one: where no token is 16 nats below another, they are alike."""
     base, model = (open_model(file, backend) for file in files())
     printed = PRINTED.read_text(encoding="utf-8").splitlines()
-    steps, relative = (2, 3e-8) if backend == "cpu" else (1000, 1e-4)  # a GPU multiplies halves
+    # A GPU multiplies halves; differences of perplexities are off by as much as these, of which 0.003 is 1e-5.
+    steps, relative = (2, 3e-8) if backend == "cpu" else (3000, 1e-4)
     with base, model:
         windows = Windows.of(base.tokenize(TEXT), 512, None, None, [base, model])
         found = saved(base, windows, tmp_path / "base")
