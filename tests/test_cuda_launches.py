@@ -334,4 +334,5 @@ def test_graphs_wait_for_steady_buffers():
     for _ in range(4):
         graphs.run(7, lambda: growing(7))
     assert len(calls) - before == 3  # what the first made was for arrays that moved; the third was captured
-    assert [run(3000) for _ in range(4)] == [True] * 4
+    assert [run(3000) for _ in range(4)] == [True, True, False, False]
+    assert calls.count(3000) == 3  # the second was launched, and then captured

@@ -8,6 +8,7 @@ from conftest import CASES
 from emulator import why_not
 from host_backend import run_on_host
 from host_gpu import on_host
+from kqprefill.backends.cuda.device import graphs
 from kqprefill.backends.cuda.ops.batch import BatchOps
 from kqprefill.backends.cuda.ops.cuda_ops import CudaOps
 from kqprefill.core import Batch
@@ -35,7 +36,8 @@ def again(monkeypatch):
 
 
 def by_turns(file, rng, begun):
-    """Prompts of two lengths by turns, some of them scored, against the same with a cache, without graphs."""
+    """Prompts of two lengths by turns, some of them scored, against the same with a cache, in two pieces, without
+    graphs: the second piece has other angles."""
     with open_model(file, "cuda") as model:
         vocabulary, cache = model.config.vocab_size, model.new_cache(max(LENGTHS))
         for turn in range(9):
@@ -43,8 +45,9 @@ def by_turns(file, rng, begun):
                 tokens = rng.integers(0, vocabulary, length)
                 got = model.prefill(tokens, logits="all")
                 cache.reset()
-                expected = model.prefill(tokens, logits="all", cache=cache)
-                assert np.array_equal(got.logits, expected.logits)
+                before = model.prefill(tokens[:3], logits="all", cache=cache)
+                expected = model.prefill(tokens[3:], logits="all", cache=cache)
+                assert np.array_equal(got.logits, np.concatenate([before.logits, expected.logits]))
                 assert (got.token, got.logit, got.logprob) == (expected.token, expected.logit, expected.logprob)
                 last = model.prefill(tokens, logits="last")  # of which other graphs are made
                 assert np.array_equal(last.logits, got.logits[-1]) and last.token == got.token
@@ -58,9 +61,15 @@ def by_turns(file, rng, begun):
         assert {len(b.tokens) + scored for b in begun if (b.targets is not None) == scored} == set(LENGTHS)
 
 
+SHORT = pytest.mark.parametrize("short", [2048, 10], ids=["short", "one is long"])
+
+
 @emulated
-def test_emulated(monkeypatch, rng, again):
+@SHORT
+def test_emulated(monkeypatch, rng, again, short):
+    """A prompt that is not short is captured after it was launched."""
     run_on_host(monkeypatch)
+    monkeypatch.setattr(graphs, "SHORT", short)
     by_turns(SyntheticFile(DENSE, lambda *_: GGML.Q8_0, "dense"), rng, again)
 
 
@@ -79,6 +88,8 @@ def test_what_follows_from_tokens_is_uploaded_again(monkeypatch, rng):
 
 
 @pytest.mark.gpu
+@SHORT
 @pytest.mark.parametrize("case", ["qwen3-q4_k", "qwen3next-moe-q3_k_m", "lfm2-q2_k", "gemma3n-tiny"])
-def test_on_a_device(case, rng, again):
+def test_on_a_device(case, rng, again, short, monkeypatch):
+    monkeypatch.setattr(graphs, "SHORT", short)
     by_turns(GGUFFile(CASES[case]), rng, again)

@@ -276,7 +276,9 @@ class CudaBackend(Backend):
                     self.launcher.fence()
 
                 def forward() -> Launched:
-                    residual: Residual = family.forward(ops, progress, self.share.layers, incoming)
+                    ops.rewind()
+                    heard = no_progress if self.gpu.capturing else progress
+                    residual: Residual = family.forward(ops, heard, self.share.layers, incoming)
                     return Launched(ops, residual.finished())  # what is launched later is in no graph
 
                 if again is not None:

@@ -208,6 +208,11 @@ class BatchOps(Ops):
         for name, array in self._of_shape:
             self.work.keep(name, array)
 
+    def rewind(self) -> None:
+        """Go back to before the first layer: what follows launches the same once more."""
+        self.n = len(self.batch.tokens)
+        self.rope_tables.clear()
+
     def keep(self, name: str, array: np.ndarray[Any, Any]) -> DeviceArray:
         """Workspace.keep, of what follows from the batch's segments alone: `begin_again` calls it once more."""
         self._of_shape.append((name, array))
