@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 
+from kqprefill.backends.cpu import ops
 from kqprefill.backends.cpu.int8 import in_blocks
 from kqprefill.backends.cuda.device.arrays import FLOAT16, INT8
 from kqprefill.backends.cuda.gemm import int8, int8_hopper, portable
 from kqprefill.backends.cuda.gemm.operand import HALVES, Operand, operand_positions, output_row_bytes
+from kqprefill.engine.model import open_model
 from kqprefill.gguf.types import GGML
+from kqprefill.synthetic import Shape, SyntheticFile
 from test_int8 import device, grouped  # noqa: F401  # device: a fixture
 
 
@@ -91,3 +94,16 @@ def test_the_cpus_blocks(rng):
     strange[1, 0] = strange[2, 0] = True
     assert close[~strange].all() and not np.isfinite(got[strange]).any()
     assert np.array_equal(made[:, 32:64], in_blocks(x[:, 32:64]))  # blocks know nothing of each other
+
+
+def test_what_experts_give_is_rounded_in_int8_alone(rng, monkeypatch):
+    """In exact layers, and in an exact model, it is not."""
+    shape = Shape("qwen3moe", 3, 128, 4, 2, 32, 96, 131, 4096, 1e4, experts=4, used=2)
+    tokens, rounded = rng.integers(0, 131, 20), []
+    monkeypatch.setattr(ops, "in_blocks", lambda x: rounded.append(x.shape) or in_blocks(x))
+    for precision in "exact", "int8":
+        with open_model(SyntheticFile(shape, lambda *_: GGML.Q8_0, "rounded"), "cpu", precision=precision) as model:
+            model.prefill(tokens)
+        layers = 2 if precision == "int8" else 0  # the first one is exact
+        assert sum(rows for rows, _ in rounded) == layers * 2 * len(tokens)
+    assert {columns for _, columns in rounded} == {128}

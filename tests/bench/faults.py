@@ -193,6 +193,41 @@ FAULTS = (
         "",
         ("tests/test_workspace.py",),
     ),
+    Fault(
+        "a long prompt's graph is captured without its angles",
+        f"{CUDA}/ops/batch.py",
+        "        self.rope_tables.clear()\n",
+        "",
+        ("tests/test_prompt_graphs.py",),
+    ),
+    Fault(
+        "a warpgroup with one row tile writes experts' outputs of two",
+        "kernels/include/epilogue_sm90.cuh",
+        "bool both = tiles == 2 && column",
+        "bool both = column",
+        ("tests/test_output_blocks.py",),
+    ),
+    Fault(
+        "a block of experts' outputs is rounded by the largest of some of its columns",
+        "kernels/include/token_rows.cuh",
+        "most = half2_max(most, larger_halves(second.z, second.w));",
+        "",
+        ("tests/test_output_blocks.py",),
+    ),
+    Fault(
+        "experts' outputs are added up by the columns' order, not their places'",
+        "kernels/include/combine.cuh",
+        "static_cast<const uint8_t*>(sums) + output_place(first);",
+        "static_cast<const uint8_t*>(sums) + first;",
+        ("tests/test_combination.py",),
+    ),
+    Fault(
+        "the CPU does not round experts' outputs",
+        "kqprefill/backends/cpu/ops.py",
+        "made = in_blocks(made)",
+        "pass",
+        ("tests/test_output_blocks.py",),
+    ),
 )
 
 
