@@ -89,7 +89,7 @@ def in_fours(matrices: Sequence[Matrix], out: DeviceArray, ldo: int) -> bool:
 @dataclass(frozen=True)
 class Kind:
     """Which product a program of int8 makes: of gate and up, or of one matrix with an activation, or neither; grouped:
-    over a stack of experts; in_blocks: whose outputs are (output_row_bytes)."""
+    over a stack of experts; in_blocks: whose outputs are rounded by blocks (operand.output_row_bytes)."""
 
     gated: bool = False
     activated: bool = False

@@ -40,7 +40,7 @@ def group_rows(m: int, matrix: Matrix, multiprocessors: int) -> int:
 
 @cache
 def program(in_blocks: bool) -> Program:
-    """in_blocks: whether outputs are (output_row_bytes)."""
+    """in_blocks: as of int8.Kind."""
     epilogue = 2 * _WARPGROUPS * _STAGED_TOKENS * STAGED_TOKEN_BYTES
     constants = {
         "GATED": 0,
