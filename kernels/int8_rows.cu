@@ -15,7 +15,7 @@ constexpr int kStep = kRowThreads / Share::kThreads * kRotated,
               kHeldColumns = kStep * kGroups;  // columns of the row's threads
 // Blocks that a multiprocessor has registers for.
 constexpr int kRoom = kHeld == 8 ? 2 : kHeld == 4 ? 3 : 4;
-constexpr int kBlocks = kThreads > INT8_THREADS ? 1 : kTightRegisters && NORMED && kHeld > 2 ? kRoom - 1 : kRoom;
+constexpr int kBlocks = kThreads > INT8_THREADS ? 1 : kTightRegisters && NORMED ? kRoom - 1 : kRoom;
 
 // Waits for those threads of a block who share a row, and for others, too.
 __device__ __forceinline__ void sync_row() {
