@@ -210,7 +210,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4)
     Copies copies = {sums, in_blocks, place_of + entry, share_of + entry, used, columns};
     for (int i = 8 * threadIdx.x; i < columns; i += 8 * kThreads) {
         float sum[1][8];
-        copies.add_up(i, 0, sum);
+        copies.add_up<uint2, uint4>(i, 0, sum);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);

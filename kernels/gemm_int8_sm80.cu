@@ -102,7 +102,7 @@ __device__ __forceinline__ void store_blocks(OutputTile tile, uint8_t* out, int 
             }
             most = half2_max(most, __shfl_xor_sync(0xffffffffu, most, 1));
             most = half2_max(most, __shfl_xor_sync(0xffffffffu, most, 2));
-            half_t largest = static_cast<half_t>(half2_max(most, high_halves(most)));
+            half_t largest = larger_half(most);
             if (row >= tile.row_end || block >= output_integers(columns)) continue;
             BlockRounding rounding(largest);
             uint8_t* to = out + static_cast<uint64_t>(row) * ldo;

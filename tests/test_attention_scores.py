@@ -2,13 +2,18 @@
 2^8 times as much (kernels/include/softmax.cuh). Scores that do and do not, against NumPy; on emulated kernels and a
 GPU."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from conftest import relative_error
-from kqprefill.backends.cuda.device.arrays import FLOAT16, DeviceArray
+from kqprefill.backends.cuda.device.arrays import FLOAT16
 from kqprefill.backends.cuda.gemm.operand import operand_positions
+from kqprefill.backends.cuda.ops.attention import AttentionOps
 from kqprefill.backends.cuda.ops.attention_layout import attention_layout
+from kqprefill.backends.cuda.ops.batch import Attending
+from kqprefill.backends.cuda.ops.heads import Heads
 from kqprefill.core import Segment
 from test_int8 import device  # noqa: F401  # a fixture
 
@@ -26,35 +31,26 @@ SCORES = {
 
 
 def attention(device, config, q, k, v, scale):  # noqa: F811
-    """Of one sequence, as Ops.attention; q [n, nq, D], k and v [n, nkv, D] in halves."""
-    (n, nq, dim), nkv = q.shape, k.shape[1]
-    heads = [device.work.upload(name, x.astype(np.float16)) for name, x in (("q", q), ("k", k), ("v", v))]
-    tiles = device.work.upload("tiles", attention_layout([Segment(0, n, 0)], config).tiles)
+    """The op, of one sequence; q [n, nq, D], k and v [n, nkv, D] in halves."""
+    n, nq, dim = q.shape
     one = device.small.constant(np.ones(1, np.float32))
-    out = device.poisoned("attended", FLOAT16, n, nq * dim)
-    given = dict(zip("qkv", heads))
-    if config.uses_tensor_maps:
-        rows = config.block_q, config.block_kv, config.block_kv
-        flat = [DeviceArray(x.address, x.dtype, (n, x.shape[1] * dim)) for x in heads]
-        given = {f"{name}_map": device.maps.of(x, r) for name, x, r in zip("qkv", flat, rows)}
-    device.launcher.launch(
-        config.program(),
-        "attention",
-        grid=(nq, tiles.shape[0], config.parts),
-        **given,
-        out=out,
-        tiles=tiles,
-        nq=nq,
-        nkv=nkv,
-        value_dim=dim,
-        out_stride=nq * dim,
-        scale=scale,
-        q_scale=one,
-        k_scale=one,
-        window=0,
-        softcap=0.0,
-        sinks=None,
+    heads = [Heads(device.work.upload(name, x.astype(np.float16)), one, dim) for name, x in zip("qkv", (q, k, v))]
+    tiles = device.work.upload("tiles", attention_layout([Segment(0, n, 0)], config).tiles)
+    ops = SimpleNamespace(
+        n=n,
+        config=SimpleNamespace(head_count=nq),
+        context=SimpleNamespace(gpu=device.gpu, maps=device.maps),
+        launcher=device.launcher,
+        work=device.work,
+        leaves_one=False,
+        attending=lambda *_: Attending(config, n, tiles),
+        enter_attention=lambda *_: None,
+        vector=lambda _: None,
+        operand=lambda seen: seen,
     )
+    out = device.poisoned("attended", FLOAT16, n, nq * dim)
+    seen = AttentionOps.attention(ops, *heads, scale=scale)
+    assert seen.values == out
     return device.get(out)[:, operand_positions(nq * dim)].astype(np.float32)
 
 

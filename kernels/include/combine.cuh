@@ -3,30 +3,13 @@
 #include "output_blocks.cuh"
 #include "types.cuh"
 
-// So many bytes as words.
-template <int kBytes>
-struct WordsOf;
-template <>
-struct WordsOf<4> {
-    using Type = uint32_t;
-};
-template <>
-struct WordsOf<8> {
-    using Type = uint2;
-};
-template <>
-struct WordsOf<16> {
-    using Type = uint4;
-};
-
-// kBytes bytes, which are read at once.
-template <int kBytes>
+// What is read at once, and its words.
+template <class T>
 union Words {
-    typename WordsOf<kBytes>::Type all;
-    uint32_t word[kBytes / 4];
+    T all;
+    uint32_t word[sizeof(T) / 4];
 
-    __device__ __forceinline__ explicit Words(const void* from)
-        : all(*static_cast<const typename WordsOf<kBytes>::Type*>(from)) {}
+    __device__ __forceinline__ explicit Words(const void* from) : all(*static_cast<const T*>(from)) {}
 };
 
 // The copies of one token: `used` outputs of experts, in rows of `columns`: halves, or in_blocks (output_blocks.cuh).
@@ -38,9 +21,10 @@ struct Copies {
     int used, columns;
 
     // sums_of[j] = kColumns columns from first + j * step on, if they are there: under the copies' shares, in the order
-    // of their slots.
-    template <int kCount, int kColumns>
+    // of their slots. Bytes, Halves: so many columns of a row in blocks, and of halves.
+    template <class Bytes, class Halves, int kCount, int kColumns>
     __device__ __forceinline__ void add_up(int first, int step, float (&sums_of)[kCount][kColumns]) const {
+        static_assert(sizeof(Bytes) == kColumns && sizeof(Halves) == 2 * kColumns, "columns that are read at once");
 #pragma unroll
         for (int i = 0; i < kCount * kColumns; ++i) sums_of[i / kColumns][i % kColumns] = 0.0f;
         auto add = [&](int j, int c, float share, float value) { sums_of[j][c] = fmaf(share, value, sums_of[j][c]); };
@@ -54,7 +38,7 @@ struct Copies {
 #pragma unroll
                 for (int j = 0; j < kCount; ++j) {
                     if (first + j * step >= columns) continue;  // `step` is whole row tiles
-                    Words<kColumns> own(row + j * step);
+                    Words<Bytes> own(row + j * step);
                     float of_block = half_to_float(*reinterpret_cast<const half_t*>(largest + j * step / 8)) * share;
 #pragma unroll
                     for (int c = 0; c < kColumns; ++c)
@@ -69,7 +53,7 @@ struct Copies {
                 for (int j = 0; j < kCount; ++j) {
                     int column = first + j * step;
                     if (column >= columns) continue;
-                    Words<2 * kColumns> own(row + column);
+                    Words<Halves> own(row + column);
 #pragma unroll
                     for (int c = 0; c < kColumns; ++c)
                         add(j, c, share, half_to_float(static_cast<half_t>(own.word[c / 2] >> 16 * (c % 2))));
@@ -103,7 +87,7 @@ struct CombinedRow {
     __device__ __forceinline__ void operator()(int first, int step, float4 (&fours)[kCount]) const {
         const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         float sums[kCount][4];
-        copies.add_up(first, step, sums);
+        copies.add_up<uint32_t, uint2>(first, step, sums);
 #pragma unroll
         for (int j = 0; j < kCount; ++j) {
             fours[j] = zero;

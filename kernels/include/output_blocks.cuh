@@ -34,6 +34,10 @@ __host__ __device__ constexpr int output_largest(int columns, int place) {
 __device__ __forceinline__ uint32_t larger_halves(uint32_t a, uint32_t b) {
     return half2_max(a & 0x7fff7fffu, b & 0x7fff7fffu);
 }
+// The larger of a pair of halves.
+__device__ __forceinline__ half_t larger_half(uint32_t pair) {
+    return static_cast<half_t>(half2_max(pair, high_halves(pair)));
+}
 
 // How a block is rounded whose largest magnitude, a half, is known. What is not finite comes out of that.
 struct BlockRounding {

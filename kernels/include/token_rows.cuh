@@ -62,7 +62,7 @@ struct BlockRows {
         uint32_t most = larger_halves(larger_halves(first.x, first.y), larger_halves(first.z, first.w));
         most = half2_max(most, larger_halves(second.x, second.y));
         most = half2_max(most, larger_halves(second.z, second.w));
-        half_t largest = static_cast<half_t>(half2_max(most, high_halves(most)));
+        half_t largest = larger_half(most);
         BlockRounding rounding(largest);
         uint8_t* to = out + static_cast<uint64_t>(number) * stride;
         store_where(inside, to,
