@@ -1,7 +1,7 @@
-// How experts' outputs are kept until they are added up where the product was in int8: rounded, in blocks of
-// kOutputBlock = 16 columns of a row. A block's values stand as integers of -127 to 127, in 127ths of the largest
-// magnitude among them (kqprefill/models/precision.py: what int8 means). They are half as long as halves, and memory is
-// what adding them up waits for.
+// How experts' outputs are kept until they are added up, where the product was in int8: rounded to 8 bits, in blocks of
+// kOutputBlock = 16 columns of a row. A block's values become integers of -127 to 127, in 127ths of the largest
+// magnitude among them (kqprefill/models/precision.py: what int8 means). So they take half as many bytes as halves, and
+// it is bytes that adding up waits for.
 //
 // A row has the integers of all of its columns, a byte each, and then each block's largest magnitude, a half; it is
 // output_row_bytes long. Of 32 columns, a row tile of int8.cuh, the first block has those of two atoms, 0 to 7 and 16

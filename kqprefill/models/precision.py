@@ -6,9 +6,10 @@ is. Then a row of W has one scale, and a token of x has one: their largest magni
 of -127 to 127, half to even, and multiplied and summed exactly. So a token's scale depends on that token alone.
 QuaRot (arXiv 2404.00456) rotates so; llama.cpp multiplies x in int8, too, by blocks of 32 (ggml's Q8_0 and Q8_K).
 
-What experts give in int8, many rows for each token, is rounded once more until it is added up, as ggml's Q8_0 is: in
-blocks of 16 columns of a row, whose values stand as integers of -127 to 127, in 127ths of their largest magnitude. Of
-32 columns the first block has 0 to 7 and 16 to 23, the second the others: those that lie together in Hopper's kernels.
+Experts in int8 give several rows for each token. These are rounded once more before they are added up, much as ggml's
+Q8_0 is: a row is cut into blocks of 16 columns, whose values become integers of -127 to 127, in 127ths of the largest
+magnitude among them. Of each 32 columns the first block has 0 to 7 and 16 to 23, and the second the others, as these
+lie together in Hopper's kernels.
 
 Which matrices: the large ones of layers, but for what costs little and errs most (numbers: docs/performance-int8.md).
 - Matrices in float formats stay exact: llama.cpp does not round what these are multiplied by to 8 bits, either.
